@@ -1,0 +1,334 @@
+"""Model configuration: one frozen dataclass for Qwen3, Qwen3-MoE and Qwen2/2.5, the released sizes, and Hugging Face's
+config.json both ways. Sizes and defaults: the config.json files of the released models."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2")
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN scaling of the rotary angles (Peng et al. 2023), with the names and defaults of Hugging Face's `rope_parameters`."""
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """Shapes and constants of one model. Sizes are counts of elements; `ffn_size` is that of a dense layer.
+
+    Raises ValueError, naming the key, for values that cannot be built.
+    """
+
+    model_type: str = "qwen3"
+    vocab_size: int = 151936
+    hidden_size: int = 1024
+    num_layers: int = 28
+    num_heads: int = 16
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    ffn_size: int = 3072
+    tie_embeddings: bool = True
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    max_position: int = 40960
+    rope_theta: float = 1e6
+    rope_scaling: RopeScaling | None = None
+    # Mixture of experts: num_experts == 0 is a dense model.
+    num_experts: int = 0
+    experts_per_token: int = 0
+    moe_ffn_size: int = 0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple = ()
+    router_aux_coef: float = 0.001
+    router_z_coef: float = 0.0
+    router_bias: bool = False  # aux-loss-free balancing: a bias on the choice of experts, moved by their load
+    moe_block_size: int = 64
+    # Token ids; None where the model has none.
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    param_dtype: str = "float32"
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        _check(self)
+
+    @classmethod
+    def from_hf(cls, hf, **overrides):
+        """The config of a Hugging Face `config.json`, as a dict. Raises ValueError naming what is not supported."""
+        return cls(**{**_from_hf(hf), **overrides})
+
+    def to_hf(self):
+        """The `config.json` dict that `transformers` opens to the same model."""
+        return _to_hf(self)
+
+    def replace(self, **changes):
+        """A copy with some fields changed; an unknown field is an error that names the nearest one."""
+        known = [f.name for f in dataclasses.fields(self)]
+        for key in changes:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"model config has no field {key!r}{hint}")
+        return dataclasses.replace(self, **changes)
+
+    def is_moe_layer(self, i):
+        """Whether layer i (from 0) holds experts instead of one dense MLP."""
+        return self.num_experts > 0 and i not in self.mlp_only_layers and (i + 1) % self.decoder_sparse_step == 0
+
+    @property
+    def moe_layers(self):
+        return tuple(i for i in range(self.num_layers) if self.is_moe_layer(i))
+
+
+def _check(c):
+    def need(ok, message):
+        if not ok:
+            raise ValueError(f"model config: {message}")
+
+    need(c.model_type in MODEL_TYPES, f"model_type={c.model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_position")
+    for key in sizes + ("decoder_sparse_step", "moe_block_size"):
+        value = getattr(c, key)
+        need(isinstance(value, int) and not isinstance(value, bool) and value > 0, f"{key}={value!r} must be a positive integer")
+    need(c.head_dim % 2 == 0, f"head_dim={c.head_dim} must be even: rotary embedding turns pairs")
+    need(
+        c.num_heads % c.num_kv_heads == 0,
+        f"num_kv_heads={c.num_kv_heads} must divide num_heads={c.num_heads}; use {_divisors(c.num_heads)}",
+    )
+    need(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be above 0")
+    need(c.rms_norm_eps > 0, f"rms_norm_eps={c.rms_norm_eps} must be above 0")
+    for key in ("param_dtype", "compute_dtype"):
+        need(getattr(c, key) in DTYPES, f"{key}={getattr(c, key)!r} is not one of {', '.join(DTYPES)}")
+    if c.model_type == "qwen3_moe":
+        need(c.num_experts > 0, "num_experts must be above 0 for model_type=qwen3_moe")
+        need(
+            0 < c.experts_per_token <= c.num_experts,
+            f"experts_per_token={c.experts_per_token} must be from 1 to num_experts={c.num_experts}",
+        )
+        need(c.moe_ffn_size > 0, f"moe_ffn_size={c.moe_ffn_size} must be above 0")
+        outside = [i for i in c.mlp_only_layers if not 0 <= i < c.num_layers]
+        need(not outside, f"mlp_only_layers={list(c.mlp_only_layers)} names layers outside 0..{c.num_layers - 1}")
+    else:
+        need(c.num_experts == 0, f"num_experts={c.num_experts} needs model_type=qwen3_moe")
+    for key in ("bos_id", "eos_id", "pad_id"):
+        value = getattr(c, key)
+        need(value is None or 0 <= value < c.vocab_size, f"{key}={value} is outside the vocabulary of {c.vocab_size}")
+
+
+def _divisors(n):
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+# Hugging Face's key, our field. What is not listed is either handled in _from_hf or has no influence on the numbers.
+_HF_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "ffn_size",
+    "rms_norm_eps": "rms_norm_eps",
+}
+_HF_MOE_FIELDS = {
+    "num_experts_per_tok": "experts_per_token",
+    "moe_intermediate_size": "moe_ffn_size",
+    "norm_topk_prob": "norm_topk_prob",
+    "decoder_sparse_step": "decoder_sparse_step",
+    "router_aux_loss_coef": "router_aux_coef",
+}
+# What transformers assumes where config.json is silent, per model type.
+_HF_DEFAULTS = {
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "router_aux_loss_coef": 0.001,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def _from_hf(hf):
+    kind = hf.get("model_type")
+    if kind not in MODEL_TYPES:
+        names = ", ".join(MODEL_TYPES)
+        raise ValueError(f"config.json: model_type={kind!r} (architectures={hf.get('architectures')}) is not supported; use one of {names}")
+    _refuse_unsupported(hf)
+    out = {"model_type": kind, "qk_norm": kind != "qwen2", "qkv_bias": kind == "qwen2" or bool(hf.get("attention_bias"))}
+    for key, name in _HF_FIELDS.items():
+        out[name] = _get(hf, key)
+    out["num_kv_heads"] = hf.get("num_key_value_heads") or out["num_heads"]
+    out["head_dim"] = hf.get("head_dim") or (128 if kind == "qwen3" else out["hidden_size"] // out["num_heads"])
+    out["tie_embeddings"] = bool(hf.get("tie_word_embeddings", False))
+    out["initializer_range"] = hf.get("initializer_range", 0.02)
+    out["max_position"] = hf.get("max_position_embeddings", 32768)
+    out["rope_theta"], out["rope_scaling"] = _rope_from_hf(hf, out["max_position"])
+    if kind == "qwen3_moe":
+        for key, name in _HF_MOE_FIELDS.items():
+            out[name] = _get(hf, key)
+        out["num_experts"] = hf.get("num_experts", hf.get("num_local_experts", 128))
+        out["mlp_only_layers"] = tuple(hf.get("mlp_only_layers") or ())
+        out["router_bias"] = bool(hf.get("router_bias", False))
+        out["router_z_coef"] = hf.get("router_z_loss_coef", 0.0)
+    for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"), ("pad_token_id", "pad_id")):
+        value = hf.get(key)
+        out[name] = value[0] if isinstance(value, list) and value else value or (0 if value == 0 else None)
+    return out
+
+
+def _get(hf, key):
+    value = hf.get(key, _HF_DEFAULTS.get(key))
+    if value is None:
+        raise ValueError(f"config.json: {key} is missing")
+    return value
+
+
+def _refuse_unsupported(hf):
+    if hf.get("use_sliding_window"):
+        raise ValueError("config.json: use_sliding_window=true is not supported; every layer here attends to the whole sequence")
+    if any(t != "full_attention" for t in hf.get("layer_types") or ()):
+        raise ValueError(f"config.json: layer_types={sorted(set(hf['layer_types']))} is not supported; only full_attention is")
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method")
+        raise ValueError(f"config.json: quantization_config (quant_method={method!r}) is not supported; use the unquantised weights")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"config.json: hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is")
+    if hf.get("attention_dropout"):
+        raise ValueError(f"config.json: attention_dropout={hf['attention_dropout']} is not supported; set it to 0")
+    if hf["model_type"] != "qwen2" and hf.get("attention_bias"):
+        raise ValueError("config.json: attention_bias=true adds a bias to o_proj, which is not supported")
+
+
+def _rope_from_hf(hf, max_position):
+    """rope_theta and scaling, from the top level (transformers 4) or from `rope_parameters` (transformers 5)."""
+    rope = dict(hf.get("rope_scaling") or {})
+    rope.update(hf.get("rope_parameters") or {})
+    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        raise ValueError(f"config.json: rope_type={kind!r} is not supported; use 'default' or 'yarn'")
+    if "factor" not in rope:
+        raise ValueError("config.json: rope_type='yarn' needs a factor")
+    keys = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+    options = {k: rope[k] for k in keys if rope.get(k) is not None}
+    original = rope.get("original_max_position_embeddings") or max_position
+    return theta, RopeScaling(factor=float(rope["factor"]), original_max_position=original, **options)
+
+
+def _to_hf(c):
+    out = {"architectures": [ARCHITECTURES[c.model_type]], "model_type": c.model_type}
+    out.update({key: getattr(c, name) for key, name in _HF_FIELDS.items()})
+    out.update(
+        num_key_value_heads=c.num_kv_heads,
+        head_dim=c.head_dim,
+        hidden_act="silu",
+        initializer_range=c.initializer_range,
+        max_position_embeddings=c.max_position,
+        tie_word_embeddings=c.tie_embeddings,
+        attention_dropout=0.0,
+        use_sliding_window=False,
+        sliding_window=None,
+        use_cache=True,
+        torch_dtype=c.param_dtype,
+        rope_theta=c.rope_theta,
+        rope_scaling=None,
+    )
+    if c.model_type != "qwen2":
+        out["attention_bias"] = False
+    if c.rope_scaling:
+        yarn = {k: v for k, v in dataclasses.asdict(c.rope_scaling).items() if v is not None}
+        yarn["original_max_position_embeddings"] = yarn.pop("original_max_position")
+        out["rope_scaling"] = {"rope_type": "yarn", **yarn}
+    if c.model_type == "qwen3_moe":
+        out.update({key: getattr(c, name) for key, name in _HF_MOE_FIELDS.items()})
+        out.update(num_experts=c.num_experts, mlp_only_layers=list(c.mlp_only_layers), output_router_logits=False)
+        if c.router_bias:
+            out["router_bias"] = True
+        if c.router_z_coef:
+            out["router_z_loss_coef"] = c.router_z_coef
+    for key, value in (("bos_token_id", c.bos_id), ("eos_token_id", c.eos_id), ("pad_token_id", c.pad_id)):
+        out[key] = value
+    return out
+
+
+_QWEN_IDS = dict(bos_id=None, eos_id=151645, pad_id=151643)
+
+
+def _qwen3(hidden, layers, heads, ffn, *, tied=False, **more):
+    base = dict(hidden_size=hidden, num_layers=layers, num_heads=heads, ffn_size=ffn, tie_embeddings=tied, **_QWEN_IDS)
+    return Qwen3Config(**{**base, **more})
+
+
+def _qwen3_moe(hidden, layers, heads, ffn, moe_ffn):
+    moe = dict(model_type="qwen3_moe", num_kv_heads=4, num_experts=128, experts_per_token=8, moe_ffn_size=moe_ffn)
+    return _qwen3(hidden, layers, heads, ffn, **moe)
+
+
+SIZES = {
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, tied=True),
+    "qwen3-4b": _qwen3(2560, 36, 32, 9728, tied=True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 12288),
+    "qwen3-14b": _qwen3(5120, 40, 40, 17408),
+    "qwen3-32b": _qwen3(5120, 64, 64, 25600),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 48, 32, 6144, 768),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 94, 64, 12288, 1536),
+    "qwen2.5-7b": _qwen3(
+        3584,
+        28,
+        28,
+        18944,
+        model_type="qwen2",
+        num_kv_heads=4,
+        vocab_size=152064,
+        qk_norm=False,
+        qkv_bias=True,
+        max_position=131072,
+        bos_id=151643,
+        eos_id=151643,
+        pad_id=None,
+    ),
+    "tiny": Qwen3Config(
+        vocab_size=512,
+        hidden_size=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        ffn_size=384,
+        max_position=2048,
+        initializer_range=0.05,
+    ),
+    "tiny-moe": Qwen3Config(
+        model_type="qwen3_moe",
+        vocab_size=512,
+        hidden_size=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        ffn_size=384,
+        max_position=2048,
+        initializer_range=0.05,
+        num_experts=8,
+        experts_per_token=2,
+        moe_ffn_size=192,
+        router_aux_coef=0.01,
+    ),
+}
