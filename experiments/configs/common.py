@@ -1,0 +1,72 @@
+"""Every key of a run, with its default. A config file starts from `get_config()` and states only differences.
+
+The config is locked: a key that is not here is an error, in a file as on the command line.
+"""
+
+import dataclasses
+import typing
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from qwen3.config import Qwen3Config
+
+
+def get_config():
+    """A locked ConfigDict of defaults."""
+    c = ConfigDict()
+    c.model = "tiny"  # a name in qwen3.config.SIZES, or a Hugging Face folder, of which config.json gives the sizes
+    c.model_args = _model_args()  # changes to the model's fields, named as in Qwen3Config; None keeps
+    c.init_from = ""  # Hugging Face folder to take the weights from, and nothing else; empty = random weights
+
+    c.train = ConfigDict()
+    c.train.steps = 1000  # optimizer steps
+    c.train.batch_size = 16  # rows per optimizer step, over all ranks
+    c.train.seq_len = 1024  # tokens per row
+    c.train.log_every = 10  # steps between lines of metrics
+    c.train.eval_every = 0  # steps between evaluations on held-out rows; 0 = only at the end
+    c.train.eval_rows = 64  # most held-out rows per evaluation during training; 0 = all
+    c.train.seed = 0  # of the initial weights and of the order of the data
+    c.train.layer_loop = "auto"  # unroll = layers compiled one by one; scan = one layer compiled, looped over; auto = by depth
+    c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
+    c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text
+    c.train.save_hf = True  # write the final weights as a Hugging Face folder
+
+    c.optim = ConfigDict()  # AdamW
+    c.optim.lr = 3e-4  # highest learning rate
+    c.optim.schedule = "cosine"  # constant, linear, cosine, or wsd (warm up, stay, decay)
+    c.optim.warmup_steps = 100  # steps from 0 to lr, in a straight line
+    c.optim.decay_fraction = 0.2  # wsd: the last fraction of the steps, in which lr decays
+    c.optim.min_lr_ratio = 0.1  # last learning rate over lr
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.95
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.1
+    c.optim.clip_norm = 1.0  # largest global gradient norm; 0 = no clipping
+    c.optim.skip_spikes = 0.0  # skip an update whose gradient norm exceeds this multiple of the running mean; 0 = off
+    c.optim.router_bias_rate = 1e-3  # step of the router's bias, when model_args.router_bias is on
+
+    c.data = ConfigDict()
+    c.data.path = ""  # a text file, or a folder of them
+    c.data.tokenizer = ""  # folder with tokenizer.json; empty = train a byte-level BPE on the data
+    c.data.vocab_size = 512  # tokens of the trained BPE
+    c.data.held_out = 0.05  # fraction of the data kept for evaluation
+    c.data.max_bytes = 0  # most bytes of text to read; 0 = all
+
+    c.parallel = ConfigDict()  # also --dp, --tp, ... on the command line
+    c.parallel.dp = 1  # data parallel ranks
+    c.parallel.tp = 1  # tensor parallel ranks
+    c.parallel.pp = 1  # pipeline stages
+    c.parallel.cp = 1  # context parallel ranks
+    c.parallel.ep = 1  # expert parallel ranks, cut from dp x cp x tp
+    c.parallel.micro_batches = 1  # slices each data rank cuts its rows into: gradient accumulation, pipeline micro-batches
+    c.parallel.zero = 0  # ZeRO stage; 0 = every data rank holds all
+    c.parallel.seq_parallel = False  # sequence parallel: activations between the matmuls are split over the tp ranks
+    c.parallel.lowering = "manual"  # manual = our collectives on local shards; shard = MindSpore's own partitioning
+    return c.lock()
+
+
+def _model_args():
+    """An empty place, typed, for each field of Qwen3Config but rope_scaling, which comes with a config.json."""
+    hints = {f.name: f.type for f in dataclasses.fields(Qwen3Config) if f.name != "rope_scaling"}
+    return ConfigDict({name: placeholder(next(iter(typing.get_args(hint)), hint)) for name, hint in hints.items()})

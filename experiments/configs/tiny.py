@@ -1,0 +1,20 @@
+"""Pre-training of a dense model of 0.9M parameters, small enough for a laptop.
+
+    python -m experiments.pretrain --config=experiments/configs/tiny.py --workdir=runs/tiny --config.data.path=TEXT
+
+Hardware: one CPU process.
+Expected time and loss: not measured.
+"""
+
+from experiments.configs import common
+
+
+def get_config():
+    c = common.get_config()
+    c.model = "tiny"
+    c.train.steps = 600
+    c.train.batch_size = 16
+    c.train.seq_len = 256
+    c.optim.lr = 3e-3
+    c.optim.warmup_steps = 50
+    return c

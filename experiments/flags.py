@@ -1,0 +1,227 @@
+"""The command line of every main: --config with its overrides, layout flags, checks, and errors of one line.
+
+A main calls `define()` at import, `resolve(FLAGS)` in `main(argv)`, and ends with `flags.run(main)`.
+"""
+
+import difflib
+import glob
+import json
+import os
+import re
+import runpy
+import sys
+import traceback
+
+from absl import app, flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+from experiments.configs import common
+from qwen3.config import SIZES, Qwen3Config
+
+flags.disclaim_key_flags()  # --help lists them under the main that calls define()
+
+AXES = ("dp", "tp", "pp", "cp", "ep")
+
+
+def define(default_config=None, flag_values=flags.FLAGS):
+    """Registers --config, --workdir and the layout flags, which override `config.parallel` when given."""
+    config_flags.DEFINE_config_file("config", None, "a file with get_config(); --config.KEY=VALUE overrides", flag_values=flag_values)
+    flag_values["config"].default = default_config  # loaded by parse(), where errors are reported
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=flag_values)
+    for name in AXES + ("micro_batches", "zero"):
+        flags.DEFINE_integer(name, None, f"overrides config.parallel.{name}", flag_values=flag_values)
+    flags.DEFINE_boolean("seq_parallel", None, "overrides config.parallel.seq_parallel", flag_values=flag_values)
+    flags.DEFINE_string("lowering", None, "overrides config.parallel.lowering: manual or shard", flag_values=flag_values)
+
+
+def run(main):
+    """Parses sys.argv and calls main([program]). A user's mistake prints `error: ...` and exits with status 2.
+
+    --traceback shows where it was raised instead.
+    """
+    if "traceback" not in flags.FLAGS:
+        flags.DEFINE_boolean("traceback", False, "show the whole traceback of an error")
+    try:
+        app.run(main, flags_parser=parse)
+    except (ValueError, FileNotFoundError, flags.Error) as error:
+        if "--traceback" in sys.argv:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        if flags.FLAGS.is_parsed():  # raised by the program, so perhaps no mistake of the user's
+            print("(--traceback shows where)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(argv, flag_values=flags.FLAGS):
+    """Parses argv, which must be sys.argv. Returns [program]; raises ValueError or flags.Error."""
+    if "config" in flag_values:
+        argv = _with_config(argv, flag_values["config"].default)
+    rest = flag_values(argv)
+    if rest[1:]:
+        raise ValueError(f"unexpected argument {rest[1]!r}; write options as --name=value")
+    return rest
+
+
+def resolve(flag_values):
+    """The run's config as a FrozenConfigDict: file, then --config.KEY, then layout flags. Raises ValueError naming key and fix."""
+    if flag_values.config is None:
+        raise ValueError("--config is missing; try --config=experiments/configs/tiny.py")
+    config = flag_values.config.copy_and_resolve_references()
+    for name in config.parallel:
+        if flag_values[name].value is not None:
+            config.parallel[name] = flag_values[name].value
+    _check(config)
+    return FrozenConfigDict(config)
+
+
+def model_config(config, device="CPU"):
+    """The Qwen3Config that `config.model` names, with `config.model_args` applied. device: MindSpore's name of the target.
+
+    Raises ValueError for an unknown size, a folder that Qwen3Config.from_hf refuses, or a dtype that `device` cannot compute in.
+    """
+    args = {name: value for name, value in config.model_args.items() if value is not None}
+    if "mlp_only_layers" in args:
+        args["mlp_only_layers"] = tuple(args["mlp_only_layers"])
+        if any(not isinstance(i, int) for i in args["mlp_only_layers"]):
+            raise ValueError(f"model_args.mlp_only_layers={args['mlp_only_layers']} must be layer numbers, such as (0,1)")
+    cfg = _base_model(config.model).replace(**args)
+    if device == "CPU" and cfg.compute_dtype != "float32":
+        no_bf16 = "MindSpore has no bfloat16 matmul on CPU"
+        why = no_bf16 if cfg.compute_dtype == "bfloat16" else "on CPU this version computes in float32 only"
+        raise ValueError(f"model_args.compute_dtype={cfg.compute_dtype!r}: {why}; use --config.model_args.compute_dtype=float32")
+    return cfg
+
+
+def _base_model(model):
+    if model in SIZES:
+        return SIZES[model]
+    path = os.path.join(model, "config.json")
+    if not os.path.isdir(model):
+        near = _nearest(os.path.basename(model).lower(), SIZES)
+        raise ValueError(f"model={model!r} is neither a size nor a folder{near}; the sizes are {', '.join(SIZES)}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"model={model!r}: the folder has no config.json; give a Hugging Face folder")
+    with open(path, encoding="utf-8") as file:
+        try:
+            hf = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    return Qwen3Config.from_hf(hf)
+
+
+def _with_config(argv, default):
+    """argv with --config=default added where it has none. Raises ValueError for a bad config file or an unknown key in argv."""
+    options = [*argv[1 : argv.index("--") if "--" in argv else None], ""]
+    paths, keys = [], []
+    for arg, following in zip(options, options[1:]):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+            paths.append(following if match[1] is None else match[1])
+        elif match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
+            keys.append(match[1])
+    if len(paths) > 1:
+        raise ValueError(f"--config is given {len(paths)} times; give one file, and --config.KEY=VALUE for what differs")
+    if not paths and default:
+        argv, paths = [argv[0], f"--config={default}", *argv[1:]], [default]
+    if keys and not paths:
+        raise ValueError(f"--config.{keys[0]} needs --config=FILE before it")
+    known = _keys(_load(paths[0])) if paths else []
+    for key in keys:
+        if inside := [k for k in known if k.startswith(key + ".")]:
+            raise ValueError(f"--config.{key} is a section; set its keys, such as --config.{inside[0]}")
+        if key not in known:
+            raise ValueError(f"--config.{key}: there is no key {key!r}{_nearest(key, known)}")
+    return argv
+
+
+def _load(path):
+    """The config of a file. Every error in the file is a ValueError with its line, since ml_collections' own run to pages."""
+    if not os.path.isfile(path):
+        near = _nearest(path, glob.glob(os.path.join(os.path.dirname(path), "*.py")))
+        raise ValueError(f"--config={path} is not a file{near}")
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as error:
+        raise ValueError(f"{path}: {_where(error, path)}{_reason(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{path}: get_config() returned {type(config).__name__}; return the config of common.get_config()")
+    keys, known = _keys(config), _keys(common.get_config())
+    for key in keys:
+        if key not in known:
+            raise ValueError(f"{path}: there is no key {key!r}{_nearest(key, known)}")
+    if missing := [key for key in known if key not in keys]:
+        raise ValueError(f"{path}: {missing[0]!r} is missing; start from common.get_config()")
+    return config
+
+
+def _where(error, path):
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    return f"line {frames[-1].lineno}: {frames[-1].line}: " if frames else ""
+
+
+def _reason(error):
+    """The useful line of an error: ml_collections' hint where it has one; its own list of all fields is left out."""
+    if hint := re.search("Did you mean .*", str(error)):
+        return hint[0]
+    return f"{type(error).__name__}: {str(error).split(' Other fields present')[0]}".splitlines()[0]
+
+
+def _keys(config):
+    """The dotted names of all values."""
+    out = []
+    for key, value in config.items():
+        out += [f"{key}.{k}" for k in _keys(value)] if isinstance(value, ConfigDict) else [key]
+    return out
+
+
+def _nearest(name, known):
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _one_of(*names):
+    return (lambda value: value in names), f"is not one of {', '.join(names)}"
+
+
+POSITIVE = (lambda value: value > 0), "must be above 0"
+NOT_NEGATIVE = (lambda value: value >= 0), "must be 0 or more"
+FRACTION = (lambda value: 0 <= value <= 1), "must be from 0 to 1"
+BELOW_ONE = (lambda value: 0 <= value < 1), "must be from 0 to below 1"
+CHECKS = {
+    **dict.fromkeys(("train.steps", "train.batch_size", "train.seq_len", "train.log_every", "parallel.micro_batches"), POSITIVE),
+    **dict.fromkeys(("train.eval_every", "train.eval_rows", "train.seed", "train.sample_tokens", "data.max_bytes"), NOT_NEGATIVE),
+    "train.layer_loop": _one_of("auto", "unroll", "scan"),
+    "optim.schedule": _one_of("constant", "linear", "cosine", "wsd"),
+    **dict.fromkeys(("optim.lr", "optim.eps", "data.vocab_size"), POSITIVE),
+    **dict.fromkeys(("optim.warmup_steps", "optim.weight_decay", "optim.clip_norm", "optim.router_bias_rate"), NOT_NEGATIVE),
+    **dict.fromkeys(("optim.decay_fraction", "optim.min_lr_ratio"), FRACTION),
+    **dict.fromkeys(("optim.b1", "optim.b2", "data.held_out"), BELOW_ONE),
+    "optim.skip_spikes": ((lambda value: value == 0 or value > 1), "must be above 1, or 0 for off"),
+    "parallel.lowering": _one_of("manual", "shard"),
+}
+
+
+def _check(config):
+    for key, (ok, rule) in CHECKS.items():
+        section, name = key.split(".")
+        value = config[section][name]
+        if value is None or not ok(value):
+            raise ValueError(f"{key}={value!r} {rule}")
+    train, warmup = config.train, config.optim.warmup_steps
+    if warmup > train.steps:
+        raise ValueError(f"optim.warmup_steps={warmup} exceeds train.steps={train.steps}; use at most {train.steps}")
+    _check_layout(config.parallel)
+    dp, micro = config.parallel.dp, config.parallel.micro_batches
+    if train.batch_size % (dp * micro):
+        raise ValueError(
+            f"train.batch_size={train.batch_size} must be a multiple of parallel.dp={dp} times parallel.micro_batches={micro};"
+            f" use --config.train.batch_size={dp * micro * (train.batch_size // (dp * micro) + 1)}"
+        )
+
+
+def _check_layout(parallel):
+    one_device = {**dict.fromkeys(AXES, 1), "zero": 0, "seq_parallel": False, "lowering": "manual"}
+    asked = [name for name, value in one_device.items() if parallel[name] != value]
+    if asked:
+        given = ", ".join(f"parallel.{name}={parallel[name]}" for name in asked)
+        fix = " ".join(f"--{name}={str(one_device[name]).lower()}" for name in asked)
+        raise ValueError(f"{given} {'is' if len(asked) == 1 else 'are'} not built yet: this version runs on one device; use {fix}")

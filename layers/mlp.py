@@ -1,0 +1,25 @@
+"""The dense feed-forward layer: down(silu(gate(x)) * up(x))."""
+
+from layers import linear
+from ops import swiglu
+from parallel.spec import ParamSpec, normal
+
+
+def specs(cfg):
+    D, F, init = cfg.hidden_size, cfg.ffn_size, normal(cfg.initializer_range)
+    return {
+        "w_gate": ParamSpec((D, F), ("embed", "ffn"), init),
+        "w_up": ParamSpec((D, F), ("embed", "ffn"), init),
+        "w_down": ParamSpec((F, D), ("ffn", "embed"), init),
+    }
+
+
+def build(cfg, sharding):
+    """mlp(p, x_RD) -> y_RD"""
+    inner, down = linear.column(sharding, "ffn"), linear.row(sharding, "ffn")
+    act = sharding.op(swiglu.reference(), "tokens ffn", kind="elementwise")
+
+    def mlp(p, x):
+        return down(act(inner(x, p["w_gate"]), inner(x, p["w_up"])), p["w_down"])
+
+    return mlp

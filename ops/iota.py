@@ -1,0 +1,14 @@
+"""0, 1, ... n - 1 as int32, from primitives alone: functions of MindSpore with branches fail inside a hand-written backward."""
+
+import mindspore as ms
+from mindspore import ops
+
+
+def reference():
+    """f(n: int) -> [n] int32"""
+    steps, cast = ops.Range(), ops.Cast()
+
+    def iota(n):
+        return cast(steps(0, n, 1), ms.int32)
+
+    return iota

@@ -1,0 +1,216 @@
+"""Binding pure functions of parameter trees to MindSpore: compilation, and gradients with respect to a tree.
+
+MindSpore compiles a function's source, takes nested tuples of tensors as true inputs (`mutable`), and differentiates with
+respect to them; dicts at that border are constants, or lose their gradients, without a word (docs/mindspore.md). So trees
+cross it as nested tuples and are rebuilt inside, and `fullgraph` refuses whatever would fall back to the interpreter.
+"""
+
+import linecache
+import zlib
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, mutable
+
+from parallel.spec import is_leaf, tree_leaves, tree_map, unflatten
+
+ms.set_recursion_limit(100000)  # the default of 1000 calls ends at about 30 layers
+
+_NONE = Tensor(0, ms.int32)  # stands for None at the border, where only tensors pass
+
+
+def to_tuple(tree):
+    """Nested tuples with the leaves of a tree, in its order. On the host."""
+    if isinstance(tree, dict):
+        return tuple(to_tuple(v) for v in tree.values())
+    if isinstance(tree, (list, tuple)):
+        return tuple(to_tuple(v) for v in tree)
+    return tree
+
+
+def from_tuple(like, nested):
+    """The inverse of to_tuple: a tree of `like`'s structure. On the host."""
+    return unflatten(like, tree_leaves(nested))
+
+
+def rebuild(like):
+    """A function, for use inside a compiled one, from to_tuple's form to a tree of `like`'s structure; lists become tuples."""
+    return _from_source("nested", _expression(like, "nested"))
+
+
+def rebuild_flat(like):
+    """The same from the flat tuple of the leaves."""
+    places = iter(range(len(tree_leaves(like))))
+    return _from_source("flat", _expression(tree_map(lambda _: f"flat[{next(places)}]", like)))
+
+
+def flatten_in_graph(like):
+    """A function, for use inside a compiled one, from a tree of `like`'s structure to the flat tuple of its leaves."""
+    return _from_source("tree", "(" + "".join(f"tree{at}, " for at in _subscripts(like)) + ")")
+
+
+def _expression(tree, at=None):
+    """Python source of a literal like `tree`, its leaves taken from nested tuples named `at`; without it, leaves are source."""
+    if is_leaf(tree):
+        return "None" if tree is None else at or tree
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+    parts = [_expression(tree[k], at and f"{at}[{i}]") for i, k in enumerate(keys)]
+    if isinstance(tree, dict):
+        return "{" + ", ".join(f"{k!r}: {part}" for k, part in zip(keys, parts)) + "}"
+    return "(" + "".join(part + ", " for part in parts) + ")"
+
+
+def _subscripts(tree):
+    if is_leaf(tree):
+        return [""]
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+    return [f"[{k!r}]" + rest for k in keys for rest in _subscripts(tree[k])]
+
+
+def _from_source(argument, expression):
+    """A function of one argument from the source of its result.
+
+    A literal, because MindSpore loses gradients or elements of tuples and dicts that loops build (docs/mindspore.md). It reads
+    the source of what it compiles, so the text is put where `inspect` looks.
+    """
+    text = f"def tree_of({argument}):\n    return {expression}\n"
+    name = f"<tree {zlib.crc32(text.encode()):08x}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    scope = {"__name__": __name__}
+    exec(compile(text, name, "exec"), scope)  # our own keys and indices, quoted by repr
+    return scope["tree_of"]
+
+
+def jit(fn):
+    """Compile fn(*trees) -> a tensor or nested tuples of tensors (not dicts).
+
+    Arguments are trees of tensors or None. New values never compile again; a new structure, shape or dtype does, once.
+    """
+    graphs = {}
+
+    def compiled(*args):
+        key = _structure(args)
+        if key not in graphs:
+            graphs[key] = _graph(fn, args)
+        return graphs[key](mutable(to_tuple(tree_map(_placed, args))))
+
+    return compiled
+
+
+def _graph(fn, args):
+    build = rebuild(args)
+
+    @ms.jit(fullgraph=True)
+    def graph(nested):
+        return fn(*build(nested))
+
+    return graph
+
+
+def _placed(leaf):
+    return _NONE if leaf is None else leaf
+
+
+def _structure(tree):
+    """A hashable description of a tree's keys, and of the shape and dtype of its leaves."""
+    if isinstance(tree, dict):
+        return ("dict", *((k, _structure(v)) for k, v in tree.items()))
+    if isinstance(tree, (list, tuple)):
+        return ("list", *(_structure(v) for v in tree))
+    return None if tree is None else (tuple(tree.shape), str(tree.dtype))
+
+
+def value_and_grad(fn, aux=None, compiled=False):
+    """g(params, *args) -> (value, grads) for fn(params, *args) -> value; grads has the structure of params.
+
+    params: a tree of tensors, or of Parameters, which are then closed over instead of passed (the form that semi-auto parallel
+    shards). aux: names in the dict that fn returns beside its value; g then returns ((value, {name: tensor}), grads).
+    compiled: one graph per structure of the arguments, instead of eager execution.
+    """
+    graphs = {}
+
+    def g(params, *args):
+        leaves = tree_leaves(params)
+        if not leaves:
+            raise ValueError("value_and_grad: params has no leaves, so there is nothing to differentiate")
+        bound = isinstance(leaves[0], Parameter)
+        if any(isinstance(leaf, Parameter) != bound for leaf in leaves):
+            raise ValueError("value_and_grad: params mixes Parameters and tensors; use one kind")
+        if not compiled:
+            out, grads = (_closed_over(fn, params, aux) if bound else _eager(fn, params, aux))(*args)
+        else:
+            key = (_structure(params), _structure(args), tuple(map(id, leaves)) if bound else None)
+            if key not in graphs:
+                inside = _closed_over(fn, params, aux) if bound else grad_in_graph(fn, params, aux)
+                graphs[key] = jit(inside)
+            out, grads = graphs[key](*args) if bound else graphs[key](to_tuple(params), *args)
+        grads = from_tuple(params, grads)
+        return (out, grads) if aux is None else ((out[0], dict(zip(aux, out[1]))), grads)
+
+    return g
+
+
+def grad_in_graph(fn, like, aux=None):
+    """g(nested, *args) -> (value, nested grads), or ((value, aux tuple), nested grads), for use inside a compiled function.
+
+    nested is to_tuple of params, whose structure `like` has.
+    """
+    build, fn = rebuild(like), _with_aux_tuple(fn, aux)
+
+    def of_nested(nested, *args):
+        return fn(build(nested), *args)
+
+    vg = ms.value_and_grad(of_nested, 0, has_aux=aux is not None)
+    return _paired(vg, aux)
+
+
+def _eager(fn, params, aux):
+    leaves, fn = tree_leaves(params), _with_aux_tuple(fn, aux)
+
+    def of_leaves(*values):
+        return fn(unflatten(params, values[: len(leaves)]), *values[len(leaves) :])
+
+    vg = ms.value_and_grad(of_leaves, tuple(range(len(leaves))), has_aux=aux is not None)
+    paired = _paired(vg, aux)
+
+    def of_args(*args):
+        return paired(*leaves, *args)
+
+    return of_args
+
+
+def _closed_over(fn, params, aux):
+    fn = _with_aux_tuple(fn, aux)
+
+    def of_args(*args):
+        return fn(params, *args)
+
+    vg = ms.value_and_grad(of_args, None, weights=tree_leaves(params), has_aux=aux is not None)
+    return _paired(vg, aux)
+
+
+def _paired(vg, aux):
+    """MindSpore returns (value, aux...) flat beside the gradients; give ((value, aux tuple), grads)."""
+    if aux is None:
+        return vg
+
+    def paired(*args):
+        out, grads = vg(*args)
+        return (out[0], out[1]), grads
+
+    return paired
+
+
+def _with_aux_tuple(fn, aux):
+    """fn with its dict of auxiliary results as a tuple in the order of the names `aux`."""
+    if aux is None:
+        return fn
+    names, n = tuple(aux), len(aux)
+
+    def with_tuple(*args):
+        value, extra = fn(*args)
+        picked = ()
+        for i in range(n):
+            picked += (extra[names[i]],)
+        return value, picked
+
+    return with_tuple

@@ -1,0 +1,244 @@
+"""The file side of a Hugging Face folder: safetensors by memory map and one tensor at a time, shards through their index, a folder
+replaced in one step. Nothing is unpickled. The numpy side of the safetensors package is not used: it needs ml_dtypes for bfloat16
+and a whole shard in memory to write one. Format: github.com/huggingface/safetensors, "Format" in the README."""
+
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mindspore.common.np_dtype import bfloat16
+
+from qwen3.config import MODEL_TYPES
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16)}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_WRITTEN = re.compile(r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: its dtype's code (F32, BF16, ...), shape, and bytes start:stop of the file."""
+
+    code: str
+    shape: tuple
+    start: int
+    stop: int
+
+
+class TensorFile:
+    """One safetensors file. Opening reads the header alone: `entries`, name -> Entry. ValueError for a damaged file."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.entries = _read_header(self.path)
+        self._map = None
+
+    def array(self, name):
+        """A read-only view of one tensor through the memory map; only the pages that are touched are read."""
+        if self._map is None:
+            self._map = np.memmap(self.path, np.uint8, mode="r")
+        entry = self.entries[name]
+        return np.ndarray(entry.shape, self.dtype(name), buffer=self._map, offset=entry.start)
+
+    def dtype(self, name):
+        return DTYPES[self.entries[name].code]
+
+
+def _read_header(path):
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        head = f.read(8)
+        if head == b"version ":
+            raise ValueError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; no safetensors file, or damaged: fetch it again")
+        header = parse_json(path, f.read(length))
+    header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, item, 8 + length) for name, item in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            raise ValueError(f"{path}: tensor {name} starts at byte {entry.start}, the one before ends at {end}; fetch the file again")
+        if entry.stop > size:
+            raise ValueError(f"{path}: tensor {name} ends at byte {entry.stop} of {size}; the file is truncated: fetch it again")
+        end = entry.stop
+    if end != size:
+        raise ValueError(f"{path}: the header accounts for {end} bytes of {size}; the file is damaged: fetch it again")
+    return entries
+
+
+def _entry(path, name, item, base):
+    try:
+        code, shape, (start, stop) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        well_formed = isinstance(code, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop - start))
+    except (KeyError, TypeError, ValueError):
+        well_formed = False
+    if not well_formed:
+        raise ValueError(f"{path}: the header entry of tensor {name} is malformed ({str(item)[:80]}); fetch the file again")
+    if code in DTYPES and stop - start != math.prod(shape) * DTYPES[code].itemsize:
+        raise ValueError(f"{path}: tensor {name} of {code} {list(shape)} has {stop - start} bytes; the file is damaged: fetch it again")
+    return Entry(code, shape, base + start, base + stop)
+
+
+def parse_json(path, text):
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: broken JSON ({error}); fetch the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON object is needed, not {type(value).__name__}; fetch the file again")
+    return value
+
+
+def read_json(path):
+    """A JSON object from a file. FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give the folder that holds it")
+    return parse_json(path, path.read_bytes())
+
+
+def open_weights(folder):
+    """{tensor name: TensorFile} of a folder with one model.safetensors, or shards named by model.safetensors.index.json."""
+    if (folder / WEIGHTS).is_file():
+        file = TensorFile(folder / WEIGHTS)
+        return dict.fromkeys(file.entries, file)
+    index = folder / INDEX
+    if not index.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        hint = f"; convert {pickles[0]} to safetensors: pickle files are not read" if pickles else "; is the download complete?"
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+        raise ValueError(f"{index}: weight_map must map tensor names to file names; fetch the file again")
+    files = {name: _open_shard(folder, name) for name in sorted(set(where.values()))}
+    for tensor, name in where.items():
+        if tensor not in files[name].entries:
+            raise ValueError(f"{index}: tensor {tensor} should be in {name}, which lacks it; fetch both files again")
+    return {tensor: files[name] for tensor, name in where.items()}
+
+
+def _open_shard(folder, name):
+    path = inside(folder, name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}, named by {INDEX}, is missing; is the download complete?")
+    return TensorFile(path)
+
+
+def inside(folder, name):
+    """folder/name; ValueError if it leads outside. In a Hub cache, snapshots/X/name may link to blobs/ beside snapshots/."""
+    real = folder.resolve()
+    roots = [real] + ([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])
+    path = folder / name
+    if os.path.isabs(name) or ".." in Path(name).parts or not any(path.resolve().is_relative_to(root) for root in roots):
+        raise ValueError(f"{path} leads outside of {folder}; put the file itself into the folder")
+    return path
+
+
+def write_tensors(path, entries, arrays):
+    """Write a safetensors file. entries: [(name, code, shape)]; arrays: an iterable of as many numpy arrays, held one at a time."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, code, shape in entries:
+        end = at + math.prod(shape) * DTYPES[code].itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligns the data
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for (name, code, shape), array in zip(entries, arrays, strict=True):
+            assert array.dtype == DTYPES[code] and array.shape == tuple(shape), (name, array.dtype, array.shape)
+            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        _sync(f)
+
+
+def write_json(path, value):
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=2) + "\n")
+        _sync(f)
+
+
+def tokenizer_files(folder):
+    """The tokenizer's files in a folder; ValueError for one that links outside."""
+    return [inside(folder, name) for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def copy_file(source, folder):
+    with open(source, "rb") as f, open(folder / source.name, "wb") as out:
+        shutil.copyfileobj(f, out)
+        _sync(out)
+
+
+def check_replaceable(folder):
+    """ValueError unless `folder` is absent, empty, or holds a model of ours and nothing that `save` does not write."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to save into")
+    other = sorted(p.name for p in folder.iterdir() if not (_WRITTEN.fullmatch(p.name) or p.name in TOKENIZER_FILES))
+    if other:
+        raise ValueError(f"{folder} holds {', '.join(other[:4])}, which saving would delete; give an empty folder or another name")
+    config = folder / "config.json"
+    if not config.is_file() or read_json(config).get("model_type") not in MODEL_TYPES:
+        raise ValueError(f"{folder} holds something other than a Qwen model; give an empty folder or another name")
+
+
+@contextmanager
+def replacing(folder):
+    """Gives a new folder beside `folder` that takes its name when the block ends. If the block fails, `folder` stays as it was."""
+    folder = folder.resolve()
+    check_replaceable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    new, old = (folder.with_name(f".{folder.name}.{mark}.{what}") for what in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        _sync_folder(new)
+        check_replaceable(folder)
+        _swap(new, folder, old)
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(new, folder, old):
+    if folder.exists():
+        os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        if old.exists():
+            os.rename(old, folder)
+        raise
+
+
+def _sync(file):
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

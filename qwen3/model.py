@@ -1,0 +1,228 @@
+"""Qwen3, Qwen3-MoE and Qwen2.5 as pure functions of a tree of parameters.
+
+Dims: B batch, S query length, T key length, D model, N heads, K kv heads, H head dim, F ffn, E experts, V vocab, L layers,
+R = B * S rows. `build(cfg, sharding)` binds the layers' annotated ops; `forward` and `loss_fn` here are that on one device.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+
+from layers import attention, embed, linear, loss, mlp, moe, norm, rope
+from ops import iota as iota_op
+from ops.attention import cache_mask, document_mask
+from parallel.scan import scan as scan_layers
+from parallel.sharding import Sharding
+from parallel.spec import tree_leaves, unflatten
+
+
+def param_specs(cfg):
+    """The tree of ParamSpecs: embed, layers[i].{attention_norm, attention, mlp_norm, mlp | moe}, final_norm, lm_head if untied."""
+    tree = {"embed": embed.specs(cfg), "layers": [layer_specs(cfg, i) for i in range(cfg.num_layers)], "final_norm": norm.specs(cfg)}
+    if not cfg.tie_embeddings:
+        tree["lm_head"] = embed.specs(cfg)
+    return tree
+
+
+def layer_specs(cfg, i):
+    ffn = {"moe": moe.specs(cfg)} if cfg.is_moe_layer(i) else {"mlp": mlp.specs(cfg)}
+    return {"attention_norm": norm.specs(cfg), "attention": attention.specs(cfg), "mlp_norm": norm.specs(cfg), **ffn}
+
+
+def metric_names(cfg):
+    """The keys of loss_fn's metrics."""
+    return ("loss", "tokens") + (("router_loss", "router_z_loss", "expert_load") if cfg.moe_layers else ())
+
+
+def forward(params, tokens, cfg, *, positions=None, segment_ids=None):
+    """tokens_BS int32 -> (logits_BSV float32, aux). aux["router_loss"] is HF's load-balancing loss, for MoE.
+
+    positions_BS default to 0..S-1; segment_ids_BS mask documents from each other, 0 is padding; default one document a row.
+    """
+    return build(cfg).forward(params, tokens, positions, segment_ids)
+
+
+def loss_fn(params, batch, cfg):
+    """batch {tokens, targets, loss_weights, segment_ids, positions}, all [B, S] -> (loss, metrics).
+
+    loss = metrics["loss"], the cross-entropy in nats per weighted target, + the MoE losses times their coefficients.
+    """
+    return build(cfg).loss_fn(params, batch)
+
+
+@functools.lru_cache(maxsize=32)
+def build(cfg, sharding=None, scan=False):
+    """The model's functions, closed over their annotated ops: forward, loss_fn and extend, as attributes.
+
+    scan: `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list (see stack_layers), run as a loop.
+    """
+    sharding = sharding or Sharding()
+    take, head = embed.build(cfg, sharding)
+    angles, rotate = rope.build(cfg, sharding)
+    blocks = _blocks(cfg, sharding, rotate)
+    trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, blocks)
+    final_norm, head_key = norm.build(cfg, sharding), "embed" if cfg.tie_embeddings else "lm_head"
+    mask = sharding.op(document_mask(), "batch seq -> batch one seq keys", kind="kernel")
+    reshape, cast, consts = ops.Reshape(), ops.Cast(), _consts(cfg)
+
+    def logits_and_stats(params, tokens, positions, segment_ids):
+        cos, sin = angles(positions)
+        valid = cast(reshape(segment_ids, (-1,)) > 0, ms.float32)
+        x = take(params["embed"], tokens)
+        x, stats = trunk(params["layers"], x, consts(cos, sin, mask(segment_ids), valid))
+        return head(params[head_key], final_norm(params["final_norm"], x)), stats
+
+    router_losses = moe.losses(cfg)
+    mean, nll = loss.weighted_mean(sharding), loss.build(sharding)
+    is_moe, aux_coef, z_coef = bool(cfg.moe_layers), cfg.router_aux_coef, cfg.router_z_coef
+
+    def aux_of(stats):
+        balance, z, load = router_losses(stats)
+        return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
+
+    def forward(params, tokens, positions=None, segment_ids=None):
+        B, S = tokens.shape
+        positions = _default_positions(tokens) if positions is None else positions
+        segment_ids = ops.ones_like(tokens) if segment_ids is None else segment_ids
+        logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
+        return reshape(logits, (B, S, -1)), aux_of(stats) if is_moe else {}
+
+    def dense_loss(params, batch):
+        logits, _ = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+        ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
+        return ce, {"loss": ce, "tokens": tokens}
+
+    def moe_loss(params, batch):
+        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+        ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
+        balance, z, load = router_losses(stats)
+        metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z, "expert_load": load}
+        return ce + aux_coef * balance + z_coef * z, metrics
+
+    extend = _extend(cfg, take, head, angles, blocks, final_norm, head_key)
+    return SimpleNamespace(forward=forward, loss_fn=moe_loss if is_moe else dense_loss, extend=extend)
+
+
+def _default_positions(tokens):
+    B, S = tokens.shape
+    return ops.broadcast_to(ops.expand_dims(ops.arange(0, S), 0), (B, S))
+
+
+def _consts(cfg):
+    """What every layer is given beside x: cos, sin, mask_B1ST, and for experts valid_R; scan wants no more than is used."""
+
+    def dense(cos, sin, mask, valid):
+        return cos, sin, mask
+
+    def with_experts(cos, sin, mask, valid):
+        return cos, sin, mask, valid
+
+    return with_experts if cfg.moe_layers else dense
+
+
+def _blocks(cfg, sharding, rotate):
+    """Per layer, (block(p, x_RD, consts) -> x_RD, stats; the same over a cache, for generation)."""
+    rms, add = norm.build(cfg, sharding), linear.residual(sharding)
+    attend, attend_cached = attention.build(cfg, sharding, rotate)
+    dense_ffn = mlp.build(cfg, sharding)
+    no_stats = ms.Tensor([0.0], ms.float32)
+
+    def dense(p, x, consts):
+        return dense_ffn(p["mlp"], x), no_stats
+
+    sparse_ffn = moe.build(cfg, sharding) if cfg.moe_layers else None
+
+    def sparse(p, x, consts):
+        return sparse_ffn(p["moe"], x, consts[3])
+
+    def block_of(ffn):
+        def block(p, x, consts):
+            x = add(x, attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2]))
+            y, stats = ffn(p, rms(p["mlp_norm"], x), consts)
+            return add(x, y), stats
+
+        def cached(p, x, consts, k, v, at):
+            normed = rms(p["attention_norm"], x)
+            y, k, v = attend_cached(p["attention"], normed, consts[0], consts[1], consts[2], k, v, at)
+            x = add(x, y)
+            y, _ = ffn(p, rms(p["mlp_norm"], x), consts)
+            return add(x, y), k, v
+
+        return block, cached
+
+    kinds = {False: block_of(dense), True: block_of(sparse)}
+    return tuple(kinds[cfg.is_moe_layer(i)] for i in range(cfg.num_layers))
+
+
+def _unrolled(cfg, blocks):
+    """trunk(layers, x_RD, consts) -> x_RD, stats [MoE layers, 2E + 2] (of a dense model, [1, 1])."""
+    run, n = tuple(block for block, _ in blocks), cfg.num_layers
+    counted = tuple(cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(n))
+    stack = ops.Stack(0)
+
+    def trunk(layers, x, consts):
+        every = ()
+        for i in range(n):
+            x, stats = run[i](layers[i], x, consts)
+            if counted[i]:
+                every += (stats,)
+        return x, stack(every)
+
+    return trunk
+
+
+def _scanned(cfg, blocks):
+    """The same over one tree of stacked layers."""
+    if len({cfg.is_moe_layer(i) for i in range(cfg.num_layers)}) > 1:
+        raise ValueError("train.layer_loop=scan needs layers of one kind, and this model mixes dense and MoE layers; use unroll")
+    loop = scan_layers(blocks[0][0], layer_specs(cfg, 0), cfg.num_layers, (moe.stats_size(cfg) if cfg.moe_layers else 1,))
+
+    def trunk(layers, x, consts):
+        return loop(x, layers, consts)
+
+    return trunk
+
+
+def _extend(cfg, take, head, angles, blocks, final_norm, head_key):
+    """extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV at column last_B of each row, cache).
+
+    cache: per layer (k_BKTH, v_BKTH); slot t of a row holds position t. Positions beyond T are dropped.
+    """
+    run, n = tuple(cached for _, cached in blocks), cfg.num_layers
+    mask, gather, iota = cache_mask(), ops.Gather(), iota_op.reference()
+    reshape, cast, ones_like, pack = ops.Reshape(), ops.Cast(), ops.OnesLike(), _consts(cfg)
+
+    def extend(params, cache, tokens, positions, last):
+        B, S = tokens.shape
+        cos, sin = angles(positions)
+        valid = cast(ones_like(reshape(tokens, (-1,))), ms.float32)
+        consts = pack(cos, sin, mask(positions, cache[0][0]), valid)
+        x, updated = take(params["embed"], tokens), ()
+        for i in range(n):
+            x, k, v = run[i](params["layers"][i], x, consts, cache[i][0], cache[i][1], positions)
+            updated += ((k, v),)
+        x = gather(x, iota(B) * S + last, 0)
+        return head(params[head_key], final_norm(params["final_norm"], x)), updated
+
+    return extend
+
+
+def stack_layers(params):
+    """params with `layers` as one tree of numpy or tensor arrays stacked on a new first dim, for build(cfg, scan=True)."""
+    leaves = [tree_leaves(layer) for layer in params["layers"]]
+    stacked = [ms.Tensor(np.stack([_numpy(leaf) for leaf in same])) for same in zip(*leaves)]
+    return {**params, "layers": unflatten(params["layers"][0], stacked)}
+
+
+def unstack_layers(params):
+    """The inverse of stack_layers."""
+    layers = params["layers"]
+    each = [unflatten(layers, [ms.Tensor(_numpy(w)[i]) for w in tree_leaves(layers)]) for i in range(tree_leaves(layers)[0].shape[0])]
+    return {**params, "layers": each}
+
+
+def _numpy(x):
+    return x.asnumpy() if hasattr(x, "asnumpy") else x

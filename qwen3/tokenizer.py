@@ -1,0 +1,229 @@
+"""Byte-level BPE tokenizer: Hugging Face's tokenizer.json and chat template, and training a small one from text.
+
+Source: the Qwen2 tokenizer of the released models, and `apply_chat_template` of transformers.
+"""
+
+import datetime
+import functools
+import json
+import re
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+EOD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CUT = re.compile(r"\n(?=[!-~])")
+PIECE, GROUP = 1 << 16, 1 << 22  # characters
+CHAT_TEMPLATE = """\
+{%- if tools %}
+    {{- raise_exception('this tokenizer was trained without tool tokens; use one of the released tokenizers') }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+class Tokenizer:
+    """Text to token ids and back. Nothing in it changes after it is made.
+
+    vocab_size: highest id + 1, added tokens included. eod_id: `<|endoftext|>`, the end of a document. eos_id: where generation
+    stops, the config's eos_token. pad_id: the config's pad_token, or eod_id if it names none.
+    """
+
+    def __init__(self, backend, config):
+        """backend: a tokenizers.Tokenizer, taken over. config: the dict of tokenizer_config.json, chat_template included."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend, self._config = backend, dict(config)
+        spec = json.loads(backend.to_str())
+        if spec["model"]["type"] != "BPE" or (spec["decoder"] or {}).get("type") != "ByteLevel":
+            raise ValueError(f"tokenizer.json: model type {spec['model']['type']!r} is not supported; only byte-level BPE is")
+        self._added = frozenset(t["id"] for t in spec["added_tokens"])
+        # `encode_special_tokens` would still match the added tokens not marked special, such as <think>.
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+        self._can_cut = json.dumps(SPLIT) in json.dumps(spec["pre_tokenizer"])
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self.eod_id = self._id("the end of a document", EOD)
+        self.eos_id = self._id("eos_token", _content(config.get("eos_token")))
+        pad = _content(config.get("pad_token"))
+        self.pad_id = self.eod_id if pad is None else self._id("pad_token", pad)
+        self.chat_template = config.get("chat_template")
+        if not isinstance(self.chat_template, str | None):
+            raise ValueError("tokenizer_config.json: chat_template must be one Jinja string; keep the one named 'default'")
+        for i, token in config.get("added_tokens_decoder", {}).items():
+            if backend.token_to_id(_content(token)) != int(i):
+                raise ValueError(
+                    f"tokenizer_config.json: added_tokens_decoder gives {_content(token)!r} the id {i}, tokenizer.json gives it "
+                    f"{backend.token_to_id(_content(token))}; save both again with transformers' AutoTokenizer"
+                )
+
+    def _id(self, key, token):
+        i = None if token is None else self._backend.token_to_id(token)
+        if i is None:
+            raise ValueError(f"tokenizer: {key}={token!r} is not in the vocabulary; name one that is in tokenizer_config.json")
+        return i
+
+    @classmethod
+    def load(cls, path):
+        """The tokenizer in a folder with tokenizer.json, tokenizer_config.json and, if it has one, chat_template.jinja.
+
+        Raises FileNotFoundError for a missing file, ValueError for one that cannot be read.
+        """
+        path = Path(path)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"{path / name} is missing; give a folder that holds tokenizer.json and tokenizer_config.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as e:  # the library raises no narrower type
+            raise ValueError(f"{path / 'tokenizer.json'} cannot be read: {e}; copy or save it again") from e
+        try:
+            config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{path / 'tokenizer_config.json'} cannot be read: {e}; copy or save it again") from e
+        if not isinstance(config, dict):
+            raise ValueError(f"{path / 'tokenizer_config.json'} holds {type(config).__name__}, not an object; copy or save it again")
+        if (path / "chat_template.jinja").is_file():
+            config["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
+        return cls(backend, config)
+
+    def save(self, path):
+        """Writes tokenizer.json and tokenizer_config.json, which transformers opens to the same ids and chat template."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(path / "tokenizer.json"))
+        text = json.dumps(self._config, ensure_ascii=False, indent=2)
+        (path / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        (path / "chat_template.jinja").unlink(missing_ok=True)  # an older one would win over the config's
+
+    def encode(self, text, allow_special=False):
+        """Token ids of a text. Text that spells an added token is only read as that token with allow_special, as for a chat."""
+        return self.encode_batch([text], allow_special)[0]
+
+    def encode_batch(self, texts, allow_special=False):
+        """A list of token ids for each text, on all cores."""
+        texts = list(texts)
+        backend = self._backend if allow_special else self._plain
+        out = [[] for _ in texts]
+        for group in _groups(texts, cut=self._can_cut and not allow_special):
+            encoded = backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (i, _), encoding in zip(group, encoded):
+                out[i] += encoding.ids
+        return out
+
+    def decode(self, ids, skip_special=False):
+        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary become nothing."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token_bytes(self):
+        """int32 [vocab_size]: bytes of UTF-8 that each id stands for, 0 for added tokens. Their sum is the NFC text's length."""
+        out = np.zeros(self.vocab_size, np.int32)
+        for token, i in self._backend.get_vocab(with_added_tokens=False).items():
+            out[i] = len(token)  # one character of the byte-level alphabet is one byte
+        out[list(self._added)] = 0
+        return out
+
+    def apply_chat_template(self, messages, tools=None, add_generation_prompt=False, enable_thinking=None, **kw):
+        """The text of a conversation, for encode(..., allow_special=True). Messages and tools are lists of dicts of JSON data.
+
+        The template decides what enable_thinking=None means. Raises ValueError if the template fails or tries to leave its sandbox.
+        """
+        if self.chat_template is None:
+            raise ValueError("tokenizer has no chat template; add chat_template.jinja to its folder, or give plain text")
+        if not messages:
+            raise ValueError("messages=[] has nothing to render; give at least one message")
+        # As transformers: a key whose value is None is a missing key.
+        messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
+        named = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and isinstance(v, str | dict)}
+        context = {**named, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+        if enable_thinking is not None:
+            context["enable_thinking"] = enable_thinking
+        try:
+            plain = json.loads(json.dumps({**context, **kw}))  # the template is given no object with methods of its own
+            return _compile(self.chat_template).render(plain)
+        except Exception as e:  # a template is foreign code: it can fail in any way
+            raise ValueError(f"chat template: {e}; check the messages against the template") from e
+
+
+def train_bpe(texts, vocab_size):
+    """A Tokenizer of at most vocab_size ids, fewer if the texts run out of pairs: 256 bytes, merges, then 3 special tokens.
+
+    The same texts give the same tokenizer. Pre-tokenizer, normalizer and special tokens are Qwen2's.
+    """
+    special = [EOD, IM_START, IM_END]
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"vocab_size={vocab_size} has no room for 256 bytes and {len(special)} special tokens; use 259 or more")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(special), initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens(special)
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": None,
+        "eos_token": IM_END,
+        "pad_token": EOD,
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return Tokenizer(backend, config)
+
+
+def _groups(texts, cut):
+    """Lists of (index of the text, piece of it). The library needs 100 bytes a character of what it is given at once."""
+    group, size = [], 0
+    for i, text in enumerate(texts):
+        for piece in _pieces(text) if cut else [text]:
+            group.append((i, piece))
+            size += len(piece)
+            if size >= GROUP:
+                yield group
+                group, size = [], 0
+    yield group
+
+
+def _pieces(text):
+    """A text in parts of about PIECE characters, between a newline and visible ASCII: there SPLIT cuts whatever is around."""
+    start = 0
+    while found := CUT.search(text, start + PIECE):
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:]
+
+
+def _content(token):
+    """The text of a token that the config gives as a string or as a dict."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template):
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise_exception
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return env.from_string(template)
+
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    """JSON as transformers gives it to templates: jinja2's own filter escapes HTML."""
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
