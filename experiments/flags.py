@@ -206,9 +206,7 @@ def _check(config):
         value = config[section][name]
         if value is None or not ok(value):
             raise ValueError(f"{key}={value!r} {rule}")
-    train, warmup = config.train, config.optim.warmup_steps
-    if warmup > train.steps:
-        raise ValueError(f"optim.warmup_steps={warmup} exceeds train.steps={train.steps}; use at most {train.steps}")
+    train = config.train
     _check_layout(config.parallel)
     dp, micro = config.parallel.dp, config.parallel.micro_batches
     if train.batch_size % (dp * micro):

@@ -32,6 +32,11 @@ def layer_specs(cfg, i):
     return {"attention_norm": norm.specs(cfg), "attention": attention.specs(cfg), "mlp_norm": norm.specs(cfg), **ffn}
 
 
+def stacked_specs(cfg):
+    """The tree with one layer's specs in place of the list: the structure of stack_layers' result."""
+    return {**param_specs(cfg), "layers": layer_specs(cfg, 0)}
+
+
 def metric_names(cfg):
     """The keys of loss_fn's metrics."""
     return ("loss", "tokens") + (("router_loss", "router_z_loss", "expert_load") if cfg.moe_layers else ())

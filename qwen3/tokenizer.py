@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 EOD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -211,9 +211,16 @@ def _content(token):
     return token["content"] if isinstance(token, dict) else token
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses what the base class turns into empty text."""
+
+    def unsafe_undefined(self, obj, attribute):
+        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
+
+
 @functools.lru_cache(maxsize=8)
 def _compile(template):
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

@@ -1,6 +1,6 @@
 """Pre-training of a dense model of 0.9M parameters, small enough for a laptop.
 
-    python -m experiments.pretrain --config=experiments/configs/tiny.py --workdir=runs/tiny --config.data.path=TEXT
+    python -m experiments.pretrain --config=experiments/configs/tiny.py --workdir=runs/tiny
 
 Hardware: one CPU process.
 Expected time and loss: not measured.

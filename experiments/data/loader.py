@@ -12,7 +12,7 @@ def batch(rows, step, batch_size, seed):
     """
     count = _count(rows, batch_size)
     epochs, places = np.divmod(step * batch_size + np.arange(batch_size), count)
-    index = np.array([_order(seed, int(e), count)[p] for e, p in zip(epochs, places)])
+    index = np.array([epoch_order(seed, int(e), count)[p] for e, p in zip(epochs, places)])
     return {key: value[index] for key, value in rows.items()}
 
 
@@ -35,7 +35,8 @@ def _count(rows, batch_size):
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed, epoch, count):
+def epoch_order(seed, epoch, count):
+    """The order, int64 [count], in which an epoch (from 0) takes `count` rows."""
     # Raw bits: NumPy keeps them the same between releases, and does not promise that of `permutation`.
     bits = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(count)
     return np.argsort(bits, kind="stable")

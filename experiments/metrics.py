@@ -1,0 +1,77 @@
+"""What a run measures and writes: FLOPs per token, MFU, metrics.jsonl, TensorBoard, the loss curve."""
+
+import json
+import math
+import os
+import time
+
+import mindspore as ms
+import numpy as np
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+from parallel.spec import tree_paths
+from qwen3.model import param_specs
+
+
+def flops_per_token(cfg, seq_len):
+    """Training FLOPs per token, recompute not counted: 6 x (active non-embedding parameters + head) + causal attention."""
+    active = 0
+    for path, spec in tree_paths(param_specs(cfg)):
+        if path in ("embed", "lm_head"):
+            continue
+        share = cfg.experts_per_token / cfg.num_experts if "experts" in spec.dims else 1
+        active += math.prod(spec.shape) * share
+    head = cfg.vocab_size * cfg.hidden_size
+    attention = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len  # scores and mix, half of them masked
+    return 6 * (active + head) + 6 * attention
+
+
+def peak_flops(size=1536, repeats=5):
+    """FLOP/s of this device's own float32 matmul: the best of a few."""
+    a = ms.Tensor(np.ones((size, size), np.float32))
+    matmul, best = ms.ops.MatMul(), 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        matmul(a, a).asnumpy()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+class Writer:
+    """A run's metrics: one JSON object a line in `metrics.jsonl`, numbers also in `tensorboard/`, all of them in `records`."""
+
+    def __init__(self, workdir):
+        self.records = []
+        self.file = open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8")
+        self.board = SummaryWriter(os.path.join(workdir, "tensorboard"))
+
+    def write(self, step, values):
+        """values: numbers, or lists of numbers (to the file only)."""
+        self.records.append({"step": step, **values})
+        self.file.write(json.dumps(self.records[-1]) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
+
+    def close(self):
+        self.file.close()
+        self.board.close()
+
+
+def plot_losses(path, records, bigram=None):
+    """The loss curve as a PNG. records: dicts with step, and loss or eval_loss (nats per target)."""
+    figure = Figure(figsize=(7, 4.5), dpi=120)
+    axes = figure.subplots()
+    for name, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        if points:
+            axes.plot(*zip(*points), label=label, marker="o" if name == "eval_loss" else None, linewidth=1)
+    if bigram is not None:
+        axes.axhline(bigram, linestyle="--", color="gray", label="bigram model, held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,142 @@
+"""AdamW on nested tuples of arrays, with clipping and skipping by the global gradient norm; learning-rate schedules.
+
+Source: Loshchilov and Hutter 2019; the order of operations is torch.optim.AdamW's.
+"""
+
+import math
+from functools import partial
+
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+
+from parallel.spec import tree_leaves, tree_map
+from parallel.step import flatten_in_graph, to_tuple
+
+NO_DECAY, SIGN = 0.0, -1.0
+NORM_MEMORY = 0.95  # of the running mean of gradient norms
+SPIKE_WARMUP_STEPS = 20  # no update is skipped before the running mean has seen this many
+
+
+def learning_rate(optim, steps):
+    """f(step counted from 0) -> learning rate. optim: the config's section."""
+    shapes = {"constant": _constant, "linear": _linear, "cosine": _cosine, "wsd": _wsd}
+    shape, low, warmup = shapes[optim.schedule], optim.min_lr_ratio, optim.warmup_steps
+
+    def rate(step):
+        if step < warmup:
+            return optim.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - 1 - warmup)
+        return optim.lr * (low + (1 - low) * shape(min(done, 1.0), optim))
+
+    return rate
+
+
+def _constant(done, optim):
+    return 1.0
+
+
+def _linear(done, optim):
+    return 1.0 - done
+
+
+def _cosine(done, optim):
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _wsd(done, optim):
+    """Warm-up, stable, decay: at lr until the last decay_fraction of the steps, then down in a straight line."""
+    return min(1.0, (1.0 - done) / optim.decay_fraction) if optim.decay_fraction else 1.0
+
+
+def init_state(params):
+    """params, nested tuples of tensors -> {m, v: zeros like params, norm: the running mean of gradient norms}."""
+    return {"m": zeros_like(params), "v": zeros_like(params), "norm": ms.Tensor(0.0, ms.float32)}
+
+
+def zeros_like(params):
+    """A tree of float32 zeros of the shapes of `params`."""
+    return tree_map(lambda w: ms.Tensor(np.zeros(w.shape, np.float32)), params)
+
+
+def scalars(optim, lr, step):
+    """What changes from step to step (counted from 0), as one tensor, so that nothing compiles again."""
+    corrections = 1 - optim.b1 ** (step + 1), 1 - optim.b2 ** (step + 1)
+    return ms.Tensor(np.array([lr, *corrections, step >= SPIKE_WARMUP_STEPS], np.float32))
+
+
+def adamw(specs, optim):
+    """update(params, grads, m, v, mean norm, scalars) -> (nested tuples of (p, m, v), mean norm, gradient norm, 1 if skipped).
+
+    For use inside a compiled function, on nested tuples of the structure of `specs`. Decay acts on leaves whose spec has two dims
+    or more. A leaf of spec.optimizer "sign" moves by router_bias_rate against its gradient's sign and is left out of the norm.
+    """
+    kinds = to_tuple(tree_map(partial(_kind, optim.weight_decay), specs))
+    flatten, apply = flatten_in_graph(kinds), ops.HyperMap()
+    counted = tuple(i for i, kind in enumerate(tree_leaves(kinds)) if kind != SIGN)
+    leaf, squares, sqrt = _leaf_update(optim), _sum_of_squares(counted), ops.Sqrt()
+    control = _norm_control(optim)
+
+    def update(params, grads, m, v, mean_norm, values):
+        norm = sqrt(squares(flatten(grads)))
+        scale, keep, mean_norm = control(norm, mean_norm, values[3])
+        new = apply(partial(leaf, values, scale, keep), kinds, params, grads, m, v)
+        return new, mean_norm, norm, 1 - keep
+
+    return update
+
+
+def _kind(decay, spec):
+    if spec.optimizer == "sign":
+        return SIGN
+    return float(decay) if len(spec.shape) > 1 else NO_DECAY
+
+
+def _sum_of_squares(counted):
+    total, add, n = ops.ReduceSum(), ops.AddN(), len(counted)
+
+    def squares(leaves):
+        each = ()
+        for i in range(n):
+            g = ops.Cast()(leaves[counted[i]], ms.float32)
+            each += (total(g * g, ()),)
+        return add(each)
+
+    return squares
+
+
+def _norm_control(optim):
+    """control(norm, running mean, warm) -> (factor on the gradients, 1 to update or 0 to skip, running mean)"""
+    clip, limit = optim.clip_norm, optim.skip_spikes
+    minimum, cast = ops.Minimum(), ops.Cast()
+
+    def control(norm, mean, warm):
+        scale = minimum(clip / (norm + 1e-6), 1.0) if clip else norm * 0 + 1
+        if not limit:
+            return scale, norm * 0 + 1, mean
+        spike = cast(norm > limit * mean, ms.float32) * warm
+        seen = mean * NORM_MEMORY + norm * (1 - NORM_MEMORY)
+        started = cast(mean > 0, ms.float32)
+        return scale, 1 - spike, spike * mean + (1 - spike) * (started * seen + (1 - started) * norm)
+
+    return control
+
+
+def _leaf_update(optim):
+    b1, b2, eps, rate = optim.b1, optim.b2, optim.eps, optim.router_bias_rate
+    skips = bool(optim.skip_spikes)
+    sqrt, sign, cast, select = ops.Sqrt(), ops.Sign(), ops.Cast(), ops.Select()
+
+    def leaf(values, scale, keep, kind, p, g, m, v):
+        if kind < 0:
+            return p - cast(rate * keep * sign(g), p.dtype), m, v
+        g = cast(g, ms.float32) * scale
+        new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        w = cast(p, ms.float32)
+        w = w * (1 - values[0] * kind) - values[0] * (new_m / values[1]) / (sqrt(new_v / values[2]) + eps)
+        if skips:  # select, as 0 * inf is not 0
+            same = ops.BroadcastTo(p.shape)(keep > 0)
+            return select(same, cast(w, p.dtype), p), select(same, new_m, m), select(same, new_v, v)
+        return cast(w, p.dtype), new_m, new_v
+
+    return leaf

@@ -1,0 +1,94 @@
+"""Pre-training: python -m experiments.pretrain --config=experiments/configs/tiny.py --workdir=runs/tiny"""
+
+import json
+import math
+import os
+import subprocess
+import tempfile
+
+from absl import flags
+
+from experiments import flags as command_line
+from experiments import metrics
+from experiments.data import bigram, corpus, loader
+from experiments.train import build_program, initial_params, train, uses_scan
+from parallel.spec import count
+from qwen3 import generate, hf
+from qwen3.model import param_specs
+
+FLAGS = flags.FLAGS
+command_line.define("experiments/configs/tiny.py")
+
+
+def main(_):
+    config = command_line.resolve(FLAGS)
+    cfg = command_line.model_config(config)
+    data = corpus.load(config, cfg.vocab_size)
+    cfg = cfg.replace(eos_id=data.tokenizer.eod_id, pad_id=data.tokenizer.eod_id)
+    workdir = new_run_folder(FLAGS.workdir, config)
+    program, params = build_program(cfg, config), initial_params(cfg, config)
+    peak, cost = metrics.peak_flops(), metrics.flops_per_token(cfg, config.train.seq_len)
+    how = "one compiled layer, looped over" if uses_scan(cfg, config.train.layer_loop) else "unrolled"
+    print(f"model      {config.model}: {count(param_specs(cfg)):,} parameters, {cfg.num_layers} layers, {how}")
+    print(f"data       {data.train['tokens'].size:,} training and {data.held_out['tokens'].size:,} held-out tokens")
+    print(f"compute    {cost:.3g} FLOPs a token; this machine's float32 matmul peak {peak / 1e9:.0f} GFLOP/s", flush=True)
+
+    writer = metrics.Writer(workdir)
+    state = train(program, program.init(params), data.train, data.held_out, config, writer, lambda speed: speed * cost / peak)
+    finish(program, state, cfg, config, data, writer, workdir)
+    writer.close()
+
+
+def new_run_folder(path, config):
+    """Makes the run's folder with its config.json. Raises ValueError without --workdir, or where a run already is."""
+    if not path:
+        raise ValueError("--workdir is missing; give a folder for the run, such as --workdir=runs/tiny")
+    if os.path.exists(os.path.join(path, "config.json")):
+        raise ValueError(f"--workdir={path} already holds a run; give another folder, or remove this one")
+    os.makedirs(path, exist_ok=True)
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    with open(os.path.join(path, "config.json"), "w", encoding="utf-8") as file:
+        json.dump({**json.loads(config.to_json()), "git_hash": git.stdout.strip() or None}, file, indent=2)
+    return path
+
+
+def finish(program, state, cfg, config, data, writer, workdir):
+    """The end of a run: held-out loss, the bigram model's, the curve, the weights, and a sample of text."""
+    nats = program.evaluate(state, loader.eval_batches(data.held_out, config.train.batch_size))
+    seen = writer.records[-1]["tokens_seen"]
+    order = loader.epoch_order(config.train.seed, 0, len(data.train["tokens"]))
+    in_order = {key: value[order] for key, value in data.train.items()}
+    baseline = bigram.held_out_nats(in_order, data.held_out, cfg.vocab_size, int(seen))
+    bits = nats / math.log(2) / corpus.bytes_per_target(data.tokenizer, data.held_out)
+    writer.write(config.train.steps, {"eval_loss": nats, "bits_per_byte": bits, "bigram_loss": baseline})
+    metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records, baseline)
+    print(f"held out   {nats:.3f} nats a token, {bits:.3f} bits a byte; a bigram model of as many tokens: {baseline:.3f} nats")
+    params = program.params(state)
+    if config.train.save_hf:
+        save(os.path.join(workdir, "hf"), cfg, params, data.tokenizer)
+    if config.train.sample_tokens:
+        sample(params, cfg, config, data, workdir)
+
+
+def save(folder, cfg, params, tokenizer):
+    with tempfile.TemporaryDirectory() as files:
+        tokenizer.save(files)
+        hf.save(folder, cfg, params, tokenizer_dir=files)
+    print(f"saved      {folder}, which transformers opens")
+
+
+def sample(params, cfg, config, data, workdir):
+    """Continues train.sample_prompt, or the start of a held-out document; greedy and sampled."""
+    tokenizer = data.tokenizer
+    prompt = tokenizer.encode(config.train.sample_prompt) or tokenizer.encode(data.held_text)[:32]
+    with open(os.path.join(workdir, "sample.txt"), "w", encoding="utf-8") as file:
+        for name, options in (("greedy", {}), ("temperature 0.8, top_p 0.95", {"temperature": 0.8, "top_p": 0.95})):
+            new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, stop_ids=(tokenizer.eod_id,), **options)[0]
+            text = f"--- sample, {name}\n{tokenizer.decode(prompt)}|{tokenizer.decode(new)}\n"
+            print(text, end="", flush=True)
+            file.write(text)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
