@@ -108,16 +108,15 @@ def _sum_of_squares(counted):
 def _norm_control(optim):
     """control(norm, running mean, warm) -> (factor on the gradients, 1 to update or 0 to skip, running mean)"""
     clip, limit = optim.clip_norm, optim.skip_spikes
-    minimum, cast = ops.Minimum(), ops.Cast()
+    minimum, cast, select = ops.Minimum(), ops.Cast(), ops.Select()
 
     def control(norm, mean, warm):
         scale = minimum(clip / (norm + 1e-6), 1.0) if clip else norm * 0 + 1
         if not limit:
             return scale, norm * 0 + 1, mean
-        spike = cast(norm > limit * mean, ms.float32) * warm
-        seen = mean * NORM_MEMORY + norm * (1 - NORM_MEMORY)
-        started = cast(mean > 0, ms.float32)
-        return scale, 1 - spike, spike * mean + (1 - spike) * (started * seen + (1 - started) * norm)
+        spike = cast(norm > limit * mean, ms.float32) * cast(mean > 0, ms.float32) * warm
+        seen = select(mean > 0, mean * NORM_MEMORY + norm * (1 - NORM_MEMORY), norm)
+        return scale, 1 - spike, select(spike > 0, mean, seen)  # not a sum of products, as 0 * inf is not 0
 
     return control
 
@@ -134,7 +133,7 @@ def _leaf_update(optim):
         new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         w = cast(p, ms.float32)
         w = w * (1 - values[0] * kind) - values[0] * (new_m / values[1]) / (sqrt(new_v / values[2]) + eps)
-        if skips:  # select, as 0 * inf is not 0
+        if skips:
             same = ops.BroadcastTo(p.shape)(keep > 0)
             return select(same, cast(w, p.dtype), p), select(same, new_m, m), select(same, new_v, v)
         return cast(w, p.dtype), new_m, new_v

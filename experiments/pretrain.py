@@ -21,11 +21,16 @@ command_line.define("experiments/configs/tiny.py")
 
 
 def main(_):
-    config = command_line.resolve(FLAGS)
+    pretrain(command_line.resolve(FLAGS), FLAGS.workdir)
+
+
+def pretrain(config, workdir):
+    """A whole run, into the new folder `workdir`; config as experiments.flags.resolve gives it."""
+    workdir = new_run_folder(workdir)
     cfg = command_line.model_config(config)
     data = corpus.load(config, cfg.vocab_size)
     cfg = cfg.replace(eos_id=data.tokenizer.eod_id, pad_id=data.tokenizer.eod_id)
-    workdir = new_run_folder(FLAGS.workdir, config)
+    write_config(workdir, config)
     program, params = build_program(cfg, config), initial_params(cfg, config)
     peak, cost = metrics.peak_flops(), metrics.flops_per_token(cfg, config.train.seq_len)
     how = "one compiled layer, looped over" if uses_scan(cfg, config.train.layer_loop) else "unrolled"
@@ -39,18 +44,25 @@ def main(_):
     writer.close()
 
 
-def new_run_folder(path, config):
-    """Makes the run's folder with its config.json. Raises ValueError without --workdir, or where a run already is."""
+def new_run_folder(path):
+    """Makes the run's folder. Raises ValueError without a path, or where a run already is."""
     if not path:
         raise ValueError("--workdir is missing; give a folder for the run, such as --workdir=runs/tiny")
     if os.path.exists(os.path.join(path, "config.json")):
         raise ValueError(f"--workdir={path} already holds a run; give another folder, or remove this one")
-    os.makedirs(path, exist_ok=True)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--workdir={path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def write_config(workdir, config):
+    """config.json: the resolved config, with the git hash of the code."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    with open(os.path.join(path, "config.json"), "w", encoding="utf-8") as file:
+    with open(os.path.join(workdir, "config.json"), "w", encoding="utf-8") as file:
         json.dump({**json.loads(config.to_json()), "git_hash": git.stdout.strip() or None}, file, indent=2)
-    return path
 
 
 def finish(program, state, cfg, config, data, writer, workdir):

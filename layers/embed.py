@@ -18,9 +18,7 @@ def build(cfg, sharding):
     dtype = getattr(ms, cfg.compute_dtype)
     reshape = ops.Reshape()
     take = sharding.op(ops.Gather(), "vocab embed, tokens -> tokens>rows embed", kind="contraction", call=_take)
-    project = sharding.op(
-        ops.MatMul(transpose_b=True), "rows>tokens embed, vocab embed -> tokens vocab", kind="contraction", call=_project
-    )
+    project = sharding.op(ops.MatMul(transpose_b=True), "rows>tokens embed, vocab embed -> tokens vocab", kind="contraction", call=_project)
 
     def embed(w, tokens):
         return cast(take(w, reshape(tokens, (-1,))), dtype)

@@ -120,11 +120,11 @@ class _BiasGradient(nn.Cell):
 
 
 def _excess_load():
-    count, mean = _load(), ops.ReduceMean(keep_dims=True)
+    count, mean, maximum = _load(), ops.ReduceMean(keep_dims=True), ops.Maximum()
 
     def excess(probs, expert, valid):
         load = count(expert, valid, probs.shape[1])
-        return load / mean(load, 0) - 1
+        return (load - mean(load, 0)) / maximum(mean(load, 0), 1e-9)  # 0 where nothing is loaded
 
     return excess
 
@@ -176,9 +176,15 @@ def _experts(cfg, sharding):
     dispatch = sharding.op(_dispatch(), "rows>tokens embed, slots, blocks -> blocks block_rows embed", kind="kernel")
     dims = "blocks block_rows embed, assignments, tokens choice -> tokens>rows embed"
     combine = sharding.op(_combine(), dims, kind="kernel")
-    expand = sharding.op(grouped_matmul.reference(), "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows expert_ffn", kind="kernel")
+    expand = sharding.op(
+        grouped_matmul.reference(),
+        "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows expert_ffn",
+        kind="kernel",
+    )
     reduce = sharding.op(
-        grouped_matmul.reference(), "blocks block_rows expert_ffn, experts expert_ffn embed, blocks -> blocks block_rows embed", kind="contraction"
+        grouped_matmul.reference(),
+        "blocks block_rows expert_ffn, experts expert_ffn embed, blocks -> blocks block_rows embed",
+        kind="contraction",
     )
     act = sharding.op(swiglu.reference(), "blocks block_rows expert_ffn", kind="elementwise")
 

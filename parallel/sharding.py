@@ -41,7 +41,7 @@ KINDS = ("elementwise", "contraction", "reduction", "kernel")
 
 
 def parse(signature):
-    """"a>b c, c d -> b d" -> ([[("a", "b"), ("c", "c")], ...operands], [...results]); without an arrow, results is []."""
+    """ "a>b c, c d -> b d" -> ([[("a", "b"), ("c", "c")], ...operands], [...results]); without an arrow, results is []."""
     left, arrow, right = signature.partition("->")
 
     def side(text):

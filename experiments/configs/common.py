@@ -27,7 +27,8 @@ def get_config():
     c.train.eval_every = 0  # steps between evaluations on held-out rows; 0 = only at the end
     c.train.eval_rows = 64  # most held-out rows per evaluation during training; 0 = all
     c.train.seed = 0  # of the initial weights and of the order of the data
-    c.train.layer_loop = "auto"  # unroll = layers compiled one by one; scan = one layer compiled, looped over; auto = by depth
+    # unroll = every layer is compiled; scan = one is, looped over and recomputed in the backward; auto = scan above 2 layers of a kind
+    c.train.layer_loop = "auto"
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text
     c.train.save_hf = True  # write the final weights as a Hugging Face folder

@@ -12,7 +12,7 @@ from experiments.configs import common
 def get_config():
     c = common.get_config()
     c.model = "tiny"
-    c.train.steps = 600
+    c.train.steps = 400
     c.train.batch_size = 16
     c.train.seq_len = 256
     c.optim.lr = 3e-3

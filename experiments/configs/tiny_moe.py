@@ -1,6 +1,6 @@
 """Pre-training of a mixture of 8 experts of 2.6M parameters, small enough for a laptop.
 
-    python -m experiments.pretrain --config=experiments/configs/tiny_moe.py --workdir=runs/tiny_moe --config.data.path=TEXT
+    python -m experiments.pretrain --config=experiments/configs/tiny_moe.py --workdir=runs/tiny_moe
 
 Hardware: one CPU process.
 Expected time and loss: not measured.
@@ -12,7 +12,7 @@ from experiments.configs import common
 def get_config():
     c = common.get_config()
     c.model = "tiny-moe"
-    c.train.steps = 600
+    c.train.steps = 300
     c.train.batch_size = 16
     c.train.seq_len = 256
     c.optim.lr = 3e-3

@@ -1,0 +1,103 @@
+"""What an annotation may say, and what is refused."""
+
+import re
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import ops
+
+from parallel.mesh import AXES, ONE_DEVICE, Mesh
+from parallel.sharding import KINDS, RULES, Sharding, parse
+
+
+def test_signatures_are_parsed():
+    assert parse("rows>tokens embed, embed heads -> tokens heads") == (
+        [[("rows", "tokens"), ("embed", "embed")], [("embed", "embed"), ("heads", "heads")]],
+        [[("tokens", "tokens"), ("heads", "heads")]],
+    )
+    assert parse("tokens ffn") == ([[("tokens", "tokens"), ("ffn", "ffn")]], [])
+    assert parse("tokens one ->") == ([[("tokens", "tokens"), ("one", "one")]], [[]])
+    assert parse("a -> b, c")[1] == [[("b", "b")], [("c", "c")]]
+
+
+# (signature, kind) -> what the error says after naming both.
+REFUSED = {
+    ("rows embde", "elementwise"): "dim 'embde' is not in RULES; did you mean 'embed'?",
+    ("rows xyzzy", "elementwise"): "dim 'xyzzy' is not in RULES",
+    ("rows>tokns embed, embed heads -> tokens heads", "contraction"): "dim 'tokns' is not in RULES; did you mean 'tokens'?",
+    ("rows embed", "matmul"): "kind is not one of elementwise, contraction, reduction, kernel",
+    ("rows embed, embed", "elementwise"): "an elementwise op has one list of dims",
+    ("rows embed -> rows embed", "elementwise"): "an elementwise op has one list of dims",
+    ("rows>tokens embed", "elementwise"): "an elementwise op has one list of dims",
+    ("tokens embed, embed ffn", "contraction"): "a contraction has one result",
+    ("tokens embed, embed ffn -> tokens ffn, tokens", "contraction"): "a contraction has one result",
+    ("tokens vocab, tokens vocab -> tokens one", "reduction"): "a reduction has one result and one operand",
+    ("tokens embed -> tokens ffn", "contraction"): "a dim of the result that no operand has must be one that is never sharded",
+    ("tokens embed, embed ffn -> rows ffn", "contraction"): "a dim of the result that no operand has must be one that is never sharded",
+    ("tokens embed, tokens -> tokens embed", "contraction"): "nothing is summed: every dim of the operands is in the result",
+    ("tokens embed -> embed tokens", "reduction"): "nothing is summed: every dim of the operands is in the result",
+    ("tokens embed, embed", "kernel"): "a kernel names its results",
+    ("tokens embed, heads ffn -> tokens", "kernel"): "a mesh axis is used twice in 'heads ffn'",
+    ("tokens embed, embed>rows -> tokens>rows batch", "kernel"): "a mesh axis is used twice in 'rows batch'",
+}
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("signature, kind", REFUSED)
+def test_wrong_signatures_are_refused(signature, kind, check):
+    message = f"op {signature!r} ({kind}): {REFUSED[signature, kind]}"
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        Sharding(check=check).op(ops.Add(), signature, kind=kind)
+
+
+def test_good_signatures_give_the_function_itself():
+    add = ops.Add()
+    assert Sharding().op(add, "rows embed", kind="elementwise") is add
+    assert {"elementwise", "contraction", "reduction", "kernel"} == set(KINDS)
+
+
+def scaled(matmul, x, w, factor):
+    return matmul(x, w) * factor
+
+
+def test_call_says_how_a_primitive_is_called():
+    """And arguments after the annotated operands pass through, checked or not."""
+    x, w = ms.Tensor(np.ones((2, 3), np.float32)), ms.Tensor(np.ones((3, 4), np.float32))
+    for check in (False, True):
+        f = Sharding(check=check).op(ops.MatMul(), "tokens embed, embed ffn -> tokens ffn", kind="contraction", call=scaled)
+        np.testing.assert_array_equal(f(x, w, 2.0).asnumpy(), np.full((2, 4), 6))
+
+
+def test_check_compares_ranks_and_sizes():
+    def op(fn, signature, kind="kernel"):
+        return Sharding(check=True).op(fn, signature, kind=kind)
+
+    x, w = ms.Tensor(np.ones((2, 3), np.float32)), ms.Tensor(np.ones((4, 3), np.float32))
+    with pytest.raises(AssertionError, match=re.escape("dim 'embed' is 3 and 4")):
+        op(ops.MatMul(transpose_b=True), "tokens embed, embed ffn -> tokens ffn")(x, w)
+    with pytest.raises(AssertionError, match=re.escape("dim 'tokens' is 2 and 3")):
+        op(ops.Transpose(), "tokens embed -> tokens embed")(x, (1, 0))
+    with pytest.raises(AssertionError, match=re.escape("against shape (2, 3)")):
+        op(ops.Neg(), "tokens embed one", "elementwise")(x)
+    with pytest.raises(AssertionError, match=re.escape("against shape (2,)")):
+        op(ops.ReduceSum(), "tokens embed -> tokens one", "reduction")(x, 1)
+    with pytest.raises(AssertionError, match=re.escape("dim 'tokens' is 2 and 4")):
+        op(ops.Add(), "tokens embed", "elementwise")(x, w)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_a_mesh_larger_than_one_device_is_refused(axis):
+    message = f"parallel.{axis}=2 is not built yet: this version runs on one device; use --{axis}=1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Mesh(**{axis: 2})
+    with pytest.raises(ValueError, match=f"parallel.{axis}=0"):
+        Mesh(**{axis: 0})
+
+
+def test_one_device_is_a_mesh_of_size_one():
+    assert ONE_DEVICE == Mesh() and ONE_DEVICE.size(AXES) == 1 and ONE_DEVICE.size(()) == 1
+
+
+def test_rules_map_to_mesh_axes():
+    assert all(set(axes) <= set(AXES) for axes in RULES.values())

@@ -1,0 +1,192 @@
+"""Gradients of parameter trees: what is compiled, what is closed over, and what crosses the border as tuples."""
+
+import re
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, ops
+from mindspore.graph import api
+
+from parallel import step
+from parallel.spec import tree_leaves, tree_map, tree_paths, unflatten
+from parallel.step import value_and_grad
+from qwen3.model import build, metric_names
+from tests.tiny import DENSE, MOE, assert_close, assert_trees_close, host, packed_batch, random_params
+
+TREE = {"a": [np.float32(1), {"b": np.float32(2)}], "c": np.float32(3)}
+
+
+def tree_of_tensors(offset=0.0):
+    return tree_map(lambda x: ms.Tensor(np.full(2, x + offset), ms.float32), TREE)
+
+
+def parameters(tree):
+    return unflatten(tree, [Parameter(leaf, name=path) for path, leaf in tree_paths(tree)])
+
+
+def flat_gradients(fn, like, leaves, batch):
+    """What step.py is held against: MindSpore's own eager gradient of a function of single tensors."""
+    count = len(leaves)
+
+    def of_leaves(*leaves):
+        return fn(unflatten(like, leaves[:count]), batch)[0]
+
+    return ms.value_and_grad(of_leaves, tuple(range(count)))(*leaves)
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+def test_gradients_in_a_graph_equal_eager_ones_as_parameters_change(cfg):
+    """Five SGD steps, each form on its own trajectory: arguments in a graph, closed-over Parameters in a graph, and the reference."""
+    fn, like = build(cfg).loss_fn, random_params(cfg)
+    passed = value_and_grad(fn, aux=metric_names(cfg), compiled=True)
+    closed = value_and_grad(fn, aux=metric_names(cfg), compiled=True)
+    leaves, params, bound = tree_leaves(like), like, parameters(like)
+    for number in range(5):
+        batch = packed_batch(cfg, seed=number)
+        loss, grads = flat_gradients(fn, like, leaves, batch)
+        for vg, values in ((passed, params), (closed, bound)):
+            (value, metrics), found = vg(values, batch)
+            assert_close(loss, value, 1e-5, f"step {number}")
+            assert_trees_close(unflatten(like, grads), found, 1e-4)
+            assert tuple(metrics) == metric_names(cfg)
+            changed = tree_map(lambda p, g: ms.Tensor(host(p) - 0.05 * host(g)), values, found)
+            if values is params:
+                params = changed
+            else:
+                for p, new in zip(tree_leaves(bound), tree_leaves(changed)):
+                    ops.assign(p, new)  # set_data would not reach the graph (test_mindspore_traps)
+        leaves = [ms.Tensor(host(p) - 0.05 * host(g)) for p, g in zip(leaves, grads)]
+    assert max(np.abs(host(a) - host(b)).max() for a, b in zip(leaves, tree_leaves(like))) > 0.02
+
+
+def square_sum(params, x, shift):
+    y = params["a"][0] * x + params["a"][1]["b"] * params["c"]
+    if shift is not None:
+        y = y + shift
+    total = ops.ReduceSum()(y * y)
+    return total, {"total": total, "y": y}
+
+
+def expected_of(params, x, shift):
+    a, b, c = (host(leaf) for leaf in tree_leaves(params))
+    y = a * host(x) + b * c + (0 if shift is None else host(shift))
+    return (y * y).sum(), y, [2 * y * host(x), 2 * y * c, 2 * y * b]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_every_form_gives_the_closed_form(compiled, bound, shifted):
+    x, shift = ms.Tensor(np.array([2, 5], np.float32)), ms.Tensor(np.array([1, -1], np.float32)) if shifted else None
+    params = parameters(tree_of_tensors()) if bound else tree_of_tensors()
+    total, y, grads = expected_of(params, x, shift)
+    (value, aux), found = value_and_grad(square_sum, aux=("y", "total"), compiled=compiled)(params, x, shift)
+    assert list(aux) == ["y", "total"]  # names in the order asked for
+    assert float(value) == float(aux["total"]) == total
+    np.testing.assert_allclose(host(aux["y"]), y)
+    assert list(found) == ["a", "c"] and isinstance(found["a"], list)
+    for got, want in zip(tree_leaves(found), grads):
+        np.testing.assert_allclose(host(got), want, rtol=1e-6)
+
+
+def without_aux(params, x, shift):
+    return square_sum(params, x, shift)[0]
+
+
+def test_without_aux_the_value_is_bare():
+    params, x = tree_of_tensors(), ms.Tensor(np.array([2, 5], np.float32))
+    for compiled in (False, True):
+        value, grads = value_and_grad(without_aux, compiled=compiled)(params, x, None)
+        assert float(value) == expected_of(params, x, None)[0]
+        assert_trees_close(unflatten(params, expected_of(params, x, None)[2]), grads, 1e-6)
+
+
+def test_new_values_do_not_compile_again_and_are_used():
+    vg = value_and_grad(square_sum, aux=("y",), compiled=True)
+    x = ms.Tensor(np.array([2, 5], np.float32))
+    vg(tree_of_tensors(), x, None)
+    compiled = len(api.ms_compile_cache)
+    for offset in (1.0, 2.0, 3.0):
+        params, shifted = tree_of_tensors(offset), x * offset
+        (value, _), grads = vg(params, shifted, None)
+        total, _, expected = expected_of(params, shifted, None)
+        assert float(value) == pytest.approx(total, rel=1e-6)
+        assert_trees_close(unflatten(params, expected), grads, 1e-6)
+    assert len(api.ms_compile_cache) == compiled
+    vg(tree_of_tensors(), x, x)  # another structure is another graph
+    assert len(api.ms_compile_cache) == compiled + 1
+
+
+def doubled(tree, x):
+    return tree["a"][0] + x, (tree["c"] * 2,)
+
+
+def test_a_compiled_function_takes_new_values_and_compiles_once_a_shape():
+    run = step.jit(doubled)
+    one = ms.Tensor(np.ones(2, np.float32))
+    run(tree_of_tensors(), one)
+    compiled = len(api.ms_compile_cache)
+    for offset in (1.0, 2.0):
+        total, (twice,) = run(tree_of_tensors(offset), one)
+        np.testing.assert_array_equal(host(total), [2 + offset] * 2)
+        np.testing.assert_array_equal(host(twice), [6 + 2 * offset] * 2)
+    assert len(api.ms_compile_cache) == compiled
+    run(tree_map(lambda t: ops.concat((t, t)), tree_of_tensors()), ms.Tensor(np.ones(4, np.float32)))
+    assert len(api.ms_compile_cache) == compiled + 1
+
+
+def test_closed_over_parameters_are_told_apart_by_identity():
+    """Two sets of Parameters of one structure do not share a graph that closes over the first."""
+    vg = value_and_grad(square_sum, aux=("y",), compiled=True)
+    x = ms.Tensor(np.array([2, 5], np.float32))
+    for offset in (0.0, 4.0):
+        params = parameters(tree_of_tensors(offset))
+        assert float(vg(params, x, None)[0][0]) == pytest.approx(expected_of(params, x, None)[0], rel=1e-6)
+
+
+def test_mixed_and_empty_params_are_refused():
+    tensor, x = ms.Tensor(np.ones(2, np.float32)), ms.Tensor(np.ones(2, np.float32))
+    for compiled in (False, True):
+        vg = value_and_grad(without_aux, compiled=compiled)
+        for params in ({"a": tensor, "b": Parameter(tensor, name="b")}, {"a": Parameter(tensor, name="a"), "b": tensor}):
+            with pytest.raises(ValueError, match=re.escape("params mixes Parameters and tensors; use one kind")):
+                vg(params, x, None)
+        for params in ({}, [], {"layers": []}):
+            with pytest.raises(ValueError, match="params has no leaves"):
+                vg(params, x, None)
+
+
+WITH_NONE = {"a": [1, {"b": None}], "c": (), "d": {"e": 4, "f": [5]}, "it's": None}
+
+
+def test_rebuild_undoes_to_tuple():
+    """Lists become tuples; a None in the pattern stays None whatever stands for it."""
+    expected = {"a": (1, {"b": None}), "c": (), "d": {"e": 4, "f": (5,)}, "it's": None}
+    assert step.to_tuple(WITH_NONE) == ((1, (None,)), (), (4, (5,)), None)
+    assert step.rebuild(WITH_NONE)(step.to_tuple(WITH_NONE)) == expected
+    assert step.rebuild(WITH_NONE)(((1, (9,)), (), (4, (5,)), 9)) == expected
+    assert step.from_tuple(WITH_NONE, step.to_tuple(WITH_NONE)) == WITH_NONE
+    assert step.rebuild(3)(7) == 7
+
+
+def test_rebuild_flat_undoes_flatten_in_graph():
+    like = {"a": [0, {"b": 0}], "c": {"d": (0, 0)}}
+    flat = (1, 2, 3, 4)
+    tree = step.rebuild_flat(like)(flat)
+    assert tree == {"a": (1, {"b": 2}), "c": {"d": (3, 4)}}
+    assert step.flatten_in_graph(like)(tree) == flat
+    assert step.rebuild_flat({"a": 0})((5,)) == {"a": 5} and step.flatten_in_graph({"a": 0})({"a": 5}) == (5,)
+
+
+def test_trees_cross_a_graph_with_their_structure():
+    like = {"a": [0, {"b": 0}], "c": 0}
+    build_tree, flatten = step.rebuild_flat(like), step.flatten_in_graph(like)
+
+    @ms.jit(fullgraph=True)
+    def round_trip(flat):
+        tree = build_tree(flat)
+        return flatten({"a": (tree["a"][0], {"b": tree["a"][1]["b"] * 10}), "c": tree["c"]})
+
+    leaves = tuple(ms.Tensor(np.full(2, n), ms.float32) for n in (1, 2, 3))
+    assert [host(x)[0] for x in round_trip(ms.mutable(leaves))] == [1, 20, 3]
