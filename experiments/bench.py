@@ -16,7 +16,7 @@ from absl import flags
 from experiments import flags as command_line
 from experiments import metrics
 from experiments.configs import common
-from experiments.train import build_program
+from experiments.train import build_program, uses_scan
 from parallel.spec import count, hash_uniform, init_params, tree_map
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
@@ -25,7 +25,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_enum("what", "train", ["train"], "what to measure")
 flags.DEFINE_string("json", None, "file for the figures")
 flags.DEFINE_integer("steps", 10, "timed steps, after two that are not", lower_bound=1)
-flags.DEFINE_enum("layer_loop", "unroll", ["unroll", "scan"], "how the layers are compiled")
+flags.DEFINE_enum("layer_loop", "auto", ["auto", "unroll", "scan"], "how the layers are compiled")
 
 # Fixed, so that figures of different versions and peers compare.
 MODEL = dict(vocab_size=8192, hidden_size=256, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=32, ffn_size=768, tie_embeddings=True)
@@ -60,7 +60,7 @@ def bench_train(steps, layer_loop):
         "what": "train",
         "cores": os.cpu_count(),
         "parameters": count(param_specs(cfg)),
-        "layer_loop": layer_loop,
+        "layer_loop": "scan" if uses_scan(cfg, layer_loop) else "unroll",
         "step_time_s": step_time_s,
         "tokens_per_s": tokens_per_s,
         "mfu": tokens_per_s * metrics.flops_per_token(cfg, SEQ_LEN) / peak_flops,

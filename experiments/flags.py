@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments.configs import common
-from qwen3.config import SIZES, Qwen3Config
+from qwen3.config import SIZES, Qwen3Config, check_compute_dtype
 
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 
@@ -43,7 +43,7 @@ def run(main):
         flags.DEFINE_boolean("traceback", False, "show the whole traceback of an error")
     try:
         app.run(main, flags_parser=parse)
-    except (ValueError, FileNotFoundError, flags.Error) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, flags.Error) as error:
         if "--traceback" in sys.argv:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -84,11 +84,11 @@ def model_config(config, device="CPU"):
         args["mlp_only_layers"] = tuple(args["mlp_only_layers"])
         if any(not isinstance(i, int) for i in args["mlp_only_layers"]):
             raise ValueError(f"model_args.mlp_only_layers={args['mlp_only_layers']} must be layer numbers, such as (0,1)")
-    cfg = _base_model(config.model).replace(**args)
-    if device == "CPU" and cfg.compute_dtype != "float32":
-        no_bf16 = "MindSpore has no bfloat16 matmul on CPU"
-        why = no_bf16 if cfg.compute_dtype == "bfloat16" else "on CPU this version computes in float32 only"
-        raise ValueError(f"model_args.compute_dtype={cfg.compute_dtype!r}: {why}; use --config.model_args.compute_dtype=float32")
+    base = _base_model(config.model)
+    if args.get("vocab_size", base.vocab_size) != base.vocab_size:  # another tokenizer, with other ids
+        args = {"bos_id": None, "eos_id": None, "pad_id": None, **args}
+    cfg = base.replace(**args)
+    check_compute_dtype(cfg, device)
     return cfg
 
 

@@ -1,15 +1,13 @@
 """Pre-training: python -m experiments.pretrain --config=experiments/configs/tiny.py --workdir=runs/tiny"""
 
-import json
 import math
 import os
-import subprocess
 import tempfile
 
 from absl import flags
 
 from experiments import flags as command_line
-from experiments import metrics
+from experiments import metrics, run_folder
 from experiments.data import bigram, corpus, loader
 from experiments.train import build_program, initial_params, train, uses_scan
 from parallel.spec import count
@@ -26,11 +24,11 @@ def main(_):
 
 def pretrain(config, workdir):
     """A whole run, into the new folder `workdir`; config as experiments.flags.resolve gives it."""
-    workdir = new_run_folder(workdir)
+    run_folder.make(workdir)
     cfg = command_line.model_config(config)
     data = corpus.load(config, cfg.vocab_size)
-    cfg = cfg.replace(eos_id=data.tokenizer.eod_id, pad_id=data.tokenizer.eod_id)
-    write_config(workdir, config)
+    cfg = corpus.with_token_ids(cfg, data.tokenizer, trained=not config.data.tokenizer)
+    run_folder.write_config(workdir, config)
     program, params = build_program(cfg, config), initial_params(cfg, config)
     peak, cost = metrics.peak_flops(), metrics.flops_per_token(cfg, config.train.seq_len)
     how = "one compiled layer, looped over" if uses_scan(cfg, config.train.layer_loop) else "unrolled"
@@ -42,27 +40,6 @@ def pretrain(config, workdir):
     state = train(program, program.init(params), data.train, data.held_out, config, writer, lambda speed: speed * cost / peak)
     finish(program, state, cfg, config, data, writer, workdir)
     writer.close()
-
-
-def new_run_folder(path):
-    """Makes the run's folder. Raises ValueError without a path, or where a run already is."""
-    if not path:
-        raise ValueError("--workdir is missing; give a folder for the run, such as --workdir=runs/tiny")
-    if os.path.exists(os.path.join(path, "config.json")):
-        raise ValueError(f"--workdir={path} already holds a run; give another folder, or remove this one")
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--workdir={path} cannot be made: {error.strerror}") from error
-    return path
-
-
-def write_config(workdir, config):
-    """config.json: the resolved config, with the git hash of the code."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    with open(os.path.join(workdir, "config.json"), "w", encoding="utf-8") as file:
-        json.dump({**json.loads(config.to_json()), "git_hash": git.stdout.strip() or None}, file, indent=2)
 
 
 def finish(program, state, cfg, config, data, writer, workdir):

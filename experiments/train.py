@@ -32,11 +32,17 @@ class Program:
 
 def build_program(cfg, config):
     """Pure functions over an opaque state, for a model and a run's config; each compiles on first use, once per batch shape.
+    Raises ValueError for weights that are not float32.
 
     init(params tree) -> state, and params(state) -> params tree, as qwen3.model and hf.save take it.
     step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S]; metrics: floats and lists.
     evaluate(state, batches) -> cross-entropy in nats per target.
     """
+    if cfg.param_dtype != "float32":
+        raise ValueError(
+            f"model_args.param_dtype={cfg.param_dtype!r}: training keeps its weights in float32, whatever it computes in;"
+            " use --config.model_args.param_dtype=float32"
+        )
     scan = uses_scan(cfg, config.train.layer_loop)
     model, specs = build(cfg, scan=scan), stacked_specs(cfg) if scan else param_specs(cfg)
     names = metric_names(cfg)
@@ -55,6 +61,8 @@ def build_program(cfg, config):
         state, (objective, aux, norm, skipped) = run_step(state, batch, optimizer.scalars(config.optim, lr, at))
         metrics = {name: _number(value) for name, value in zip(names, aux)}
         metrics.update(objective=_number(objective), grad_norm=_number(norm), lr=lr)
+        if cfg.moe_layers:
+            metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # of any expert, over the mean
         return state, {**metrics, "skipped": _number(skipped)} if config.optim.skip_spikes else metrics
 
     def evaluate(state, batches):

@@ -30,7 +30,7 @@ def build(cfg, sharding):
 
 
 def _take(gather, w, ids):
-    return gather(w, ids, 0)
+    return gather(cast(w, ms.float32), ids, 0)  # float32, so that a token's gradients are summed in it
 
 
 def _project(matmul, x, w):

@@ -11,6 +11,6 @@ def reference():
     gather, matmul, cast = ops.Gather(), ops.BatchMatMul(), ops.Cast()
 
     def grouped_matmul(x, w, group):
-        return matmul(x, cast(gather(w, group, 0), x.dtype))
+        return matmul(x, gather(cast(w, x.dtype), group, 0))
 
     return grouped_matmul

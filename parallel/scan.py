@@ -59,19 +59,19 @@ class _Scan(nn.Cell):
             inputs = self.put(inputs, i, h)
             h, _ = self.body(self.pick(stacked, i), h, consts)
             i = i + 1
-        grads = ()
+        j = ms.Tensor(self.num_layers - 1, ms.int32)
+        grads = (j,)  # first, as a loop cannot carry a tuple of arrays that are all of one shape
         for w in stacked:
             grads += (self.zeros_like(w),)
-        j = ms.Tensor(self.num_layers - 1, ms.int32)
         while j >= 0:
             back = self.vjp(self.body)(self.pick(stacked, j), inputs[j], consts, (dx, dstats[j]))
             dx = back[1]
-            written = ()
-            for k in range(len(grads)):
-                written += (self.put(grads[k], j, back[0][k]),)
+            written = (j,)
+            for k in range(1, len(grads)):
+                written += (self.put(grads[k], j, back[0][k - 1]),)
             grads = written
             j = j - 1
-        return dx, grads, none
+        return dx, grads[1:], none
 
 
 def _pick(stacked, i):

@@ -131,6 +131,14 @@ def _check(c):
         need(value is None or 0 <= value < c.vocab_size, f"{key}={value} is outside the vocabulary of {c.vocab_size}")
 
 
+def check_compute_dtype(cfg, device):
+    """Raises ValueError if `device`, MindSpore's name of the target, cannot compute in cfg.compute_dtype."""
+    if device == "CPU" and cfg.compute_dtype != "float32":
+        no_bf16 = "MindSpore has no bfloat16 matmul on CPU"
+        why = no_bf16 if cfg.compute_dtype == "bfloat16" else "on CPU this version computes in float32 only"
+        raise ValueError(f"model_args.compute_dtype={cfg.compute_dtype!r}: {why}; use --config.model_args.compute_dtype=float32")
+
+
 def _divisors(n):
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 

@@ -17,6 +17,7 @@ from ops.attention import cache_mask, document_mask
 from parallel.scan import scan as scan_layers
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves, unflatten
+from qwen3.config import check_compute_dtype
 
 
 def param_specs(cfg):
@@ -64,6 +65,7 @@ def build(cfg, sharding=None, scan=False):
 
     scan: `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list (see stack_layers), run as a loop.
     """
+    check_compute_dtype(cfg, ms.get_context("device_target"))
     sharding = sharding or Sharding()
     take, head = embed.build(cfg, sharding)
     angles, rotate = rope.build(cfg, sharding)

@@ -59,6 +59,14 @@ def _rows(tokenizer, documents, seq_len):
     return packing.pack(tokenizer.encode_batch([d.text for d in documents]), seq_len, tokenizer.eod_id)
 
 
+def with_token_ids(cfg, tokenizer, trained):
+    """cfg with the tokenizer's end-of-document id as eos and pad: always of a tokenizer trained here, else where cfg has none."""
+    eod = tokenizer.eod_id
+    if trained:
+        return cfg.replace(bos_id=None, eos_id=eod, pad_id=eod)
+    return cfg.replace(eos_id=eod if cfg.eos_id is None else cfg.eos_id, pad_id=eod if cfg.pad_id is None else cfg.pad_id)
+
+
 def bytes_per_target(tokenizer, rows):
     """Mean number of UTF-8 bytes that a weighted target stands for."""
     targets = rows["targets"][rows["loss_weights"] > 0]

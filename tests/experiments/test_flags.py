@@ -245,3 +245,10 @@ def test_help_lists_the_layout_flags(tmp_path):
     path = {**os.environ, "PYTHONPATH": os.getcwd()}
     out = subprocess.run([sys.executable, main, "--help"], capture_output=True, text=True, timeout=60, env=path).stdout
     assert all(f"--{name}" in out.replace("[no]", "") for name in ("config", "workdir", "tp", "seq_parallel", "lowering"))
+
+
+def test_another_vocabulary_drops_the_token_ids_of_the_released_one():
+    config = common.get_config()
+    config.model, config.model_args.vocab_size = "qwen3-0.6b", 512
+    cfg = flags.model_config(config)
+    assert (cfg.vocab_size, cfg.eos_id, cfg.pad_id) == (512, None, None)

@@ -1,0 +1,69 @@
+"""What the README says of the tree: imports go one way, mesh axes stay in parallel/, files stay short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A folder and what it may import of ours, besides itself.
+MAY_IMPORT = {
+    "ops": (),
+    "parallel": ("ops",),
+    "layers": ("ops", "parallel"),
+    "qwen3": ("ops", "parallel", "layers"),
+    "experiments": ("ops", "parallel", "layers", "qwen3"),
+}
+
+
+def sources(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported(path):
+    """Top-level names of the modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_imports_go_one_way(folder):
+    assert sources(folder)
+    for path in sources(folder):
+        wrong = (set(imported(path)) & set(MAY_IMPORT)) - {folder, *MAY_IMPORT[folder]}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+@pytest.mark.parametrize("folder", ["ops", "layers", "qwen3"])
+def test_mesh_axes_are_named_in_parallel_only(folder):
+    for path in sources(folder):
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not strings & {"dp", "tp", "pp", "cp", "ep"}, path
+
+
+def test_nothing_unsafe_reads_files():
+    for folder in MAY_IMPORT:
+        for path in sources(folder):
+            assert not set(imported(path)) & {"pickle", "torch", "transformers", "marshal", "shelve"}, path
+
+
+def test_files_stay_under_500_lines():
+    for path in [*(p for folder in MAY_IMPORT for p in sources(folder)), *sources("tests")]:
+        assert len(path.read_text().splitlines()) < 500, path
+
+
+def test_functions_stay_under_60_lines():
+    for folder in MAY_IMPORT:
+        for path in sources(folder):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_mains_stay_under_100_lines():
+    for path in sources("experiments"):
+        if path.parent.name == "experiments" and '__name__ == "__main__"' in path.read_text():
+            assert len(path.read_text().splitlines()) < 100, path
