@@ -126,7 +126,7 @@ def test_a_mistake_in_a_config_file_is_named_in_one_line(monkeypatch, tmp_path, 
 
 
 def test_layout_flags_override_the_command_line_which_overrides_the_file(monkeypatch):
-    assert read(monkeypatch, TINY).train.steps == 600
+    assert read(monkeypatch, TINY).train.steps == 400
     assert read(monkeypatch, TINY, "--config.train.steps=70").train.steps == 70
     assert read(monkeypatch, "--config", TINY.split("=")[1], "--config.train.steps", "80").train.steps == 80
     assert read(monkeypatch, TINY, "--config.parallel.micro_batches=2").parallel.micro_batches == 2
