@@ -9,6 +9,7 @@ from mindspore import Parameter, ops
 from mindspore.graph import api
 
 from parallel import step
+from parallel.scan import scan
 from parallel.spec import tree_leaves, tree_map, tree_paths, unflatten
 from parallel.step import value_and_grad
 from qwen3.model import build, metric_names
@@ -190,3 +191,55 @@ def test_trees_cross_a_graph_with_their_structure():
 
     leaves = tuple(ms.Tensor(np.full(2, n), ms.float32) for n in (1, 2, 3))
     assert [host(x)[0] for x in round_trip(ms.mutable(leaves))] == [1, 20, 3]
+
+
+def in_a_loop(x, w):
+    i = ms.Tensor(0, ms.int32)
+    while i < 2:
+        x = x * w
+        i = i + 1
+    return x
+
+
+def test_slices_of_a_tensor_are_read_from_their_place():
+    """MindSpore reads them from elsewhere in a graph with a loop (test_mindspore_traps)."""
+    whole, run = ms.Tensor(np.arange(8, dtype=np.float32).reshape(4, 2)), step.jit(in_a_loop)
+    for w in (*whole, *ops.split(whole, 1)):
+        np.testing.assert_array_equal(host(run(ops.ones_like(w), w)), host(w) ** 2)
+    np.testing.assert_array_equal(host(run(ops.ones_like(whole.T), whole.T)), host(whole).T ** 2)
+
+
+LEAVES = {"one": [(2,)], "two_of_a_shape": [(2,), (2,)], "two_shapes": [(2,), (3, 2)]}
+total, reshape = ops.ReduceSum(), ops.Reshape()
+
+
+def layer(p, x, consts):
+    for w in p:
+        x = x * total(w) + consts[0]
+    return x, reshape(total(x), (1,))
+
+
+@pytest.mark.parametrize("shapes", LEAVES)
+def test_the_layer_loop_takes_leaves_of_any_shapes(shapes):
+    """Gradients of the loop over 3 stacked layers are those of the layers one after the other."""
+    rng = np.random.default_rng(0)
+    stacked = [ms.Tensor(rng.normal(0, 1, (3, *shape)), ms.float32) for shape in LEAVES[shapes]]
+    like, (x, c) = [0] * len(stacked), ms.Tensor(rng.normal(0, 1, (2, 2)), ms.float32)
+    loop = scan(layer, like, 3, (1,))
+
+    def looped(params, c):
+        y, stats = loop(params["x"], params["w"], (c,))
+        return (y * y).sum() + (stats * stats).sum()
+
+    def unrolled(params, c):
+        y, squares = params["x"], 0
+        for i in range(3):
+            y, s = layer([w[i] for w in params["w"]], y, (c,))
+            squares = squares + (s * s).sum()
+        return (y * y).sum() + squares
+
+    params = {"x": x, "w": stacked}
+    expected, grads = value_and_grad(unrolled)(params, c)
+    value, found = value_and_grad(looped, compiled=True)(params, c)
+    assert_close(expected, value, 1e-6)
+    assert_trees_close(grads, found, 1e-5)
