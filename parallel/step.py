@@ -107,7 +107,7 @@ def _graph(fn, args):
 
 
 def _placed(leaf):
-    return _NONE if leaf is None else leaf
+    return _NONE if leaf is None else leaf.contiguous()  # a graph with loops reads a slice of a tensor from the wrong place
 
 
 def _structure(tree):

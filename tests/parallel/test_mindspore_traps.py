@@ -324,6 +324,23 @@ def test_arrays_from_asnumpy_change_with_their_parameter():
     still(snapshot[0] == 7, "a snapshot of parameters needs no copy()")
 
 
+def test_a_graph_with_a_loop_reads_a_slice_of_a_tensor_from_the_wrong_place():
+    @ms.jit(fullgraph=True)
+    def product(x, w):
+        i = Tensor(0, ms.int32)
+        while i < 1:
+            x = x * w
+            i = i + 1
+        return x
+
+    right = []
+    for rows in range(2, 12):
+        row = Tensor(np.arange(1, 2 * rows + 1, dtype=np.float32).reshape(-1, 2))[1]
+        right.append(np.array_equal(product(full(1), row).asnumpy(), [3, 4]))
+        assert product(full(1), row.contiguous()).asnumpy().tolist() == [3, 4]
+    still(not all(right), "step.jit need not call contiguous()")
+
+
 def test_a_global_tensor_is_a_constant_of_the_graph():
     scale = full(1)
 
