@@ -120,6 +120,16 @@ class Tokenizer:
                 out[i] += encoding.ids
         return out
 
+    def encode_offsets(self, text):
+        """(ids int32 [n], starts int64 [n], ends int64 [n]) of a chat's text: where in it, in characters, each token lies."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        return np.array(encoding.ids, np.int32), starts, ends
+
+    def is_added(self, i):
+        """Whether id i is an added token, such as `<|im_end|>` or `<think>`."""
+        return int(i) in self._added
+
     def decode(self, ids, skip_special=False):
         """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary become nothing."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)

@@ -1,0 +1,243 @@
+"""Conversations to token ids and a loss mask, by the tokenizer's own chat template; and the formats that conversations come in."""
+
+import copy
+import itertools
+import json
+import re
+from bisect import bisect_right
+
+import numpy as np
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+
+
+def encode_chat(tokenizer, messages, tools=None, enable_thinking=None):
+    """(ids int32 [n], mask uint8 [n]) of a conversation; the text is what the chat template makes of it.
+
+    mask is 1 on the tokens that an assistant produces: what follows its generation prompt, up to and with the token that closes the
+    turn. So the empty think block is 1 where the model writes it, and 0 where enable_thinking=False puts it into the prompt. A token
+    that is part the assistant's counts as its own. Raises ValueError if the template fails or hides where a turn starts or ends.
+    """
+    for i, message in enumerate(messages):
+        if not isinstance(message.get("content", ""), str | None):
+            raise ValueError(f"message {i}: 'content' is {type(message['content']).__name__}; give text")
+    if not any(m.get("role") == "assistant" for m in messages):
+        raise ValueError("the conversation has no assistant turn, so there is nothing to learn; leave it out")
+    if tokenizer.chat_template and GENERATION.search(tokenizer.chat_template):
+        text, spans = _tagged_spans(tokenizer, messages, tools, enable_thinking)
+        closed = False
+    else:
+        text, spans = _spans(tokenizer, messages, tools, enable_thinking)
+        closed = True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise ValueError("the conversation has half a surrogate pair, which is no character; mend or drop it") from e
+    ids, start, end = tokenizer.encode_offsets(text)
+    mask = np.zeros(len(ids), np.uint8)
+    for first, last in spans:
+        mask[(start < last) & (np.maximum(end, start + 1) > first)] = 1
+        if closed:
+            k = int(np.searchsorted(start, last))
+            if k == len(ids) or start[k] != last or not tokenizer.is_added(ids[k]):
+                raise ValueError(f"chat template: no special token closes the assistant turn at character {last}; {_TAG}")
+            mask[k] = 1
+    return ids, mask
+
+
+_TAG = "wrap what the assistant produces in {% generation %} ... {% endgeneration %}"
+
+
+def _spans(tokenizer, messages, tools, enable_thinking):
+    """(text, [(start, end)]): characters that the assistant produces, its closing token not among them.
+
+    A template may render a turn by what follows it (Qwen3 drops the reasoning of earlier turns), so a rendering of the first turns
+    says little. Each turn is found by rendering the whole again with a mark in it: what stays the same around is not of the turn.
+    """
+    mark, _ = _unused(messages, tools, tokenizer.chat_template)
+
+    def render(messages, prompt=False, thinking=enable_thinking):
+        return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=prompt, enable_thinking=thinking)
+
+    text, spans = render(messages), []
+    for i, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        marked = render(messages[:i] + [_marked(message, mark, whole=True)] + messages[i + 1 :])
+        if marked.count(mark) != 1:
+            raise ValueError(f"chat template: message {i} (assistant) is not rendered once; {_TAG}")
+        content, end = _shared_prefix(text, marked), len(text) - _shared_suffix(text, marked)
+        start = _after_prompt(render, messages, i, text, content, mark)
+        spans.append((min(start, end), end))
+    return text, spans
+
+
+def _after_prompt(render, messages, i, text, content, mark):
+    """Where the generation prompt of turn i ends in the text; content: where what the turn says starts, at or after that."""
+    prompts = []
+    if i > 0:
+        before = [*messages[: i - 1], _marked(messages[i - 1], mark, whole=False)]
+        marked = render(before + messages[i:])
+        place = len(text) - _shared_suffix(text, marked)  # in the previous message; up to the turn there is only its rest
+        for thinking in ({}, {"thinking": None}, {"thinking": True}, {"thinking": False}):
+            try:
+                prompts.append(render(before, prompt=True, **thinking).rpartition(mark)[2])
+            except ValueError:  # the template accepts the whole, but not this start of it
+                break
+            if marked.count(mark) == 1 and text.startswith(prompts[-1], place, content):
+                return place + len(prompts[-1])
+        if prompts:
+            shared = _shared_prefix(prompts[0], text[place:content])
+            if marked.count(mark) == 1 and shared >= len(render(before).rpartition(mark)[2]):
+                return place + shared
+    opening = [{"role": "user", "content": mark}]
+    prompt = render(opening, prompt=True, thinking=None)[len(render(opening, thinking=None)) :]
+    place = text.rfind(prompt, 0, content) if prompt else -1
+    if place < 0:
+        raise ValueError(f"chat template: the generation prompt of message {i} is not found in the conversation; {_TAG}")
+    return place + len(prompt)
+
+
+def _marked(message, mark, whole):
+    """A copy with the mark for all that the message says; or, if not whole, in the middle of its content where it has any."""
+    content = message.get("content") or ""
+    if content and not whole:
+        half = len(content) // 2
+        return {**message, "content": content[:half] + mark + content[half:]}
+    return {**{k: v for k, v in message.items() if k not in ("reasoning_content", "tool_calls")}, "content": mark}
+
+
+def _tagged_spans(tokenizer, messages, tools, enable_thinking):
+    """As _spans, for a template that tags with `generation` what the assistant produces, as for transformers."""
+    opened, closed = _unused(messages, tools, tokenizer.chat_template)
+    template = GENERATION.sub(r"{%\1 \2call generation() \3%}", tokenizer.chat_template)
+    template = re.sub(r"endcall generation\(\)", "endcall", template)
+    marking = copy.copy(tokenizer)
+    macro = "{%- macro generation() %}{{ 'OPENED' }}{{ caller() }}{{ 'CLOSED' }}{% endmacro %}\n"
+    marking.chat_template = macro.replace("OPENED", opened).replace("CLOSED", closed) + template
+    marked = marking.apply_chat_template(messages, tools, enable_thinking=enable_thinking)
+    text, spans = "", []
+    for part in re.split(f"({opened}.*?{closed})", marked, flags=re.DOTALL):
+        said = part.strip(opened + closed) if part.startswith(opened) else part
+        if part.startswith(opened):
+            spans.append((len(text), len(text) + len(said)))
+        text += said
+    return text, spans
+
+
+def _unused(*values):
+    """Two characters, of those for private use, that are in none of the values."""
+    used = json.dumps(values, ensure_ascii=False, default=str)
+    free = list(itertools.islice((c for c in map(chr, range(0xE000, 0xF900)) if c not in used), 2))
+    if len(free) < 2:
+        raise ValueError("the conversation uses every character that is for private use; leave it out")
+    return free[:2]
+
+
+def _shared_prefix(a, b):
+    """Length of what a and b start with."""
+    size = min(len(a), len(b))
+    return bisect_right(range(1, size + 1), False, key=lambda n: a[:n] != b[:n])
+
+
+def _shared_suffix(a, b):
+    size = min(len(a), len(b))
+    return bisect_right(range(1, size + 1), False, key=lambda n: a[-n:] != b[-n:])
+
+
+def alpaca(record):
+    """(messages, tools) of a record with instruction, output, and if it has them input, system and history ([[question, answer], ...])."""
+    messages = [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
+    for turn in _list(record, "history", (list, tuple)) if record.get("history") else []:
+        if len(turn) != 2 or not all(isinstance(t, str) for t in turn):
+            raise ValueError(f"'history' has {_short(turn)}; give pairs of a question and an answer")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    parts = [_text(record, "instruction"), _text(record, "input") if record.get("input") else ""]
+    messages.append({"role": "user", "content": "\n".join(p for p in parts if p)})
+    return messages + [{"role": "assistant", "content": _text(record, "output")}], None
+
+
+def sharegpt(record):
+    """(messages, tools) of a record with conversations ([{"from", "value"}]), and if it has them system and tools.
+
+    from: human, gpt, function_call (its value the JSON of {"name", "arguments"}, or a list of them), observation, system.
+    """
+    messages = [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
+    for turn in _list(record, "conversations"):
+        role = SHAREGPT_ROLES.get(str(turn.get("from")))
+        if role is None:
+            raise ValueError(f"from={turn.get('from')!r} is not known; use one of {', '.join(SHAREGPT_ROLES)}")
+        value = _text(turn, "value")
+        if turn["from"] == "function_call":
+            calls = _json("function_call", value)
+            calls = [{"type": "function", "function": c} for c in (calls if isinstance(calls, list) else [calls])]
+            messages.append({"role": role, "content": "", "tool_calls": calls})
+        else:
+            messages.append({"role": role, "content": value})
+    return messages, _tools(record)
+
+
+def openai(record):
+    """(messages, tools) of a record with OpenAI's messages, and tools if it has them. The text parts of a content are joined."""
+    messages = []
+    for message in _list(record, "messages"):
+        if message.get("role") not in ROLES:
+            raise ValueError(f"role={message.get('role')!r} is not known; use one of {', '.join(ROLES)}")
+        content = message.get("content")
+        if isinstance(content, list):
+            if wrong := [p for p in content if not isinstance(p, dict) or not isinstance(p.get("text"), str)]:
+                raise ValueError(f"'content' has the part {_short(wrong[0])}; only text is supported")
+            content = "".join(p["text"] for p in content)
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"'content' is {type(content).__name__}; give text")
+        if content is None and not message.get("tool_calls"):
+            raise ValueError(f"a message of role {message['role']!r} has neither content nor tool calls; leave it out")
+        messages.append({**message, "content": content or ""})
+    return messages, _tools(record)
+
+
+FORMATS = {"alpaca": alpaca, "sharegpt": sharegpt, "messages": openai}
+
+
+def _text(record, key):
+    if key not in record:
+        raise ValueError(f"key {key!r} is missing; the keys are {', '.join(map(str, record))}")
+    if not isinstance(record[key], str):
+        raise ValueError(f"{key!r} is {type(record[key]).__name__}; give text")
+    return record[key]
+
+
+def _list(record, key, kind=dict):
+    """A list of dicts, or of another kind, that is not empty."""
+    if key not in record:
+        raise ValueError(f"key {key!r} is missing; the keys are {', '.join(map(str, record))}")
+    value = _json(key, record[key]) if isinstance(record[key], str) else record[key]
+    if not isinstance(value, list) or not value or not all(isinstance(v, kind) for v in value):
+        raise ValueError(f"{key!r} is {_short(value)}; give a list of {'objects' if kind is dict else 'pairs'}, at least one")
+    return value
+
+
+def _tools(record):
+    """A list of JSON schemas, or None: formats that hold tools as a string hold JSON."""
+    tools = record.get("tools")
+    return (_json("tools", tools) if isinstance(tools, str) else tools) or None
+
+
+def _json(key, text):
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{key!r} is not JSON: {e}") from e
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
