@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, mutable
 
 from parallel.spec import is_leaf, tree_leaves, tree_map, unflatten
 
-ms.set_recursion_limit(100000)  # the default of 1000 calls ends at about 30 layers
+ms.set_recursion_limit(100000)  # room for deep unrolled models; the default is 1000
 
 _NONE = Tensor(0, ms.int32)  # stands for None at the border, where only tensors pass
 
@@ -34,7 +34,8 @@ def from_tuple(like, nested):
 
 def rebuild(like):
     """A function, for use inside a compiled one, from to_tuple's form to a tree of `like`'s structure; lists become tuples."""
-    return _from_source("nested", _expression(like, "nested"))
+    lines = []
+    return _from_source("nested", _expression(like, "nested", lines), lines)
 
 
 def rebuild_flat(like):
@@ -48,12 +49,19 @@ def flatten_in_graph(like):
     return _from_source("tree", "(" + "".join(f"tree{at}, " for at in _subscripts(like)) + ")")
 
 
-def _expression(tree, at=None):
-    """Python source of a literal like `tree`, its leaves taken from nested tuples named `at`; without it, leaves are source."""
+def _expression(tree, at=None, lines=None):
+    """Python source of a literal like `tree`, its leaves taken from nested tuples at `at`; without it, leaves are source.
+
+    lines: gets statements that name each nested tuple once. The gradient of a subscript is a whole tuple, so that leaves taken
+    one by one from the root, as `nested[0][1][2]`, make the compile time of a backward grow with the square of their number.
+    """
     if is_leaf(tree):
         return "None" if tree is None else at or tree
+    if at:
+        lines.append(f"t{len(lines)} = {at}")
+        at = f"t{len(lines) - 1}"
     keys = list(tree) if isinstance(tree, dict) else range(len(tree))
-    parts = [_expression(tree[k], at and f"{at}[{i}]") for i, k in enumerate(keys)]
+    parts = [_expression(tree[k], at and f"{at}[{i}]", lines) for i, k in enumerate(keys)]
     if isinstance(tree, dict):
         return "{" + ", ".join(f"{k!r}: {part}" for k, part in zip(keys, parts)) + "}"
     return "(" + "".join(part + ", " for part in parts) + ")"
@@ -66,13 +74,13 @@ def _subscripts(tree):
     return [f"[{k!r}]" + rest for k in keys for rest in _subscripts(tree[k])]
 
 
-def _from_source(argument, expression):
-    """A function of one argument from the source of its result.
+def _from_source(argument, expression, lines=()):
+    """A function of one argument from the source of its result, and of the statements before it.
 
-    A literal, because MindSpore loses gradients or elements of tuples and dicts that loops build (docs/mindspore.md). It reads
-    the source of what it compiles, so the text is put where `inspect` looks.
+    A literal, because gradients through dict(zip()) are lost (docs/mindspore.md), and tuples joined piece by piece have failed in a
+    hand-written backward. MindSpore reads the source of what it compiles, so the text is put where `inspect` looks.
     """
-    text = f"def tree_of({argument}):\n    return {expression}\n"
+    text = "\n    ".join([f"def tree_of({argument}):", *lines, f"return {expression}\n"])
     name = f"<tree {zlib.crc32(text.encode()):08x}>"
     linecache.cache[name] = (len(text), None, text.splitlines(True), name)
     scope = {"__name__": __name__}
