@@ -16,6 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments.configs import common
+from experiments.data.gpt_index import split_ranges
 from qwen3.config import SIZES, Qwen3Config, check_compute_dtype
 
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
@@ -182,6 +183,13 @@ def _one_of(*names):
     return (lambda value: value in names), f"is not one of {', '.join(names)}"
 
 
+def _is_split(value):
+    try:
+        return bool(split_ranges(value, 100))
+    except ValueError:
+        return False
+
+
 POSITIVE = (lambda value: value > 0), "must be above 0"
 NOT_NEGATIVE = (lambda value: value >= 0), "must be 0 or more"
 FRACTION = (lambda value: 0 <= value <= 1), "must be from 0 to 1"
@@ -196,6 +204,9 @@ CHECKS = {
     **dict.fromkeys(("optim.decay_fraction", "optim.min_lr_ratio"), FRACTION),
     **dict.fromkeys(("optim.b1", "optim.b2", "data.held_out"), BELOW_ONE),
     "optim.skip_spikes": ((lambda value: value == 0 or value > 1), "must be above 1, or 0 for off"),
+    "data.path": ((lambda value: isinstance(value, str | tuple | list)), "must be text, or a list [weight, prefix, ...]"),
+    "data.json_key": ((lambda value: value != ""), "must name a key of the records; use 'text'"),
+    "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),
     "parallel.lowering": _one_of("manual", "shard"),
 }
 

@@ -33,11 +33,14 @@ def pretrain(config, workdir):
     peak, cost = metrics.peak_flops(), metrics.flops_per_token(cfg, config.train.seq_len)
     how = "one compiled layer, looped over" if uses_scan(cfg, config.train.layer_loop) else "unrolled"
     print(f"model      {config.model}: {count(param_specs(cfg)):,} parameters, {cfg.num_layers} layers, {how}")
-    print(f"data       {data.train['tokens'].size:,} training and {data.held_out['tokens'].size:,} held-out tokens")
+    print(f"data       {corpus.describe(data, config.train.seq_len)}")
     print(f"compute    {cost:.3g} FLOPs a token; this machine's float32 matmul peak {peak / 1e9:.0f} GFLOP/s", flush=True)
 
     writer = metrics.Writer(workdir)
-    state = train(program, program.init(params), data.train, data.held_out, config, writer, lambda speed: speed * cost / peak)
+    held = {key: value[: config.train.eval_rows or None] for key, value in data.held_out.items()}
+    eval_batches = list(loader.eval_batches(held, config.train.batch_size))
+    with loader.Loader(data.train, config.train.batch_size, config.train.seed) as batches:
+        state = train(program, program.init(params), batches, eval_batches, config, writer, lambda speed: speed * cost / peak)
     finish(program, state, cfg, config, data, writer, workdir)
     writer.close()
 
@@ -45,14 +48,13 @@ def pretrain(config, workdir):
 def finish(program, state, cfg, config, data, writer, workdir):
     """The end of a run: held-out loss, the bigram model's, the curve, the weights, and a sample of text."""
     nats = program.evaluate(state, loader.eval_batches(data.held_out, config.train.batch_size))
-    seen = writer.records[-1]["tokens_seen"]
-    order = loader.epoch_order(config.train.seed, 0, len(data.train["tokens"]))
-    in_order = {key: value[order] for key, value in data.train.items()}
-    baseline = bigram.held_out_nats(in_order, data.held_out, cfg.vocab_size, int(seen))
+    seen = corpus.rows_seen(data.train, config)
+    baseline = bigram.held_out_nats(seen, data.held_out, cfg.vocab_size, None)
     bits = nats / math.log(2) / corpus.bytes_per_target(data.tokenizer, data.held_out)
     writer.write(config.train.steps, {"eval_loss": nats, "bits_per_byte": bits, "bigram_loss": baseline})
     metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records, baseline)
-    print(f"held out   {nats:.3f} nats a token, {bits:.3f} bits a byte; a bigram model of as many tokens: {baseline:.3f} nats")
+    print(f"held out   {nats:.3f} nats a token, {bits:.3f} bits a byte; a bigram model: {baseline:.3f} nats")
+    print(f"           (the bigram model counted {int(seen['loss_weights'].sum()):,} targets, of the first rows of the run)")
     params = program.params(state)
     if config.train.save_hf:
         save(os.path.join(workdir, "hf"), cfg, params, data.tokenizer)

@@ -11,7 +11,6 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import optim as optimizer
-from experiments.data import loader
 from parallel.spec import init_params, tree_map
 from parallel.step import from_tuple, grad_in_graph, jit, to_tuple
 from qwen3 import hf
@@ -173,20 +172,21 @@ def initial_params(cfg, config):
     return params
 
 
-def train(program, state, rows, held_rows, config, writer, mfu_of):
-    """train.steps steps over `rows`, logged to `writer`; returns the last state. mfu_of: tokens per second -> MFU.
+def train(program, state, batches, eval_batches, config, writer, mfu_of):
+    """train.steps steps, logged to `writer`; returns the last state. mfu_of: tokens per second -> MFU.
+
+    batches: an iterator over dicts of [batch_size, S]; eval_batches: a list of such.
 
     Raises FloatingPointError at a loss or gradient norm that is not finite, before the state is replaced or anything is written.
     """
-    steps, size, seed = config.train.steps, config.train.batch_size, config.train.seed
+    steps = config.train.steps
     rate, targets = optimizer.learning_rate(config.optim, steps), 0.0
-    eval_rows = {key: value[: config.train.eval_rows or None] for key, value in held_rows.items()}
     # Also compiles it now: MindSpore reads the source when it compiles, so a file edited during the run would go into the result.
-    writer.write(0, {"eval_loss": program.evaluate(state, loader.eval_batches(eval_rows, size))})
+    writer.write(0, {"eval_loss": program.evaluate(state, eval_batches)})
     timer = Timer()
     with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
         for done in range(1, steps + 1):
-            batch = loader.batch(rows, done - 1, size, seed)
+            batch = next(batches)
             new_state, metrics = program.step(state, batch, rate(done - 1), done - 1)
             _stop_if_not_finite(metrics, done)
             state, targets = new_state, targets + metrics["tokens"]
@@ -200,7 +200,7 @@ def train(program, state, rows, held_rows, config, writer, mfu_of):
                 writer.write(done, {**metrics, "tokens_seen": targets, **times})
             if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
                 with timer.paused():
-                    writer.write(done, {"eval_loss": program.evaluate(state, loader.eval_batches(eval_rows, size))})
+                    writer.write(done, {"eval_loss": program.evaluate(state, eval_batches)})
     return state
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import typing
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from qwen3.config import Qwen3Config
 
@@ -48,11 +48,18 @@ def get_config():
     c.optim.router_bias_rate = 1e-3  # step of the router's bias, when model_args.router_bias is on
 
     c.data = ConfigDict()
-    c.data.path = ""  # a text file, or a folder of them
-    c.data.tokenizer = ""  # folder with tokenizer.json; empty = train a byte-level BPE on the data
+    # a text file, or a folder of them; the prefix of a .bin/.idx pair; a blend [weight, prefix, ...], or "weight,prefix,..."; or, with
+    # data.stream, a jsonl, parquet or other file of records, or a folder of them; empty = Python's own library
+    c.data.path = FieldReference("", field_type=object)
+    c.data.tokenizer = ""  # folder with tokenizer.json; empty = train a byte-level BPE on the data, if that is plain text
     c.data.vocab_size = 512  # tokens of the trained BPE
-    c.data.held_out = 0.05  # fraction of the data kept for evaluation
+    c.data.held_out = 0.05  # fraction of the text, or of a stream's records, kept for evaluation
+    c.data.split = "95,5,0"  # weights of train, valid and test in a pair
     c.data.max_bytes = 0  # most bytes of text to read; 0 = all
+    c.data.reset_at_eod = True  # each document of a row has its own attention and positions; false = a row is read as one text
+    c.data.stream = False  # read and tokenise while training
+    c.data.json_key = "text"  # where a stream's records have their text
+    c.data.cache_dir = ""  # folder for the index files of pairs, shared by processes; empty = made in memory
 
     c.parallel = ConfigDict()  # also --dp, --tp, ... on the command line
     c.parallel.dp = 1  # data parallel ranks

@@ -1,38 +1,141 @@
-"""From config.data to packed rows: find the text, split it, train or load the tokenizer, encode, pack."""
+"""From config.data to a source of training rows, held-out rows and the tokenizer: text packed in memory, .bin/.idx pairs, or a stream."""
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.data import packing, sources
+from experiments.configs import common
+from experiments.data import gpt_index, loader, packing, readers, sources
+from experiments.data.megatron import IndexedDataset
+from experiments.data.rows import Blend, PackedRows, PairRows
+from experiments.data.stream import TextStream
 from qwen3.tokenizer import Tokenizer, train_bpe
+
+HELD_ROWS = 512  # held-out rows kept of a pair or a stream, if train.eval_rows asks for no more
+BASELINE_TOKENS = 1 << 23  # a bigram model counted on more of them is hardly better
+ONLY_FOR = {
+    "split": ("a .bin/.idx pair",),
+    "cache_dir": ("a .bin/.idx pair",),
+    "json_key": ("a stream",),
+    "held_out": ("text", "a stream"),
+    "max_bytes": ("text",),
+}
+TABLES = ("jsonl", "json", "csv", "parquet", "arrow")
 
 
 class Corpus(NamedTuple):
-    """train and held_out: packed rows (see packing.pack). held_text: the first held-out document's text."""
+    """train: a source for loader.Loader. held_out: packed rows (see packing.pack). held_text: text of the first held-out document."""
 
     tokenizer: Tokenizer
-    train: dict
+    train: object
     held_out: dict
     held_text: str
 
 
 def load(config, vocab_size):
     """The corpus of a run. vocab_size is the model's; a tokenizer with more tokens is a ValueError."""
-    train, held = sources.split(_capped(sources.find_documents(config.data.path), config.data.max_bytes), config.data.held_out)
-    tokenizer = _tokenizer(config.data, train)
-    if tokenizer.vocab_size > vocab_size:
-        where = f"data.tokenizer={config.data.tokenizer}" if config.data.tokenizer else f"data.vocab_size={config.data.vocab_size}"
-        raise ValueError(
-            f"{where} has {tokenizer.vocab_size} tokens, more than the model's {vocab_size};"
-            f" use --config.model_args.vocab_size={tokenizer.vocab_size}"
-        )
-    rows = [_rows(tokenizer, documents, config.train.seq_len) for documents in (train, held)]
-    for part, name in zip(rows, ("train", "held-out")):
-        if not part["loss_weights"].sum():
+    prefixes = _prefixes(config.data.path)
+    if config.data.stream and prefixes:
+        raise ValueError(f"data.stream=true reads text, and data.path={config.data.path!r} is a .bin/.idx pair; leave data.stream out")
+    kind = "a .bin/.idx pair" if prefixes else "a stream" if config.data.stream else "text"
+    for key, kinds in ONLY_FOR.items():
+        if kind not in kinds and config.data[key] != common.get_config().data[key]:
+            raise ValueError(f"data.{key}={config.data[key]!r} is for {' or '.join(kinds)}, and data.path={config.data.path!r} is {kind}")
+    if prefixes:
+        corpus = _pairs(config, vocab_size, prefixes)
+    else:
+        corpus = (_stream if config.data.stream else _text)(config, vocab_size)
+    for rows, name in ((corpus.held_out, "held-out"), (getattr(corpus.train, "arrays", None), "train")):
+        if rows and not rows["loss_weights"].sum():
             raise ValueError(f"data.path={config.data.path!r}: the {name} part has no pair of tokens to learn from; give more text")
-    return Corpus(tokenizer, *rows, held[0].text)
+    return corpus
+
+
+def _prefixes(path):
+    """[(weight, prefix)] if data.path names .bin/.idx pairs, else None."""
+    if isinstance(path, str):
+        stem = _stem(path)
+        if not os.path.exists(stem) and any(os.path.exists(stem + end) for end in (".bin", ".idx")):
+            return [(1.0, stem)]
+        if "," not in path or os.path.exists(stem):
+            return [(1.0, stem)] if path.endswith((".bin", ".idx")) else None
+        path = [part.strip() for part in path.split(",")]
+    try:
+        pairs = [(float(w), _stem(p)) for w, p in zip(path[::2], path[1::2], strict=True)]
+    except (ValueError, TypeError, AttributeError):
+        pairs = []
+    if not pairs or not all(0 < w < float("inf") for w, _ in pairs):
+        raise ValueError(f"data.path={path!r} must be weight,prefix,weight,prefix with weights above 0; use '0.3,A,0.7,B'")
+    return pairs
+
+
+def _stem(path):
+    return os.path.expanduser(path.removesuffix(".bin").removesuffix(".idx"))
+
+
+def _text(config, vocab_size):
+    data, seq_len = config.data, config.train.seq_len
+    _refuse_table(data.path)
+    train, held = sources.split(_capped(sources.find_documents(data.path), data.max_bytes), data.held_out)
+    tokenizer = _loaded(data, vocab_size) if data.tokenizer else train_bpe([d.text for d in train], data.vocab_size)
+    _check_vocabulary(tokenizer, f"data.vocab_size={data.vocab_size}", vocab_size)
+    rows = [
+        packing.pack(tokenizer.encode_batch([d.text for d in part]), seq_len, tokenizer.eod_id, data.reset_at_eod) for part in (train, held)
+    ]
+    return Corpus(tokenizer, PackedRows(rows[0], os.path.basename(data.path) or "library"), rows[1], held[0].text)
+
+
+def _refuse_table(path):
+    """A file of records is no text file."""
+    try:
+        kind = readers.kind_of(Path(path)) if os.path.isfile(path) else None
+    except ValueError:
+        return
+    if kind in TABLES:
+        raise ValueError(f"data.path={path} holds records; use --config.data.stream=true, or make a pair of it with experiments.preprocess")
+
+
+def _pairs(config, vocab_size, prefixes):
+    data, seq_len = config.data, config.train.seq_len
+    tokenizer = _loaded(data, vocab_size)
+    parts = {}
+    for name in ("train", "valid"):
+        found = []
+        for _, prefix in prefixes:
+            indexed = IndexedDataset(prefix)
+            span = gpt_index.split_range(data.split, len(indexed), name)
+            found.append(
+                PairRows(
+                    indexed,
+                    span,
+                    seq_len,
+                    tokenizer.eod_id,
+                    vocab_size=tokenizer.vocab_size,
+                    reset=data.reset_at_eod,
+                    name=name,
+                    cache_dir=os.path.expanduser(data.cache_dir) or None,
+                )
+            )
+        parts[name] = Blend(found, [weight for weight, _ in prefixes]) if len(found) > 1 else found[0]
+    train, valid = parts.values()
+    held = loader.first_rows(valid, min(len(valid), _held_rows(config)), config.train.seed)
+    first = held["tokens"][0][held["segment_ids"][0] == 1]
+    return Corpus(tokenizer, train, held, tokenizer.decode(first))
+
+
+def _stream(config, vocab_size):
+    data = config.data
+    if not data.path:
+        raise ValueError("data.stream=true needs data.path, a file of records or a folder of them; use --config.data.path=texts.jsonl")
+    tokenizer = _loaded(data, vocab_size)
+    stream = TextStream(data.path, tokenizer, config.train.seq_len, key=data.json_key, reset=data.reset_at_eod, held_out=data.held_out)
+    return Corpus(tokenizer, stream, *stream.held_rows(_held_rows(config)))
+
+
+def _held_rows(config):
+    return max(config.train.eval_rows, HELD_ROWS)
 
 
 def _capped(documents, max_bytes):
@@ -49,14 +152,23 @@ def _capped(documents, max_bytes):
     return out
 
 
-def _tokenizer(data, documents):
-    if data.tokenizer:
-        return Tokenizer.load(os.path.expanduser(data.tokenizer))
-    return train_bpe([d.text for d in documents], data.vocab_size)
+def _loaded(data, vocab_size):
+    """The tokenizer of data.tokenizer."""
+    if not data.tokenizer:
+        raise ValueError(
+            f"data.path={data.path!r} needs data.tokenizer, the folder of the tokenizer of its tokens; use --config.data.tokenizer=DIR"
+        )
+    tokenizer = Tokenizer.load(os.path.expanduser(data.tokenizer))
+    _check_vocabulary(tokenizer, f"data.tokenizer={data.tokenizer}", vocab_size)
+    return tokenizer
 
 
-def _rows(tokenizer, documents, seq_len):
-    return packing.pack(tokenizer.encode_batch([d.text for d in documents]), seq_len, tokenizer.eod_id)
+def _check_vocabulary(tokenizer, where, vocab_size):
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{where} has {tokenizer.vocab_size} tokens, more than the model's {vocab_size};"
+            f" use --config.model_args.vocab_size={tokenizer.vocab_size}"
+        )
 
 
 def with_token_ids(cfg, tokenizer, trained):
@@ -65,6 +177,20 @@ def with_token_ids(cfg, tokenizer, trained):
     if trained:
         return cfg.replace(bos_id=None, eos_id=eod, pad_id=eod)
     return cfg.replace(eos_id=eod if cfg.eos_id is None else cfg.eos_id, pad_id=eod if cfg.pad_id is None else cfg.pad_id)
+
+
+def describe(corpus, seq_len):
+    """What the corpus holds, in a line."""
+    held = f"{corpus.held_out['tokens'].size:,} held-out tokens"
+    size = f"{len(corpus.train) * seq_len:,} training tokens" if hasattr(corpus.train, "__len__") else "training tokens as they come"
+    return f"{size} and {held}; {corpus.train.fingerprint}"
+
+
+def rows_seen(source, config):
+    """The first rows of the run, each at most once an epoch, up to BASELINE_TOKENS of them: tokens, targets, loss_weights, ... [R, S]."""
+    count = min(config.train.steps * config.train.batch_size, max(1, BASELINE_TOKENS // config.train.seq_len))
+    count = min(count, len(source)) if hasattr(source, "__len__") else count
+    return loader.first_rows(source, count, config.train.seed)
 
 
 def bytes_per_target(tokenizer, rows):

@@ -1,37 +1,152 @@
-"""Batches of packed rows. The batch of a step depends on the step and the seed alone, so a run resumes without a saved iterator."""
+"""Batches of rows: an order that depends on the seed and a sample's number alone, built ahead in a thread, resumed from a small dict.
+
+A source has len(), the samples of one epoch; fingerprint, a short text that tells its data and settings apart; and row(i), a dict of
+arrays [S] as packing.DTYPES names them. Every epoch the loader takes each row once, in an order of its own. A source with
+sample(number, seed) puts itself in order instead, and one with rows(state) is read from front to back: see rows.py and stream.py.
+"""
 
 import functools
+import queue
+import threading
 
 import numpy as np
 
+from experiments.data.packing import DTYPES
 
-def batch(rows, step, batch_size, seed):
-    """The rows of one step (from 0), as a dict of arrays [batch_size, S]. Every epoch takes each row once, in an order of its own.
 
-    A batch may end one epoch and start the next. Raises ValueError if there is no row.
+class Loader:
+    """An endless iterator of batches: dicts of arrays [batch_size / ranks, S], this rank's rows of each global batch.
+
+    Sample k of the run is row k % batch_size of global batch k // batch_size; rank r has the r-th of `ranks` equal parts of a batch, and
+    builds no other rows. state: what state() gave, of a run with any number of ranks and any batch size; ValueError if it is of other
+    data or another seed. `prefetch` batches wait ready. An error while building a batch is raised by the next() that needs it.
+    Close it, or use it in a `with`.
     """
-    count = _count(rows, batch_size)
-    epochs, places = np.divmod(step * batch_size + np.arange(batch_size), count)
-    index = np.array([epoch_order(seed, int(e), count)[p] for e, p in zip(epochs, places)])
-    return {key: value[index] for key, value in rows.items()}
+
+    def __init__(self, source, batch_size, seed, rank=0, ranks=1, state=None, prefetch=2):
+        if batch_size < 1 or batch_size % ranks:
+            raise ValueError(f"train.batch_size={batch_size} must be 1 or more, and a multiple of the {ranks} data parallel ranks")
+        assert 0 <= rank < ranks and prefetch >= 1
+        if not hasattr(source, "rows") and not len(source):
+            raise ValueError(f"data.path has too little text for one row of train.seq_len tokens ({source.fingerprint}); give more text")
+        self._state = {"sample": 0, "data": source.fingerprint, "seed": seed} if state is None else _checked(state, source, seed)
+        part = batch_size // ranks
+        read = _in_turn if hasattr(source, "rows") else _at_will
+        batches = read(source, batch_size, seed, slice(rank * part, (rank + 1) * part), dict(self._state))
+        self._ready, self._stop, self._error = queue.Queue(prefetch), threading.Event(), None
+        self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True, name="loader")
+        self._thread.start()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self._stop.is_set():
+            raise ValueError("the loader is closed; make another from its state()")
+        if self._error is None:
+            batch, state = self._ready.get()
+            if isinstance(state, dict):
+                self._state = state
+                return batch
+            self._error = state
+        raise self._error
+
+    def state(self):
+        """A plain dict of the place after the last batch that next() gave, for JSON: what is built ahead does not count."""
+        return dict(self._state)
+
+    def close(self):
+        """Stop building. state() still answers."""
+        self._stop.set()
+        while self._thread.is_alive():
+            _drain(self._ready)
+            self._thread.join(0.01)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _fill(self, batches):
+        try:
+            for batch, state in batches:
+                self._ready.put((batch, state))
+                if self._stop.is_set():
+                    return
+            raise AssertionError("a source ended; it must go on with the next epoch")
+        except BaseException as error:
+            self._ready.put((None, error))
+        finally:
+            batches.close()
+
+
+def _drain(waiting):
+    """Take out what waits in a queue, so that who fills it can go on."""
+    while True:
+        try:
+            waiting.get_nowait()
+        except queue.Empty:
+            return
+
+
+def _checked(state, source, seed):
+    keys = {"sample", "data", "seed"}
+    if not isinstance(state, dict) or not keys <= set(state) or not isinstance(state["sample"], int) or state["sample"] < 0:
+        raise ValueError(f"{state!r} is no state of a loader; it needs {', '.join(sorted(keys))}")
+    if state["data"] != source.fingerprint:
+        raise ValueError(
+            f"the state is of the data {state['data']!r}, but data.path gives {source.fingerprint!r}; restore with the same data"
+        )
+    if state["seed"] != seed:
+        raise ValueError(
+            f"train.seed={seed}, but the state is of seed {state['seed']}, another order; use --config.train.seed={state['seed']}"
+        )
+    return dict(state)
+
+
+def _at_will(source, batch_size, seed, mine, state):
+    """(batch, state after it) of a source whose rows are built one by one, in any order."""
+    start = state["sample"]
+    while True:
+        numbers = range(start, start + batch_size)
+        start += batch_size
+        yield _stack([take(source, number, seed) for number in numbers[mine]]), {**state, "sample": start}
+
+
+def _in_turn(source, batch_size, seed, mine, state):
+    """(batch, state after it) of a source that is read from front to back, by every rank."""
+    rows = source.rows(state)
+    while True:
+        batch = [next(rows) for _ in range(batch_size)]
+        yield _stack([row for row, _ in batch[mine]]), {**batch[-1][1], "data": source.fingerprint, "seed": seed}
+
+
+def take(source, number, seed):
+    """The row of sample `number` (from 0, over all epochs) of a source."""
+    if hasattr(source, "sample"):
+        return source.sample(number, seed)
+    epoch, place = divmod(number, len(source))
+    return source.row(int(epoch_order(seed, epoch, len(source))[place]))
+
+
+def first_rows(source, count, seed):
+    """The first `count` samples, as a dict of arrays [count, S]: what a loader without a state gives, joined."""
+    if hasattr(source, "rows"):
+        return _stack([row for (row, _), _ in zip(source.rows(), range(count))])
+    return _stack([take(source, number, seed) for number in range(count)])
+
+
+def _stack(rows):
+    return {key: np.stack([row[key] for row in rows]) for key in DTYPES}
 
 
 def eval_batches(rows, batch_size):
     """All rows in order, as dicts of arrays [batch_size, S]; the last is filled with rows of zeros, which have no loss weight."""
-    count = _count(rows, batch_size)
-    for start in range(0, count, batch_size):
+    for start in range(0, len(rows["tokens"]), batch_size):
         part = {key: value[start : start + batch_size] for key, value in rows.items()}
         missing = batch_size - len(part["tokens"])
         yield {key: np.pad(value, ((0, missing), (0, 0))) for key, value in part.items()}
-
-
-def _count(rows, batch_size):
-    if batch_size < 1:
-        raise ValueError(f"train.batch_size={batch_size} must be 1 or more")
-    count, seq_len = rows["tokens"].shape
-    if not count:
-        raise ValueError(f"data.path has too little text for one row of train.seq_len={seq_len} tokens; give more text")
-    return count
 
 
 @functools.lru_cache(maxsize=4)

@@ -24,15 +24,13 @@ def find_documents(path=None):
     if path is None or path == "":
         root = Path(sysconfig.get_paths()["stdlib"])
         return _read_folder(root, "*.py", NOT_LIBRARY)
-    if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"data.path={path!r}: a list of .bin/.idx prefixes is not read; give one text file or folder")
     root = Path(path).expanduser()
-    if root.suffix in (".bin", ".idx") or (not root.exists() and Path(f"{root}.idx").exists()):
-        raise ValueError(f"data.path={path}: .bin/.idx token files are not read; give the text file or folder they were made from")
     if root.is_dir():
         return _read_folder(root, "*", ())
     if not root.exists():
-        raise FileNotFoundError(f"data.path={path} does not exist; give a text file or folder, or leave it empty for Python's library")
+        raise FileNotFoundError(
+            f"data.path={path} does not exist; give a text file or folder, the prefix of a .bin/.idx pair, or nothing for Python's library"
+        )
     if not root.is_file():
         raise ValueError(f"data.path={path} is neither a file nor a folder; give a text file or folder")
     text = _read_text(root)

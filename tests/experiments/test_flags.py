@@ -70,6 +70,10 @@ BAD = [
     ("--config.optim.b2=1.0", "optim.b2=1.0 must be from 0 to below 1"),
     ("--config.optim.skip_spikes=0.5", "optim.skip_spikes=0.5 must be above 1, or 0 for off"),
     ("--config.data.held_out=1", "data.held_out=1.0 must be from 0 to below 1"),
+    ("--config.data.split=80,20,0,5", "data.split='80,20,0,5' must be up to three weights of train, valid and test"),
+    ("--config.data.split=0,0,0", "data.split='0,0,0' must be up to three weights"),
+    ("--config.data.path=7", "data.path=7 must be text, or a list [weight, prefix, ...]"),
+    ("--config.data.json_key=", "data.json_key='' must name a key of the records; use 'text'"),
     # layouts
     ("--tp=2", "parallel.tp=2 is not built yet: this version runs on one device; use --tp=1"),
     ("--dp=-1", "parallel.dp=-1 is not built yet: this version runs on one device; use --dp=1"),
@@ -133,6 +137,18 @@ def test_layout_flags_override_the_command_line_which_overrides_the_file(monkeyp
     assert read(monkeypatch, TINY, "--config.parallel.micro_batches=2", "--micro_batches=4").parallel.micro_batches == 4
     big = read(monkeypatch, "--config=experiments/configs/qwen3_32b.py", "--tp=1", "--pp=1")
     assert big.parallel.tp == big.parallel.pp == 1 and big.parallel.micro_batches == 4
+
+
+def test_a_blend_is_a_list_in_a_file_and_text_or_a_list_on_the_command_line(monkeypatch, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from experiments.configs import common\n\n\ndef get_config():\n"
+        "    c = common.get_config()\n    c.data.path = [0.3, 'a/b', 0.7, 'c']\n    return c\n"
+    )
+    assert read(monkeypatch, f"--config={path}").data.path == (0.3, "a/b", 0.7, "c")
+    assert read(monkeypatch, TINY, "--config.data.path=0.3,a/b,0.7,c").data.path == "0.3,a/b,0.7,c"
+    assert read(monkeypatch, TINY, "--config.data.path=[0.3,'a/b',0.7,'c']").data.path == (0.3, "a/b", 0.7, "c")
+    assert read(monkeypatch, TINY, "--config.data.path=a/b.txt").data.path == "a/b.txt"
 
 
 def test_a_default_config_is_used_where_none_is_given(monkeypatch):

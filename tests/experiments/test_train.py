@@ -1,5 +1,6 @@
 """The training step: deterministic, equal under accumulation and layer loops, compiled once, and stopped by what is not finite."""
 
+import itertools
 import json
 import math
 import os
@@ -236,14 +237,14 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(bad):
     config = make_config(**{"train.log_every": 1, "train.batch_size": 4})
     writer = Records()
     with pytest.raises(FloatingPointError, match="step 3: objective=.* is not finite.*Lower optim.lr"):
-        train.train(fake_program([1.0, 1.0, bad, 1.0]), 0, make_batch(0), make_batch(1), config, writer, float)
+        train.train(fake_program([1.0, 1.0, bad, 1.0]), 0, map(make_batch, itertools.count()), [make_batch(1)], config, writer, float)
     assert [step for step, _ in writer.records] == [0, 1, 2]
 
 
 def test_lines_are_logged_and_held_out_text_evaluated_as_often_as_asked():
     config = make_config(**{"train.log_every": 3, "train.eval_every": 4, "train.batch_size": 4})
     writer = Records()
-    state = train.train(fake_program([1.0] * 8), 0, make_batch(0), make_batch(1), config, writer, float)
+    state = train.train(fake_program([1.0] * 8), 0, map(make_batch, itertools.count()), [make_batch(1)], config, writer, float)
     assert state == 8
     assert [step for step, values in writer.records if "loss" in values] == [1, 3, 6, 8]
     assert [step for step, values in writer.records if "eval_loss" in values] == [0, 4]

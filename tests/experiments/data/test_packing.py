@@ -1,9 +1,11 @@
 """Packed rows: every pair of neighbours in a document is a target once, and documents stay apart."""
 
+import time
+
 import numpy as np
 import pytest
 
-from experiments.data.packing import pack
+from experiments.data.packing import _best_fit, pack, pack_examples
 
 EOD = 999
 KEYS = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
@@ -91,3 +93,80 @@ def test_no_pair_gives_no_row(docs):
 def test_row_length_below_one_is_refused():
     with pytest.raises(ValueError, match="train.seq_len=0"):
         pack([[1, 2]], 0, EOD)
+
+
+def random_examples(seed):
+    """Examples of unique ids with random masks, some without a target, and a row length."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 25, size=rng.integers(1, 60))
+    ids = iter(range(1000, 100_000))
+    return [([next(ids) for _ in range(n)], rng.integers(0, 2, n).tolist()) for n in lengths], int(rng.integers(5, 30))
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_example_is_whole_in_one_segment(seed, too_long):
+    examples, S = random_examples(seed)
+    rows, report = pack_examples(examples, S, EOD, too_long)
+    want = {}
+    for ids, mask in examples:
+        if len(ids) <= S + 1 or too_long == "truncate":
+            ids, mask = ids[: S + 1], mask[: S + 1]
+            if any(mask[1:]):
+                want[ids[0]] = (ids[:-1], ids[1:], mask[1:])
+    for row in range(report["rows"]):
+        segments = rows["segment_ids"][row]
+        assert (np.diff(segments[segments > 0]) >= 0).all() and set(np.unique(segments)) - {0} == set(range(1, segments.max() + 1))
+        for segment in range(1, segments.max() + 1):
+            place = segments == segment
+            tokens, targets, weights, positions = (rows[k][row][place].tolist() for k in ("tokens", "targets", "loss_weights", "positions"))
+            assert want.pop(tokens[0]) == (tokens, targets, weights) and positions == list(range(len(tokens)))
+    assert not want
+    padding = rows["segment_ids"] == 0
+    assert (rows["tokens"][padding] == EOD).all() and not rows["loss_weights"][padding].any() and not rows["positions"][padding].any()
+    assert {k: v.dtype for k, v in rows.items()} == KEYS and all(v.shape == (report["rows"], S) for v in rows.values())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_those_of_best_fit_decreasing(seed):
+    examples, S = random_examples(seed)
+    rooms = []
+    for size in sorted((min(len(i) - 1, S) for i, m in examples if any(m[1 : S + 1])), reverse=True):
+        fits = [room for room in rooms if room >= size]
+        if fits:
+            rooms.remove(min(fits))
+        rooms.append((min(fits) if fits else S) - size)
+    rows, report = pack_examples(examples, S, EOD)
+    assert report["rows"] == len(rooms)
+    assert sorted((rows["segment_ids"] == 0).sum(axis=1).tolist()) == sorted(rooms)
+
+
+def test_the_report_counts_what_became_of_every_example():
+    examples = [([1] * 9, [1] * 9), ([2] * 5, [1, 0, 0, 0, 0]), ([3], [1]), ([], []), ([4] * 3, [0, 1, 1])]
+    rows, report = pack_examples(examples, 4, 0)
+    assert report == dict(examples=5, packed=2, rows=2, truncated=1, dropped=0, cut_tokens=4, no_target=3, fill=0.75)
+    assert rows["loss_weights"].sum() == 4 + 2
+    _, report = pack_examples(iter(examples), 4, 0, "drop")
+    assert report == dict(examples=5, packed=1, rows=1, truncated=0, dropped=1, cut_tokens=9, no_target=3, fill=0.5)
+    assert pack_examples([], 4, 0)[0]["tokens"].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "examples, arguments, message",
+    [
+        ([([1] * 9, [1] * 9)], {"too_long": "error"}, "example 0 has 9 tokens, more than train.seq_len=4 .*data.too_long"),
+        ([], {"too_long": "cut"}, "data.too_long='cut' is not one of truncate, drop, error"),
+        ([([1, 2], [1])], {}, "example 0 has ids of shape .2,. and a loss mask of shape .1,."),
+        ([], {"seq_len": 0}, "train.seq_len=0"),
+    ],
+)
+def test_examples_that_cannot_be_packed_are_errors(examples, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pack_examples(examples, **{"seq_len": 4, "pad_id": 0, **arguments})
+
+
+def test_packing_many_examples_is_not_quadratic():
+    sizes = np.random.default_rng(0).integers(1, 4097, 50_000)
+    start = time.perf_counter()
+    *_, rows = _best_fit(sizes, 4096)
+    assert time.perf_counter() - start < 3 and rows < 1.01 * sizes.sum() / 4096 + 1

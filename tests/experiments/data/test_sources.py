@@ -63,23 +63,14 @@ def test_file_is_one_document(tmp_path):
         ("empty_folder", ValueError, "no text file"),
         ("binary_folder", ValueError, r"no text file \(1 binary, 1 empty\)"),
         ("hidden_folder", ValueError, "no text file"),
-        ("tokens", ValueError, r"\.bin/\.idx"),
-        ("tokens.bin", ValueError, r"\.bin/\.idx"),
-        ("tokens.idx", ValueError, r"\.bin/\.idx"),
     ],
 )
 def test_bad_path_is_an_error_with_its_name_and_a_fix(tmp_path, name, error, words):
     write(tmp_path, {"empty.txt": "", "blank.txt": " \n", "nul.dat": b"a\0b", "latin.txt": b"caf\xe9", "hidden_folder/.a": "A"})
-    write(tmp_path, {"binary_folder/a": b"\0", "binary_folder/b": "", "tokens.bin": b"\0", "tokens.idx": b"MMIDIDX\0\0"})
+    write(tmp_path, {"binary_folder/a": b"\0", "binary_folder/b": ""})
     (tmp_path / "empty_folder").mkdir()
     with pytest.raises(error, match=f"data.path={tmp_path / name}[ :].*{words}.*;"):
         find_documents(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("path", [["a", "b"], [0.5, "a", 0.5, "b"], ("a",), 7])
-def test_list_of_prefixes_is_refused(path):
-    with pytest.raises(ValueError, match="data.path=.*one text file or folder"):
-        find_documents(path)
 
 
 def test_device_is_refused():

@@ -1,0 +1,142 @@
+"""Text read while training: the rows of packing.pack, in order, each once, from any place on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.data.loader import Loader, first_rows
+from experiments.data.packing import pack
+from experiments.data.stream import TextStream
+from qwen3.tokenizer import train_bpe
+
+TEXTS = [f"Document {i}: " + "Übung macht den Meister 修行. " * (i * i % 9) for i in range(40)] + ["", "\r\n", "a", "z" * 500]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(TEXTS, 300)
+
+
+def write_jsonl(folder, parts=3, texts=TEXTS, key="text"):
+    folder.mkdir()
+    for part in range(parts):
+        lines = [json.dumps({"id": i, key: t}) for i, t in enumerate(texts) if i * parts // len(texts) == part]
+        (folder / f"part_{part}.jsonl").write_text("\r\n".join(lines) + "\n")
+    return folder
+
+
+def write_parquet(folder, texts=TEXTS):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder.mkdir()
+    parquet.write_table(pyarrow.table({"id": list(range(len(texts))), "text": texts}), folder / "a.parquet")
+    return folder
+
+
+def epoch_length(stream):
+    return next(i for i, (_, state) in enumerate(stream.rows()) if state["epoch"] == 1)
+
+
+def same(a, b):
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("seq_len", [1, 7, 16, 100, 10_000])
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_every_epoch_is_what_pack_makes_of_all_documents(write, seq_len, reset, tmp_path, tokenizer):
+    want = pack(tokenizer.encode_batch(TEXTS), seq_len, tokenizer.eod_id, reset)
+    stream = TextStream(write(tmp_path / "data"), tokenizer, seq_len, reset=reset)
+    count = len(want["tokens"])
+    assert epoch_length(stream) == count
+    same(first_rows(stream, 2 * count, 0), {k: np.concatenate([v, v]) for k, v in want.items()})
+
+
+@pytest.mark.parametrize("group", [1, 3, 256])
+def test_restored_after_any_row_it_goes_on_with_the_next(group, tmp_path, tokenizer, monkeypatch):
+    stream = TextStream(write_jsonl(tmp_path / "data"), tokenizer, 16)
+    count = epoch_length(stream)
+    monkeypatch.setattr("experiments.data.stream.GROUP_RECORDS", group)
+    rows = stream.rows()
+    run = [next(rows) for _ in range(count + 4)]
+    assert [state["sample"] for _, state in run] == list(range(1, count + 5))
+    for at in range(0, count + 2, 1 if group == 3 else 7):
+        again = stream.rows(json.loads(json.dumps(run[at][1])))
+        for row, state in run[at + 1 : at + 3]:
+            other, other_state = next(again)
+            same(row, other)
+            assert state == other_state
+
+
+@pytest.mark.parametrize("stop", [1, 5, 9])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_a_stream_stopped_and_restored_mid_epoch_yields_each_sample_once(stop, ranks, tmp_path, tokenizer):
+    stream = TextStream(write_jsonl(tmp_path / "data"), tokenizer, 8)
+    count = epoch_length(stream) // 6 * 6
+    want = first_rows(stream, count, 0)
+    first = [Loader(stream, 2, 0, rank, 2) for rank in range(2)]
+    rows = [next(loader)["tokens"] for _ in range(stop * 3) for loader in first]
+    state = json.loads(json.dumps(first[0].state()))
+    assert state == first[1].state() and state["epoch"] == 0 and 0 < state["sample"] == stop * 6 < count
+    second = [Loader(TextStream(tmp_path / "data", tokenizer, 8), 6, 0, rank, ranks, state=state) for rank in range(ranks)]
+    rows += [next(loader)["tokens"] for _ in range(count // 6 - stop) for loader in second]
+    [loader.close() for loader in first + second]
+    np.testing.assert_array_equal(np.concatenate(rows), want["tokens"])
+
+
+def test_held_out_records_are_in_no_training_row(tmp_path, tokenizer):
+    stream = TextStream(write_jsonl(tmp_path / "data"), tokenizer, 16, held_out=0.3)
+    held, text = stream.held_rows(1000)
+    rows = first_rows(stream, epoch_length(stream), 0)
+    assert text in TEXTS
+    found = ["".join(tokenizer.decode(part[k][part["segment_ids"] > 0]) for k in ["tokens"]) for part in (held, rows)]
+    in_held = [t for t in TEXTS[:40] if t + "<|endoftext|>" in found[0]]
+    in_train = [t for t in TEXTS[:40] if t + "<|endoftext|>" in found[1]]
+    assert in_held and not set(in_held) & set(in_train) and set(in_held) | set(in_train) >= set(TEXTS[1:39])
+    assert len(stream.held_rows(2)[0]["tokens"]) == 2
+
+
+def test_other_files_tokenizers_and_settings_have_other_fingerprints(tmp_path, tokenizer):
+    folder, other = write_jsonl(tmp_path / "data"), write_jsonl(tmp_path / "other", texts=TEXTS[1:])
+    streams = [
+        TextStream(folder, tokenizer, 16),
+        TextStream(folder, tokenizer, 17),
+        TextStream(folder, tokenizer, 16, held_out=0.1),
+        TextStream(folder, train_bpe(TEXTS, 290), 16),
+        TextStream(other, tokenizer, 16),
+    ]
+    assert len({s.fingerprint for s in streams}) == len(streams)
+    assert TextStream(folder, tokenizer, 16).fingerprint == streams[0].fingerprint
+    with Loader(streams[0], 2, 0) as loader:
+        state = loader.state()
+    with pytest.raises(ValueError, match="the state is of the data 'stream of data.*but data.path gives 'stream of other"):
+        Loader(streams[4], 2, 0, state=state)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{broken", r"data.jsonl, line 2: not JSON"),
+        ('{"body": "x"}', r"data.jsonl, line 2: key 'text' is missing; the keys are body; use data.json_key"),
+        ('{"text": 7}', r"data.jsonl, line 2: key 'text' is int, not text"),
+        (r'{"text": "\ud800"}', r"data.jsonl, line 2: 'text' has half a surrogate pair"),
+    ],
+)
+def test_a_bad_record_is_an_error_naming_its_line(line, message, tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    with Loader(TextStream(path, tokenizer, 4), 1, 0) as loader:
+        with pytest.raises(ValueError, match=message):
+            for _ in range(9):
+                next(loader)
+
+
+def test_no_text_at_all_is_an_error_not_a_wait(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": ""}\n')
+    with Loader(TextStream(path, tokenizer, 4), 1, 0) as loader:
+        with pytest.raises(ValueError, match="data.jsonl: data.path has no pair of tokens"):
+            next(loader)
+    with pytest.raises(ValueError, match="data.held_out=0.01 holds out no text of .*data.jsonl"):
+        TextStream(path, tokenizer, 4, held_out=0.01).held_rows(4)
