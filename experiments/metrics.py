@@ -62,7 +62,7 @@ class Writer:
 
 def plot_losses(path, records, bigram=None):
     """The loss curve as a PNG. records: dicts with step, and loss or eval_loss (nats per target)."""
-    figure = Figure(figsize=(7, 4.5), dpi=120)
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="tight")
     axes = figure.subplots()
     for name, label in (("loss", "training"), ("eval_loss", "held out")):
         points = [(r["step"], r[name]) for r in records if name in r]

@@ -15,6 +15,8 @@ def get_config():
     c.train.steps = 300
     c.train.batch_size = 16
     c.train.seq_len = 256
+    c.train.eval_every = 50
+    c.train.sample_tokens = 128
     c.optim.lr = 3e-3
     c.optim.warmup_steps = 50
     return c
