@@ -17,11 +17,10 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
+from parallel.mesh import AXES
 from qwen3.config import SIZES, Qwen3Config, check_compute_dtype
 
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
-
-AXES = ("dp", "tp", "pp", "cp", "ep")
 
 
 def define(default_config=None, flag_values=flags.FLAGS):

@@ -5,8 +5,8 @@ respect to them; dicts at that border are constants, or lose their gradients, wi
 cross it as nested tuples and are rebuilt inside, and `fullgraph` refuses whatever would fall back to the interpreter.
 """
 
+import hashlib
 import linecache
-import zlib
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, mutable
@@ -81,7 +81,7 @@ def _from_source(argument, expression, lines=()):
     hand-written backward. MindSpore reads the source of what it compiles, so the text is put where `inspect` looks.
     """
     text = "\n    ".join([f"def tree_of({argument}):", *lines, f"return {expression}\n"])
-    name = f"<tree {zlib.crc32(text.encode()):08x}>"
+    name = f"<tree {hashlib.sha256(text.encode()).hexdigest()}>"  # two trees under one name would give each other's source
     linecache.cache[name] = (len(text), None, text.splitlines(True), name)
     scope = {"__name__": __name__}
     exec(compile(text, name, "exec"), scope)  # our own keys and indices, quoted by repr
