@@ -65,16 +65,16 @@ def scalars(optim, lr, step):
     return ms.Tensor(np.array([lr, *corrections, step >= SPIKE_WARMUP_STEPS], np.float32))
 
 
-def adamw(specs, optim):
+def adamw(specs, optim, norm_squared=None):
     """update(params, grads, m, v, mean norm, scalars) -> (nested tuples of (p, m, v), mean norm, gradient norm, 1 if skipped).
 
     For use inside a compiled function, on nested tuples of the structure of `specs`. Decay acts on leaves whose spec has two dims
     or more. A leaf of spec.optimizer "sign" moves by router_bias_rate against its gradient's sign and is left out of the norm.
+    norm_squared(flat gradients): their squared norm, where they are split over ranks.
     """
     kinds = to_tuple(tree_map(partial(_kind, optim.weight_decay), specs))
     flatten, apply = flatten_in_graph(kinds), ops.HyperMap()
-    counted = tuple(i for i, kind in enumerate(tree_leaves(kinds)) if kind != SIGN)
-    leaf, squares, sqrt = _leaf_update(optim), _sum_of_squares(counted), ops.Sqrt()
+    leaf, squares, sqrt = _leaf_update(optim), norm_squared or _sum_of_squares(in_norm(specs)), ops.Sqrt()
     control = _norm_control(optim)
 
     def update(params, grads, m, v, mean_norm, values):
@@ -84,6 +84,11 @@ def adamw(specs, optim):
         return new, mean_norm, norm, 1 - keep
 
     return update
+
+
+def in_norm(specs):
+    """The places, among the leaves of a tree of specs, of those whose gradients count in the norm."""
+    return tuple(i for i, spec in enumerate(tree_leaves(specs)) if spec.optimizer != "sign")
 
 
 def _kind(decay, spec):

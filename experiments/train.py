@@ -5,17 +5,23 @@ import dataclasses
 import math
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
 from experiments import optim as optimizer
-from parallel.spec import init_params, tree_map
-from parallel.step import from_tuple, grad_in_graph, jit, to_tuple
+from parallel import collectives, zero
+from parallel.placement import load, local_shape, place, reader, stacked, whole
+from parallel.sharding import DATA, Sharding
+from parallel.source import function
+from parallel.spec import init_array, tree_leaves, tree_map, tree_paths, unflatten
+from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, rebuild_flat, to_tuple
 from qwen3 import hf
-from qwen3.model import build, metric_names, param_specs, stack_layers, stacked_specs, unstack_layers
+from qwen3.model import build, metric_names, param_specs, stacked_specs, unstack_layers
 
+SUMS = ("tokens", "expert_overflow")  # metrics that add up over micro-batches; the others are weighted means
 SCAN_ABOVE_LAYERS = 2  # a scanned layer compiles once, and on CPU ran faster and in less memory than unrolled ones
 
 
@@ -29,31 +35,34 @@ class Program:
     evaluate: object
 
 
-def build_program(cfg, config):
-    """Pure functions over an opaque state, for a model and a run's config; each compiles on first use, once per batch shape.
-    Raises ValueError for weights that are not float32.
+def build_program(cfg, config, sharding=None):
+    """Pure functions over an opaque state, for a model, a run's config and a layout; each compiles on first use, once per batch shape.
+    Raises ValueError for weights that are not float32, or that the layout cannot split.
 
-    init(params tree) -> state, and params(state) -> params tree, as qwen3.model and hf.save take it.
-    step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S]; metrics: floats and lists.
-    evaluate(state, batches) -> cross-entropy in nats per target.
+    init(params) -> state, from a tree as qwen3.model and hf.save take it, or from read(path, slices), which gives a rank its part.
+    params(state) -> the tree, whole on every rank; all call it.
+    step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], this data rank's; metrics: floats and lists,
+    of the global batch. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
     """
     if cfg.param_dtype != "float32":
         raise ValueError(
             f"model_args.param_dtype={cfg.param_dtype!r}: training keeps its weights in float32, whatever it computes in;"
             " use --config.model_args.param_dtype=float32"
         )
-    scan = uses_scan(cfg, config.train.layer_loop)
-    model, specs = build(cfg, scan=scan), stacked_specs(cfg) if scan else param_specs(cfg)
+    sharding, scan = sharding or Sharding(), uses_scan(cfg, config.train.layer_loop)
+    placed = placements(cfg, sharding, scan)
+    model, specs = build(cfg, sharding, scan), stacked_specs(cfg) if scan else param_specs(cfg)
     names = metric_names(cfg)
-    run_step = (_one_batch if config.parallel.micro_batches == 1 else _accumulated)(model, specs, names, config)
+    update = _update(specs, placed, sharding, config.optim)
+    run_step = (_one_batch if config.parallel.micro_batches == 1 else _accumulated)(model, specs, names, config, update, sharding)
     eval_loss = jit(_eval_loss(model))
 
     def init(params):
-        nested = to_tuple(stack_layers(params) if scan else params)
-        return {"params": nested, **optimizer.init_state(nested)}
+        nested = to_tuple(_load(sharding.mesh, placed, params if callable(params) else reader(params), cfg.num_layers if scan else 0))
+        return {"params": nested, **optimizer.init_state(tree_map(partial(_state_shape, sharding.mesh), to_tuple(placed)))}
 
     def params_of(state):
-        tree = from_tuple(specs, state["params"])
+        tree = tree_map(lambda p, w: ms.Tensor(whole(sharding.mesh, p.spec, p.stored, w)), placed, from_tuple(specs, state["params"]))
         return unstack_layers(tree) if scan else tree
 
     def step(state, batch, lr, at):
@@ -74,6 +83,30 @@ def build_program(cfg, config):
     return Program(init, params_of, step, evaluate)
 
 
+def placements(cfg, sharding, scan):
+    """The tree of Placed of a model; with scan, one for each leaf of the stacked layers."""
+    tree = place(sharding, param_specs(cfg))
+    return {**tree, "layers": tree_map(lambda p: stacked(p, cfg.num_layers), tree["layers"][0])} if scan else tree
+
+
+def _load(mesh, placed, read, num_layers):
+    """The tensors of a tree of Placed; of `num_layers` stacked layers, where that is not 0."""
+    if not num_layers:
+        return load(mesh, placed, read)
+
+    def of_layers(path, slices):
+        rest = path.split(".", 2)[2]
+        return np.stack([read(f"layers.{i}.{rest}", slices[1:]) for i in range(num_layers)])
+
+    flat = {key: value for key, value in placed.items() if key != "layers"}
+    loaded = {**load(mesh, flat, read), "layers": load(mesh, placed["layers"], of_layers)}
+    return {key: loaded[key] for key in placed}
+
+
+def _state_shape(mesh, p):
+    return SimpleNamespace(shape=local_shape(mesh, p.spec, p.state))
+
+
 def uses_scan(cfg, layer_loop):
     """Whether train.layer_loop makes one compiled layer run in a loop instead of unrolling all."""
     one_kind = len({cfg.is_moe_layer(i) for i in range(cfg.num_layers)}) == 1
@@ -88,66 +121,113 @@ def _eval_loss(model):
     return eval_loss
 
 
-def _one_batch(model, specs, names, config):
+def _update(specs, placed, sharding, optim):
+    """Functions for use in a graph: (sum_gradients(flat) -> flat; update(params, flat gradients, m, v, mean norm, scalars) -> (flat params,
+    flat m, flat v, mean norm, norm, skipped)), on the parts that a rank has. params, m and v are nested tuples."""
+    flat, like = tree_leaves(placed), to_tuple(specs)
+    norm = zero.global_norm_squared(sharding, flat, optimizer.in_norm(specs)) if sharding.mesh.world > 1 else None
+    apply, nest, flatten = optimizer.adamw(specs, optim, norm), rebuild_flat(like), flatten_in_graph(like)
+    split, join = zero.split_params(sharding, flat) or _same, zero.join_params(sharding, flat) or _same
+    columns = tuple(_column(like, i) for i in range(3))
+    params_of, m_of, v_of = columns
+
+    def update(params, grads, m, v, mean_norm, values):
+        new, mean_norm, norm, skipped = apply(nest(split(flatten(params))), nest(grads), m, v, mean_norm, values)
+        return join(params_of(new)), m_of(new), v_of(new), mean_norm, norm, skipped
+
+    return zero.sum_gradients(sharding, flat) or _same, update, flatten
+
+
+def _column(like, i):
+    """A function, for use in a graph, from nested tuples of (p, m, v) to the flat tuple of one of the three."""
+    every = flatten_in_graph(tree_map(lambda _: (0, 0, 0), like))
+    n = len(tree_leaves(like))
+    return function("column(new)", ["flat = every(new)", f"return ({''.join(f'flat[{3 * k + i}], ' for k in range(n))})"], every=every)
+
+
+def _same(flat):
+    return flat
+
+
+def _one_batch(model, specs, names, config, update, sharding):
     """Gradients and update in one graph."""
-    grad, update = grad_in_graph(model.loss_fn, specs, names), optimizer.adamw(specs, config.optim)
+    grad, (sum_gradients, apply, flatten) = grad_in_graph(model.loss_fn, specs, names), update
 
     def fused(params, m, v, mean_norm, values, batch):
         (loss, aux), grads = grad(params, batch)
-        new, mean_norm, norm, skipped = update(params, grads, m, v, mean_norm, values)
-        return (loss, aux, norm, skipped), new, mean_norm
+        new, m, v, mean_norm, norm, skipped = apply(params, sum_gradients(flatten(grads)), m, v, mean_norm, values)
+        return (loss, aux, norm, skipped), new, m, v, mean_norm
 
     fused = jit(fused)
 
     def run(state, batch, values):
-        out, new, mean_norm = fused(state["params"], state["m"], state["v"], state["norm"], values, _tensors(batch))
-        return _state(state["params"], new, mean_norm), out
+        out, *new = fused(state["params"], state["m"], state["v"], state["norm"], values, _tensors(batch))
+        return _state(state["params"], *new), out
 
     return run
 
 
-def _accumulated(model, specs, names, config):
-    """Gradients of micro-batches, each weighted by its share of the targets, and one update: two graphs."""
-    grad, update = grad_in_graph(model.loss_fn, specs, names), optimizer.adamw(specs, config.optim)
-    apply = jit(update)
-    everywhere = ms.ops.HyperMap()
+def _accumulated(model, specs, names, config, update, sharding):
+    """Gradients of micro-batches, each weighted by its share of the targets, and one update: two graphs.
+
+    From ZeRO stage 2 on they are summed over the data ranks as they come, and a rank keeps its part of the sum; before, once at the end.
+    """
+    grad, (sum_gradients, apply, flatten) = grad_in_graph(model.loss_fn, specs, names), update
+    early, late = (sum_gradients, _same) if sharding.zero >= 2 else (_same, sum_gradients)
+    weights_sum = collectives.psum(sharding.mesh, DATA)
 
     def add_share(share, total, g):
         return total + share * ms.ops.Cast()(g, ms.float32)
 
+    add_all = ms.ops.HyperMap()
+
     def accumulate(params, total, share, batch):
         (loss, aux), grads = grad(params, batch)
-        return loss, aux, everywhere(partial(add_share, share), total, grads)
+        return loss, aux, add_all(partial(add_share, share), total, early(flatten(grads)))
 
-    accumulate = jit(accumulate)
+    def first(params, share, batch):
+        (loss, aux), grads = grad(params, batch)
+        return loss, aux, add_all(partial(times, share), early(flatten(grads)))
+
+    def times(share, g):
+        return share * ms.ops.Cast()(g, ms.float32)
+
+    def finish(params, total, m, v, mean_norm, values):
+        return apply(params, late(total), m, v, mean_norm, values)
+
+    first, accumulate, finish = jit(first), jit(accumulate), jit(finish)
 
     def run(state, batch, values):
-        total, loss, aux = optimizer.zeros_like(state["params"]), 0.0, [0.0] * len(names)
-        for share, part in micro_batches(batch, config.parallel.micro_batches):
-            part_loss, part_aux, total = accumulate(state["params"], total, ms.Tensor(share, ms.float32), _tensors(part))
+        total, loss, aux = None, 0.0, [0.0] * len(names)
+        parts, weights = micro_batches(batch, config.parallel.micro_batches)
+        for share, part in zip(shares(weights_sum(ms.Tensor(weights, ms.float32)).asnumpy()), parts):
+            so_far = () if total is None else (total,)
+            share_tensor = ms.Tensor(share, ms.float32)
+            part_loss, part_aux, total = (accumulate if so_far else first)(state["params"], *so_far, share_tensor, _tensors(part))
             loss += share * _number(part_loss)
-            aux = [a + (1.0 if name == "tokens" else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
-        new, mean_norm, norm, skipped = apply(state["params"], total, state["m"], state["v"], state["norm"], values)
-        return _state(state["params"], new, mean_norm), (loss, aux, norm, skipped)
+            aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
+        *new, norm, skipped = finish(state["params"], total, state["m"], state["v"], state["norm"], values)
+        return _state(state["params"], *new), (loss, aux, norm, skipped)
 
     return run
 
 
 def micro_batches(batch, count):
-    """[(share of the batch's loss weight, slice of its rows)]; equal shares where nothing has weight."""
+    """([slice of a batch's rows], the loss weight in each)."""
     rows = len(batch["tokens"]) // count
     parts = [{key: value[i * rows : (i + 1) * rows] for key, value in batch.items()} for i in range(count)]
-    weights = np.array([part["loss_weights"].sum(dtype=np.float64) for part in parts])
-    return list(zip(weights / weights.sum() if weights.sum() else np.full(count, 1 / count), parts))
+    return parts, np.array([part["loss_weights"].sum(dtype=np.float64) for part in parts])
 
 
-def _state(like, new, mean_norm):
-    """The state from the update's nested tuples, whose leaves are (p, m, v)."""
-    return {**{name: _part(like, new, i) for i, name in enumerate(("params", "m", "v"))}, "norm": mean_norm}
+def shares(weights):
+    """Each micro-batch's share of the loss weight; equal shares where nothing has weight."""
+    weights = np.asarray(weights, np.float64)
+    return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / len(weights))
 
 
-def _part(like, nested, i):
-    return tuple(_part(a, b, i) for a, b in zip(like, nested)) if isinstance(like, tuple) else nested[i]
+def _state(like, params, m, v, mean_norm):
+    """The state from the update's flat tuples."""
+    return {**{name: unflatten(like, flat) for name, flat in (("params", params), ("m", m), ("v", v))}, "norm": mean_norm}
 
 
 def _tensors(batch):
@@ -159,17 +239,16 @@ def _number(value):
 
 
 def initial_params(cfg, config):
-    """Weights of config.init_from (a Hugging Face folder), else random ones from train.seed; tensors of cfg.param_dtype."""
+    """read(path, slices) of the weights of config.init_from (a Hugging Face folder), else of random ones from train.seed."""
     if not config.init_from:
-        dtype = getattr(ms, cfg.param_dtype)
-        return tree_map(lambda w: ms.Tensor(w, dtype), init_params(param_specs(cfg), config.train.seed))
+        specs = dict(tree_paths(param_specs(cfg)))
+        return lambda path, slices: init_array(specs[path], path, config.train.seed, index=slices)
     found, params = hf.load(config.init_from, dtype=cfg.param_dtype)
-    ours, theirs = param_specs(cfg), param_specs(found)
-    if ours != theirs:
+    if param_specs(cfg) != param_specs(found):
         raise ValueError(
             f"init_from={config.init_from} holds another model than model={config.model}; use --config.model={config.init_from}"
         )
-    return params
+    return reader(params)
 
 
 def train(program, state, batches, eval_batches, config, writer, mfu_of):
@@ -226,6 +305,11 @@ class Timer:
 
 
 def _stop_if_not_finite(metrics, step):
+    if lost := metrics.get("expert_overflow"):
+        raise FloatingPointError(
+            f"step {step}: {lost:.0f} assignments of tokens to experts found no place in the buffers between expert parallel ranks; the run"
+            " stops and what it had saved stays as it is. Raise model_args.moe_capacity_factor, or leave it out for the worst case"
+        )
     for name in ("objective",) if metrics.get("skipped") else ("objective", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise FloatingPointError(

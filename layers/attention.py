@@ -9,19 +9,19 @@ from parallel.spec import ParamSpec, normal, ones, zeros
 
 
 def specs(cfg):
-    D, H = cfg.hidden_size, cfg.head_dim
-    q, kv, init = cfg.num_heads * H, cfg.num_kv_heads * H, normal(cfg.initializer_range)
+    D, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    q, kv, init = N * H, K * H, normal(cfg.initializer_range)
     p = {
-        "wq": ParamSpec((D, q), ("embed", "heads"), init),
-        "wk": ParamSpec((D, kv), ("embed", "kv"), init),
-        "wv": ParamSpec((D, kv), ("embed", "kv"), init),
-        "wo": ParamSpec((q, D), ("heads", "embed"), init),
+        "wq": ParamSpec((D, q), ("embed", "heads"), init, parts=(None, N)),
+        "wk": ParamSpec((D, kv), ("embed", "kv"), init, parts=(None, K)),
+        "wv": ParamSpec((D, kv), ("embed", "kv"), init, parts=(None, K)),
+        "wo": ParamSpec((q, D), ("heads", "embed"), init, parts=(N, None)),
     }
     if cfg.qk_norm:
         p["q_norm"] = p["k_norm"] = ParamSpec((H,), ("head_dim",), ones())
     if cfg.qkv_bias:
-        p["bq"] = ParamSpec((q,), ("heads",), zeros())
-        p["bk"] = p["bv"] = ParamSpec((kv,), ("kv",), zeros())
+        p["bq"] = ParamSpec((q,), ("heads",), zeros(), parts=(N,))
+        p["bk"] = p["bv"] = ParamSpec((kv,), ("kv",), zeros(), parts=(K,))
     return p
 
 
@@ -30,7 +30,7 @@ def build(cfg, sharding, rotate):
     cached(p, x_RD, cos, sin, mask_B1ST, k_BKTH, v_BKTH, at_BS) -> y_RD, k_BKTH, v_BKTH, writing slot at_BS of each row.
     """
     project, write = _projection(cfg, sharding, rotate), _cache_write(sharding)
-    dims = "batch heads seq head_dim, batch kv keys head_dim, batch kv keys head_dim, batch one seq keys -> batch heads seq head_dim"
+    dims = "batch heads seq head_dim, batch kv_heads keys head_dim, batch kv_heads keys head_dim, batch one seq keys -> batch heads seq head_dim"
     attend = sharding.op(attention_op.reference(cfg.head_dim**-0.5), dims, kind="kernel")
     swap = sharding.op(ops.Transpose(), "batch heads seq head_dim -> batch seq heads head_dim", kind="kernel")
     out, reshape = linear.row(sharding, "heads"), ops.Reshape()
@@ -53,7 +53,7 @@ def build(cfg, sharding, rotate):
 
 def _projection(cfg, sharding, rotate):
     """project(p, x_RD, cos, sin) -> q_BNSH, k_BKSH, v_BKSH"""
-    to_q, to_kv = linear.column(sharding, "heads"), linear.column(sharding, "kv")
+    to_qkv = linear.columns(sharding, "heads", "kv", "kv")
     bias_q, bias_kv = linear.bias(sharding, "heads"), linear.bias(sharding, "kv")
     dims = "batch seq heads head_dim, head_dim -> batch seq heads head_dim"
     norm = sharding.op(rms_norm.reference(cfg.rms_norm_eps), dims, kind="kernel")
@@ -63,12 +63,12 @@ def _projection(cfg, sharding, rotate):
     def split(x, cos):
         return reshape(x, (cos.shape[0], cos.shape[1], -1, head_dim))
 
-    def plain(p, x, cos):
-        return split(to_q(x, p["wq"]), cos), split(to_kv(x, p["wk"]), cos), split(to_kv(x, p["wv"]), cos)
+    def plain(p, x):
+        return to_qkv(x, p["wq"], p["wk"], p["wv"])
 
-    def biased(p, x, cos):
-        q, k, v = bias_q(to_q(x, p["wq"]), p["bq"]), bias_kv(to_kv(x, p["wk"]), p["bk"]), bias_kv(to_kv(x, p["wv"]), p["bv"])
-        return split(q, cos), split(k, cos), split(v, cos)
+    def biased(p, x):
+        q, k, v = to_qkv(x, p["wq"], p["wk"], p["wv"])
+        return bias_q(q, p["bq"]), bias_kv(k, p["bk"]), bias_kv(v, p["bv"])
 
     def same(p, q, k):
         return q, k
@@ -80,7 +80,8 @@ def _projection(cfg, sharding, rotate):
     qk_norm = normed if cfg.qk_norm else same
 
     def project(p, x, cos, sin):
-        q, k, v = linears(p, x, cos)
+        q, k, v = linears(p, x)
+        q, k, v = split(q, cos), split(k, cos), split(v, cos)
         q, k = qk_norm(p, q, k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return swap(q, (0, 2, 1, 3)), swap(k, (0, 2, 1, 3)), swap(v, (0, 2, 1, 3))
@@ -101,4 +102,8 @@ def _cache_write(sharding):
         wide = ops.BroadcastTo((B, K, T, new.shape[2]))(expand(hit, 1))
         return cache * expand(kept, 1) + onehot_matmul(wide, cast(new, cache.dtype))
 
-    return sharding.op(write, "batch kv keys head_dim, batch kv seq head_dim, batch seq -> batch kv keys head_dim", kind="kernel")
+    return sharding.op(
+        write,
+        "batch kv_heads keys head_dim, batch kv_heads new_keys head_dim, batch new_keys -> batch kv_heads keys head_dim",
+        kind="kernel",
+    )

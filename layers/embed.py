@@ -3,9 +3,11 @@
 import mindspore as ms
 from mindspore import ops
 
+from ops import iota
 from parallel.spec import ParamSpec, normal
 
 cast = ops.Cast()
+NEVER = float("-inf")  # the logit of padding
 
 
 def specs(cfg):
@@ -14,11 +16,17 @@ def specs(cfg):
 
 
 def build(cfg, sharding):
-    """embed(w_VD, tokens_BS) -> x_RD in the compute dtype; head(w_VD, x_RD) -> logits_RV in float32."""
-    dtype = getattr(ms, cfg.compute_dtype)
+    """embed(w_VD, tokens_BS) -> x_RD in the compute dtype; head(w_VD, x_RD) -> logits_RV in float32.
+
+    Where the vocabulary is split, each rank has the logits of its part; those of padding are -inf.
+    """
+    dtype, V = getattr(ms, cfg.compute_dtype), cfg.vocab_size
     reshape = ops.Reshape()
-    take = sharding.op(ops.Gather(), "vocab embed, tokens -> tokens>rows embed", kind="contraction", call=_take)
-    project = sharding.op(ops.MatMul(transpose_b=True), "rows>tokens embed, vocab embed -> tokens vocab", kind="contraction", call=_project)
+    dims = "vocab embed, tokens -> tokens>rows embed"
+    take = sharding.op(ops.Gather(), dims, kind="contraction", call=_take, part=("vocab", V, _take_part()))
+    dims = "rows>tokens embed, vocab embed -> tokens vocab"
+    project = ops.MatMul(transpose_b=True)
+    project = sharding.op(project, dims, kind="contraction", call=_project, part=("vocab", V, _project_part(V)))
 
     def embed(w, tokens):
         return cast(take(w, reshape(tokens, (-1,))), dtype)
@@ -33,5 +41,37 @@ def _take(gather, w, ids):
     return gather(cast(w, ms.float32), ids, 0)  # float32, so that a token's gradients are summed in it
 
 
+def _take_part():
+    """The rows of ids in [first, first + V / ranks), and zeros for the others."""
+    greater_equal, less, logical_and, expand = ops.GreaterEqual(), ops.Less(), ops.LogicalAnd(), ops.ExpandDims()
+
+    def take(gather, first, w, ids):
+        at = ids - first
+        mine = cast(logical_and(greater_equal(at, 0), less(at, w.shape[0])), ms.int32)
+        return gather(cast(w, ms.float32), at * mine, 0) * expand(cast(mine, ms.float32), 1)
+
+    return take
+
+
 def _project(matmul, x, w):
     return cast(matmul(x, cast(w, x.dtype)), ms.float32)
+
+
+def _project_part(vocab_size):
+    less, count, select = ops.Less(), iota.reference(), ops.Select()
+
+    def project(matmul, first, x, w):
+        logits = _project(matmul, x, w)
+        real = ops.BroadcastTo(logits.shape)(less(count(w.shape[0]) + first, vocab_size))
+        return select(real, logits, ops.OnesLike()(logits) * NEVER)
+
+    return project
+
+
+def whole(cfg, sharding):
+    """f(logits_RV) -> [tokens, V], of the whole vocabulary on every rank."""
+
+    def cut(logits):
+        return logits[:, : cfg.vocab_size]
+
+    return sharding.op(cut, "tokens vocab>whole_vocab -> tokens whole_vocab", kind="kernel")

@@ -1,4 +1,4 @@
-"""Matrix products of the residual stream: `column` gathers rows and splits its output dim, `row` sums over its input dim.
+"""Matrix products of the residual stream: `columns` gathers rows and splits its output dim, `row` sums over its input dim.
 
 Weights are kept in their own dtype and cast to the activations' inside the op, so that gradients are summed over devices in
 the weights' dtype.
@@ -7,15 +7,17 @@ the weights' dtype.
 from mindspore import ops
 
 cast = ops.Cast()
+KV = {"kv": "kv_heads"}  # a dim of weights -> of activations, where they are not one
 
 
 def _matmul(matmul, x, w):
     return matmul(x, cast(w, x.dtype))
 
 
-def column(sharding, out):
-    """f(x_RD, w [D, out]) -> [tokens, out]"""
-    return sharding.op(ops.MatMul(), f"rows>tokens embed, embed {out} -> tokens {out}", kind="contraction", call=_matmul)
+def columns(sharding, *outs):
+    """f(x_RD, *ws [D, out]) -> ([tokens, out], ...), one for each weight, which share the gathering of x."""
+    signatures = [f"embed {out} -> tokens {KV.get(out, out)}" for out in outs]
+    return sharding.fan(ops.MatMul, "rows>tokens embed", signatures, kind="contraction", call=_matmul)
 
 
 def row(sharding, inner):
@@ -25,7 +27,8 @@ def row(sharding, inner):
 
 def bias(sharding, out):
     """f(x [tokens, out], b [out]) -> x + b"""
-    return sharding.op(ops.Add(), f"tokens {out}, {out} -> tokens {out}", kind="kernel", call=_add)
+    dim = KV.get(out, out)
+    return sharding.op(ops.Add(), f"tokens {dim}, {out} -> tokens {dim}", kind="kernel", call=_add)
 
 
 def _add(add, x, b):

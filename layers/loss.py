@@ -6,14 +6,15 @@ from mindspore import ops
 from ops import cross_entropy
 
 
-def build(sharding):
+def build(vocab_size, sharding):
     """nll(logits_RV, targets_BS) -> nats [R, 1] float32."""
-    vmax = sharding.op(ops.ReduceMax(keep_dims=True), "tokens vocab -> tokens one", kind="reduction")
+    vmax = sharding.op(ops.ReduceMax(keep_dims=True), "tokens vocab -> tokens one", kind="reduction", reduce="max")
     vsum = sharding.op(ops.ReduceSum(keep_dims=True), "tokens vocab -> tokens one", kind="reduction")
     shift = sharding.op(ops.Sub(), "tokens vocab, tokens one -> tokens vocab", kind="kernel")
     exp = sharding.op(ops.Exp(), "tokens vocab", kind="elementwise")
     log, sub = sharding.op(ops.Log(), "tokens one", kind="elementwise"), sharding.op(ops.Sub(), "tokens one", kind="elementwise")
-    pick = sharding.op(cross_entropy.pick(), "tokens vocab, tokens -> tokens one", kind="contraction")
+    part = ("vocab", vocab_size, cross_entropy.pick_part())
+    pick = sharding.op(cross_entropy.pick(), "tokens vocab, tokens -> tokens one", kind="contraction", part=part)
     reshape = ops.Reshape()
 
     def nll(logits, targets):

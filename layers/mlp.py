@@ -16,10 +16,11 @@ def specs(cfg):
 
 def build(cfg, sharding):
     """mlp(p, x_RD) -> y_RD"""
-    inner, down = linear.column(sharding, "ffn"), linear.row(sharding, "ffn")
+    inner, down = linear.columns(sharding, "ffn", "ffn"), linear.row(sharding, "ffn")
     act = sharding.op(swiglu.reference(), "tokens ffn", kind="elementwise")
 
     def mlp(p, x):
-        return down(act(inner(x, p["w_gate"]), inner(x, p["w_up"])), p["w_down"])
+        gate, up = inner(x, p["w_gate"], p["w_up"])
+        return down(act(gate, up), p["w_down"])
 
     return mlp

@@ -24,30 +24,34 @@ def specs(cfg):
 
 
 def stats_size(cfg):
-    """Length of a layer's router statistics: load_E, probability_E, z, tokens; all sums over valid tokens."""
-    return 2 * cfg.num_experts + 2
+    """Length of a layer's router statistics: load_E, probability_E, z, tokens, all sums over valid tokens; and the assignments that found
+    no place in the buffers between expert parallel ranks, 0 unless moe_capacity_factor bounds them."""
+    return 2 * cfg.num_experts + 3
 
 
 def build(cfg, sharding):
-    """moe(p, x_RD, valid_R) -> y_RD, stats [2E + 2] float32; see stats_size."""
-    route, experts = _router(cfg, sharding), _experts(cfg, sharding)
+    """moe(p, x_RD, valid_R) -> y_RD, stats [2E + 3] float32; see stats_size."""
+    shards, concat = sharding.shards("experts"), ops.Concat(0)
+    route = _router(cfg, sharding)
+    experts = _experts(cfg, sharding) if shards == 1 else _experts_elsewhere(cfg, sharding, shards)
 
     def moe(p, x, valid):
         expert, weight, stats = route(p, x, valid)
-        return experts(p, x, expert, weight), stats
+        y, overflow = experts(p, x, expert, weight)
+        return y, concat((stats, overflow))
 
     return moe
 
 
 def _router(cfg, sharding):
-    """route(p, x_RD, valid_R) -> expert_Tk int32, weight_Tk float32, stats"""
-    matmul = sharding.op(ops.MatMul(), "rows>tokens embed, embed router -> tokens router", kind="contraction", call=_matmul_float32)
-    softmax = sharding.op(ops.Softmax(-1), "tokens router", kind="elementwise")
-    top = sharding.op(ops.TopK(), "tokens router -> tokens choice, tokens choice", kind="kernel", call=_top(cfg.experts_per_token))
-    pick = sharding.op(ops.GatherD(), "tokens router, tokens choice -> tokens choice", kind="kernel", call=_pick)
-    choose = _choose_biased(pick, top) if cfg.router_bias else _choose(pick, top)
-    normalise = sharding.op(_normalise(), "tokens choice", kind="elementwise") if cfg.norm_topk_prob else _same
-    statistics = sharding.op(_statistics(cfg), "tokens router, tokens router, tokens choice, tokens -> stats", kind="contraction")
+    """route(p, x_RD, valid_R) -> expert_Rk int32, weight_Rk float32, stats [2E + 2]"""
+    matmul = sharding.op(ops.MatMul(), "rows embed, embed router -> rows router", kind="contraction", call=_matmul_float32)
+    softmax = sharding.op(ops.Softmax(-1), "rows router", kind="elementwise")
+    top = sharding.op(ops.TopK(), "rows router -> rows choice, rows choice", kind="kernel", call=_top(cfg.experts_per_token))
+    pick = sharding.op(ops.GatherD(), "rows router, rows choice -> rows choice", kind="kernel", call=_pick)
+    choose = _choose_biased(cfg, sharding, pick, top) if cfg.router_bias else _choose(pick, top)
+    normalise = sharding.op(_normalise(), "rows choice", kind="elementwise") if cfg.norm_topk_prob else _same
+    statistics = sharding.op(_statistics(cfg), "rows router, rows router, rows choice, rows -> stats", kind="contraction")
 
     def route(p, x, valid):
         logits = matmul(x, p["router"])
@@ -94,9 +98,10 @@ def _choose(pick, top):
     return choose
 
 
-def _choose_biased(pick, top):
+def _choose_biased(cfg, sharding, pick, top):
     """The bias changes which experts are chosen, not their weights; its gradient is each expert's load above the mean."""
-    excess, bias_gradient = _excess_load(), _BiasGradient()
+    excess = _excess_load(cfg, sharding)
+    bias_gradient = sharding.op(_BiasGradient(), "rows choice, router, router -> rows choice", kind="kernel")
 
     def choose(p, probs, valid):
         _, expert = top(ops.stop_gradient(probs + p["router_bias"]))
@@ -119,12 +124,15 @@ class _BiasGradient(nn.Cell):
         return dout, gradient, self.zeros_like(gradient)
 
 
-def _excess_load():
+def _excess_load(cfg, sharding):
+    """excess(probs_RE, expert_Rk, valid_R) -> [E], this rank's part of (load - mean load) / mean load; 0 where nothing is loaded."""
     count, mean, maximum = _load(), ops.ReduceMean(keep_dims=True), ops.Maximum()
+    total = sharding.op(ops.ReduceSum(keep_dims=True), "rows -> one", kind="reduction")
+    per_expert = cfg.experts_per_token / cfg.num_experts
 
     def excess(probs, expert, valid):
         load = count(expert, valid, probs.shape[1])
-        return (load - mean(load, 0)) / maximum(mean(load, 0), 1e-9)  # 0 where nothing is loaded
+        return (load - mean(load, 0)) / maximum(total(valid, 0) * per_expert, 1e-9)
 
     return excess
 
@@ -155,46 +163,74 @@ def _statistics(cfg):
 
 
 def losses(cfg):
-    """losses(stats [layers, 2E + 2]) -> load-balancing loss over all layers (unscaled), z-loss, load [layers, E] as shares."""
+    """losses(stats [layers, 2E + 3]) -> load-balancing loss over all layers (unscaled), z-loss, load [layers, E] as shares, overflow."""
     E, total, maximum = cfg.num_experts, ops.ReduceSum(), ops.Maximum()
 
     def of_stats(stats):
         summed = total(stats, 0)
         rows = maximum(summed[2 * E + 1], 1.0)
         balance = E * total((summed[:E] / rows) * (summed[E : 2 * E] / rows), 0)
-        share = stats[:, :E] / maximum(stats[:, 2 * E + 1 :] * cfg.experts_per_token, 1.0)
-        return balance, summed[2 * E] / rows, share
+        share = stats[:, :E] / maximum(stats[:, 2 * E + 1 : 2 * E + 2] * cfg.experts_per_token, 1.0)
+        return balance, summed[2 * E] / rows, share, summed[2 * E + 2]
 
     return of_stats
 
 
 def _experts(cfg, sharding):
-    """experts(p, x_RD, expert_Tk, weight_Tk) -> y_RD"""
-    E = cfg.num_experts
-    dims = "tokens choice -> assignments, slots, blocks, router"
-    make_plan = sharding.op(routing.plan(E, cfg.moe_block_size), dims, kind="kernel")
-    dispatch = sharding.op(_dispatch(), "rows>tokens embed, slots, blocks -> blocks block_rows embed", kind="kernel")
-    dims = "blocks block_rows embed, assignments, tokens choice -> tokens>rows embed"
-    combine = sharding.op(_combine(), dims, kind="kernel")
-    expand = sharding.op(
-        grouped_matmul.reference(),
-        "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows expert_ffn",
-        kind="kernel",
-    )
-    reduce = sharding.op(
-        grouped_matmul.reference(),
-        "blocks block_rows expert_ffn, experts expert_ffn embed, blocks -> blocks block_rows embed",
-        kind="contraction",
-    )
-    act = sharding.op(swiglu.reference(), "blocks block_rows expert_ffn", kind="elementwise")
+    """experts(p, x_RD, expert_Rk, weight_Rk) -> y_RD, overflow [1], with every expert on this rank."""
+    feed_forward, no_overflow = _feed_forward(cfg, sharding), ms.Tensor([0.0], ms.float32)
+    dims = "rows>expert_rows choice -> assignments, slots, blocks"
+    make_plan = sharding.op(routing.plan(cfg.num_experts, cfg.moe_block_size), dims, kind="kernel")
+    dispatch = sharding.op(_dispatch(), "rows>expert_rows embed, slots, blocks -> blocks block_rows embed", kind="kernel")
+    dims = "blocks block_rows embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
+    combine = sharding.op(_combine(), dims, kind="contraction")
 
     def experts(p, x, expert, weight):
-        slot, source, group, _ = make_plan(expert)
-        xs = dispatch(x, source, group)
-        y = reduce(act(expand(xs, p["w_gate"], group), expand(xs, p["w_up"], group)), p["w_down"], group)
-        return combine(y, slot, weight)
+        slot, source, group = make_plan(expert)
+        return combine(feed_forward(p, dispatch(x, source, group), group), slot, weight), no_overflow
 
     return experts
+
+
+def _experts_elsewhere(cfg, sharding, shards):
+    """The same where experts are split over ranks: tokens are sent to them, as many slots to each rank, and their results back."""
+    feed_forward, within = _feed_forward(cfg, sharding), cfg.num_experts // shards
+    to_send = routing.send_plan(cfg.num_experts, shards, cfg.moe_capacity_factor)
+    dims = "rows>expert_rows choice -> assignments, slots, slots, expert_rows choice"
+    send_plan = sharding.op(to_send, dims, kind="kernel")
+    total, reshape = sharding.op(ops.ReduceSum(), "expert_rows choice ->", kind="reduction"), ops.Reshape()
+    send = sharding.op(_send(shards), "rows>expert_rows embed, slots -> to_shard>shard sent>received embed", kind="kernel")
+    send_ids = sharding.op(_send_ids(shards), "slots -> to_shard>shard sent>received", kind="kernel")
+    here_plan = routing.plan(within, cfg.moe_block_size, empty=True)
+    make_plan = sharding.op(_flat_plan(here_plan), "shard received -> slots, slots, blocks", kind="kernel")
+    dispatch = sharding.op(_dispatch_received(), "shard received embed, slots, blocks -> blocks block_rows embed", kind="kernel")
+    dims = "blocks block_rows embed, slots -> shard>to_shard received>sent embed"
+    send_back = sharding.op(_collect(), dims, kind="kernel")
+    dims = "to_shard sent embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
+    combine = sharding.op(_combine(), dims, kind="contraction")
+
+    def experts(p, x, expert, weight):
+        place, source, chosen, lost = send_plan(expert)
+        received, ids = send(x, source), send_ids(chosen)
+        slot, source, group = make_plan(ids)
+        y = feed_forward(p, dispatch(received, source, group), group)
+        return combine(send_back(y, slot), place, weight), reshape(total(lost, (0, 1)), (1,))
+
+    return experts
+
+
+def _feed_forward(cfg, sharding):
+    """feed_forward(p, x [blocks, b, D], group [blocks]) -> [blocks, b, D], partial sums where expert_ffn is split."""
+    into = "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows part_ffn"
+    expand = sharding.op(grouped_matmul.reference(), into, kind="kernel")
+    out_of = "blocks block_rows part_ffn, experts expert_ffn embed, blocks -> blocks block_rows embed"
+    reduce = sharding.op(grouped_matmul.reference(), out_of, kind="kernel")
+    act = sharding.op(swiglu.reference(), "blocks block_rows part_ffn", kind="elementwise")
+
+    def feed_forward(p, x, group):
+        return reduce(act(expand(x, p["w_gate"], group), expand(x, p["w_up"], group)), p["w_down"], group)
+
+    return feed_forward
 
 
 def _dispatch():
@@ -205,6 +241,51 @@ def _dispatch():
         return reshape(gather(padded, source, 0), (group.shape[0], -1, x.shape[1]))
 
     return dispatch
+
+
+def _send(shards):
+    gather, concat, reshape, zeros_like = ops.Gather(), ops.Concat(0), ops.Reshape(), ops.ZerosLike()
+
+    def send(x, source):
+        return reshape(gather(concat((x, zeros_like(x[:1]))), source, 0), (shards, -1, x.shape[1]))
+
+    return send
+
+
+def _send_ids(shards):
+    reshape = ops.Reshape()
+
+    def send_ids(ids):
+        return reshape(ids, (shards, -1))
+
+    return send_ids
+
+
+def _flat_plan(plan):
+    reshape = ops.Reshape()
+
+    def of_received(ids):
+        return plan(reshape(ids, (-1, 1)))
+
+    return of_received
+
+
+def _dispatch_received():
+    dispatch, reshape = _dispatch(), ops.Reshape()
+
+    def of_received(x, source, group):
+        return dispatch(reshape(x, (-1, x.shape[2])), source, group)
+
+    return of_received
+
+
+def _collect():
+    gather, reshape = ops.Gather(), ops.Reshape()
+
+    def collect(y, slot):
+        return reshape(gather(reshape(y, (-1, y.shape[2])), slot, 0), (1, -1, y.shape[2]))
+
+    return collect
 
 
 def _combine():

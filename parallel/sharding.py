@@ -4,40 +4,71 @@
 
 An operand or result is a list of dims; `a>b` says that the dim arrives as `a` and is used, or leaves, as `b`, which is where
 a layout change happens. RULES maps a dim to mesh axes, and from the signature alone follow the collectives, forward and
-backward. On one device every annotation is the identity and `op` returns the function itself.
+backward (parallel/manual.py). On one device every annotation is the identity and `op` returns the function itself.
+
+One sum is left out of the ops: a parameter's gradient over the data axes, dp and cp. It is partial over those of them that the
+parameter is not split over, and parallel/zero.py sums it once, in buckets. So a term of the loss that does not come from the batch, such
+as a penalty on a weight, has to be divided by the number of data parallel ranks.
 """
 
 import difflib
+from functools import cached_property
 
-from parallel.mesh import ONE_DEVICE
+from parallel import manual
+from parallel.mesh import ONE_DEVICE, Mesh, divisors
 
-# Logical dim -> the mesh axes it is split over, outermost first.
-# rows are the flattened [batch, seq] rows of the residual stream; tokens the same rows where a layer needs all of a tp group's.
+# Logical dim -> the mesh axes it is split over, outermost first; `tp-kv` and the like are parts of axes, see Mesh.
+# rows are the flattened [batch, seq] rows of the residual stream, which sequence parallel splits over tp too; tokens the same rows where a
+# layer needs all of a tp group's; expert_rows the same where experts are split over tp. kv is a dim of weights, and kv_heads of
+# activations, in which every tp rank has a kv head of its own, if need be the same as its neighbour's.
+# Between the rank that a token is on and the ranks of its experts: `sent` slots `to_shard` of experts become `received` slots of a `shard`.
+# Those, the assignments of tokens to experts, and blocks of slots are each rank's own, as are the partial sums over a split expert_ffn.
 RULES = {
+    "layers": (),
     "batch": ("dp",),
     "seq": ("cp",),
     "keys": (),
+    "new_keys": (),
     "rows": ("dp", "cp"),
     "tokens": ("dp", "cp"),
     "embed": (),
     "heads": ("tp",),
-    "kv": ("tp",),
+    "kv": ("tp-kv",),
+    "kv_heads": ("tp",),
     "head_dim": (),
     "half": (),
     "ffn": ("tp",),
     "vocab": ("tp",),
+    "whole_vocab": (),
     "experts": ("ep",),
-    "expert_ffn": ("tp",),
-    "router": (),
-    "blocks": (),
+    "expert_ffn": ("tp-ep",),
+    "expert_rows": ("dp", "cp"),
+    "to_shard": (),
+    "shard": ("ep",),
+    "sent": ("dp", "cp", "tp"),
+    "received": ("dp-ep", "cp-ep", "tp-ep"),
+    "assignments": ("dp", "cp", "tp"),
+    "slots": ("dp", "cp", "tp"),
+    "blocks": ("dp", "cp", "tp"),
     "block_rows": (),
-    "slots": (),
-    "assignments": (),
+    "part_ffn": (),
+    "router": (),
     "choice": (),
     "stats": (),
     "one": (),
 }
+SEQ_PARALLEL_RULES = {**RULES, "rows": ("dp", "cp", "tp"), "expert_rows": ("dp", "cp", "tp/ep")}
+PADDED = ("vocab",)  # dims whose last shard may have elements that are in no parameter
+OWN = (
+    "kv_heads",
+    "assignments",
+    "slots",
+    "blocks",
+    "sent",
+)  # dims of a result that may be split where no operand is: each rank makes its own
 KINDS = ("elementwise", "contraction", "reduction", "kernel")
+DATA = ("dp", "cp")
+EVERY_AXIS = Mesh(pp=2, dp=6, cp=6, tp=12, ep=8, kv_repeat=4)  # every part of every axis has ranks here
 
 
 def parse(signature):
@@ -56,22 +87,77 @@ def _move(word):
 
 
 class Sharding:
-    """A mesh and the rules; `op` binds a function to its signature. check: verify every call's shapes (eager; for tests)."""
+    """A mesh and the rules; `op` binds a function to its signature. check: verify every call's shapes (eager, one device; for tests)."""
 
-    def __init__(self, mesh=ONE_DEVICE, rules=RULES, check=False):
-        self.mesh, self.rules, self.check = mesh, rules, check
+    def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, check=False):
+        self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
+        self.seq_parallel, self.zero = seq_parallel, zero
 
-    def op(self, fn, signature, *, kind, call=None):
+    def op(self, fn, signature, *, kind, call=None, part=None, reduce="sum"):
         """The function `fn`, annotated.
 
-        fn: a MindSpore primitive or a function of tensors. kind: what fn does with the dims (KINDS).
-        call(fn, *args): how to call a primitive that wants casts or constants. Arguments after the annotated operands pass through.
+        fn: a MindSpore primitive or a function of tensors. kind: what fn does with the dims (KINDS): an elementwise op has one list of
+        dims; a contraction or a reduction is summed over the axes that its result lacks (reduce="max": the largest is taken); a kernel
+        is not, so its results lack none. call(fn, *args): how to call a primitive that wants casts or constants. part: (dim, its global
+        size, call_part), where an op must know which part of a dim it has: call_part(fn, first, *args), with the global index of the
+        part's first element, is used if the dim is split. Arguments after the annotated operands pass through.
         Raises ValueError for a signature that the kind does not allow.
         """
         operands, results = parse(signature)
         self._validate(signature, kind, operands, results)
         bound = fn if call is None else _bind(call, fn)
-        return _checked(bound, signature, operands, results) if self.check else bound
+        if part and self.shards(part[0]) > 1:
+            dim, size, call_part = part
+            bound = _bind_part(call_part, fn, self.mesh.index(self.rules[dim]) * -(-size // self.shards(dim)))
+        if self.check:
+            bound = _checked(bound, signature, operands, results)
+        return manual.lower(self, bound, operands, results, kind, reduce)
+
+    def fan(self, make, operand, signatures, *, kind, call=None):
+        """f(x, *ws) -> a tuple, one result for each of `signatures`, which are those of an op without its first operand `operand`:
+        ops that share x and its collectives. make() gives the function of one of them; else as in op."""
+        parsed = [parse(f"{operand}, {signature}") for signature in signatures]
+        for signature, (operands, results) in zip(signatures, parsed):
+            self._validate(f"{operand}, {signature}", kind, operands, results)
+        fns = [make() for _ in signatures]
+        bound = [fn if call is None else _bind(call, fn) for fn in fns]
+        if self.check:
+            bound = [_checked(f, f"{operand}, {s}", *p) for f, s, p in zip(bound, signatures, parsed)]
+        return manual.lower_fan(self, tuple(bound), parsed)
+
+    def shards(self, dim):
+        """How many parts a dim is cut into."""
+        return self.mesh.size(self.rules[dim])
+
+    @cached_property
+    def data_atoms(self):
+        return self.mesh.atoms(DATA)
+
+    def atoms(self, dim):
+        """The mesh's atoms that a dim is split over, outermost first."""
+        return self.mesh.atoms(self.rules[dim])
+
+    def placement(self, spec, path=""):
+        """For each dim of a ParamSpec the atoms it is split over. Raises ValueError, naming `path`, where it cannot be split so."""
+        seen = {}
+        for i, (dim, size) in enumerate(zip(spec.dims, spec.shape)):
+            if dim not in self.rules:
+                raise ValueError(f"{path}: dim {dim!r} is not in RULES{_nearest(dim, self.rules)}")
+            for axis in self.rules[dim]:
+                if axis in seen:
+                    raise ValueError(f"{path}: dims {seen[axis]!r} and {dim!r} are both split over {axis}; change one of them in RULES")
+                seen[axis] = dim
+            self._check_divides(path, dim, spec.parts_of(i), size)
+        return tuple(self.atoms(dim) for dim in spec.dims)
+
+    def _check_divides(self, path, dim, parts, size):
+        n = self.shards(dim)
+        if dim in PADDED or parts % n == 0:
+            return
+        of = f"{parts}" if parts == size else f"{parts} parts of {size // parts}"
+        raise ValueError(
+            f"{path}: dim {dim!r} has {of}, which the {n} ranks of {'+'.join(self.rules[dim])} do not divide; use {divisors(parts)}"
+        )
 
     def _validate(self, signature, kind, operands, results):
         def fail(why):
@@ -81,30 +167,60 @@ class Sharding:
             fail(f"kind is not one of {', '.join(KINDS)}")
         for dim in {d for part in operands + results for move in part for d in move}:
             if dim not in self.rules:
-                near = difflib.get_close_matches(dim, self.rules, 1)
-                fail(f"dim {dim!r} is not in RULES" + (f"; did you mean {near[0]!r}?" if near else ""))
-        for part in operands + results:
-            axes = [axis for _, used in part for axis in self.rules[used]]
-            if len(axes) != len(set(axes)):
-                fail(f"a mesh axis is used twice in {' '.join(used for _, used in part)!r}")
-        used = [{b for _, b in part} for part in operands]
-        left = [{a for a, _ in part} for part in results]
-        if kind == "elementwise" and (results or len(operands) != 1 or any(a != b for a, b in operands[0])):
-            fail("an elementwise op has one list of dims, which all its operands and its result share")
-        if kind in ("contraction", "reduction"):
-            if len(results) != 1 or (kind == "reduction" and len(operands) != 1):
-                fail(f"a {kind} has one result" + (" and one operand" if kind == "reduction" else ""))
-            if any(self.rules[dim] for dim in left[0] - set.union(*used)):
-                fail("a dim of the result that no operand has must be one that is never sharded")
-            if not set.union(*used) - left[0]:
-                fail("nothing is summed: every dim of the operands is in the result")
-        if kind == "kernel" and not results:
-            fail("a kernel names its results")
+                fail(f"dim {dim!r} is not in RULES{_nearest(dim, self.rules)}")
+        if kind == "elementwise":
+            if results or len(operands) != 1 or any(a != b for a, b in operands[0]):
+                fail("an elementwise op has one list of dims, which all its operands and its result share")
+        elif not results:
+            fail("it names no result")
+        if kind in ("contraction", "reduction") and (len(results) != 1 or (kind == "reduction" and len(operands) != 1)):
+            fail(f"a {kind} has one result" + (" and one operand" if kind == "reduction" else ""))
+        # sequence parallel splits more: what it would refuse is refused with or without it
+        for rules in (self.rules,) if self.rules is not RULES else (RULES, SEQ_PARALLEL_RULES):
+            _check_axes(fail, rules, kind, operands, results)
+
+
+def _check_axes(fail, rules, kind, operands, results):
+    """An op may neither lose nor double a sum, on a mesh where every axis, and every part of one, is split."""
+
+    def atoms(dim):
+        return set(EVERY_AXIS.atoms(rules[dim]))
+
+    for part in operands + results:
+        for side in zip(*part):
+            if sum(len(atoms(dim)) for dim in side) > len(set().union(*map(atoms, side))):
+                fail(f"a mesh axis is used twice in {' '.join(side)!r}")
+    used = {b for part in operands for _, b in part}
+    for part in results:
+        left = {a for a, _ in part}
+        for dim in left - used:
+            if atoms(dim) and dim not in OWN:
+                fail(f"dim {dim!r} of the result is split, and no operand has it")
+        kept = set().union(*map(atoms, left))
+        for dim in sorted(used):
+            if atoms(dim) - kept and kind == "kernel":
+                fail(f"the result is split less than dim {dim!r} of an operand, and a kernel is not summed; make it a contraction")
+            if atoms(dim) - kept and dim in left:
+                fail(f"a mesh axis of dim {dim!r} is lost")
+        if kind in ("contraction", "reduction") and not used - left:
+            fail("nothing is summed: every dim of the operands is in the result")
+
+
+def _nearest(dim, rules):
+    near = difflib.get_close_matches(dim, rules, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _bind(call, fn):
     def bound(*args):
         return call(fn, *args)
+
+    return bound
+
+
+def _bind_part(call, fn, first):
+    def bound(*args):
+        return call(fn, first, *args)
 
     return bound
 

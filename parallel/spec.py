@@ -15,15 +15,21 @@ class ParamSpec:
     """shape: global sizes. dims: the logical name of each dim. init: normal(std), ones() or zeros().
 
     optimizer: "adamw", or "sign" for a value moved by a fixed step against the sign of its gradient (the router's bias).
+    parts: for each dim, into how many equal parts it can be cut, such as heads; None where every element is one. Default: all None.
     """
 
     shape: tuple
     dims: tuple
     init: tuple
     optimizer: str = "adamw"
+    parts: tuple = ()
 
     def __post_init__(self):
         assert len(self.shape) == len(self.dims), (self.shape, self.dims)
+
+    def parts_of(self, i):
+        """Into how many parts dim i can be cut."""
+        return (self.parts[i] if self.parts else None) or self.shape[i]
 
 
 def normal(std):

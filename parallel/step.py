@@ -5,12 +5,10 @@ respect to them; dicts at that border are constants, or lose their gradients, wi
 cross it as nested tuples and are rebuilt inside, and `fullgraph` refuses whatever would fall back to the interpreter.
 """
 
-import hashlib
-import linecache
-
 import mindspore as ms
 from mindspore import Parameter, Tensor, mutable
 
+from parallel.source import function
 from parallel.spec import is_leaf, tree_leaves, tree_map, unflatten
 
 ms.set_recursion_limit(100000)  # room for deep unrolled models; the default is 1000
@@ -35,18 +33,18 @@ def from_tuple(like, nested):
 def rebuild(like):
     """A function, for use inside a compiled one, from to_tuple's form to a tree of `like`'s structure; lists become tuples."""
     lines = []
-    return _from_source("nested", _expression(like, "nested", lines), lines)
+    return _tree_function("nested", _expression(like, "nested", lines), lines)
 
 
 def rebuild_flat(like):
     """The same from the flat tuple of the leaves."""
     places = iter(range(len(tree_leaves(like))))
-    return _from_source("flat", _expression(tree_map(lambda _: f"flat[{next(places)}]", like)))
+    return _tree_function("flat", _expression(tree_map(lambda _: f"flat[{next(places)}]", like)))
 
 
 def flatten_in_graph(like):
     """A function, for use inside a compiled one, from a tree of `like`'s structure to the flat tuple of its leaves."""
-    return _from_source("tree", "(" + "".join(f"tree{at}, " for at in _subscripts(like)) + ")")
+    return _tree_function("tree", "(" + "".join(f"tree{at}, " for at in _subscripts(like)) + ")")
 
 
 def _expression(tree, at=None, lines=None):
@@ -74,18 +72,13 @@ def _subscripts(tree):
     return [f"[{k!r}]" + rest for k in keys for rest in _subscripts(tree[k])]
 
 
-def _from_source(argument, expression, lines=()):
-    """A function of one argument from the source of its result, and of the statements before it.
+def _tree_function(argument, expression, lines=()):
+    """A function of one argument, from the statements before its result and the result.
 
     A literal, because gradients through dict(zip()) are lost (docs/mindspore.md), and tuples joined piece by piece have failed in a
-    hand-written backward. MindSpore reads the source of what it compiles, so the text is put where `inspect` looks.
+    hand-written backward.
     """
-    text = "\n    ".join([f"def tree_of({argument}):", *lines, f"return {expression}\n"])
-    name = f"<tree {hashlib.sha256(text.encode()).hexdigest()}>"  # two trees under one name would give each other's source
-    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
-    scope = {"__name__": __name__}
-    exec(compile(text, name, "exec"), scope)  # our own keys and indices, quoted by repr
-    return scope["tree_of"]
+    return function(f"tree_of({argument})", [*lines, f"return {expression}"])
 
 
 def jit(fn):

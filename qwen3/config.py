@@ -58,6 +58,8 @@ class Qwen3Config:
     router_z_coef: float = 0.0
     router_bias: bool = False  # aux-loss-free balancing: a bias on the choice of experts, moved by their load
     moe_block_size: int = 64
+    # Slots between expert parallel ranks, as a multiple of the mean load; None is the worst case, and no token can be without a place.
+    moe_capacity_factor: float | None = None
     # Token ids; None where the model has none.
     bos_id: int | None = None
     eos_id: int | None = None
@@ -122,6 +124,8 @@ def _check(c):
             f"experts_per_token={c.experts_per_token} must be from 1 to num_experts={c.num_experts}",
         )
         need(c.moe_ffn_size > 0, f"moe_ffn_size={c.moe_ffn_size} must be above 0")
+        factor = c.moe_capacity_factor
+        need(factor is None or factor > 0, f"moe_capacity_factor={factor} must be above 0; leave it out for the worst case")
         outside = [i for i in c.mlp_only_layers if not 0 <= i < c.num_layers]
         need(not outside, f"mlp_only_layers={list(c.mlp_only_layers)} names layers outside 0..{c.num_layers - 1}")
     else:

@@ -40,7 +40,7 @@ def stacked_specs(cfg):
 
 def metric_names(cfg):
     """The keys of loss_fn's metrics."""
-    return ("loss", "tokens") + (("router_loss", "router_z_loss", "expert_load") if cfg.moe_layers else ())
+    return ("loss", "tokens") + (("router_loss", "router_z_loss", "expert_load", "expert_overflow") if cfg.moe_layers else ())
 
 
 def forward(params, tokens, cfg, *, positions=None, segment_ids=None):
@@ -73,21 +73,23 @@ def build(cfg, sharding=None, scan=False):
     trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, blocks)
     final_norm, head_key = norm.build(cfg, sharding), "embed" if cfg.tie_embeddings else "lm_head"
     mask = sharding.op(document_mask(), "batch seq -> batch one seq keys", kind="kernel")
-    reshape, cast, consts = ops.Reshape(), ops.Cast(), _consts(cfg)
+    real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel")
+    whole_vocab = embed.whole(cfg, sharding)
+    reshape, consts = ops.Reshape(), _consts(cfg)
 
     def logits_and_stats(params, tokens, positions, segment_ids):
         cos, sin = angles(positions)
-        valid = cast(reshape(segment_ids, (-1,)) > 0, ms.float32)
+        valid = real(reshape(segment_ids, (-1,)))
         x = take(params["embed"], tokens)
         x, stats = trunk(params["layers"], x, consts(cos, sin, mask(segment_ids), valid))
         return head(params[head_key], final_norm(params["final_norm"], x)), stats
 
     router_losses = moe.losses(cfg)
-    mean, nll = loss.weighted_mean(sharding), loss.build(sharding)
+    mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding)
     is_moe, aux_coef, z_coef = bool(cfg.moe_layers), cfg.router_aux_coef, cfg.router_z_coef
 
     def aux_of(stats):
-        balance, z, load = router_losses(stats)
+        balance, z, load, _ = router_losses(stats)
         return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
 
     def forward(params, tokens, positions=None, segment_ids=None):
@@ -95,7 +97,7 @@ def build(cfg, sharding=None, scan=False):
         positions = _default_positions(tokens) if positions is None else positions
         segment_ids = ops.ones_like(tokens) if segment_ids is None else segment_ids
         logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
-        return reshape(logits, (B, S, -1)), aux_of(stats) if is_moe else {}
+        return reshape(whole_vocab(logits), (B, S, -1)), aux_of(stats) if is_moe else {}
 
     def dense_loss(params, batch):
         logits, _ = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
@@ -105,12 +107,29 @@ def build(cfg, sharding=None, scan=False):
     def moe_loss(params, batch):
         logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
-        balance, z, load = router_losses(stats)
-        metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z, "expert_load": load}
+        balance, z, load, overflow = router_losses(stats)
+        metrics = {
+            "loss": ce,
+            "tokens": tokens,
+            "router_loss": balance,
+            "router_z_loss": z,
+            "expert_load": load,
+            "expert_overflow": overflow,
+        }
         return ce + aux_coef * balance + z_coef * z, metrics
 
     extend = _extend(cfg, take, head, angles, blocks, final_norm, head_key)
     return SimpleNamespace(forward=forward, loss_fn=moe_loss if is_moe else dense_loss, extend=extend)
+
+
+def _is_real():
+    """segment_ids -> 1 for a token, 0 for padding."""
+    greater, cast = ops.Greater(), ops.Cast()
+
+    def real(segment_ids):
+        return cast(greater(segment_ids, 0), ms.float32)
+
+    return real
 
 
 def _default_positions(tokens):
@@ -165,7 +184,7 @@ def _blocks(cfg, sharding, rotate):
 
 
 def _unrolled(cfg, blocks):
-    """trunk(layers, x_RD, consts) -> x_RD, stats [MoE layers, 2E + 2] (of a dense model, [1, 1])."""
+    """trunk(layers, x_RD, consts) -> x_RD, stats [MoE layers, 2E + 3] (of a dense model, [1, 1])."""
     run, n = tuple(block for block, _ in blocks), cfg.num_layers
     counted = tuple(cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(n))
     stack = ops.Stack(0)

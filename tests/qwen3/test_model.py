@@ -187,10 +187,24 @@ class Recorded(Sharding):
         super().__init__(check=True)
         self.bound, self.called, self.wrong = 0, {}, wrong
 
-    def op(self, fn, signature, *, kind, call=None):
-        place, self.bound = self.bound, self.bound + 1
-        bound = super().op(fn, spoiled(signature) if place == self.wrong else signature, kind=kind, call=call)
+    def op(self, fn, signature, *, kind, **options):
+        place, signature = self.place(signature)
+        return self.noted(place, signature, super().op(fn, signature, kind=kind, **options))
 
+    def fan(self, make, operand, signatures, *, kind, call=None):
+        """As many ops: a fan has one operand in common, and is told apart by the others."""
+        first = self.bound
+        places = [self.place(f"{operand}, {signature}") for signature in signatures]
+        if all(place != self.wrong for place, _ in places):
+            return self.noted(first, f"{operand}, {signatures[0]}", super().fan(make, operand, signatures, kind=kind, call=call))
+        signature = next(signature for place, signature in places if place == self.wrong)
+        return super().op(make(), signature, kind=kind, call=call)
+
+    def place(self, signature):
+        place, self.bound = self.bound, self.bound + 1
+        return place, spoiled(signature) if place == self.wrong else signature
+
+    def noted(self, place, signature, bound):
         def noted(*args):
             self.called[place] = signature
             return bound(*args)
@@ -331,7 +345,7 @@ def test_router_losses_are_their_formulas():
         chosen.append(np.eye(E)[token_by_token(MOE, p, x)[2][keep]].sum(1))
         probs.append(softmax(logits))
         lse.append(np.log(np.exp(logits).sum(-1)))
-    balance, z, load = moe.losses(MOE)(ms.Tensor(np.stack([stats for *_, stats in layers])))
+    balance, z, load, _ = moe.losses(MOE)(ms.Tensor(np.stack([stats for *_, stats in layers])))
     assert_close(E * (np.concatenate(chosen).mean(0) * np.concatenate(probs).mean(0)).sum(), balance, 1e-6)
     assert_close((np.concatenate(lse) ** 2).mean(), z, 1e-6)
     assert_close(np.stack([c.mean(0) / MOE.experts_per_token for c in chosen]), load, 1e-6)

@@ -1,0 +1,251 @@
+"""Collectives over named mesh axes, each with its backward, in compiled and eager code; the identity on an axis of size 1.
+
+A value that is not split over an axis is held by all its ranks alike, and so is its cotangent: that is the convention behind each
+backward here. On Ascend they are MindSpore's own primitives. MindSpore's CPU backend has AllReduce alone on a group of ranks, of float32, so
+there a gather is a sum of buffers that are zero outside a rank's own place, and a reduce-scatter a sum and a slice: the numbers are the
+same, the traffic is not. Integers travel as float32 there, exact below 2**24.
+"""
+
+import hashlib
+from types import SimpleNamespace
+
+import mindspore as ms
+from mindspore import nn, ops
+from mindspore.communication import create_group, get_rank, init
+
+from parallel.mesh import world_size
+
+_groups = {}  # ranks -> name, of the groups that this process has made
+
+
+def start():
+    """Joins the job that a launcher started, if any. Returns (rank, number of ranks)."""
+    if world_size() == 1:
+        return 0, 1
+    init()
+    return get_rank(), world_size()
+
+
+def psum(mesh, axes):
+    """f(x) -> the sum over the axes' ranks. Backward: the cotangent, which is the same on all of them."""
+    w = _wire(mesh, axes)
+    return _cell(w.sum, _same) if w else _same
+
+
+def pvary(mesh, axes):
+    """f(x) -> x, from here on used by each rank in its own way. Backward: the sum of the cotangents."""
+    w = _wire(mesh, axes)
+    return _cell(_copy, w.sum) if w else _same
+
+
+def pmax(mesh, axes):
+    """f(x) -> the largest over the axes' ranks. It has no gradient."""
+    w = _wire(mesh, axes)
+    return _cell(w.max, ops.ZerosLike()) if w else _same
+
+
+def all_gather(mesh, axes, dim=0, grad="scatter"):
+    """f(x) -> the ranks' x, joined along dim. Backward: grad="scatter" sums what the ranks did with the whole and returns each its part;
+    grad="slice" takes a rank's part of a cotangent that is the same on all."""
+    w = _wire(mesh, axes)
+    return _cell(_along(dim, w.gather), _along(dim, {"scatter": w.scatter, "slice": w.part}[grad])) if w else _same
+
+
+def reduce_scatter(mesh, axes, dim=0):
+    """f(x) -> this rank's part along dim of the sum over the ranks. Backward: all_gather."""
+    w = _wire(mesh, axes)
+    return _cell(_along(dim, w.scatter), _along(dim, w.gather)) if w else _same
+
+
+def split(mesh, axes, dim=0):
+    """f(x) -> this rank's part along dim of an x that all hold alike. Backward: all_gather."""
+    w = _wire(mesh, axes)
+    return _cell(_along(dim, w.part), _along(dim, w.gather)) if w else _same
+
+
+def all_to_all(mesh, axes, split_dim, concat_dim):
+    """f(x) -> cut along split_dim, the i-th part sent to rank i; what arrives is joined along concat_dim. Backward: the way back."""
+    w = _wire(mesh, axes)
+    return _cell(_exchange(w, split_dim, concat_dim), _exchange(w, concat_dim, split_dim)) if w else _same
+
+
+def ppermute(mesh, axes, pairs):
+    """f(x) -> the x of rank a, for the pair (a, b) whose b is this rank, and zeros on a rank that no pair names. Backward: the same with
+    the pairs turned round. pairs: (from, to) places along the axes, no place twice on either side."""
+    assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs), pairs
+    w = _wire(mesh, axes)
+    return _cell(_permute(w, pairs), _permute(w, [(b, a) for a, b in pairs])) if w else _same
+
+
+def broadcast(mesh, axes, root=0):
+    """f(x) -> the x of the rank at place `root`. Backward: there the sum of the cotangents, elsewhere zeros."""
+    w = _wire(mesh, axes)
+    return _cell(w.from_root(root), _to_root(w, root)) if w else _same
+
+
+def axis_index(mesh, axes):
+    """This rank's place along the axes, a Python int."""
+    return mesh.index(axes)
+
+
+class _Cell(nn.Cell):
+    """forward(x), with backward(cotangent) as its gradient."""
+
+    def __init__(self, forward, backward):
+        super().__init__()
+        self.forward, self.backward = forward, backward
+
+    def construct(self, x):
+        return self.forward(x)
+
+    def bprop(self, x, out, dout):
+        return (self.backward(dout),)
+
+
+def _cell(forward, backward):
+    return _Cell(forward, backward)
+
+
+def _same(x):
+    return x
+
+
+def _copy(x):
+    return x * 1  # a Cell that returns its input unchanged is read wrongly in a graph (docs/mindspore.md)
+
+
+def _wire(mesh, axes):
+    """The exchanges of this rank's group along the axes, on leading dims; None for a group of one."""
+    if mesh.size(axes) == 1:
+        return None
+    ranks, n, at = mesh.members(axes), mesh.size(axes), mesh.index(axes)
+    assert ranks[at] == mesh.rank, f"axes {axes} are not outermost first"
+    native = ms.get_context("device_target") == "Ascend"
+    w = (_ascend_wire if native else _cpu_wire)(_group(ranks), ranks, at)
+
+    def part(x):
+        rows = x.shape[0] // n
+        return x[at * rows : (at + 1) * rows]
+
+    return SimpleNamespace(n=n, at=at, part=part, **w)
+
+
+def _group(ranks):
+    """The name of the process group of these ranks, made on first use."""
+    if ranks not in _groups:
+        _groups[ranks] = f"ranks_{hashlib.sha256(repr(ranks).encode()).hexdigest()[:12]}"
+        create_group(_groups[ranks], list(ranks))
+    return _groups[ranks]
+
+
+def _ascend_wire(group, ranks, at):
+    n, whole = len(ranks), ops.AllGather(group)
+
+    def from_root(root):
+        send = ops.Broadcast(ranks[root], group)
+
+        def broadcast(x):
+            return send((x,))[0]
+
+        return broadcast
+
+    reduce, largest = ops.AllReduce("sum", group), ops.AllReduce("max", group)
+    scatter, exchange = ops.ReduceScatter("sum", group), ops.AlltoAll(n, 0, 0, group)
+    return {"sum": reduce, "max": largest, "gather": whole, "scatter": scatter, "exchange": exchange, "from_root": from_root}
+
+
+def _cpu_wire(group, ranks, at):
+    reduce, cast, concat, reshape = ops.AllReduce("sum", group), ops.Cast(), ops.Concat(0), ops.Reshape()
+    zeros_like, amax, n = ops.ZerosLike(), ops.ReduceMax(), len(ranks)
+
+    def total(x):
+        return cast(reduce(cast(x, ms.float32)), x.dtype)
+
+    def gather(x):
+        empty = zeros_like(x)  # not 0 * x, which is not 0 for infinities
+        return total(concat((empty,) * at + (x,) + (empty,) * (n - 1 - at)))
+
+    def largest(x):
+        return amax(reshape(gather(reshape(x, (-1,))), (n, *x.shape)), 0)
+
+    def scatter(x):
+        rows = x.shape[0] // n
+        return total(x)[at * rows : (at + 1) * rows]
+
+    def exchange(x):
+        everyone = reshape(gather(x), (n, n, x.shape[0] // n, *x.shape[1:]))
+        return reshape(everyone[:, at], x.shape)
+
+    def from_root(root):
+        def broadcast(x):
+            return total(x if at == root else zeros_like(x))
+
+        return broadcast
+
+    return {"sum": total, "max": largest, "gather": gather, "scatter": scatter, "exchange": exchange, "from_root": from_root}
+
+
+@ops.constexpr
+def _moved(ndim, source, to):
+    """The permutation of ndim dims that moves one."""
+    rest = [d for d in range(ndim) if d != source]
+    return tuple(rest[:to] + [source] + rest[to:])
+
+
+@ops.constexpr
+def _joined(shape, dim):
+    """shape, with dims dim and dim + 1 as one."""
+    return (*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :])
+
+
+def _along(dim, f):
+    """f, which works on the leading dim, on another one."""
+    transpose = ops.Transpose()
+
+    def along(x):
+        ndim = len(x.shape)
+        return transpose(f(transpose(x, _moved(ndim, dim, 0))), _moved(ndim, 0, dim))
+
+    return along if dim else f
+
+
+def _exchange(w, split_dim, concat_dim):
+    transpose, reshape, n = ops.Transpose(), ops.Reshape(), w.n
+
+    def exchange(x):
+        ndim = len(x.shape)
+        x = transpose(x, _moved(ndim, split_dim, 0))
+        y = reshape(w.exchange(x), (n, x.shape[0] // n, *x.shape[1:]))  # by sender
+        y = transpose(y, _moved(ndim + 1, 1, split_dim + 1))
+        y = transpose(y, _moved(ndim + 1, 0, concat_dim))
+        return reshape(y, _joined(y.shape, concat_dim))
+
+    return exchange
+
+
+def _permute(w, pairs):
+    source = {b: a for a, b in pairs}.get(w.at)
+    reshape, zeros_like = ops.Reshape(), ops.ZerosLike()
+
+    def permute(x):
+        return reshape(w.gather(reshape(x, (1, -1))), (w.n, *x.shape))[source]
+
+    def nothing(x):
+        return zeros_like(permute_any(x))  # takes part, as the others wait for it
+
+    def permute_any(x):
+        return reshape(w.gather(reshape(x, (1, -1))), (w.n, *x.shape))[0]
+
+    return nothing if source is None else permute
+
+
+def _to_root(w, root):
+    zeros_like, mine = ops.ZerosLike(), w.at == root
+
+    def keep(x):
+        return w.sum(x)
+
+    def drop(x):
+        return zeros_like(w.sum(x))
+
+    return keep if mine else drop

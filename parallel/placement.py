@@ -1,0 +1,125 @@
+"""Where each parameter, its gradient and its optimizer state lie in a layout: shapes and places of the parts, and the way to whole arrays.
+
+A part is a block of the global array. The last part of a padded dim may be short of real elements, or have none: what is missing is zeros,
+which exist in this rank's memory alone.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import mindspore as ms
+import numpy as np
+
+from parallel import collectives
+from parallel.sharding import PADDED
+from parallel.spec import ParamSpec, tree_map, tree_paths, unflatten
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A parameter in a layout; each of the three is, for every dim, the atoms it is split over.
+
+    used: as the model's ops take it. stored: between steps; less than `used` from ZeRO stage 3 on. state: its optimizer state and summed
+    gradient; less from stage 1 on. partial: the data axes' atoms over which its gradient has to be summed. zero_dim: the dim that ZeRO
+    splits over them, None where no dim can be.
+    """
+
+    path: str
+    spec: ParamSpec
+    used: tuple
+    stored: tuple
+    state: tuple
+    partial: tuple
+    zero_dim: int | None
+
+
+def place(sharding, specs):
+    """A tree of Placed for a tree of specs. Raises ValueError for a parameter that the layout cannot split."""
+    return unflatten(specs, [_place(sharding, path, spec) for path, spec in tree_paths(specs)])
+
+
+def _place(sharding, path, spec):
+    used, mesh = sharding.placement(spec, path), sharding.mesh
+    own = {atom for atoms in used for atom in atoms}
+    partial_ = tuple(atom for atom in sharding.data_atoms if atom not in own)
+    dim = _zero_dim(mesh, spec, used, partial_) if sharding.zero and partial_ else None
+    split = used if dim is None else (*used[:dim], used[dim] + partial_, *used[dim + 1 :])
+    return Placed(path, spec, used, split if sharding.zero == 3 else used, split, partial_, dim)
+
+
+def _zero_dim(mesh, spec, used, atoms):
+    """The first dim whose part divides among the data ranks; neither a padded one nor that of stacked layers."""
+    for i, dim in enumerate(spec.dims):
+        if dim not in PADDED and dim != "layers" and local_shape(mesh, spec, used)[i] % mesh.size(atoms) == 0:
+            return i
+    return None
+
+
+def stacked(placed, count):
+    """The placement of `count` such parameters, one a layer, stacked on a new first dim."""
+    spec = placed.spec
+    parts = (None, *(spec.parts or (None,) * len(spec.shape)))
+    spec = ParamSpec((count, *spec.shape), ("layers", *spec.dims), spec.init, spec.optimizer, parts)
+    used, stored, state = (((), *axes) for axes in (placed.used, placed.stored, placed.state))
+    return Placed(placed.path, spec, used, stored, state, placed.partial, None if placed.zero_dim is None else placed.zero_dim + 1)
+
+
+def local_shape(mesh, spec, axes):
+    """The shape of a rank's part."""
+    return tuple(-(-n // mesh.size(atoms)) for n, atoms in zip(spec.shape, axes))
+
+
+def region(mesh, spec, axes):
+    """The slices of the global array that are this rank's real elements; empty ones for a part of padding."""
+    out = []
+    for n, size, atoms in zip(spec.shape, local_shape(mesh, spec, axes), axes):
+        start = mesh.index(atoms) * size
+        out.append(slice(min(start, n), min(start + size, n)))
+    return tuple(out)
+
+
+def cut(mesh, spec, axes, read):
+    """This rank's part as a numpy array. read(slices) -> those elements of the global array."""
+    found = read(region(mesh, spec, axes))
+    missing = [(0, n - m) for n, m in zip(local_shape(mesh, spec, axes), found.shape)]
+    return np.pad(found, missing) if any(after for _, after in missing) else np.ascontiguousarray(found)
+
+
+def whole(mesh, spec, axes, x):
+    """The global array, on every rank, as numpy. All ranks must call it."""
+    for i, atoms in enumerate(axes):
+        for atom in reversed(atoms):  # the innermost parts are neighbours
+            x = _gather(mesh, atom, i)(x)
+    return x.asnumpy()[tuple(slice(0, n) for n in spec.shape)]
+
+
+_gathers = {}
+
+
+def _gather(mesh, atom, dim):
+    key = (mesh, atom, dim)
+    if key not in _gathers:
+        _gathers[key] = collectives.all_gather(mesh, (atom,), dim)
+    return _gathers[key]
+
+
+def nbytes(mesh, placed, axes_name, itemsize=4):
+    """Bytes of this rank's part; axes_name: used, stored or state."""
+    return itemsize * math.prod(local_shape(mesh, placed.spec, getattr(placed, axes_name)))
+
+
+def reader(tree):
+    """read(path, slices) over a tree of global arrays, as cut() wants it for each path."""
+    leaves = dict(tree_paths(tree))
+
+    def read(path, slices):
+        leaf = leaves[path]
+        return (leaf.asnumpy() if hasattr(leaf, "asnumpy") else np.asarray(leaf))[slices]
+
+    return read
+
+
+def load(mesh, placed, read):
+    """A tree of tensors, the stored parts of a tree of Placed, from read(path, slices)."""
+    return tree_map(lambda p: ms.Tensor(cut(mesh, p.spec, p.stored, partial(read, p.path))), placed)

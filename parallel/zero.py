@@ -1,0 +1,178 @@
+"""The sum of gradients over the data axes, and ZeRO: optimizer state, gradients and parameters split over the data parallel ranks.
+
+Source: Rajbhandari et al. 2020. Stage 1 splits the optimizer state, 2 the summed gradients too, 3 the parameters too, which are then gathered
+where a layer uses them, and whose gradients come back split. A parameter is split along one of its dims, so that a part is a block of the
+global array; one that no dim allows stays whole. Gradients and parameters travel in buckets.
+"""
+
+import math
+
+import mindspore as ms
+from mindspore import ops
+
+from parallel import collectives
+from parallel.placement import local_shape, place
+from parallel.source import function
+from parallel.spec import is_leaf, tree_leaves, tree_paths
+
+BUCKET_ELEMENTS = 1 << 24  # of float32, 64 MiB
+
+
+def sum_gradients(sharding, placed):
+    """f(flat gradients) -> flat, each summed over its data axes and, from stage 1 on, cut to the part that `placed` calls its state.
+
+    placed: the flat list of Placed. For use inside a compiled function. None where there is nothing to do.
+    """
+    mesh, lines, names = sharding.mesh, [], {}
+    done = [f"g[{i}]" for i in range(len(placed))]
+    for k, (atoms, split, bucket) in enumerate(_buckets(mesh, placed)):
+        if sharding.zero == 3 and split:
+            continue  # summed by the backward of gathered()
+        pack, unpack = (_pack_parts, _unpack_parts) if split else (_pack_whole, _unpack_whole)
+        scatters = split and sharding.zero == 2
+        names[f"sum{k}"] = (collectives.reduce_scatter if scatters else collectives.psum)(mesh, atoms)
+        lines += [f"b{k} = sum{k}({pack(mesh, placed, bucket, 'used', done)})"]
+        if split and not scatters:
+            names[f"part{k}"] = collectives.split(mesh, atoms)
+            lines += [f"b{k} = part{k}(b{k})"]
+        for i, text in unpack(mesh, placed, bucket, f"b{k}", "state"):
+            done[i] = text
+    return _flat_function("sum_gradients(g)", lines, done, names) if lines else None
+
+
+def split_params(sharding, placed):
+    """f(flat parameters as the model uses them) -> this rank's parts, whose optimizer state it has; None where those are one."""
+    names, done = {}, [f"g[{i}]" for i in range(len(placed))]
+    for i, p in enumerate(placed):
+        if p.stored != p.state:
+            names[f"part{i}"] = collectives.split(sharding.mesh, p.partial, p.zero_dim)
+            done[i] = f"part{i}(g[{i}])"
+    return _flat_function("split_params(g)", [], done, names) if names else None
+
+
+def join_params(sharding, placed):
+    """The inverse of split_params, in buckets."""
+    mesh, lines, names, done = sharding.mesh, [], {}, [f"g[{i}]" for i in range(len(placed))]
+    for k, (atoms, split, bucket) in enumerate(_buckets(mesh, placed)):
+        if split and sharding.zero < 3:
+            names[f"gather{k}"] = collectives.all_gather(mesh, atoms)
+            lines += [f"b{k} = gather{k}({_pack_parts(mesh, placed, bucket, 'state', done)})"]
+            for i, text in _unpack_parts(mesh, placed, bucket, f"b{k}", "used"):
+                done[i] = text
+    return _flat_function("join_params(g)", lines, done, names) if lines else None
+
+
+def gathered(sharding, specs):
+    """f(tree of stored parameters) -> the tree as ops use it: gathered in stage 3, else the tree itself. Backward: reduce-scattered.
+
+    specs: a tree of dicts, or one spec.
+    """
+    placed = place(sharding, specs)
+    paths, flat = [path for path, _ in tree_paths(placed)], tree_leaves(placed)
+    if all(p.stored == p.used for p in flat):
+        return _same
+    mesh, lines, names = sharding.mesh, [], {}
+    done = ["tree" + "".join(f"[{key!r}]" for key in path.split(".") if key) for path in paths]
+    for k, (atoms, split, bucket) in enumerate(_buckets(mesh, flat)):
+        if split:
+            names[f"gather{k}"] = collectives.all_gather(mesh, atoms)
+            lines += [f"b{k} = gather{k}({_pack_parts(mesh, flat, bucket, 'stored', done)})"]
+            for i, text in _unpack_parts(mesh, flat, bucket, f"b{k}", "used"):
+                done[i] = text
+    texts = iter(done)
+    return function("gathered(tree)", [*lines, f"return {_literal(specs, texts)}"], **names, **PRIMITIVES)
+
+
+def global_norm_squared(sharding, placed, counted):
+    """f(flat summed gradients) -> the squared norm of the whole gradient, on every rank. counted: the places that take part."""
+    mesh = sharding.mesh
+    shares = []
+    for i in counted:
+        split = mesh.size({atom for atoms in placed[i].state for atom in atoms})
+        shares.append(f"total(square(cast(g[{i}], float32)), ())" + (f" / {mesh.world // split}" if mesh.world != split else ""))
+    names = {**PRIMITIVES, "sum_all": collectives.psum(mesh, tuple(mesh.sizes)) if mesh.world > 1 else _same}
+    return function("norm_squared(g)", [f"return sum_all(add(({', '.join(shares)},)))"], **names)
+
+
+def _same(tree):
+    return tree
+
+
+def _flat_function(head, lines, done, names):
+    return function(head, [*lines, f"return ({''.join(text + ', ' for text in done)})"], **names, **PRIMITIVES)
+
+
+def _literal(tree, texts):
+    if is_leaf(tree):
+        return next(texts)
+    return "{" + ", ".join(f"{key!r}: {_literal(value, texts)}" for key, value in tree.items()) + "}"
+
+
+def _buckets(mesh, placed):
+    """[(data atoms, whether ZeRO splits these, places)]: what can travel together, in order, up to the size of a bucket."""
+    out, sizes = [], []
+    for i, p in enumerate(placed):
+        if not p.partial:
+            continue
+        key, size = (p.partial, p.zero_dim is not None), math.prod(local_shape(mesh, p.spec, p.used))
+        fits = [k for k, bucket in enumerate(out) if bucket[:2] == key and sizes[k] + size <= BUCKET_ELEMENTS]
+        if fits:
+            out[fits[-1]][2].append(i)
+            sizes[fits[-1]] += size
+        else:
+            out.append((*key, [i]))
+            sizes.append(size)
+    return out
+
+
+def _pack_whole(mesh, placed, bucket, axes, source):
+    return "concat0((" + "".join(f"reshape({source[i]}, (-1,)), " for i in bucket) + "))"
+
+
+def _unpack_whole(mesh, placed, bucket, name, axes):
+    start = 0
+    for i in bucket:
+        shape = local_shape(mesh, placed[i].spec, placed[i].used)
+        stop = start + math.prod(shape)
+        yield i, f"reshape({name}[{start}:{stop}], {shape})"
+        start = stop
+
+
+def _pack_parts(mesh, placed, bucket, axes, source):
+    """[parts, elements]: of each leaf its dim to split in front, cut in as many parts as `axes` has of them."""
+    rows = [mesh.size(placed[i].partial) if axes == "used" else 1 for i in bucket]
+    return "concat1((" + "".join(f"reshape({_to_front(placed[i], source[i])}, ({n}, -1)), " for i, n in zip(bucket, rows)) + "))"
+
+
+def _unpack_parts(mesh, placed, bucket, name, axes):
+    start = 0
+    for i in bucket:
+        p = placed[i]
+        shape, rows = local_shape(mesh, p.spec, getattr(p, axes)), mesh.size(p.partial) if axes == "used" else 1
+        stop = start + math.prod(shape) // rows
+        front = (shape[p.zero_dim], *shape[: p.zero_dim], *shape[p.zero_dim + 1 :])
+        yield i, _from_front(p, f"reshape({name}[:, {start}:{stop}], {front})")
+        start = stop
+
+
+def _to_front(p, text):
+    rest = [d for d in range(len(p.spec.shape)) if d != p.zero_dim]
+    return text if p.zero_dim == 0 else f"transpose({text}, {(p.zero_dim, *rest)})"
+
+
+def _from_front(p, text):
+    d, n = p.zero_dim, len(p.spec.shape)
+    return text if d == 0 else f"transpose({text}, {(*range(1, d + 1), 0, *range(d + 1, n))})"
+
+
+PRIMITIVES = {
+    "float32": ms.float32,
+    "reshape": ops.Reshape(),
+    "transpose": ops.Transpose(),
+    "concat0": ops.Concat(0),
+    "concat1": ops.Concat(1),
+    "total": ops.ReduceSum(),
+    "add": ops.AddN(),
+    "square": ops.Square(),
+    "cast": ops.Cast(),
+}
