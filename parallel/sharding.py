@@ -59,13 +59,8 @@ RULES = {
 }
 SEQ_PARALLEL_RULES = {**RULES, "rows": ("dp", "cp", "tp"), "expert_rows": ("dp", "cp", "tp/ep")}
 PADDED = ("vocab",)  # dims whose last shard may have elements that are in no parameter
-OWN = (
-    "kv_heads",
-    "assignments",
-    "slots",
-    "blocks",
-    "sent",
-)  # dims of a result that may be split where no operand is: each rank makes its own
+# dims of a result that each rank may make for itself, though no operand is split
+OWN = ("kv_heads", "assignments", "slots", "blocks", "sent", "shard", "received")
 KINDS = ("elementwise", "contraction", "reduction", "kernel")
 DATA = ("dp", "cp")
 EVERY_AXIS = Mesh(pp=2, dp=6, cp=6, tp=12, ep=8, kv_repeat=4)  # every part of every axis has ranks here

@@ -14,6 +14,7 @@ from mindspore import ops
 from layers import attention, embed, linear, loss, mlp, moe, norm, rope
 from ops import iota as iota_op
 from ops.attention import cache_mask, document_mask
+from parallel import zero
 from parallel.scan import scan as scan_layers
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves, unflatten
@@ -72,6 +73,7 @@ def build(cfg, sharding=None, scan=False):
     blocks = _blocks(cfg, sharding, rotate)
     trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, blocks)
     final_norm, head_key = norm.build(cfg, sharding), "embed" if cfg.tie_embeddings else "lm_head"
+    whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
     mask = sharding.op(document_mask(), "batch seq -> batch one seq keys", kind="kernel")
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel")
     whole_vocab = embed.whole(cfg, sharding)
@@ -80,9 +82,9 @@ def build(cfg, sharding=None, scan=False):
     def logits_and_stats(params, tokens, positions, segment_ids):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
-        x = take(params["embed"], tokens)
+        x = take(whole_table(params["embed"]), tokens)
         x, stats = trunk(params["layers"], x, consts(cos, sin, mask(segment_ids), valid))
-        return head(params[head_key], final_norm(params["final_norm"], x)), stats
+        return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x)), stats
 
     router_losses = moe.losses(cfg)
     mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding)
@@ -164,13 +166,17 @@ def _blocks(cfg, sharding, rotate):
     def sparse(p, x, consts):
         return sparse_ffn(p["moe"], x, consts[3])
 
-    def block_of(ffn):
+    def block_of(i, ffn):
+        whole = zero.gathered(sharding, layer_specs(cfg, i))
+
         def block(p, x, consts):
+            p = whole(p)
             x = add(x, attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2]))
             y, stats = ffn(p, rms(p["mlp_norm"], x), consts)
             return add(x, y), stats
 
         def cached(p, x, consts, k, v, at):
+            p = whole(p)
             normed = rms(p["attention_norm"], x)
             y, k, v = attend_cached(p["attention"], normed, consts[0], consts[1], consts[2], k, v, at)
             x = add(x, y)
@@ -179,7 +185,8 @@ def _blocks(cfg, sharding, rotate):
 
         return block, cached
 
-    kinds = {False: block_of(dense), True: block_of(sparse)}
+    first = {cfg.is_moe_layer(i): i for i in reversed(range(cfg.num_layers))}  # one block for all layers of a kind
+    kinds = {is_moe: block_of(i, sparse if is_moe else dense) for is_moe, i in first.items()}
     return tuple(kinds[cfg.is_moe_layer(i)] for i in range(cfg.num_layers))
 
 
