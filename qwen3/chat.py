@@ -1,6 +1,5 @@
 """Conversations to token ids and a loss mask, by the tokenizer's own chat template; and the formats that conversations come in."""
 
-import copy
 import itertools
 import json
 import re
@@ -16,7 +15,7 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
-GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def encode_chat(tokenizer, messages, tools=None, enable_thinking=None):
@@ -118,12 +117,8 @@ def _marked(message, mark, whole):
 def _tagged_spans(tokenizer, messages, tools, enable_thinking):
     """As _spans, for a template that tags with `generation` what the assistant produces, as for transformers."""
     opened, closed = _unused(messages, tools, tokenizer.chat_template)
-    template = GENERATION.sub(r"{%\1 \2call generation() \3%}", tokenizer.chat_template)
-    template = re.sub(r"endcall generation\(\)", "endcall", template)
-    marking = copy.copy(tokenizer)
-    macro = "{%- macro generation() %}{{ 'OPENED' }}{{ caller() }}{{ 'CLOSED' }}{% endmacro %}\n"
-    marking.chat_template = macro.replace("OPENED", opened).replace("CLOSED", closed) + template
-    marked = marking.apply_chat_template(messages, tools, enable_thinking=enable_thinking)
+    options = {"enable_thinking": enable_thinking, "generation_marks": [opened, closed]}
+    marked = tokenizer.apply_chat_template(messages, tools, **options)
     text, spans = "", []
     for part in re.split(f"({opened}.*?{closed})", marked, flags=re.DOTALL):
         said = part.strip(opened + closed) if part.startswith(opened) else part

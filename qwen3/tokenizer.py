@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import tokenizers
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -145,7 +146,8 @@ class Tokenizer:
     def apply_chat_template(self, messages, tools=None, add_generation_prompt=False, enable_thinking=None, **kw):
         """The text of a conversation, for encode(..., allow_special=True). Messages and tools are lists of dicts of JSON data.
 
-        The template decides what enable_thinking=None means. Raises ValueError if the template fails or tries to leave its sandbox.
+        The template decides what enable_thinking=None means. What it tags with `generation` is rendered as it is, or between the two
+        texts of generation_marks=[before, after]. Raises ValueError if the template fails or tries to leave its sandbox.
         """
         if self.chat_template is None:
             raise ValueError("tokenizer has no chat template; add chat_template.jinja to its folder, or give plain text")
@@ -228,9 +230,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
 
 
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`, transformers' tag for what the assistant produces; a scope of its own, as theirs is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_rendered", [jinja2.nodes.ContextReference()]), [], [], body).set_lineno(line)
+
+    def _rendered(self, context, caller):
+        before, after = context.get("generation_marks") or ("", "")
+        return f"{before}{caller()}{after}"
+
+
 @functools.lru_cache(maxsize=8)
 def _compile(template):
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise_exception
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

@@ -47,19 +47,7 @@ def get_config():
     c.optim.skip_spikes = 0.0  # skip an update whose gradient norm exceeds this multiple of the running mean; 0 = off
     c.optim.router_bias_rate = 1e-3  # step of the router's bias, when model_args.router_bias is on
 
-    c.data = ConfigDict()
-    # a text file, or a folder of them; the prefix of a .bin/.idx pair; a blend [weight, prefix, ...], or "weight,prefix,..."; or, with
-    # data.stream, a jsonl, parquet or other file of records, or a folder of them; empty = Python's own library
-    c.data.path = FieldReference("", field_type=object)
-    c.data.tokenizer = ""  # folder with tokenizer.json; empty = train a byte-level BPE on the data, if that is plain text
-    c.data.vocab_size = 512  # tokens of the trained BPE
-    c.data.held_out = 0.05  # fraction of the text, or of a stream's records, kept for evaluation
-    c.data.split = "95,5,0"  # weights of train, valid and test in a pair
-    c.data.max_bytes = 0  # most bytes of text to read; 0 = all
-    c.data.reset_at_eod = True  # each document of a row has its own attention and positions; false = a row is read as one text
-    c.data.stream = False  # read and tokenise while training
-    c.data.json_key = "text"  # where a stream's records have their text
-    c.data.cache_dir = ""  # folder for the index files of pairs, shared by processes; empty = made in memory
+    c.data = _data()
 
     c.parallel = ConfigDict()  # also --dp, --tp, ... on the command line
     c.parallel.dp = 1  # data parallel ranks
@@ -72,6 +60,29 @@ def get_config():
     c.parallel.seq_parallel = False  # sequence parallel: activations between the matmuls are split over the tp ranks
     c.parallel.lowering = "manual"  # manual = our collectives on local shards; shard = MindSpore's own partitioning
     return c.lock()
+
+
+def _data():
+    d = ConfigDict()
+    # a text file, or a folder of them; the prefix of a .bin/.idx pair; a blend [weight, prefix, ...], or "weight,prefix,..."; or, with
+    # data.stream, a jsonl, parquet or other file of records, a folder of them, or hf:FOLDER, a dataset of Hugging Face's `datasets`
+    # (hf:FOLDER#SPLIT, hf:FOLDER#CONFIG/SPLIT); empty = Python's own library
+    d.path = FieldReference("", field_type=object)
+    d.tokenizer = ""  # folder with tokenizer.json; empty = train a byte-level BPE on the data, if that is plain text
+    d.vocab_size = 512  # tokens of the trained BPE
+    d.held_out = 0.05  # fraction of the text, or of a stream's records, kept for evaluation
+    d.split = "95,5,0"  # weights of train, valid and test in a pair
+    d.max_bytes = 0  # most bytes of text to read; 0 = all
+    d.reset_at_eod = True  # each document of a row has its own attention and positions; false = a row is read as one text
+    # a pair is of conversations, as preprocess --format makes them: whole in a row, loss where the pair of loss masks beside it says
+    d.conversations = False
+    d.too_long = "truncate"  # conversations longer than a row: truncate, drop, or error
+    d.stream = False  # read and tokenise while training
+    d.json_key = "text"  # where a stream's records have their text
+    d.shuffle_buffer = 0  # records of a stream that are shuffled at a time; 0 = in the order of the files
+    d.skip_bad = False  # count and leave out a stream's records that cannot be used, instead of an error
+    d.cache_dir = ""  # folder for the index files of pairs, shared by processes; empty = made in memory
+    return d
 
 
 def _model_args():

@@ -1,24 +1,28 @@
 """From config.data to a source of training rows, held-out rows and the tokenizer: text packed in memory, .bin/.idx pairs, or a stream."""
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.configs import common
-from experiments.data import gpt_index, loader, packing, readers, sources
+from experiments.data import gpt_index, loader, packing, pairs, parts, readers, sources
 from experiments.data.megatron import IndexedDataset
-from experiments.data.rows import Blend, PackedRows, PairRows
+from experiments.data.rows import Blend, ExampleRows, PackedRows, PairRows
 from experiments.data.stream import TextStream
 from qwen3.tokenizer import Tokenizer, train_bpe
 
 HELD_ROWS = 512  # held-out rows kept of a pair or a stream, if train.eval_rows asks for no more
 BASELINE_TOKENS = 1 << 23  # a bigram model counted on more of them is hardly better
+CONVERSATIONS = "conversations (data.conversations=true)"
 ONLY_FOR = {
-    "split": ("a .bin/.idx pair",),
+    "split": ("a .bin/.idx pair", CONVERSATIONS),
     "cache_dir": ("a .bin/.idx pair",),
+    "too_long": (CONVERSATIONS,),
+    "reset_at_eod": ("text", "a .bin/.idx pair", "a stream"),
     "json_key": ("a stream",),
+    "shuffle_buffer": ("a stream",),
+    "skip_bad": ("a stream",),
     "held_out": ("text", "a stream"),
     "max_bytes": ("text",),
 }
@@ -39,7 +43,10 @@ def load(config, vocab_size):
     prefixes = _prefixes(config.data.path)
     if config.data.stream and prefixes:
         raise ValueError(f"data.stream=true reads text, and data.path={config.data.path!r} is a .bin/.idx pair; leave data.stream out")
-    kind = "a .bin/.idx pair" if prefixes else "a stream" if config.data.stream else "text"
+    if config.data.conversations and not prefixes:
+        raise ValueError(f"data.conversations=true reads a .bin/.idx pair, and data.path={config.data.path!r} is none; leave it out")
+    pair = CONVERSATIONS if config.data.conversations else "a .bin/.idx pair"
+    kind = pair if prefixes else "a stream" if config.data.stream else "text"
     for key, kinds in ONLY_FOR.items():
         if kind not in kinds and config.data[key] != common.get_config().data[key]:
             raise ValueError(f"data.{key}={config.data[key]!r} is for {' or '.join(kinds)}, and data.path={config.data.path!r} is {kind}")
@@ -56,6 +63,8 @@ def load(config, vocab_size):
 def _prefixes(path):
     """[(weight, prefix)] if data.path names .bin/.idx pairs, else None."""
     if isinstance(path, str):
+        if path.startswith(parts.SCHEME):
+            return None
         stem = _stem(path)
         if not os.path.exists(stem) and any(os.path.exists(stem + end) for end in (".bin", ".idx")):
             return [(1.0, stem)]
@@ -63,12 +72,12 @@ def _prefixes(path):
             return [(1.0, stem)] if path.endswith((".bin", ".idx")) else None
         path = [part.strip() for part in path.split(",")]
     try:
-        pairs = [(float(w), _stem(p)) for w, p in zip(path[::2], path[1::2], strict=True)]
+        blend = [(float(w), _stem(p)) for w, p in zip(path[::2], path[1::2], strict=True)]
     except (ValueError, TypeError, AttributeError):
-        pairs = []
-    if not pairs or not all(0 < w < float("inf") for w, _ in pairs):
+        blend = []
+    if not blend or not all(0 < w < float("inf") for w, _ in blend):
         raise ValueError(f"data.path={path!r} must be weight,prefix,weight,prefix with weights above 0; use '0.3,A,0.7,B'")
-    return pairs
+    return blend
 
 
 def _stem(path):
@@ -88,41 +97,46 @@ def _text(config, vocab_size):
 
 
 def _refuse_table(path):
-    """A file of records is no text file."""
-    try:
-        kind = readers.kind_of(Path(path)) if os.path.isfile(path) else None
-    except ValueError:
-        return
-    if kind in TABLES:
+    """A dataset is no text file, nor is a file of records, or a folder of nothing else."""
+    kind = None
+    if path and not path.startswith(parts.SCHEME) and os.path.exists(os.path.expanduser(path)):
+        try:
+            kind = readers.kind_of(readers.find_files(path)[0])
+        except ValueError:  # other files, or of several kinds
+            return
+    if kind in TABLES or path.startswith(parts.SCHEME):
         raise ValueError(f"data.path={path} holds records; use --config.data.stream=true, or make a pair of it with experiments.preprocess")
 
 
 def _pairs(config, vocab_size, prefixes):
-    data, seq_len = config.data, config.train.seq_len
+    data = config.data
     tokenizer = _loaded(data, vocab_size)
-    parts = {}
+    splits = {}
     for name in ("train", "valid"):
         found = []
         for _, prefix in prefixes:
             indexed = IndexedDataset(prefix)
             span = gpt_index.split_range(data.split, len(indexed), name)
-            found.append(
-                PairRows(
-                    indexed,
-                    span,
-                    seq_len,
-                    tokenizer.eod_id,
-                    vocab_size=tokenizer.vocab_size,
-                    reset=data.reset_at_eod,
-                    name=name,
-                    cache_dir=os.path.expanduser(data.cache_dir) or None,
-                )
-            )
-        parts[name] = Blend(found, [weight for weight, _ in prefixes]) if len(found) > 1 else found[0]
-    train, valid = parts.values()
+            found.append(_pair_rows(indexed, span, name, config, tokenizer))
+        splits[name] = Blend(found, [weight for weight, _ in prefixes]) if len(found) > 1 else found[0]
+    train, valid = splits.values()
     held = loader.first_rows(valid, min(len(valid), _held_rows(config)), config.train.seed)
     first = held["tokens"][0][held["segment_ids"][0] == 1]
     return Corpus(tokenizer, train, held, tokenizer.decode(first))
+
+
+def _pair_rows(indexed, span, name, config, tokenizer):
+    """The rows of a split of a pair, of documents or of conversations."""
+    data, seq_len, options = config.data, config.train.seq_len, {"vocab_size": tokenizer.vocab_size, "name": name}
+    if not data.conversations:
+        cache_dir = os.path.expanduser(data.cache_dir) or None
+        return PairRows(indexed, span, seq_len, tokenizer.eod_id, reset=data.reset_at_eod, cache_dir=cache_dir, **options)
+    masks = pairs.loss_name(indexed.prefix)
+    if not os.path.exists(f"{masks}.idx"):
+        raise ValueError(f"data.conversations=true needs {masks} beside {indexed.prefix}: experiments.preprocess --format=... makes both")
+    rows = ExampleRows(indexed, IndexedDataset(masks), span, seq_len, tokenizer.eod_id, too_long=data.too_long, **options)
+    print(f"data       {indexed.prefix}, {name}: {packing.describe(rows.report)}", flush=True)
+    return rows
 
 
 def _stream(config, vocab_size):
@@ -130,7 +144,16 @@ def _stream(config, vocab_size):
     if not data.path:
         raise ValueError("data.stream=true needs data.path, a file of records or a folder of them; use --config.data.path=texts.jsonl")
     tokenizer = _loaded(data, vocab_size)
-    stream = TextStream(data.path, tokenizer, config.train.seq_len, key=data.json_key, reset=data.reset_at_eod, held_out=data.held_out)
+    stream = TextStream(
+        data.path,
+        tokenizer,
+        config.train.seq_len,
+        key=data.json_key,
+        reset=data.reset_at_eod,
+        held_out=data.held_out,
+        shuffle_buffer=data.shuffle_buffer,
+        skip_bad=data.skip_bad,
+    )
     return Corpus(tokenizer, stream, *stream.held_rows(_held_rows(config)))
 
 

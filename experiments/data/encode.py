@@ -61,7 +61,7 @@ def _batches(records, job):
     """Lists of (where, the mapped record, or its texts), with the bytes read so far."""
     batch, characters, size = [], 0, 0
     for record in records:
-        value = {job.map_keys.get(k, k): v for k, v in record.value.items()} if job.map_keys else record.value
+        value = _renamed(record.value, job.map_keys) if job.map_keys else record.value
         if job.format is None:
             value = [value.get(key, ...) if key in value else list(value) for key in job.keys]
             characters += sum(len(v) for v in value if isinstance(v, str))
@@ -74,6 +74,12 @@ def _batches(records, job):
             batch, characters = [], 0
     if batch:
         yield batch, size
+
+
+def _renamed(record, names):
+    """The record with its keys renamed; one that already had a new name is replaced."""
+    renamed = {to: record[name] for name, to in names.items() if name in record}
+    return {**{k: v for k, v in record.items() if k not in names}, **renamed}
 
 
 def _here(batches, job):

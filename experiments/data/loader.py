@@ -2,7 +2,7 @@
 
 A source has len(), the samples of one epoch; fingerprint, a short text that tells its data and settings apart; and row(i), a dict of
 arrays [S] as packing.DTYPES names them. Every epoch the loader takes each row once, in an order of its own. A source with
-sample(number, seed) puts itself in order instead, and one with rows(state) is read from front to back: see rows.py and stream.py.
+sample(number, seed) puts itself in order instead, and one with rows(seed, state) is read from front to back: see rows.py and stream.py.
 """
 
 import functools
@@ -17,22 +17,24 @@ from experiments.data.packing import DTYPES
 class Loader:
     """An endless iterator of batches: dicts of arrays [batch_size / ranks, S], this rank's rows of each global batch.
 
-    Sample k of the run is row k % batch_size of global batch k // batch_size; rank r has the r-th of `ranks` equal parts of a batch, and
-    builds no other rows. state: what state() gave, of a run with any number of ranks and any batch size; ValueError if it is of other
-    data or another seed. `prefetch` batches wait ready. An error while building a batch is raised by the next() that needs it.
-    Close it, or use it in a `with`.
+    Sample k of the run is row k % batch_size of global batch k // batch_size; rank r has the rows of rank_rows(), and builds no others.
+    state: what state() gave, of a run with any number of ranks and any batch size; ValueError if it is of other data or another seed.
+    `prefetch` batches wait ready. An error while building a batch is raised by the next() that needs it. Close it, or use it in a `with`.
     """
 
-    def __init__(self, source, batch_size, seed, rank=0, ranks=1, state=None, prefetch=2):
-        if batch_size < 1 or batch_size % ranks:
-            raise ValueError(f"train.batch_size={batch_size} must be 1 or more, and a multiple of the {ranks} data parallel ranks")
+    def __init__(self, source, batch_size, seed, rank=0, ranks=1, micro_batches=1, state=None, prefetch=2):
+        if batch_size < 1 or batch_size % (ranks * micro_batches):
+            raise ValueError(
+                f"train.batch_size={batch_size} must be 1 or more, and a multiple of the {ranks} data parallel ranks times {micro_batches}"
+                " micro-batches"
+            )
         assert 0 <= rank < ranks and prefetch >= 1
         if not hasattr(source, "rows") and not len(source):
             raise ValueError(f"data.path has too little text for one row of train.seq_len tokens ({source.fingerprint}); give more text")
         self._state = {"sample": 0, "data": source.fingerprint, "seed": seed} if state is None else _checked(state, source, seed)
-        part = batch_size // ranks
+        mine = rank_rows(batch_size, rank, ranks, micro_batches)
         read = _in_turn if hasattr(source, "rows") else _at_will
-        batches = read(source, batch_size, seed, slice(rank * part, (rank + 1) * part), dict(self._state))
+        batches = read(source, batch_size, seed, mine, dict(self._state))
         self._ready, self._stop, self._error = queue.Queue(prefetch), threading.Event(), None
         self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True, name="loader")
         self._thread.start()
@@ -111,15 +113,22 @@ def _at_will(source, batch_size, seed, mine, state):
     while True:
         numbers = range(start, start + batch_size)
         start += batch_size
-        yield _stack([take(source, number, seed) for number in numbers[mine]]), {**state, "sample": start}
+        yield _stack([take(source, number, seed) for number in (numbers[i] for i in mine)]), {**state, "sample": start}
 
 
 def _in_turn(source, batch_size, seed, mine, state):
     """(batch, state after it) of a source that is read from front to back, by every rank."""
-    rows = source.rows(state)
+    rows = source.rows(seed, state)
     while True:
         batch = [next(rows) for _ in range(batch_size)]
-        yield _stack([row for row, _ in batch[mine]]), {**batch[-1][1], "data": source.fingerprint, "seed": seed}
+        yield _stack([batch[i][0] for i in mine]), {**batch[-1][1], "data": source.fingerprint, "seed": seed}
+
+
+def rank_rows(batch_size, rank, ranks, micro_batches=1):
+    """The rows of a global batch that a data parallel rank has, in its order: of each of the batch's `micro_batches` equal parts the
+    rank-th of `ranks` parts, so that a micro-batch is of the same rows on any number of ranks."""
+    part = batch_size // (ranks * micro_batches)
+    return [(m * ranks + rank) * part + i for m in range(micro_batches) for i in range(part)]
 
 
 def take(source, number, seed):
@@ -133,7 +142,7 @@ def take(source, number, seed):
 def first_rows(source, count, seed):
     """The first `count` samples, as a dict of arrays [count, S]: what a loader without a state gives, joined."""
     if hasattr(source, "rows"):
-        return _stack([row for (row, _), _ in zip(source.rows(), range(count))])
+        return _stack([row for (row, _), _ in zip(source.rows(seed), range(count))])
     return _stack([take(source, number, seed) for number in range(count)])
 
 
@@ -141,12 +150,14 @@ def _stack(rows):
     return {key: np.stack([row[key] for row in rows]) for key in DTYPES}
 
 
-def eval_batches(rows, batch_size):
-    """All rows in order, as dicts of arrays [batch_size, S]; the last is filled with rows of zeros, which have no loss weight."""
+def eval_batches(rows, batch_size, rank=0, ranks=1):
+    """All rows in order, as dicts of arrays [batch_size / ranks, S], a rank's part of each batch; the last batch is filled with rows of
+    zeros, which have no loss weight."""
     for start in range(0, len(rows["tokens"]), batch_size):
         part = {key: value[start : start + batch_size] for key, value in rows.items()}
         missing = batch_size - len(part["tokens"])
-        yield {key: np.pad(value, ((0, missing), (0, 0))) for key, value in part.items()}
+        mine = rank_rows(batch_size, rank, ranks)
+        yield {key: np.pad(value, ((0, missing), (0, 0)))[mine] for key, value in part.items()}
 
 
 @functools.lru_cache(maxsize=4)

@@ -8,6 +8,7 @@ before each document and, last, n; i8 modes[n] in multimodal data only. Source: 
 import fcntl
 import os
 import struct
+import tempfile
 from array import array
 from pathlib import Path
 
@@ -18,6 +19,7 @@ CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 BLOCK = 1 << 20  # sequences checked or written at a time, so that 100 million need no memory of their own
+SPOOLED = 1 << 13  # of a Writer's numbers in memory at a time
 
 
 def best_dtype(vocab_size):
@@ -135,19 +137,21 @@ class Writer:
     """Writes a pair: `with Writer(prefix, best_dtype(vocab_size)) as out: out.add_document([ids])`. `.bin` streams to disk.
 
     The two are written aside as `.bin.partial` and `.idx.partial`, and take their names at the end of the block, the `.idx` last:
-    without it nothing opens. Until then an older pair of that name stays; after an error or a kill nothing new opens. Memory: 4 bytes
-    a sequence and 8 a document. Raises ValueError for another Writer at work on the prefix, an id that the dtype cannot hold, or a
-    document not ended.
+    without it nothing opens. Until then an older pair of that name stays; after an error or a kill nothing new opens. Memory is that of
+    one sequence: numbers of the index wait in unnamed files, gone with the process. Raises ValueError for another Writer at work on the
+    prefix, an id that the dtype cannot hold, or a document not ended.
     """
 
     def __init__(self, prefix, dtype):
         self.prefix, self.dtype = os.fspath(prefix), np.dtype(dtype)
         if self.dtype not in CODES:
             raise ValueError(f"dtype={self.dtype} is none of {', '.join(map(str, CODES))}; use best_dtype(vocab_size)")
-        self._lengths, self._documents = array("i"), array("q", [0])
         self._bin, self._idx = f"{self.prefix}.bin.partial", f"{self.prefix}.idx.partial"
         self._file = _locked(self._bin)
         Path(self._idx).unlink(missing_ok=True)
+        self._lengths, self._documents = _Spool(self.prefix, "i"), _Spool(self.prefix, "q")
+        self._tokens, self._ended = 0, 0  # of all sequences; sequences of documents that are ended
+        self._documents.append(0)
 
     def __enter__(self):
         return self
@@ -159,6 +163,8 @@ class Writer:
         finally:
             Path(self._bin).unlink(missing_ok=True)
             Path(self._idx).unlink(missing_ok=True)
+            self._lengths.close()
+            self._documents.close()
             self._file.close()  # last: closing gives up the lock
 
     def add(self, sequence):
@@ -170,10 +176,12 @@ class Writer:
             raise ValueError(f"a sequence of {len(ids)} tokens does not fit an int32 length; cut it")
         self._file.write(_cast(ids, self.dtype).tobytes())
         self._lengths.append(len(ids))
+        self._tokens += len(ids)
 
     def end_document(self):
         """End the open document; one without sequences is allowed."""
-        self._documents.append(len(self._lengths))
+        self._ended = self._lengths.count
+        self._documents.append(self._ended)
 
     def add_document(self, sequences):
         """Append the sequences, then end the document."""
@@ -182,14 +190,10 @@ class Writer:
         self.end_document()
 
     def _finish(self):
-        if self._documents[-1] != len(self._lengths):
-            raise ValueError(
-                f"{self.prefix}: {len(self._lengths) - self._documents[-1]} sequences of a document not ended; call end_document"
-            )
+        if self._ended != self._lengths.count:
+            raise ValueError(f"{self.prefix}: {self._lengths.count - self._ended} sequences of a document not ended; call end_document")
         self._file.flush()
-        assert self._file.tell() == np.frombuffer(self._lengths, np.int32).sum(dtype=np.int64) * self.dtype.itemsize, (
-            "a write failed and its error was ignored"
-        )
+        assert self._file.tell() == self._tokens * self.dtype.itemsize, "a write failed and its error was ignored"
         os.fsync(self._file.fileno())
         with open(self._idx, "wb") as file:
             self._write_index(file)
@@ -205,16 +209,45 @@ class Writer:
             os.close(folder)
 
     def _write_index(self, file):
-        lengths, documents = np.frombuffer(self._lengths, np.int32), np.frombuffer(self._documents, np.int64)
-        file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], len(lengths), len(documents)))
-        file.write(lengths.astype("<i4", copy=False))
+        file.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], self._lengths.count, self._documents.count))
+        for lengths in self._lengths.blocks():
+            file.write(lengths.astype("<i4", copy=False))
         total = 0
-        for at in range(0, len(lengths), BLOCK):
-            block = lengths[at : at + BLOCK].astype(np.int64)
-            ends = np.cumsum(block) + total
-            file.write(((ends - block) * self.dtype.itemsize).astype("<i8", copy=False))
+        for lengths in self._lengths.blocks():
+            ends = np.cumsum(lengths, dtype=np.int64) + total
+            file.write(((ends - lengths) * self.dtype.itemsize).astype("<i8", copy=False))
             total = int(ends[-1])
-        file.write(documents.astype("<i8", copy=False))
+        for documents in self._documents.blocks():
+            file.write(documents.astype("<i8", copy=False))
+
+
+class _Spool:
+    """Integers, appended one by one, in an unnamed file beside a prefix. code: their type, as array.array has it."""
+
+    def __init__(self, prefix, code):
+        self._waiting, self.count = array(code), 0
+        self._file = tempfile.TemporaryFile(dir=os.path.dirname(prefix) or ".")
+
+    def append(self, value):
+        self._waiting.append(value)
+        self.count += 1
+        if len(self._waiting) >= SPOOLED:
+            self._flush()
+
+    def blocks(self):
+        """All of them, in arrays of at most BLOCK."""
+        self._flush()
+        self._file.seek(0)
+        while data := self._file.read(BLOCK * self._waiting.itemsize):
+            yield np.frombuffer(data, self._waiting.typecode)
+        self._file.seek(0, os.SEEK_END)
+
+    def close(self):
+        self._file.close()
+
+    def _flush(self):
+        self._waiting.tofile(self._file)
+        del self._waiting[:]
 
 
 def _locked(path):

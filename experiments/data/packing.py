@@ -1,5 +1,7 @@
 """Documents and examples packed into rows of one length: several to a row, with the ids that keep them apart."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 DTYPES = {
@@ -60,6 +62,29 @@ def _rows(values, rows, seq_len, dtype, fill):
 def pack_examples(examples, seq_len, pad_id, too_long="truncate"):
     """Examples (ids, loss mask), both [n], packed whole into as few rows as best fit finds: (rows as of pack, a report of counts).
 
+    See plan_examples for what becomes of each.
+    """
+    examples = list(examples)
+    plan, report = plan_examples(examples, seq_len, too_long)
+    rows = empty_rows(report["rows"], seq_len, pad_id)
+    for row in range(report["rows"]):
+        fill_row({key: value[row] for key, value in rows.items()}, plan, row, examples)
+    return rows, report
+
+
+class Plan(NamedTuple):
+    """Where examples go, in the order of their rows: example, its number; size, the places it takes from start on; all int64 [packed].
+    first, int64 [rows + 1]: where in them a row begins."""
+
+    example: np.ndarray
+    size: np.ndarray
+    start: np.ndarray
+    first: np.ndarray
+
+
+def plan_examples(examples, seq_len, too_long="truncate"):
+    """(Plan, report) of examples, a sequence of (ids, loss mask), both [n]: whole into as few rows as best fit finds.
+
     An example takes n - 1 places, its tokens but the last, and its first token is never a target; a target's weight is its own mask.
     One with n - 1 > S is cut to its first S + 1 tokens, dropped, or an error, as too_long says. One without a target that counts
     is left out. Best fit: longest first, each into the fullest row that has room; O(n log n), and S / 64 words a step.
@@ -71,24 +96,45 @@ def pack_examples(examples, seq_len, pad_id, too_long="truncate"):
     if seq_len < 1:
         raise ValueError(f"train.seq_len={seq_len} must be 1 or more")
     report = dict.fromkeys(("examples", "packed", "rows", "truncated", "dropped", "cut_tokens", "no_target"), 0)
-    kept = list(_fitting(examples, seq_len, too_long, report))
-    row_of, start_of, number_of, rows = _best_fit(np.array([len(ids) - 1 for ids, _ in kept], np.int64), seq_len)
-    out = {key: np.full((rows, seq_len), pad_id if key in ("tokens", "targets") else 0, dtype) for key, dtype in DTYPES.items()}
-    for (ids, mask), row, start, number in zip(kept, row_of, start_of, number_of):
-        place = row, slice(start, start + len(ids) - 1)
-        out["tokens"][place], out["targets"][place], out["loss_weights"][place] = ids[:-1], ids[1:], mask[1:]
-        out["segment_ids"][place], out["positions"][place] = number, np.arange(len(ids) - 1)
-    report.update(packed=len(kept), rows=rows, fill=float((out["segment_ids"] > 0).mean()) if rows else 0.0)
-    return out, report
+    kept = np.array(list(_fitting(examples, seq_len, too_long, report)), np.int64).reshape(-1, 2)
+    row, start, rows = _best_fit(kept[:, 1], seq_len)
+    order = np.lexsort((start, row))
+    plan = Plan(*kept[order].T, start[order], np.searchsorted(row[order], np.arange(rows + 1)))
+    report.update(packed=len(kept), rows=rows, fill=float(kept[:, 1].sum() / (rows * seq_len)) if rows else 0.0)
+    return plan, report
+
+
+def describe(report):
+    """A report of plan_examples, in a line."""
+    return (
+        f"{report['packed']:,} of {report['examples']:,} conversations in {report['rows']:,} rows, {report['fill']:.0%} full;"
+        f" {report['truncated']:,} truncated and {report['dropped']:,} dropped as longer than a row ({report['cut_tokens']:,} tokens),"
+        f" {report['no_target']:,} left out without a target"
+    )
+
+
+def empty_rows(rows, seq_len, pad_id):
+    """Rows of padding alone, a dict of arrays [rows, S]."""
+    return {key: np.full((rows, seq_len), pad_id if key in ("tokens", "targets") else 0, dtype) for key, dtype in DTYPES.items()}
+
+
+def fill_row(out, plan, row, examples):
+    """Write the examples of a row of the plan into out, a dict of arrays [S] of padding."""
+    for number, at in enumerate(range(plan.first[row], plan.first[row + 1]), 1):
+        (ids, mask), size, start = examples[int(plan.example[at])], int(plan.size[at]), int(plan.start[at])
+        place = slice(start, start + size)
+        out["tokens"][place], out["targets"][place], out["loss_weights"][place] = ids[:size], ids[1 : size + 1], mask[1 : size + 1]
+        out["segment_ids"][place], out["positions"][place] = number, np.arange(size)
 
 
 def _fitting(examples, seq_len, too_long, report):
+    """(number, places it takes) of the examples that are packed."""
     for i, (ids, mask) in enumerate(examples):
-        ids, mask = np.asarray(ids, np.int32), np.asarray(mask)
-        if ids.shape != mask.shape or ids.ndim != 1:
-            raise ValueError(f"example {i} has ids of shape {ids.shape} and a loss mask of shape {mask.shape}; give one mask value an id")
+        shape, mask_shape = np.shape(ids), np.shape(mask)
+        if shape != mask_shape or len(shape) != 1:
+            raise ValueError(f"example {i} has ids of shape {shape} and a loss mask of shape {mask_shape}; give one mask value an id")
         report["examples"] += 1
-        excess = len(ids) - (seq_len + 1)
+        size, excess = len(ids) - 1, len(ids) - (seq_len + 1)
         if excess > 0:
             if too_long == "error":
                 raise ValueError(
@@ -99,17 +145,17 @@ def _fitting(examples, seq_len, too_long, report):
             report["truncated" if too_long == "truncate" else "dropped"] += 1
             if too_long == "drop":
                 continue
-            ids, mask = ids[: seq_len + 1], mask[: seq_len + 1]
-        if not mask[1:].any():
+            size = seq_len
+        if not np.any(mask[1 : size + 1]):
             report["no_target"] += 1
             continue
-        yield ids, mask
+        yield i, size
 
 
 def _best_fit(sizes, seq_len):
-    """(row, first place, number in its row from 1) of each size, int lists, and the number of rows."""
-    row_of, start_of, number_of = ([0] * len(sizes) for _ in range(3))
-    by_room, rooms, count = {}, 0, []  # rows by the places left in them; bit r of rooms: some row has r left
+    """(row, first place in it) of each size, int64 arrays, and the number of rows."""
+    row_of, start_of = np.zeros((2, len(sizes)), np.int64)
+    by_room, rooms, count = {}, 0, 0  # rows by the places left in them; bit r of rooms: some row has r left
     for i in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[i])
         fits = rooms >> size
@@ -119,12 +165,11 @@ def _best_fit(sizes, seq_len):
             if not by_room[room]:
                 rooms ^= 1 << room
         else:
-            room, row = seq_len, len(count)
-            count.append(0)
-        count[row] += 1
-        row_of[i], start_of[i], number_of[i] = row, seq_len - room, count[row]
+            room, row = seq_len, count
+            count += 1
+        row_of[i], start_of[i] = row, seq_len - room
         left = room - size
         if left:
             by_room.setdefault(left, []).append(row)
             rooms |= 1 << left
-    return row_of, start_of, number_of, len(count)
+    return row_of, start_of, count

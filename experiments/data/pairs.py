@@ -1,6 +1,7 @@
 """Batches of tokens to the .bin/.idx pairs of their outputs, and what is in a pair."""
 
 import contextlib
+import math
 import os
 import sys
 
@@ -13,23 +14,31 @@ REPORTED = 10  # bad records whose message is shown
 
 
 class Skipped:
-    """Called with the message of a bad record: raises it, or with `skip` counts it and prints the first few."""
+    """Called with the message of a bad record: raises it, or with `skip` counts it. It prints the first few, then each tenfold number.
 
-    def __init__(self, skip):
-        self.skip, self.count = skip, 0
+    option: how a user asks to skip.
+    """
+
+    def __init__(self, skip, option="--skip_bad"):
+        self.skip, self.option, self.count = skip, option, 0
 
     def __call__(self, message):
         if not self.skip:
-            raise ValueError(f"{message}; mend it, or leave such records out with --skip_bad")
+            raise ValueError(f"{message}; mend it, or leave such records out with {self.option}")
         self.count += 1
-        if self.count <= REPORTED:
-            more = "; further ones are only counted" if self.count == REPORTED else ""
+        if self.count <= REPORTED or math.log10(self.count).is_integer():
+            more = f"; {self.count:,} bad records so far" if self.count >= REPORTED else ""
             tqdm.write(f"left out: {message}{more}", file=sys.stderr)
 
 
 def name(prefix, output):
     """The prefix of the pair of an output."""
     return f"{prefix}_{output}_document"
+
+
+def loss_name(prefix):
+    """The prefix of the loss masks that belong to the tokens of a conversation's pair."""
+    return prefix.removesuffix("_text_document") + "_loss_document"
 
 
 def write(prefix, batches, dtypes, total_bytes, bad):
@@ -91,7 +100,7 @@ def describe(prefix, tokenizer=None, document=0):
     ]
     ids = pair.flat[total[ends[document]] : total[ends[document + 1]]]
     text = tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids))
-    other = prefix.removesuffix("_text_document") + "_loss_document"
+    other = loss_name(prefix)
     loss = IndexedDataset(other) if os.path.exists(f"{other}.idx") and other != prefix else None
     if loss is not None and loss.dtype == np.uint8:
         if not np.array_equal(loss.lengths, pair.lengths):

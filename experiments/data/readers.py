@@ -46,8 +46,8 @@ def records(path, *, per_line=False, detokenize=False, columns=None, bad=None):
     {"text": ...}: a file a document; with per_line a line that is not blank; of WikiText an article, with detokenize as running text;
     there Windows line ends become "\\n".
     columns: the keys that matter, so that of parquet others are not read. bad(message): called for what cannot be read, which is then
-    left out; without it that is a ValueError. Only jsonl, csv and text go on after it; of the others, it ends the file.
-    FileNotFoundError for a missing path.
+    left out; without it that is a ValueError. Only jsonl, csv and text go on after it; of the others, it ends the file. What the system
+    fails to read, such as a file without permission, is always a ValueError. FileNotFoundError for a missing path.
     """
     files = find_files(path)
     kind = kind_of(files[0])
@@ -59,32 +59,35 @@ def records(path, *, per_line=False, detokenize=False, columns=None, bad=None):
     return _records(files, kind, options.get(kind, {}), bad or _refuse)
 
 
-def find_files(path):
-    """The files of a folder and those below it, hidden ones left out; of a file, itself. ValueError unless all are of one kind."""
+def find_files(path, name="input"):
+    """The files of a folder and those below it, hidden ones left out; of a file, itself. ValueError unless all are of one kind.
+
+    name: of the option that gives the path, for messages.
+    """
     path = Path(path).expanduser()
     if not path.exists():
-        raise FileNotFoundError(f"input={path} does not exist; give a file or a folder of files")
+        raise FileNotFoundError(f"{name}={path} does not exist; give a file or a folder of files")
     if not path.is_dir():
-        kind_of(path)
+        kind_of(path, name)
         return [path]
     files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts))
     if not files:
-        raise ValueError(f"input={path} has no files; give a file or a folder of files")
-    kinds = {kind_of(file): file for file in reversed(files)}
+        raise ValueError(f"{name}={path} has no files; give a file or a folder of files")
+    kinds = {kind_of(file, name): file for file in reversed(files)}
     if len(kinds) > 1:
         (one, a), (other, b) = sorted(kinds.items())[:2]
-        raise ValueError(f"input={path} mixes kinds: {a} is {one}, {b} is {other}; give a folder of one kind")
+        raise ValueError(f"{name}={path} mixes kinds: {a} is {one}, {b} is {other}; give a folder of one kind")
     return files
 
 
-def kind_of(path):
+def kind_of(path, name="input"):
     """One of KINDS, by the end of the file's name. ValueError if there is none."""
     suffixes = [s.lower() for s in path.suffixes]
     while suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in KINDS:
         raise ValueError(
-            f"input={path}: its name tells no kind of file; rename it to end in {', '.join(KINDS)}, or in one plus .gz or .zst"
+            f"{name}={path}: its name tells no kind of file; rename it to end in {', '.join(KINDS)}, or in one plus .gz or .zst"
         )
     return KINDS[suffixes[-1]]
 
@@ -97,17 +100,20 @@ def _records(files, kind, options, bad):
     unit = "row" if kind in ("parquet", "arrow") else "line"
     done = 0
     for file in files:
-        for number, value, wrong, size in _guarded(READERS[kind](file, **options)):
-            where = f"{file}, {unit} {number}"
-            if wrong:
-                bad(f"{where}: {wrong}")
-            else:
-                yield Record(value, where, done + size)
+        try:
+            for number, value, wrong, size in _guarded(READERS[kind](file, **options)):
+                where = f"{file}, {unit} {number}"
+                if wrong:
+                    bad(f"{where}: {wrong}")
+                else:
+                    yield Record(value, where, done + size)
+        except OSError as e:  # of the system, and so perhaps gone on another try
+            raise ValueError(f"{file} cannot be read: {e}; mend that, nothing of it is left out") from e
         done += os.path.getsize(file)
 
 
 def _guarded(items):
-    """The items, and what stops them as the last one."""
+    """The items, and what stops them as the last one; an error of the system is raised."""
     number = 0
     while True:
         try:
@@ -115,6 +121,8 @@ def _guarded(items):
         except StopIteration:
             return
         except BROKEN as e:
+            if getattr(e, "errno", None):
+                raise
             yield getattr(e, "line", number + 1), None, f"{e} ({type(e).__name__}; the file is not read from here on)", 0
             return
         number = item[0]

@@ -1,4 +1,4 @@
-"""What a loader reads rows from: packed rows in memory, a .bin/.idx pair, a blend of sources."""
+"""What a loader reads rows from: packed rows in memory, a .bin/.idx pair, pairs of conversations, a blend of sources."""
 
 import functools
 import hashlib
@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from experiments.data import packing
 from experiments.data.gpt_index import GPTDataset, blend_indices
 from experiments.data.loader import take
 from experiments.data.packing import DTYPES
@@ -33,8 +34,10 @@ class PairRows:
     """Rows of sequences span = (start, stop) of an IndexedDataset, in Megatron-LM's order for the loader's seed.
 
     That is its order for one epoch; each further epoch cuts and orders the sequences anew, for a seed drawn from (seed, epoch), where
-    Megatron-LM's depends on how many epochs the whole run has. The last tokens of an epoch, too few for a row, are left out. reset: see
-    GPTDataset.row. ValueError if the split holds no row, or, from sample(), for an id of vocab_size or more.
+    Megatron-LM's depends on how many epochs the whole run has. The last tokens of an epoch, too few for a row, are left out. An epoch's
+    indices are made when its first row is asked for, 0.1 s a million sequences; in another thread that would hold up Python as long, for
+    NumPy's legacy shuffle keeps its lock. reset: see GPTDataset.row. ValueError if the split holds no row, or, from sample(), for an id
+    of vocab_size or more.
     """
 
     def __init__(self, indexed, span, seq_len, eod_id, *, vocab_size, reset=True, name="train", cache_dir=None):
@@ -44,11 +47,7 @@ class PairRows:
         self.count = (int(lengths.sum(dtype=np.int64)) - 1) // seq_len
         if self.count < 1:
             GPTDataset(indexed, span, seq_len, name=name)  # raises, naming the split
-        places = np.linspace(0, max(0, len(indexed.flat) - PROBE), PROBES).astype(np.int64)
-        tokens = indexed.flat[np.minimum(places[:, None] + np.arange(PROBE), len(indexed.flat) - 1)]
-        settings = (span, seq_len, eod_id, reset, indexed.dtype.str, len(indexed.flat))
-        what = digest(np.frombuffer(repr(settings).encode(), np.uint8), indexed.lengths, tokens)
-        self.fingerprint = f"{os.path.basename(indexed.prefix)}[{span[0]}:{span[1]}]x{seq_len} {what}"
+        self.fingerprint = _fingerprint([indexed], span, seq_len, (eod_id, reset))
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def __len__(self):
@@ -56,19 +55,48 @@ class PairRows:
 
     def sample(self, number, seed):
         epoch, place = divmod(number, self.count)
-        row = self._epoch(seed, epoch).row(place, self.eod_id, self.reset)
-        ids = row["targets"]
-        lowest, highest = int(min(ids.min(), row["tokens"][0])), int(max(ids.max(), row["tokens"][0]))
-        if lowest < 0 or highest >= self.vocab_size:
-            raise ValueError(
-                f"{self.indexed.prefix}: ids from {lowest} to {highest} in sample {number}, but data.tokenizer has"
-                f" {self.vocab_size} tokens; give the tokenizer that the pair was made with"
-            )
-        return row
+        return _checked(self._epoch(seed, epoch).row(place, self.eod_id, self.reset), self.indexed, self.vocab_size, f"sample {number}")
 
     def _make_epoch(self, seed, epoch):
         drawn = seed % 2**32 if epoch == 0 else int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
         return GPTDataset(self.indexed, self.span, self.seq_len, None, drawn, name=self.name, cache_dir=self.cache_dir)
+
+
+class ExampleRows:
+    """Rows of conversations, packed whole by best fit: sequences span = (start, stop) of an IndexedDataset of ids and of one of masks.
+
+    report: see packing.plan_examples, whose too_long this is. Only where they go is held, about 30 bytes a conversation; finding it
+    takes 8 us each. ValueError if the two do not match or the split has nothing to learn from, or, from row(), for an id of vocab_size
+    or more.
+    """
+
+    def __init__(self, indexed, loss, span, seq_len, pad_id, *, vocab_size, too_long="truncate", name="train"):
+        if loss.dtype != np.uint8 or not np.can_cast(indexed.dtype, np.int32) or not np.array_equal(indexed.lengths, loss.lengths):
+            raise ValueError(f"{loss.prefix} is not of the run that made {indexed.prefix}; make both again with experiments.preprocess")
+        self.indexed, self.loss, self.span, self.seq_len = indexed, loss, span, seq_len
+        self.pad_id, self.vocab_size = pad_id, vocab_size
+        self.plan, self.report = packing.plan_examples(self, seq_len, too_long)
+        if not self.report["rows"]:
+            raise ValueError(
+                f"{indexed.prefix}: the {name} split has no conversation with a target in train.seq_len={seq_len} tokens:"
+                f" {packing.describe(self.report)}; raise train.seq_len, or give {name} more weight in data.split"
+            )
+        self.fingerprint = _fingerprint([indexed, loss], span, seq_len, (pad_id, too_long))
+
+    def __len__(self):
+        return self.report["rows"]
+
+    def __getitem__(self, i):
+        """(ids, mask) of a conversation."""
+        at = self.span[0] + i
+        if at >= self.span[1]:
+            raise IndexError(i)
+        return self.indexed.tokens(at), self.loss.tokens(at)
+
+    def row(self, i):
+        out = packing.empty_rows(1, self.seq_len, self.pad_id)
+        packing.fill_row({key: value[0] for key, value in out.items()}, self.plan, i, self)
+        return _checked({key: value[0] for key, value in out.items()}, self.indexed, self.vocab_size, f"row {i}")
 
 
 class Blend:
@@ -91,6 +119,28 @@ class Blend:
             self._turns = blend_indices(self.weights, max(TURNS, 2 * (number + 1)))
         dataset, own = self._turns
         return take(self.sources[dataset[number]], int(own[number]), seed)
+
+
+def _checked(row, indexed, vocab_size, where):
+    """The row, if the vocabulary has its ids."""
+    lowest, highest = (int(f((f(row["tokens"]), f(row["targets"])))) for f in (np.min, np.max))
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"{indexed.prefix}: ids from {lowest} to {highest} in {where}, but data.tokenizer has {vocab_size} tokens;"
+            " give the tokenizer that the pair was made with"
+        )
+    return row
+
+
+def _fingerprint(pairs, span, seq_len, settings):
+    """Of IndexedDatasets: of all lengths, and of tokens here and there."""
+    probes = []
+    for pair in pairs:
+        places = np.linspace(0, max(0, len(pair.flat) - PROBE), PROBES).astype(np.int64)
+        probes.append(pair.flat[np.minimum(places[:, None] + np.arange(PROBE), len(pair.flat) - 1)])
+    settings = (span, seq_len, *settings, [(pair.dtype.str, len(pair.flat)) for pair in pairs])
+    what = digest(np.frombuffer(repr(settings).encode(), np.uint8), pairs[0].lengths, *probes)
+    return f"{os.path.basename(pairs[0].prefix)}[{span[0]}:{span[1]}]x{seq_len} {what}"
 
 
 def digest(*arrays):

@@ -1,79 +1,93 @@
 """Text read and tokenised while training, for corpora that nobody wants to preprocess: rows from front to back, from any place on."""
 
 import hashlib
-import os
+import itertools
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from experiments.data import packing, readers
+from experiments.data import packing, parts
+from experiments.data.loader import epoch_order
+from experiments.data.pairs import Skipped
 
-PLACE = ("file", "record", "token")
+PLACE = ("part", "record", "drawn", "token")
 GROUP_RECORDS, GROUP_CHARACTERS = 256, 1 << 18  # tokenised at a time
 
 
 class TextStream:
-    """The records of jsonl, parquet or other files (see readers.records), in file order, packed as packing.pack does.
+    """The records of jsonl, parquet or other files, or of a dataset (see parts.py), packed as packing.pack does.
 
-    Every epoch gives the same rows: those of packing.pack over all documents; shuffle the files beforehand. held_out is the fraction of
-    records, chosen by a hash of file name and number, that rows() passes over and held_rows() gives. A Loader restores a stream by
-    reading the file it was in from its start, without tokenising again what is behind. Every rank of it reads and tokenises the whole
-    stream and keeps its own rows; where that is too slow, preprocess. Memory is that of a group of records.
+    They come in the order of the files, every epoch the same. With shuffle_buffer=N, each epoch takes the files in an order of its own,
+    and gives each N records that follow one another in an order of their own: all depends on seed, epoch and place alone, so that a
+    state stays small. A record moves no further than N within its file; shuffle a corpus that is sorted in long files beforehand.
+
+    held_out is the fraction of records, chosen by a hash of file name and number, that rows() passes over and held_rows() gives. A
+    record that cannot be used is an error, or with skip_bad counted and left out. A Loader restores a stream by reading the file it
+    was in from its start, without tokenising again what is behind. Every rank of it reads and tokenises the whole stream and keeps its
+    own rows; where that is too slow, preprocess. Memory is that of a group of records, or of N.
     """
 
-    def __init__(self, path, tokenizer, seq_len, *, key="text", reset=True, held_out=0.0):
-        self.files = readers.find_files(path)
-        self.tokenizer, self.seq_len, self.key, self.reset, self.held_out = tokenizer, seq_len, key, reset, held_out
-        files = [(f.name, f.stat().st_size) for f in self.files]
-        settings = (files, seq_len, key, reset, held_out, _tokenizer_digest(tokenizer))
+    def __init__(self, path, tokenizer, seq_len, *, key="text", reset=True, held_out=0.0, shuffle_buffer=0, skip_bad=False):
+        if shuffle_buffer < 0:
+            raise ValueError(f"data.shuffle_buffer={shuffle_buffer} must be 0 or more; 0 = in the order of the files")
+        self.parts, self.key = parts.find(path, key), key
+        self.tokenizer, self.seq_len, self.reset, self.held_out, self.shuffle_buffer = tokenizer, seq_len, reset, held_out, shuffle_buffer
+        # Not skip_bad: a run that stopped at a bad record may go on without it.
+        settings = (self.parts.identity, seq_len, key, reset, held_out, shuffle_buffer, _tokenizer_digest(tokenizer))
         what = hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
-        self.fingerprint = f"stream of {os.path.basename(os.fspath(path))}, {len(files)} files x{seq_len} {what}"
+        self.fingerprint = f"stream of {self.parts.title}, {len(self.parts.names)} files x{seq_len} {what}"
+        self.bad, self._seen = Skipped(skip_bad, "--config.data.skip_bad=true"), {}
 
-    def rows(self, state=None):
-        """Yields (row, state after it) without end. The state has sample, the rows so far; epoch; and where the next row starts: file
-        and record, from 0, and token in that record. ValueError, naming file and line, for a record that cannot be read."""
+    def rows(self, seed, state=None):
+        """Yields (row, state after it) without end. The state has sample, the rows so far; epoch; and where the next row starts: part,
+        the place of a file in the epoch's order, and record in it, from 0; drawn, how many records in the order drawn from there on are
+        behind; and token in the record. ValueError, naming file and line, for a record that cannot be read."""
         state = state or {}
         epoch, sample = state.get("epoch", 0), state.get("sample", 0)
         place = tuple(state.get(name, 0) for name in PLACE)
         while True:
             before, whole = sample, not any(place)
-            for row, after in self._epoch(*place):
+            for row, after in self._epoch(seed, epoch, place):
                 sample += 1
                 yield row, {"sample": sample, "epoch": epoch, **dict(zip(PLACE, after))}
             if whole and sample == before:
-                raise ValueError(f"{self.files[0]}: data.path has no pair of tokens to learn from; give more text, or less data.held_out")
-            epoch, place = epoch + 1, (0, 0, 0)
+                raise ValueError(
+                    f"{self.parts.title}: data.path has no pair of tokens to learn from; give more text, or less data.held_out"
+                )
+            epoch, place = epoch + 1, (0, 0, 0, 0)
 
     def held_rows(self, count):
         """(the first `count` held-out rows, or all if there are fewer, as of packing.pack; the first held-out text)."""
-        documents, tokens, text = [], 0, None
-        for group in self._groups(0, 0, held=True):
-            text = group[0][0] if text is None else text
-            documents += self.tokenizer.encode_batch([t for t, *_ in group])
-            tokens += sum(len(d) + 1 for d in documents[-len(group) :])
+        documents, tokens, first = [], 0, None
+        order = range(len(self.parts.names) if self.held_out else 0)
+        for texts in _groups((text, None) for text, *_ in self._records(order, held=True)):
+            first = texts[0][0] if first is None else first
+            documents += self.tokenizer.encode_batch([text for text, _ in texts])
+            tokens += sum(len(d) + 1 for d in documents[-len(texts) :])
             if tokens > count * self.seq_len:
                 break
         if tokens < 2:
-            raise ValueError(f"data.held_out={self.held_out} holds out no text of {self.files[0]}; raise it, or give more records")
+            raise ValueError(f"data.held_out={self.held_out} holds out no text of {self.parts.title}; raise it, or give more records")
         rows = packing.pack(documents, self.seq_len, self.tokenizer.eod_id, self.reset)
-        return {key: value[:count] for key, value in rows.items()}, text
+        return {key: value[:count] for key, value in rows.items()}, first
 
-    def _epoch(self, file, record, token):
-        """(row, where the next one starts: file, record, token) from a place to the end of the data."""
+    def _epoch(self, seed, epoch, place):
+        """(row, where the next one starts) from a place to the end of the data."""
+        *start, token = place
         pieces, places = [], []  # ids, and where they start
-        for group in self._groups(file, record, held=False):
-            ids = self.tokenizer.encode_batch([text for text, *_ in group])
-            for (_, *place), piece in zip(group, ids):
-                skip = token if place == [file, record] else 0
+        for group in _groups(self._in_order(seed, epoch, *start)):
+            ids = self.tokenizer.encode_batch([text for text, _ in group])
+            for (_, at), piece in zip(group, ids):
+                skip = token if at == tuple(start) else 0
                 pieces.append(np.array([*piece, self.tokenizer.eod_id], np.int32)[skip:])
-                places.append((*place, skip))
+                places.append((*at, skip))
             count = (sum(map(len, pieces)) - 1) // self.seq_len
             if count > 0:
                 yield from self._cut(pieces, places, count)
         if sum(map(len, pieces)) > 1:
             pieces.append(np.empty(0, np.int32))
-            places.append((len(self.files), 0, 0))
+            places.append((len(self.parts.names), 0, 0, 0))
             yield from self._cut(pieces, places, 1)
 
     def _cut(self, pieces, places, count):
@@ -86,45 +100,91 @@ class TextStream:
         nexts = []
         for start in np.arange(1, count + 1) * S:
             at = min(int(np.searchsorted(ends, start, side="right")), len(pieces) - 1)
-            file, record, token = places[at]
+            *document_at, token = places[at]
             inside = max(0, int(start - ends[at]) + lengths[at]) if lengths[at] else 0
-            nexts.append((file, record, token + inside))
+            nexts.append((*document_at, token + inside))
         pieces[:at], places[:at] = [], []
         pieces[0], places[0] = pieces[0][inside:], nexts[-1]
         for i, place in enumerate(nexts):
             yield {key: value[i] for key, value in rows.items()}, place
 
-    def _groups(self, file, record, held):
-        """Lists of (text, file, record) from a place on, of the records that are held out or of the others."""
-        group, characters = [], 0
-        for at in range(file, len(self.files)):
-            for number, read in enumerate(readers.records(self.files[at], columns=[self.key])):
-                if (at == file and number < record) or self._is_held(at, number) != held:
-                    continue
-                group.append((self._text(read), at, number))
-                characters += len(group[-1][0])
-                if len(group) == GROUP_RECORDS or characters > GROUP_CHARACTERS:
-                    yield group
-                    group, characters = [], 0
-        if group:
-            yield group
+    def _in_order(self, seed, epoch, part, record, drawn):
+        """(text, place) of the records of an epoch that are not held out, in its order, from a place on."""
+        count = len(self.parts.names)
+        if not self.shuffle_buffer:
+            yield from ((text, (at, number, 0)) for text, at, number in self._records(range(count), part, record))
+            return
+        found = self._records(epoch_order(seed, epoch, count).tolist(), part, record)
+        while buffer := list(itertools.islice(found, self.shuffle_buffer)):
+            _, part, record = buffer[0]
+            for i, place in enumerate(_shuffled(len(buffer), seed, epoch, part, record)):
+                text, buffer[place] = buffer[place][0], None  # so that no text is kept while the next ones are read
+                if i >= drawn:
+                    yield text, (part, record, i)
+            drawn = 0
 
-    def _is_held(self, file, number):
+    def _records(self, order, part=0, record=0, held=False):
+        """(text, place in the order of the parts, number) from a place on, of the records that are held out or of the others."""
+        for at in range(part, len(order)):
+            for number, text in self._read(order[at], record if at == part else 0):
+                if self._is_held(order[at], number) == held:
+                    yield text, at, number
+
+    def _read(self, part, start):
+        """(number, text) of the records of a part from number `start` on, those left out that cannot be used."""
+        at = [start, 0]  # the number of the last record, and how many bad ones came since
+
+        def bad(message):
+            at[1] += 1
+            if not self.bad.skip or tuple(at) > self._seen.get(part, (0, 0)):  # counted once, though read in every epoch
+                self._seen[part] = tuple(at)
+                self.bad(message)
+
+        for number, read in enumerate(self.parts.records(part, start, bad), start):
+            at[:] = number + 1, 0
+            text, wrong = self._text(read.value)
+            if wrong:
+                bad(f"{read.where}: {wrong}")
+            else:
+                yield number, text
+
+    def _is_held(self, part, number):
         if not self.held_out:
             return False
-        drawn = hashlib.blake2b(f"{self.files[file].name}:{number}".encode(), digest_size=4).digest()
+        drawn = hashlib.blake2b(f"{self.parts.names[part]}:{number}".encode(), digest_size=4).digest()
         return int.from_bytes(drawn, "big") < self.held_out * 2**32
 
     def _text(self, record):
-        text = record.value.get(self.key)
+        """(text, what is wrong with it)."""
+        text = record.get(self.key)
         if not isinstance(text, str):
-            what = f"is {type(text).__name__}, not text" if self.key in record.value else "is missing"
-            raise ValueError(f"{record.where}: key {self.key!r} {what}; the keys are {', '.join(record.value)}; use data.json_key")
+            what = f"is {type(text).__name__}, not text" if self.key in record else "is missing"
+            return None, f"key {self.key!r} {what}; the keys are {', '.join(record)}; use data.json_key"
         try:
             text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{record.where}: {self.key!r} has half a surrogate pair, which is no character; mend it") from error
-        return text
+        except UnicodeEncodeError:
+            return None, f"{self.key!r} has half a surrogate pair, which is no character"
+        return text, None
+
+
+def _groups(texts):
+    """Lists of (text, place), to be tokenised at a time."""
+    group, characters = [], 0
+    for item in texts:
+        group.append(item)
+        characters += len(item[0])
+        if len(group) == GROUP_RECORDS or characters > GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _shuffled(count, *key):
+    """The numbers below count, in an order that depends on the integers of key alone."""
+    # Raw bits, as in loader.epoch_order: NumPy keeps them, and how SeedSequence spreads a key, the same between releases.
+    spread = np.random.SeedSequence([k % 2**64 for k in key]).generate_state(2, np.uint64)
+    return np.argsort(np.random.Philox(key=spread).random_raw(count), kind="stable").tolist()
 
 
 def _tokenizer_digest(tokenizer):

@@ -1,6 +1,8 @@
 """The preprocessing main: what its pairs hold, that workers change nothing, what a kill leaves, and the one line a mistake gets."""
 
+import csv
 import gzip
+import io
 import json
 import multiprocessing
 import os
@@ -9,8 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from experiments.data import encode, pairs
@@ -76,6 +81,49 @@ def test_every_key_has_a_whole_pair(tmp_path, folder, tok):
     assert f"p_text_document: {len(TEXTS)} documents" in out and "left out 0 bad records" in out
 
 
+SEVERAL = ("jsonl", "json", "csv", "parquet", "arrow")
+
+
+@pytest.mark.parametrize("kind", [*SEVERAL, "txt", "tokens"])
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_every_kind_becomes_documents_that_decode_to_its_texts(tmp_path, folder, tok, kind, packing):
+    texts = TEXTS if kind in SEVERAL else [TEXTS[2] + "\r\n"] if kind == "txt" else [" = T = \n \n win\n dows"]
+    table = pyarrow.Table.from_pylist([{"n": i, "text": t} for i, t in enumerate(texts)])
+    path, sink = tmp_path / f"in.{kind}{packing}", io.BytesIO()
+    if kind in ("json", "jsonl"):
+        sink.write("\r\n".join(map(json.dumps, table.to_pylist())).encode())
+    elif kind == "csv":
+        file = io.TextIOWrapper(sink, newline="", encoding="utf-8", write_through=True)
+        csv.writer(file).writerows([["n", "text"], *([i, t] for i, t in enumerate(texts))])
+        file.detach()
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(table, sink)
+    elif kind == "arrow":
+        with pyarrow.ipc.new_file(sink, table.schema) as out:
+            out.write_table(table)
+    else:
+        sink.write(texts[0].replace("\n", "\r\n" if kind == "tokens" else "\n").encode())
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": lambda data: pyarrow.compress(data, "zstd", asbytes=True)}[packing]
+    path.write_bytes(pack(sink.getvalue()))
+    batches = encode.encode(records(path), encode.Job(str(folder), append_eod=False))
+    pairs.write(f"{tmp_path}/p", batches, {"text": np.uint16}, path.stat().st_size, pairs.Skipped(False))
+    want = [unicodedata.normalize("NFC", t) for t in texts]
+    if kind in ("txt", "tokens"):
+        want = [t.replace("\r\n", "\n").strip(" \n" if kind == "tokens" else "") for t in want]
+    assert [tok.decode(ids) for ids in documents(f"{tmp_path}/p_text_document")] == want
+
+
+def test_conversations_of_a_table_are_those_of_lines(tmp_path, folder):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "name": "x"}, {"role": "user", "content": "c"}]
+    rows = [{"messages": [*turns, {"role": "assistant", "content": f"é{i}"}]} for i in range(5)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")  # keys that a message lacks become None
+    job = encode.Job(str(folder), format="messages")
+    (table,), (lines,) = (list(encode.encode(records(p), job)) for p in (tmp_path / "a.parquet", jsonl(tmp_path / "a.jsonl", rows)))
+    assert not table.bad and not lines.bad
+    for name in ("text", "loss"):
+        assert all(map(np.array_equal, table.outputs[name], lines.outputs[name]))
+
+
 def test_options_of_texts(tmp_path, folder, tok):
     rows = jsonl(tmp_path / "in.jsonl", [{"body": t, "other": 1} for t in TEXTS])
     common = (f"--input={rows}", f"--output_prefix={tmp_path}/p", f"--tokenizer={folder}")
@@ -100,6 +148,13 @@ def test_bad_records_are_errors_or_left_out_of_every_key(tmp_path, folder, tok):
     assert "left out 4 bad records" in run(*common, "--skip_bad")
     assert documents(f"{tmp_path}/p_text_document") == wanted(tok, ["a", "d"])
     assert documents(f"{tmp_path}/p_b_document") == wanted(tok, ["1", "3"])
+
+
+def test_a_key_that_is_renamed_replaces_one_of_that_name(folder, tok):
+    rows = [Record(value, "here", 1) for value in ({"text": "x", "body": "y"}, {"body": "y", "text": "x"}, {"body": "y"})]
+    for names, key, want in (({"body": "text"}, "text", "y"), ({"body": "text", "text": "title"}, "title", "x")):
+        (batch,) = encode.encode(rows[: 3 if key == "text" else 2], encode.Job(str(folder), (key,), map_keys=names))
+        assert not batch.bad and batch.outputs[key][0].tolist() == len(batch.outputs[key][1]) * wanted(tok, [want])[0]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

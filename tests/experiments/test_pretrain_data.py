@@ -1,4 +1,4 @@
-"""Runs of experiments.pretrain on every kind of data: text, a preprocessed pair, a blend of two, a stream."""
+"""Runs of experiments.pretrain on every kind of data: text, a preprocessed pair, a blend of two, conversations, a stream."""
 
 import json
 import shutil
@@ -9,8 +9,9 @@ import pytest
 from experiments import pretrain
 from experiments.configs import common
 from experiments.data import corpus, encode, pairs, readers
-from experiments.data.loader import first_rows
+from experiments.data.loader import Loader, first_rows
 from experiments.data.megatron import best_dtype
+from qwen3.chat import alpaca, encode_chat
 from qwen3.tokenizer import train_bpe
 
 SMALL = {"num_layers": 2, "hidden_size": 32, "head_dim": 16, "ffn_size": 48, "vocab_size": 320}
@@ -28,7 +29,17 @@ def folder(tmp_path_factory):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
         batches = encode.encode(readers.records(path), job)
         pairs.write(str(folder / name), batches, {"text": best_dtype(320)}, path.stat().st_size, pairs.Skipped(False))
+    (folder / "folder").mkdir()
+    shutil.copy(folder / "one.jsonl", folder / "folder")
+    path = folder / "chats.jsonl"
+    path.write_text("".join(json.dumps(chat(j)) + "\n" for j in range(60)))
+    batches = encode.encode(readers.records(path), job._replace(format="alpaca"))
+    pairs.write(str(folder / "chats"), batches, {"text": best_dtype(320), "loss": np.uint8}, path.stat().st_size, pairs.Skipped(False))
     return folder
+
+
+def chat(j):
+    return {"instruction": f"def {j}", "output": f"return {j}" + " + x" * (-j % 30)}
 
 
 def make_config(folder, path, **changes):
@@ -44,15 +55,70 @@ def make_config(folder, path, **changes):
 
 PAIR = "{}/one_text_document"
 BLEND = "0.3,{0}/one_text_document,0.7,{0}/two_text_document"
-STREAM = {"data.stream": True, "data.held_out": 0.2}
+STREAM = {"data.stream": True, "data.held_out": 0.2, "data.shuffle_buffer": 20, "data.skip_bad": True}
+CHATS = ("{}/chats_text_document", {"data.conversations": True, "train.seq_len": 48})
 
 
-@pytest.mark.parametrize("path, changes", [(PAIR, {}), (BLEND, {"data.reset_at_eod": False}), ("{}/one.jsonl", STREAM)])
+@pytest.mark.parametrize("path, changes", [(PAIR, {}), (BLEND, {"data.reset_at_eod": False}), ("{}/one.jsonl", STREAM), CHATS])
 def test_a_run_on_every_kind_of_data_leaves_its_metrics(path, changes, folder, tmp_path):
     pretrain.pretrain(make_config(folder, path, **changes), str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] and {"bits_per_byte", "bigram_loss"} <= set(lines[-1])
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
+def test_conversations_are_whole_with_loss_on_the_assistants_tokens_and_the_long_ones_counted(too_long, folder, capsys):
+    data = corpus.load(make_config(folder, CHATS[0], **CHATS[1], **{"data.too_long": too_long}), 320)
+    tokenizer, train = data.tokenizer, data.train
+    rows = first_rows(train, len(train), 0)
+    found = []
+    for row in range(len(train)):
+        for segment in range(1, rows["segment_ids"][row].max() + 1):
+            place = rows["segment_ids"][row] == segment
+            ids, targets = rows["tokens"][row][place], rows["targets"][row][place]
+            said = tokenizer.decode(targets[rows["loss_weights"][row][place] > 0])
+            found.append((tokenizer.decode([*ids, targets[-1]]), said))
+    lengths, want = [], []
+    for j in range(57):  # 95 % of 60
+        messages, _ = alpaca(chat(j))
+        ids, mask = encode_chat(tokenizer, messages)
+        lengths.append(len(ids) + 1)
+        if lengths[-1] <= 49 or too_long == "truncate":
+            ids, mask = np.append(ids, tokenizer.eod_id)[:49], np.append(mask, 0)[:49]
+            want.append((tokenizer.decode(ids), tokenizer.decode(ids[mask > 0])))
+    long = [n for n in lengths if n > 49]
+    assert sorted(found) == sorted(want) and 0 < len(long) < 57
+    assert all(f"def {j}<" in "".join(map(tokenizer.decode, data.held_out["tokens"])) for j in (57, 58, 59))
+    cut = sum(long) - 49 * len(long) if too_long == "truncate" else sum(long)
+    counts = [len(long), 0] if too_long == "truncate" else [0, len(long)]
+    report, held = (line for line in capsys.readouterr().out.splitlines() if "chats_text_document, " in line)
+    assert "valid: 3 of 3 conversations" in held
+    assert f"train: {len(want)} of 57 conversations in {len(train)} rows" in report
+    assert f"{counts[0]} truncated and {counts[1]} dropped as longer than a row ({cut:,} tokens), 0 left out without a target" in report
+
+
+def test_conversations_restore_on_other_ranks_and_blend(folder):
+    data = corpus.load(make_config(folder, "1,{0}/chats_text_document,2,{0}/chats_text_document", **CHATS[1]), 320)
+    want = first_rows(data.train, 36, 5)
+    with Loader(data.train, 12, 5) as loader:
+        next(loader)
+        state = json.loads(json.dumps(loader.state()))
+    loaders = [Loader(data.train, 8, 5, rank, 2, state=state) for rank in range(2)]
+    rows = [next(loader)["tokens"] for _ in range(3) for loader in loaders]
+    [loader.close() for loader in loaders]
+    assert np.array_equal(np.concatenate(rows), want["tokens"][12:])
+
+
+def test_a_dataset_of_hugging_face_is_a_stream(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    texts = [json.loads(line)["text"] for line in (folder / "one.jsonl").read_text().splitlines()]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    found = [corpus.load(make_config(folder, path, **STREAM), 320) for path in (f"hf:{tmp_path}/saved", "{}/one.jsonl")]
+    assert found[0].train.fingerprint.startswith("stream of hf:")
+    used = [sorted(first_rows(data.train, 100, 0)["tokens"].ravel().tolist()) for data in found]
+    assert len(used[0]) == len(used[1])
 
 
 def test_the_ways_to_name_a_blend_are_the_same(folder):
@@ -94,11 +160,32 @@ def test_the_bigram_baseline_counts_the_rows_that_the_run_saw(folder, monkeypatc
         (PAIR, {"data.tokenizer": ""}, "one_text_document' needs data.tokenizer.*--config.data.tokenizer=DIR"),
         ("{}/one.jsonl", {"data.stream": True, "data.tokenizer": ""}, "one.jsonl' needs data.tokenizer"),
         ("{}/one.jsonl", {}, "one.jsonl holds records; use --config.data.stream=true, or make a pair"),
+        ("hf:{}", {}, "data.path=hf:.* holds records; use --config.data.stream=true"),
+        ("{}/folder", {}, "data.path=.*/folder holds records; use --config.data.stream=true"),
+        ("{}/nothing.jsonl", {"data.stream": True}, "data.path=.*nothing.jsonl does not exist"),
+        ("{}/one.jsonl", {"data.stream": True, "data.shuffle_buffer": -1}, "data.shuffle_buffer=-1 must be 0 or more"),
+        (PAIR, {"data.shuffle_buffer": 9}, "data.shuffle_buffer=9 is for a stream, and data.path=.* is a .bin/.idx pair"),
+        (PAIR, {"data.too_long": "drop"}, r"data.too_long='drop' is for conversations \(data.conversations=true\), and"),
+        (PAIR, {"data.conversations": True}, "needs .*one_loss_document beside .*one_text_document: experiments.preprocess --format"),
+        (
+            "{}/one.jsonl",
+            {"data.conversations": True},
+            "data.conversations=true reads a .bin/.idx pair, and .*one.jsonl' is none",
+        ),
+        (CHATS[0], {**CHATS[1], "data.too_long": "cut"}, "data.too_long='cut' is not one of truncate, drop, error"),
+        (CHATS[0], {**CHATS[1], "data.too_long": "error"}, "example .* has .* tokens, more than train.seq_len=48"),
+        (CHATS[0], {**CHATS[1], "data.reset_at_eod": False}, "data.reset_at_eod=False is for text or a .bin/.idx pair or a stream, and"),
+        (
+            CHATS[0],
+            {**CHATS[1], "train.seq_len": 3},
+            "train split has no conversation with a target in train.seq_len=3 tokens: 0 of 57",
+        ),
+        (CHATS[0], {**CHATS[1], "data.split": "1,0,0"}, "data.split='1,0,0' leaves the valid split without one of the 60 sequences"),
         (PAIR, {"data.stream": True}, "data.stream=true reads text, and data.path=.* is a .bin/.idx pair"),
         ("", {"data.stream": True}, "data.stream=true needs data.path"),
         (PAIR, {"data.max_bytes": 5}, "data.max_bytes=5 is for text, and data.path=.* is a .bin/.idx pair"),
         (PAIR, {"data.held_out": 0.3}, "data.held_out=0.3 is for text or a stream, and"),
-        ("", {"data.split": "50,50"}, "data.split='50,50' is for a .bin/.idx pair, and data.path='' is text"),
+        ("", {"data.split": "50,50"}, "data.split='50,50' is for a .bin/.idx pair or conversations .*, and data.path='' is text"),
         ("{}/one.jsonl", {"data.stream": True, "data.cache_dir": "x"}, "data.cache_dir='x' is for a .bin/.idx pair, and .* is a stream"),
         (PAIR, {"data.split": "100,0,0"}, "data.split='100,0,0' leaves the valid split without one of the 120 sequences"),
         (PAIR, {"train.seq_len": 10**5}, "the train split has .* tokens, too few for one sample of train.seq_len=100000"),

@@ -348,6 +348,35 @@ def test_transformers_renders_the_same_chat(tok, tmp_path, tools, prompt, more):
     assert loaded.encode(text, allow_special=True) == peer.apply_chat_template(MESSAGES, return_dict=False, **kw)
 
 
+TAGGED = [
+    "{% for m in messages %}{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n{% endfor %}",
+    "{% for m in messages %}\n  {%- generation -%}  {{ m.content }}  {%- endgeneration %}\n  x\n{% endfor %}",
+    "{% for m in messages %}\n  {%+ generation +%}\n  {{ m.content }}\n  {%+ endgeneration %}\n{% endfor %}",
+    "{% set a = 1 %}{% set n = namespace(b=1) %}{% generation %}{% set a = 2 %}{% set n.b = 2 %}{{ a }}{% endgeneration %}{{ a }}{{ n.b }}",
+    "{% if messages %}{% generation %}{% if add_generation_prompt %}prompt{% endif %}{{ eos_token }}{% endgeneration %}{% endif %}",
+    "{% macro say(m) %}{% generation %}<{{ m.content }}>{% endgeneration %}{% endmacro %}{{ say(messages[1]) | upper }}",
+    "{% raw %}{% generation %}{% endraw %}{# {% generation %} #} generation",
+]
+
+
+@pytest.mark.parametrize("template", TAGGED)
+def test_transformers_renders_tagged_templates_the_same(tok, tmp_path, template):
+    transformers = pytest.importorskip("transformers")
+    path = with_config(tok, tmp_path, chat_template=template)
+    peer, loaded = transformers.AutoTokenizer.from_pretrained(path), Tokenizer.load(path)
+    messages = [{"role": "user", "content": "日本?\n"}, {"role": "assistant", "content": " <yes> "}]
+    for prompt in (False, True):
+        text = loaded.apply_chat_template(messages, add_generation_prompt=prompt)
+        assert text == peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+
+def test_what_a_template_tags_can_be_marked(tok, tmp_path):
+    loaded = Tokenizer.load(with_config(tok, tmp_path, chat_template=TAGGED[0]))
+    assert loaded.apply_chat_template([{"role": "a", "content": "b"}], generation_marks=["<", ">"]) == "a: <b>"
+    with pytest.raises(ValueError, match="chat template: .*endgeneration"):
+        Tokenizer.load(with_config(tok, tmp_path, chat_template="{% generation %}")).apply_chat_template([{"role": "a", "content": "b"}])
+
+
 def test_template_refusal_reaches_the_user(tok, tmp_path):
     loaded = Tokenizer.load(with_config(tok, tmp_path, chat_template=TEMPLATE))
     with pytest.raises(ValueError, match="role bad is not known"):

@@ -176,6 +176,21 @@ def test_kill_leaves_nothing_new_that_opens_and_the_next_writer_cleans_up(tmp_pa
     assert IndexedDataset(prefix).flat.tolist() == [8] and sorted(os.listdir(tmp_path)) == ["x.bin", "x.idx"]
 
 
+def test_memory_of_a_writer_does_not_grow_with_the_documents(tmp_path):
+    ids, held = np.arange(3, dtype=np.int32), []
+    with Writer(tmp_path / "a", np.int32) as out:
+        tracemalloc.start()
+        for _ in range(3):
+            for _ in range(30_000):
+                out.add(ids)
+                out.end_document()
+            held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    assert held[2] - held[0] < 100_000, held  # 12 bytes each would be 720,000
+    pair = IndexedDataset(tmp_path / "a")
+    assert len(pair) == 90_000 and (pair.document_indices == np.arange(90_001)).all() and (pair.offsets == np.arange(90_000) * 12).all()
+
+
 def header(magic=b"MMIDIDX\0\0", version=1, code=4, count=2, documents=2):
     return HEADER.pack(magic, version, code, count, documents)
 

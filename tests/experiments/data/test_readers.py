@@ -1,6 +1,7 @@
 """Readers of text and tables: every kind gives back what was written, and what is broken is named by file and line."""
 
 import csv
+import errno
 import gzip
 import io
 import json
@@ -9,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from experiments.data import json_stream, wikitext
+from experiments.data import json_stream, readers, wikitext
 from experiments.data.readers import records
 
 pa = pytest.importorskip("pyarrow")
@@ -253,6 +254,19 @@ def test_malformed_file_is_named_or_counted(tmp_path, name, data, message):
     bad = []
     values(path, bad=bad.append)
     assert len(bad) == 1
+
+
+def test_failure_of_the_system_is_an_error_and_leaves_nothing_out(tmp_path, monkeypatch):
+    def failing(file, **_):
+        yield 1, {"text": "a"}, None, 1
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setitem(readers.READERS, "jsonl", failing)
+    path, bad = written(tmp_path / "a.jsonl", "{}"), []
+    for options in ({}, {"bad": bad.append}):
+        with pytest.raises(ValueError, match="a.jsonl cannot be read: .*Input/output error"):
+            values(path, **options)
+    assert not bad
 
 
 def test_bad_row_of_csv_or_parquet_costs_that_row_alone(tmp_path):

@@ -1,5 +1,6 @@
 """Text read while training: the rows of packing.pack, in order, each once, from any place on."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from experiments.data.loader import Loader, first_rows
 from experiments.data.packing import pack
+from experiments.data.pairs import Skipped
 from experiments.data.stream import TextStream
 from qwen3.tokenizer import train_bpe
 
@@ -34,7 +36,7 @@ def write_parquet(folder, texts=TEXTS):
 
 
 def epoch_length(stream):
-    return next(i for i, (_, state) in enumerate(stream.rows()) if state["epoch"] == 1)
+    return next(i for i, (_, state) in enumerate(stream.rows(0)) if state["epoch"] == 1)
 
 
 def same(a, b):
@@ -53,16 +55,17 @@ def test_every_epoch_is_what_pack_makes_of_all_documents(write, seq_len, reset, 
     same(first_rows(stream, 2 * count, 0), {k: np.concatenate([v, v]) for k, v in want.items()})
 
 
+@pytest.mark.parametrize("shuffle_buffer", [0, 1, 7, 100])
 @pytest.mark.parametrize("group", [1, 3, 256])
-def test_restored_after_any_row_it_goes_on_with_the_next(group, tmp_path, tokenizer, monkeypatch):
-    stream = TextStream(write_jsonl(tmp_path / "data"), tokenizer, 16)
+def test_restored_after_any_row_it_goes_on_with_the_next(group, shuffle_buffer, tmp_path, tokenizer, monkeypatch):
+    stream = TextStream(write_jsonl(tmp_path / "data"), tokenizer, 16, held_out=0.1, shuffle_buffer=shuffle_buffer)
     count = epoch_length(stream)
     monkeypatch.setattr("experiments.data.stream.GROUP_RECORDS", group)
-    rows = stream.rows()
+    rows = stream.rows(seed=5)
     run = [next(rows) for _ in range(count + 4)]
     assert [state["sample"] for _, state in run] == list(range(1, count + 5))
     for at in range(0, count + 2, 1 if group == 3 else 7):
-        again = stream.rows(json.loads(json.dumps(run[at][1])))
+        again = stream.rows(5, json.loads(json.dumps(run[at][1])))
         for row, state in run[at + 1 : at + 3]:
             other, other_state = next(again)
             same(row, other)
@@ -71,18 +74,52 @@ def test_restored_after_any_row_it_goes_on_with_the_next(group, tmp_path, tokeni
 
 @pytest.mark.parametrize("stop", [1, 5, 9])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
-def test_a_stream_stopped_and_restored_mid_epoch_yields_each_sample_once(stop, ranks, tmp_path, tokenizer):
-    stream = TextStream(write_jsonl(tmp_path / "data"), tokenizer, 8)
+@pytest.mark.parametrize("options", [{}, {"shuffle_buffer": 10}])
+def test_a_stream_stopped_and_restored_mid_epoch_yields_each_sample_once(stop, ranks, options, tmp_path, tokenizer):
+    stream = TextStream(write_jsonl(tmp_path / "data"), tokenizer, 8, **options)
     count = epoch_length(stream) // 6 * 6
     want = first_rows(stream, count, 0)
     first = [Loader(stream, 2, 0, rank, 2) for rank in range(2)]
     rows = [next(loader)["tokens"] for _ in range(stop * 3) for loader in first]
     state = json.loads(json.dumps(first[0].state()))
     assert state == first[1].state() and state["epoch"] == 0 and 0 < state["sample"] == stop * 6 < count
-    second = [Loader(TextStream(tmp_path / "data", tokenizer, 8), 6, 0, rank, ranks, state=state) for rank in range(ranks)]
+    second = [Loader(TextStream(tmp_path / "data", tokenizer, 8, **options), 6, 0, rank, ranks, state=state) for rank in range(ranks)]
     rows += [next(loader)["tokens"] for _ in range(count // 6 - stop) for loader in second]
     [loader.close() for loader in first + second]
     np.testing.assert_array_equal(np.concatenate(rows), want["tokens"])
+
+
+def texts_of(stream, seed, epochs=1):
+    """The texts of each epoch, in order."""
+    rows = itertools.takewhile(lambda item: item[1]["epoch"] < epochs, stream.rows(seed))
+    found = [[] for _ in range(epochs)]
+    for row, state in rows:
+        found[state["epoch"]] += row["tokens"][row["segment_ids"] > 0].tolist()
+    decoded = [stream.tokenizer.decode(ids).split("<|endoftext|>") for ids in found]
+    return [texts[:-1] if texts[-1] == "" else texts for texts in decoded]
+
+
+@pytest.mark.parametrize("buffer", [1, 5, 1000])
+def test_shuffled_every_epoch_has_each_record_once_in_an_order_of_its_own(buffer, tmp_path, tokenizer):
+    texts = [f"text {i}" for i in range(60)]
+    stream = TextStream(write_jsonl(tmp_path / "data", texts=texts), tokenizer, 10_000, shuffle_buffer=buffer)
+    epochs = texts_of(stream, seed=3, epochs=6)
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(texts)
+        files = [epoch[at : at + 20] for at in range(0, 60, 20)]
+        if buffer == 5:  # 20 records a file: each 5 records are those of 5 that follow one another
+            for at in range(0, 60, 5):
+                numbers = sorted(int(t.split()[1]) for t in epoch[at : at + 5])
+                assert numbers == list(range(numbers[0], numbers[0] + 5)) and numbers[0] % 5 == 0
+        if buffer == 1:
+            assert sorted(files) == sorted([texts[:20], texts[20:40], texts[40:]])
+    assert len(set(map(tuple, epochs))) > 2
+    assert texts_of(stream, seed=3, epochs=2) == epochs[:2] and texts_of(stream, seed=4, epochs=6) != epochs
+
+
+def test_shuffled_order_stays_the_same_between_releases(tmp_path, tokenizer):
+    stream = TextStream(write_jsonl(tmp_path / "data", texts=[f"{i}" for i in range(9)]), tokenizer, 10_000, shuffle_buffer=4)
+    assert "".join(texts_of(stream, seed=0)[0]) == "061287435"
 
 
 def test_held_out_records_are_in_no_training_row(tmp_path, tokenizer):
@@ -103,6 +140,7 @@ def test_other_files_tokenizers_and_settings_have_other_fingerprints(tmp_path, t
         TextStream(folder, tokenizer, 16),
         TextStream(folder, tokenizer, 17),
         TextStream(folder, tokenizer, 16, held_out=0.1),
+        TextStream(folder, tokenizer, 16, shuffle_buffer=9),
         TextStream(folder, train_bpe(TEXTS, 290), 16),
         TextStream(other, tokenizer, 16),
     ]
@@ -111,7 +149,7 @@ def test_other_files_tokenizers_and_settings_have_other_fingerprints(tmp_path, t
     with Loader(streams[0], 2, 0) as loader:
         state = loader.state()
     with pytest.raises(ValueError, match="the state is of the data 'stream of data.*but data.path gives 'stream of other"):
-        Loader(streams[4], 2, 0, state=state)
+        Loader(streams[5], 2, 0, state=state)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +170,50 @@ def test_a_bad_record_is_an_error_naming_its_line(line, message, tmp_path, token
                 next(loader)
 
 
+@pytest.mark.parametrize("shuffle_buffer", [0, 6])
+def test_bad_records_are_left_out_counted_once_and_named_if_asked(shuffle_buffer, tmp_path, tokenizer, capsys):
+    bad = ["{broken", '{"body": "x"}', '{"text": 7}', r'{"text": "\ud800"}', "[1]"]
+    good = [json.dumps({"text": t}) for t in TEXTS]
+    lines = [*good[:10], bad[0], *good[10:20], *bad[1:4], *good[20:], bad[4]]
+    for name, content in (("good", good), ("mixed", lines)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text("\n".join(content) + "\n")
+    options = {"shuffle_buffer": shuffle_buffer, "skip_bad": True}
+    clean, stream = (TextStream(tmp_path / name, tokenizer, 16, **options) for name in ("good", "mixed"))
+    for epoch, other in zip(texts_of(clean, 0, 3), texts_of(stream, 0, 3)):
+        assert epoch == other if not shuffle_buffer else sorted(epoch) == sorted(other)
+    for _, state in list(itertools.islice(stream.rows(0), 20))[::4]:  # from the middle on
+        list(itertools.islice(stream.rows(0, state), 50))
+    assert stream.bad.count == len(bad)
+    left_out = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert [int(line.split("a.jsonl, line ")[1].split(":")[0]) for line in left_out] == [11, 22, 23, 24, 49]
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 50])
+def test_a_run_that_stopped_at_a_bad_record_goes_on_without_it(shuffle_buffer, tmp_path, tokenizer):
+    texts = [json.dumps({"text": f"text {i}"}) for i in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*texts, "{broken", *texts]))
+    with Loader(TextStream(tmp_path / "a.jsonl", tokenizer, 16, shuffle_buffer=shuffle_buffer), 2, 0) as loader:
+        with pytest.raises(ValueError, match="a.jsonl, line 301: .*leave such records out with --config.data.skip_bad=true"):
+            [next(loader) for _ in range(10**6)]
+        state = loader.state()
+    assert state["sample"] > 0
+    stream = TextStream(tmp_path / "a.jsonl", tokenizer, 16, shuffle_buffer=shuffle_buffer, skip_bad=True)
+    with Loader(stream, 2, 0, state=state) as loader:
+        after = [next(loader)["tokens"] for _ in range(20)]
+    want = first_rows(stream, state["sample"] + 40, 0)["tokens"]
+    np.testing.assert_array_equal(np.concatenate(after), want[state["sample"] :])
+
+
+def test_reports_of_many_bad_records_grow_rarer(capsys):
+    skipped = Skipped(True)
+    for i in range(1, 1235):
+        skipped(f"line {i}")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[3].rstrip(";") for line in lines] == [*map(str, range(1, 11)), "100", "1000"]
+    assert lines[-1] == "left out: line 1000; 1,000 bad records so far" and skipped.count == 1234
+
+
 def test_no_text_at_all_is_an_error_not_a_wait(tmp_path, tokenizer):
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": ""}\n')
@@ -140,3 +222,9 @@ def test_no_text_at_all_is_an_error_not_a_wait(tmp_path, tokenizer):
             next(loader)
     with pytest.raises(ValueError, match="data.held_out=0.01 holds out no text of .*data.jsonl"):
         TextStream(path, tokenizer, 4, held_out=0.01).held_rows(4)
+
+
+def test_without_held_out_records_none_are_looked_for(tmp_path, tokenizer):
+    (tmp_path / "data.jsonl").write_text("never read")
+    with pytest.raises(ValueError, match="data.held_out=0.0 holds out no text of data.jsonl; raise it"):
+        TextStream(tmp_path / "data.jsonl", tokenizer, 4).held_rows(4)
