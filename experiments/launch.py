@@ -1,0 +1,42 @@
+"""Starts a main on several processes, and waits: python -m experiments.launch --nproc=4 -- experiments.pretrain --config=FILE --tp=2
+
+After `--` comes a module or a .py file, with its arguments. --nproc is the number of processes on THIS node. On each of several nodes:
+
+    python -m experiments.launch --nproc=8 --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=8118 -- experiments.pretrain ...
+"""
+
+import sys
+
+from absl import flags
+
+from experiments import flags as command_line
+from parallel import launch
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("nproc", None, "processes on this node, one a device (msrun's local_worker_num); ranks in all are nproc * nnodes")
+flags.DEFINE_integer("nnodes", 1, "nodes, each with a launcher of its own (msrun's worker_num / local_worker_num)")
+flags.DEFINE_integer("node_rank", None, "this node's number, from 0; needed with several nodes")
+flags.DEFINE_string("master_addr", None, "name or IP address of node 0; needed with several nodes")
+flags.DEFINE_integer("master_port", None, "port of the scheduler on node 0; with several nodes needed, and the next one is used too")
+LOGS = "folder of rank_<r>.log and scheduler.log, which are overwritten; made where missing; default: a new one in logs/"
+flags.DEFINE_string("log_dir", None, LOGS, allow_override=True)  # absl's logging has a flag of this name, which nothing here reads
+flags.DEFINE_float("timeout_s", 600, "seconds for all nodes to come, and for all ranks to meet (msrun's cluster_time_out)")
+OPTIONS = ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_dir", "timeout_s")
+TARGET = []  # what follows `--`, taken out of the command line
+
+
+def main(_):
+    if not TARGET:
+        raise ValueError("nothing to start; give it after `--`, such as: --nproc=2 -- experiments.pretrain --config=FILE --dp=2")
+    job = launch.Job(tuple(TARGET), **{name: FLAGS[name].value for name in OPTIONS})
+    launch.command_of(job.target)
+    command_line.check_layout(TARGET, job.world)
+    return launch.run(job)
+
+
+if __name__ == "__main__":
+    if "--" in sys.argv:
+        place = sys.argv.index("--")
+        TARGET.extend(sys.argv[place + 1 :])
+        del sys.argv[place:]
+    command_line.run(main)
