@@ -30,7 +30,8 @@ def build(cfg, sharding, rotate):
     cached(p, x_RD, cos, sin, mask_B1ST, k_BKTH, v_BKTH, at_BS) -> y_RD, k_BKTH, v_BKTH, writing slot at_BS of each row.
     """
     project, write = _projection(cfg, sharding, rotate), _cache_write(sharding)
-    dims = "batch heads seq head_dim, batch kv_heads keys head_dim, batch kv_heads keys head_dim, batch one seq keys -> batch heads seq head_dim"
+    kv = "batch kv_heads keys head_dim"
+    dims = f"batch heads seq head_dim, {kv}, {kv}, batch one seq keys -> batch heads seq head_dim"
     attend = sharding.op(attention_op.reference(cfg.head_dim**-0.5), dims, kind="kernel")
     swap = sharding.op(ops.Transpose(), "batch heads seq head_dim -> batch seq heads head_dim", kind="kernel")
     out, reshape = linear.row(sharding, "heads"), ops.Reshape()

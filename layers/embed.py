@@ -23,10 +23,10 @@ def build(cfg, sharding):
     dtype, V = getattr(ms, cfg.compute_dtype), cfg.vocab_size
     reshape = ops.Reshape()
     dims = "vocab embed, tokens -> tokens>rows embed"
-    take = sharding.op(ops.Gather(), dims, kind="contraction", call=_take, part=("vocab", V, _take_part()))
+    take = sharding.op(ops.Gather(), dims, kind="contraction", call=_take, part=("vocab", V, _take_part()), dtype=ms.float32)
     dims = "rows>tokens embed, vocab embed -> tokens vocab"
     project = ops.MatMul(transpose_b=True)
-    project = sharding.op(project, dims, kind="contraction", call=_project, part=("vocab", V, _project_part(V)))
+    project = sharding.op(project, dims, kind="contraction", call=_project, part=("vocab", V, _project_part(V)), dtype=ms.float32)
 
     def embed(w, tokens):
         return cast(take(w, reshape(tokens, (-1,))), dtype)
@@ -74,4 +74,4 @@ def whole(cfg, sharding):
     def cut(logits):
         return logits[:, : cfg.vocab_size]
 
-    return sharding.op(cut, "tokens vocab>whole_vocab -> tokens whole_vocab", kind="kernel")
+    return sharding.op(cut, "tokens vocab>whole_vocab -> tokens whole_vocab", kind="kernel", sizes={"whole_vocab": cfg.vocab_size})

@@ -1,6 +1,8 @@
 """Mixture of experts: softmax router in float32, top-k, dropless experts. Source: HF modeling_qwen3_moe; Fedus et al. 2021
 (load balancing), Zoph et al. 2022 (z-loss), Wang et al. 2024 (balancing by a bias on the choice, without a loss)."""
 
+from functools import partial
+
 import mindspore as ms
 from mindspore import nn, ops
 
@@ -31,27 +33,33 @@ def stats_size(cfg):
 
 def build(cfg, sharding):
     """moe(p, x_RD, valid_R) -> y_RD, stats [2E + 3] float32; see stats_size."""
-    shards, concat = sharding.shards("experts"), ops.Concat(0)
+    concat = sharding.op(ops.Concat(0), "router_stats, one -> stats", kind="kernel", call=_joined)
+    build_experts = partial(_experts if sharding.shards("experts") == 1 else _experts_elsewhere, cfg)
     route = _router(cfg, sharding)
-    experts = _experts(cfg, sharding) if shards == 1 else _experts_elsewhere(cfg, sharding, shards)
+    dims = "rows embed, rows choice, rows choice, experts embed expert_ffn, experts embed expert_ffn, experts expert_ffn embed"
+    experts = sharding.region(build_experts, dims + " -> rows embed, one", dtype=(None, ms.float32))
 
     def moe(p, x, valid):
         expert, weight, stats = route(p, x, valid)
-        y, overflow = experts(p, x, expert, weight)
-        return y, concat((stats, overflow))
+        y, overflow = experts(x, expert, weight, p["w_gate"], p["w_up"], p["w_down"])
+        return y, concat(stats, overflow)
 
     return moe
+
+
+def _joined(concat, *xs):
+    return concat(xs)
 
 
 def _router(cfg, sharding):
     """route(p, x_RD, valid_R) -> expert_Rk int32, weight_Rk float32, stats [2E + 2]"""
     matmul = sharding.op(ops.MatMul(), "rows embed, embed router -> rows router", kind="contraction", call=_matmul_float32)
     softmax = sharding.op(ops.Softmax(-1), "rows router", kind="elementwise")
-    top = sharding.op(ops.TopK(), "rows router -> rows choice, rows choice", kind="kernel", call=_top(cfg.experts_per_token))
-    pick = sharding.op(ops.GatherD(), "rows router, rows choice -> rows choice", kind="kernel", call=_pick)
-    choose = _choose_biased(cfg, sharding, pick, top) if cfg.router_bias else _choose(pick, top)
+    top, pick = _top_and_pick(cfg, sharding)
+    choose = _choose_biased(cfg, sharding) if cfg.router_bias else _choose(pick, top)
     normalise = sharding.op(_normalise(), "rows choice", kind="elementwise") if cfg.norm_topk_prob else _same
-    statistics = sharding.op(_statistics(cfg), "rows router, rows router, rows choice, rows -> stats", kind="contraction")
+    dims, sizes = "rows router, rows router, rows choice, rows -> router_stats", {"router_stats": 2 * cfg.num_experts + 2}
+    statistics = sharding.op(_statistics(cfg), dims, kind="contraction", sizes=sizes, dtype=ms.float32)
 
     def route(p, x, valid):
         logits = matmul(x, p["router"])
@@ -60,6 +68,11 @@ def _router(cfg, sharding):
         return expert, normalise(weight), statistics(logits, probs, expert, valid)
 
     return route
+
+
+def _top_and_pick(cfg, sharding):
+    top = sharding.op(ops.TopK(), "rows router -> rows choice, rows choice", kind="kernel", call=_top(cfg.experts_per_token))
+    return top, sharding.op(ops.GatherD(), "rows router, rows choice -> rows choice", kind="kernel", call=_pick)
 
 
 def _matmul_float32(matmul, x, w):
@@ -98,14 +111,24 @@ def _choose(pick, top):
     return choose
 
 
-def _choose_biased(cfg, sharding, pick, top):
+def _choose_biased(cfg, sharding):
+    dims, sizes = "rows router, router, rows -> rows choice, rows choice", {"choice": cfg.experts_per_token}
+    choose = sharding.region(partial(_with_bias, cfg), dims, sizes=sizes, dtype=(ms.int32, None))
+
+    def choose_biased(p, probs, valid):
+        return choose(probs, p["router_bias"], valid)
+
+    return choose_biased
+
+
+def _with_bias(cfg, sharding):
     """The bias changes which experts are chosen, not their weights; its gradient is each expert's load above the mean."""
-    excess = _excess_load(cfg, sharding)
+    excess, (top, pick) = _excess_load(cfg, sharding), _top_and_pick(cfg, sharding)
     bias_gradient = sharding.op(_BiasGradient(), "rows choice, router, router -> rows choice", kind="kernel")
 
-    def choose(p, probs, valid):
-        _, expert = top(ops.stop_gradient(probs + p["router_bias"]))
-        return expert, bias_gradient(pick(probs, expert), p["router_bias"], ops.stop_gradient(excess(probs, expert, valid)))
+    def choose(probs, bias, valid):
+        _, expert = top(ops.stop_gradient(probs + bias))
+        return expert, bias_gradient(pick(probs, expert), bias, ops.stop_gradient(excess(probs, expert, valid)))
 
     return choose
 
@@ -162,22 +185,28 @@ def _statistics(cfg):
     return statistics
 
 
-def losses(cfg):
+def losses(cfg, sharding):
     """losses(stats [layers, 2E + 3]) -> load-balancing loss over all layers (unscaled), z-loss, load [layers, E] as shares, overflow."""
-    E, total, maximum = cfg.num_experts, ops.ReduceSum(), ops.Maximum()
+    E, total, maximum, reshape = cfg.num_experts, ops.ReduceSum(keep_dims=True), ops.Maximum(), ops.Reshape()
 
     def of_stats(stats):
-        summed = total(stats, 0)
-        rows = maximum(summed[2 * E + 1], 1.0)
+        summed = reshape(total(stats, 0), (-1,))
+        rows = maximum(summed[2 * E + 1 : 2 * E + 2], 1.0)
         balance = E * total((summed[:E] / rows) * (summed[E : 2 * E] / rows), 0)
         share = stats[:, :E] / maximum(stats[:, 2 * E + 1 : 2 * E + 2] * cfg.experts_per_token, 1.0)
-        return balance, summed[2 * E] / rows, share, summed[2 * E + 2]
+        return balance, summed[2 * E : 2 * E + 1] / rows, share, summed[2 * E + 2 :]
 
-    return of_stats
+    of_stats = sharding.op(of_stats, "layers stats -> one, one, layers router, one", kind="kernel", sizes={"router": E})
+
+    def scalars(stats):
+        balance, z, share, overflow = of_stats(stats)
+        return reshape(balance, ()), reshape(z, ()), share, reshape(overflow, ())
+
+    return scalars
 
 
 def _experts(cfg, sharding):
-    """experts(p, x_RD, expert_Rk, weight_Rk) -> y_RD, overflow [1], with every expert on this rank."""
+    """experts(x_RD, expert_Rk, weight_Rk, w_gate, w_up, w_down) -> y_RD, overflow [1], with every expert on this rank."""
     feed_forward, no_overflow = _feed_forward(cfg, sharding), ms.Tensor([0.0], ms.float32)
     dims = "rows>expert_rows choice -> assignments, slots, blocks"
     make_plan = sharding.op(routing.plan(cfg.num_experts, cfg.moe_block_size), dims, kind="kernel")
@@ -185,16 +214,17 @@ def _experts(cfg, sharding):
     dims = "blocks block_rows embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
     combine = sharding.op(_combine(), dims, kind="contraction")
 
-    def experts(p, x, expert, weight):
+    def experts(x, expert, weight, w_gate, w_up, w_down):
         slot, source, group = make_plan(expert)
-        return combine(feed_forward(p, dispatch(x, source, group), group), slot, weight), no_overflow
+        return combine(feed_forward(dispatch(x, source, group), group, w_gate, w_up, w_down), slot, weight), no_overflow
 
     return experts
 
 
-def _experts_elsewhere(cfg, sharding, shards):
+def _experts_elsewhere(cfg, sharding):
     """The same where experts are split over ranks: tokens are sent to them, as many slots to each rank, and their results back."""
-    feed_forward, within = _feed_forward(cfg, sharding), cfg.num_experts // shards
+    feed_forward, shards = _feed_forward(cfg, sharding), sharding.shards("experts")
+    within = cfg.num_experts // shards
     to_send = routing.send_plan(cfg.num_experts, shards, cfg.moe_capacity_factor)
     dims = "rows>expert_rows choice -> assignments, slots, slots, expert_rows choice"
     send_plan = sharding.op(to_send, dims, kind="kernel")
@@ -209,26 +239,26 @@ def _experts_elsewhere(cfg, sharding, shards):
     dims = "to_shard sent embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
     combine = sharding.op(_combine(), dims, kind="contraction")
 
-    def experts(p, x, expert, weight):
+    def experts(x, expert, weight, w_gate, w_up, w_down):
         place, source, chosen, lost = send_plan(expert)
         received, ids = send(x, source), send_ids(chosen)
         slot, source, group = make_plan(ids)
-        y = feed_forward(p, dispatch(received, source, group), group)
+        y = feed_forward(dispatch(received, source, group), group, w_gate, w_up, w_down)
         return combine(send_back(y, slot), place, weight), reshape(total(lost, (0, 1)), (1,))
 
     return experts
 
 
 def _feed_forward(cfg, sharding):
-    """feed_forward(p, x [blocks, b, D], group [blocks]) -> [blocks, b, D], partial sums where expert_ffn is split."""
+    """feed_forward(x [blocks, b, D], group [blocks], w_gate, w_up, w_down) -> [blocks, b, D], partial sums where expert_ffn is split."""
     into = "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows part_ffn"
     expand = sharding.op(grouped_matmul.reference(), into, kind="kernel")
     out_of = "blocks block_rows part_ffn, experts expert_ffn embed, blocks -> blocks block_rows embed"
     reduce = sharding.op(grouped_matmul.reference(), out_of, kind="kernel")
     act = sharding.op(swiglu.reference(), "blocks block_rows part_ffn", kind="elementwise")
 
-    def feed_forward(p, x, group):
-        return reduce(act(expand(x, p["w_gate"], group), expand(x, p["w_up"], group)), p["w_down"], group)
+    def feed_forward(x, group, w_gate, w_up, w_down):
+        return reduce(act(expand(x, w_gate, group), expand(x, w_up, group)), w_down, group)
 
     return feed_forward
 

@@ -48,6 +48,7 @@ def build(cfg, sharding):
         angle = reshape(cast(positions, ms.float32), (B, S, 1, 1)) * freq
         return cos(angle) * factor, sin(angle) * factor
 
-    angles = sharding.op(turn, "batch seq -> batch seq one half, batch seq one half", kind="kernel")
+    dims, sizes = "batch seq -> batch seq one half, batch seq one half", {"half": cfg.head_dim // 2}
+    angles = sharding.op(turn, dims, kind="kernel", sizes=sizes, dtype=ms.float32)
     dims = "batch seq heads head_dim, batch seq one half, batch seq one half -> batch seq heads head_dim"
     return angles, sharding.op(rope.reference(), dims, kind="kernel")

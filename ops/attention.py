@@ -26,14 +26,15 @@ def reference(scale):
 
 
 def document_mask():
-    """segment_ids_BS -> mask_B1ST for S == T: a token sees the earlier ones of its own segment, and itself."""
+    """segment_ids_BS of the queries, the same as BT of the keys, S == T -> mask_B1ST: a token sees the earlier ones of its own segment,
+    and itself."""
     greater, different = ops.Greater(), ops.NotEqual()
     expand, cast, maximum, count = ops.ExpandDims(), ops.Cast(), ops.Maximum(), iota.reference()
 
-    def mask(segment_ids):
+    def mask(segment_ids, key_segment_ids):
         at = count(segment_ids.shape[1])
         future = cast(greater(expand(at, 0), expand(at, 1)), ms.float32)
-        other = cast(different(expand(segment_ids, 1), expand(segment_ids, 2)), ms.float32)
+        other = cast(different(expand(key_segment_ids, 1), expand(segment_ids, 2)), ms.float32)
         return expand(maximum(expand(future, 0), other), 1) * MASKED
 
     return mask

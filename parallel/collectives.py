@@ -1,8 +1,8 @@
 """Collectives over named mesh axes, each with its backward, in compiled and eager code; the identity on an axis of size 1.
 
 A value that is not split over an axis is held by all its ranks alike, and so is its cotangent: that is the convention behind each
-backward here. On Ascend they are MindSpore's own primitives. MindSpore's CPU backend has AllReduce alone on a group of ranks, of float32, so
-there a gather is a sum of buffers that are zero outside a rank's own place, and a reduce-scatter a sum and a slice: the numbers are the
+backward here. On Ascend they are MindSpore's own primitives. MindSpore's CPU backend has AllReduce alone on a group of ranks, of float32,
+so there a gather is a sum of buffers that are zero outside a rank's own place, and a reduce-scatter a sum and a slice: the numbers are the
 same, the traffic is not. Integers travel as float32 there, exact below 2**24.
 """
 
@@ -26,47 +26,47 @@ def start():
     return get_rank(), world_size()
 
 
-def psum(mesh, axes):
+def psum(mesh, axes, partial=False):
     """f(x) -> the sum over the axes' ranks. Backward: the cotangent, which is the same on all of them."""
     w = _wire(mesh, axes)
-    return _cell(w.sum, _same) if w else _same
+    return _cell(partial, w.sum, _same) if w else _same
 
 
-def pvary(mesh, axes):
+def pvary(mesh, axes, partial=False):
     """f(x) -> x, from here on used by each rank in its own way. Backward: the sum of the cotangents."""
     w = _wire(mesh, axes)
-    return _cell(_copy, w.sum) if w else _same
+    return _cell(partial, _copy, w.sum) if w else _same
 
 
-def pmax(mesh, axes):
+def pmax(mesh, axes, partial=False):
     """f(x) -> the largest over the axes' ranks. It has no gradient."""
     w = _wire(mesh, axes)
-    return _cell(w.max, ops.ZerosLike()) if w else _same
+    return _cell(partial, w.max, ops.ZerosLike()) if w else _same
 
 
-def all_gather(mesh, axes, dim=0, grad="scatter"):
+def all_gather(mesh, axes, dim=0, grad="scatter", partial=False):
     """f(x) -> the ranks' x, joined along dim. Backward: grad="scatter" sums what the ranks did with the whole and returns each its part;
     grad="slice" takes a rank's part of a cotangent that is the same on all."""
     w = _wire(mesh, axes)
-    return _cell(_along(dim, w.gather), _along(dim, {"scatter": w.scatter, "slice": w.part}[grad])) if w else _same
+    return _cell(partial, _along(dim, w.gather), _along(dim, {"scatter": w.scatter, "slice": w.part}[grad])) if w else _same
 
 
-def reduce_scatter(mesh, axes, dim=0):
+def reduce_scatter(mesh, axes, dim=0, partial=False):
     """f(x) -> this rank's part along dim of the sum over the ranks. Backward: all_gather."""
     w = _wire(mesh, axes)
-    return _cell(_along(dim, w.scatter), _along(dim, w.gather)) if w else _same
+    return _cell(partial, _along(dim, w.scatter), _along(dim, w.gather)) if w else _same
 
 
-def split(mesh, axes, dim=0):
+def split(mesh, axes, dim=0, partial=False):
     """f(x) -> this rank's part along dim of an x that all hold alike. Backward: all_gather."""
     w = _wire(mesh, axes)
-    return _cell(_along(dim, w.part), _along(dim, w.gather)) if w else _same
+    return _cell(partial, _along(dim, w.part), _along(dim, w.gather)) if w else _same
 
 
-def all_to_all(mesh, axes, split_dim, concat_dim):
+def all_to_all(mesh, axes, split_dim, concat_dim, partial=False):
     """f(x) -> cut along split_dim, the i-th part sent to rank i; what arrives is joined along concat_dim. Backward: the way back."""
     w = _wire(mesh, axes)
-    return _cell(_exchange(w, split_dim, concat_dim), _exchange(w, concat_dim, split_dim)) if w else _same
+    return _cell(partial, _exchange(w, split_dim, concat_dim), _exchange(w, concat_dim, split_dim)) if w else _same
 
 
 def ppermute(mesh, axes, pairs):
@@ -74,13 +74,13 @@ def ppermute(mesh, axes, pairs):
     the pairs turned round. pairs: (from, to) places along the axes, no place twice on either side."""
     assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs), pairs
     w = _wire(mesh, axes)
-    return _cell(_permute(w, pairs), _permute(w, [(b, a) for a, b in pairs])) if w else _same
+    return _cell(False, _permute(w, pairs), _permute(w, [(b, a) for a, b in pairs])) if w else _same
 
 
 def broadcast(mesh, axes, root=0):
     """f(x) -> the x of the rank at place `root`. Backward: there the sum of the cotangents, elsewhere zeros."""
     w = _wire(mesh, axes)
-    return _cell(w.from_root(root), _to_root(w, root)) if w else _same
+    return _cell(False, w.from_root(root), _to_root(w, root)) if w else _same
 
 
 def axis_index(mesh, axes):
@@ -102,7 +102,11 @@ class _Cell(nn.Cell):
         return (self.backward(dout),)
 
 
-def _cell(forward, backward):
+def _cell(partial, forward, backward):
+    """partial: of a value that all ranks hold alike, each has a cotangent of its own, and their sum is the true one. That is the
+    convention of MindSpore's partitioner, and the backward of its own primitives."""
+    if partial:
+        return _same if forward is _copy else forward
     return _Cell(forward, backward)
 
 

@@ -66,10 +66,10 @@ def _enter(sharding, part, varying):
     for i, lost, gained in _moves(sharding, part, "operand"):
         assert not gained, f"an operand may gather, not split: {part}"
         for atoms, sums in _runs(lost, lacks):
-            gathers += (collectives.all_gather(mesh, atoms, i, "scatter" if sums else "slice"),)
+            gathers += (collectives.all_gather(mesh, atoms, i, "scatter" if sums else "slice", sharding.partial),)
             summed.update(atoms if sums else ())
     rest = tuple(atom for atom in lacks if atom not in summed and atom not in sharding.data_atoms)
-    return _chain((*((collectives.pvary(mesh, rest),) if rest else ()), *steps, *gathers))
+    return _chain((*((collectives.pvary(mesh, rest, sharding.partial),) if rest else ()), *steps, *gathers))
 
 
 def _leave(sharding, part, summed, reduce="sum"):
@@ -79,11 +79,11 @@ def _leave(sharding, part, summed, reduce="sum"):
         assert not lost, f"a result may be split, not gathered: {part}"
         for atoms, sums in reversed(_runs(gained, summed)):
             assert reduce == "sum" or not sums
-            steps += ((collectives.reduce_scatter if sums else collectives.split)(mesh, atoms, i),)
+            steps += ((collectives.reduce_scatter if sums else collectives.split)(mesh, atoms, i, sharding.partial),)
             done.update(atoms)
     rest = tuple(atom for atom in summed if atom not in done)
     last = {"sum": collectives.psum, "max": collectives.pmax}[reduce]
-    return _chain((*steps, *((last(mesh, rest),) if rest else ()), *_exchanges(sharding, part)))
+    return _chain((*steps, *((last(mesh, rest, sharding.partial),) if rest else ()), *_exchanges(sharding, part)))
 
 
 def _moves(sharding, part, what):
@@ -116,7 +116,7 @@ def _swaps(changes):
 
 
 def _exchanges(sharding, part):
-    return tuple(collectives.all_to_all(sharding.mesh, atoms, i, j) for i, j, atoms in _swaps(_changes(sharding, part)))
+    return tuple(collectives.all_to_all(sharding.mesh, atoms, i, j, sharding.partial) for i, j, atoms in _swaps(_changes(sharding, part)))
 
 
 def _runs(atoms, summed):

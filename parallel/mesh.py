@@ -53,8 +53,8 @@ class Mesh:
             cuts = sorted({1, getattr(self, axis), *inner.values()})
             if any(b % a for a, b in zip(cuts, cuts[1:])):
                 raise ValueError(
-                    f"parallel.{axis}={getattr(self, axis)}: ep takes {inner.get('ep', 1)} neighbouring ranks of it and kv heads repeat over"
-                    f" {inner.get('kv', 1)}; one must divide the other. Use another ep"
+                    f"parallel.{axis}={getattr(self, axis)}: ep takes {inner.get('ep', 1)} neighbouring ranks of it and kv heads repeat"
+                    f" over {inner.get('kv', 1)}; one must divide the other. Use another ep"
                 )
             factors = [b // a for a, b in zip(cuts, cuts[1:])][::-1]
             out.update({f"{axis}{i}": n for i, n in enumerate(factors)})

@@ -14,7 +14,7 @@ as a penalty on a weight, has to be divided by the number of data parallel ranks
 import difflib
 from functools import cached_property
 
-from parallel import manual
+from parallel import manual, shard
 from parallel.mesh import ONE_DEVICE, Mesh, divisors
 
 # Logical dim -> the mesh axes it is split over, outermost first; `tp-kv` and the like are parts of axes, see Mesh.
@@ -55,6 +55,7 @@ RULES = {
     "router": (),
     "choice": (),
     "stats": (),
+    "router_stats": (),
     "one": (),
 }
 SEQ_PARALLEL_RULES = {**RULES, "rows": ("dp", "cp", "tp"), "expert_rows": ("dp", "cp", "tp/ep")}
@@ -84,11 +85,12 @@ def _move(word):
 class Sharding:
     """A mesh and the rules; `op` binds a function to its signature. check: verify every call's shapes (eager, one device; for tests)."""
 
-    def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, check=False):
+    def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", check=False):
         self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
-        self.seq_parallel, self.zero = seq_parallel, zero
+        self.seq_parallel, self.zero, self.lowering = seq_parallel, zero, lowering
+        self.partial = False  # whether cotangents of what ranks hold alike are partial sums, as inside the regions of shard.py
 
-    def op(self, fn, signature, *, kind, call=None, part=None, reduce="sum"):
+    def op(self, fn, signature, *, kind, call=None, part=None, reduce="sum", sizes=None, dtype=None):
         """The function `fn`, annotated.
 
         fn: a MindSpore primitive or a function of tensors. kind: what fn does with the dims (KINDS): an elementwise op has one list of
@@ -96,17 +98,32 @@ class Sharding:
         is not, so its results lack none. call(fn, *args): how to call a primitive that wants casts or constants. part: (dim, its global
         size, call_part), where an op must know which part of a dim it has: call_part(fn, first, *args), with the global index of the
         part's first element, is used if the dim is split. Arguments after the annotated operands pass through.
+        sizes: {dim: size} of the dims of results that no operand has. dtype: of the results (a tuple: of each), where it is not the first
+        operand's. Only the shard lowering asks.
         Raises ValueError for a signature that the kind does not allow.
         """
         operands, results = parse(signature)
         self._validate(signature, kind, operands, results)
-        bound = fn if call is None else _bind(call, fn)
+        by_hand = None
         if part and self.shards(part[0]) > 1:
             dim, size, call_part = part
-            bound = _bind_part(call_part, fn, self.mesh.index(self.rules[dim]) * -(-size // self.shards(dim)))
+            by_hand = _bind_part(call_part, fn, self.mesh.index(self.rules[dim]) * -(-size // self.shards(dim)))
+        if self.lowering == "shard":
+            return shard.lower(self, fn, call, by_hand, operands, results, kind, reduce, sizes, dtype)
+        bound = by_hand or (fn if call is None else _bind(call, fn))
         if self.check:
             bound = _checked(bound, signature, operands, results)
         return manual.lower(self, bound, operands, results, kind, reduce)
+
+    def region(self, make, signature, *, sizes=None, dtype=None):
+        """make(sharding) -> a function whose ops that sharding annotates, and whose own signature this is: it moves nothing.
+
+        For ops between which each rank has tensors of its own, of sizes that the global view does not know. The shard lowering has them
+        lowered by hand, as one op; elsewhere this is make(self).
+        """
+        if self.lowering == "manual":
+            return make(self)
+        return shard.region(self, make(shard.inside(self)), *parse(signature), sizes, dtype)
 
     def fan(self, make, operand, signatures, *, kind, call=None):
         """f(x, *ws) -> a tuple, one result for each of `signatures`, which are those of an op without its first operand `operand`:
@@ -115,6 +132,8 @@ class Sharding:
         for signature, (operands, results) in zip(signatures, parsed):
             self._validate(f"{operand}, {signature}", kind, operands, results)
         fns = [make() for _ in signatures]
+        if self.lowering == "shard":
+            return shard.lower_fan(self, fns, call, parsed)
         bound = [fn if call is None else _bind(call, fn) for fn in fns]
         if self.check:
             bound = [_checked(f, f"{operand}, {s}", *p) for f, s, p in zip(bound, signatures, parsed)]

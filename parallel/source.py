@@ -2,17 +2,42 @@
 
 import hashlib
 import linecache
+import os
+import tempfile
 
 
 def function(head, lines, **names):
-    """The function `head`, such as "add(a, b)", of these lines, which may use `names`.
+    """The function `head`, such as "add(a, b)", of these lines, which may use `names`. The text is ours: no input goes into it.
 
-    MindSpore reads the source of what it compiles, so the text is put where `inspect` looks. The text is ours: no input goes into it.
+    MindSpore reads the source of what it compiles where `inspect` looks, and, for what it says of a graph, wants the file to exist.
     """
     inner = [f"def {head}:", *(f"    {line}" for line in lines), f"return {head.partition('(')[0]}"]
     text = "\n    ".join([f"def make({', '.join(names)}):", *inner]) + "\n"  # names by closure: MindSpore does not find them elsewhere
-    file = f"<source {hashlib.sha256(text.encode()).hexdigest()}>"  # two texts under one name would give each other's source
+    file = _file(f"{hashlib.sha256(text.encode()).hexdigest()}.py", text)
     linecache.cache[file] = (len(text), None, text.splitlines(True), file)
     scope = {"__name__": __name__}
     exec(compile(text, file, "exec"), scope)
     return scope["make"](**names)
+
+
+def cache_folder():
+    """Where what can be made again is kept between runs: $XDG_CACHE_HOME/qwen3_mindspore."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "qwen3_mindspore")
+
+
+def _file(name, text):
+    """The path of a file of this text, named for it, and never read back; a name alone where none can be written."""
+    folder = os.path.join(cache_folder(), "sources")
+    path = os.path.join(folder, name)
+    if os.path.exists(path):
+        return path
+    try:
+        os.makedirs(folder, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=folder, suffix=".new")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(aside, path)
+    except OSError:
+        return f"<{name}>"
+    return path

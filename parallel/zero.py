@@ -1,8 +1,8 @@
 """The sum of gradients over the data axes, and ZeRO: optimizer state, gradients and parameters split over the data parallel ranks.
 
-Source: Rajbhandari et al. 2020. Stage 1 splits the optimizer state, 2 the summed gradients too, 3 the parameters too, which are then gathered
-where a layer uses them, and whose gradients come back split. A parameter is split along one of its dims, so that a part is a block of the
-global array; one that no dim allows stays whole. Gradients and parameters travel in buckets.
+Source: Rajbhandari et al. 2020. Stage 1 splits the optimizer state, 2 the summed gradients too, 3 the parameters too, which are
+then gathered where a layer uses them, and whose gradients come back split. A parameter is split along one of its dims, so that a
+part is a block of the global array; one that no dim allows stays whole. Gradients and parameters travel in buckets.
 """
 
 import math

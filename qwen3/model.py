@@ -71,11 +71,11 @@ def build(cfg, sharding=None, scan=False):
     take, head = embed.build(cfg, sharding)
     angles, rotate = rope.build(cfg, sharding)
     blocks = _blocks(cfg, sharding, rotate)
-    trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, blocks)
+    trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, sharding, blocks)
     final_norm, head_key = norm.build(cfg, sharding), "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
-    mask = sharding.op(document_mask(), "batch seq -> batch one seq keys", kind="kernel")
-    real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel")
+    mask = sharding.op(document_mask(), "batch seq, batch keys -> batch one seq keys", kind="kernel", dtype=ms.float32)
+    real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     whole_vocab = embed.whole(cfg, sharding)
     reshape, consts = ops.Reshape(), _consts(cfg)
 
@@ -83,45 +83,47 @@ def build(cfg, sharding=None, scan=False):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
         x = take(whole_table(params["embed"]), tokens)
-        x, stats = trunk(params["layers"], x, consts(cos, sin, mask(segment_ids), valid))
+        x, stats = trunk(params["layers"], x, consts(cos, sin, mask(segment_ids, segment_ids), valid))
         return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x)), stats
 
-    router_losses = moe.losses(cfg)
-    mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding)
-    is_moe, aux_coef, z_coef = bool(cfg.moe_layers), cfg.router_aux_coef, cfg.router_z_coef
-
-    def aux_of(stats):
-        balance, z, load, _ = router_losses(stats)
-        return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
+    router_losses = moe.losses(cfg, sharding)
 
     def forward(params, tokens, positions=None, segment_ids=None):
         B, S = tokens.shape
         positions = _default_positions(tokens) if positions is None else positions
         segment_ids = ops.ones_like(tokens) if segment_ids is None else segment_ids
         logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
-        return reshape(whole_vocab(logits), (B, S, -1)), aux_of(stats) if is_moe else {}
+        return reshape(whole_vocab(logits), (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
 
-    def dense_loss(params, batch):
+    loss_of = _loss(cfg, sharding, logits_and_stats, router_losses)
+    extend = _extend(cfg, take, head, angles, blocks, final_norm, head_key)
+    return SimpleNamespace(forward=forward, loss_fn=loss_of, extend=extend)
+
+
+def _aux(losses):
+    balance, z, load, _ = losses
+    return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
+
+
+def _loss(cfg, sharding, logits_and_stats, router_losses):
+    """loss_fn(params, batch), see above."""
+    mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding)
+    aux_coef, z_coef = cfg.router_aux_coef, cfg.router_z_coef
+
+    def dense(params, batch):
         logits, _ = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         return ce, {"loss": ce, "tokens": tokens}
 
-    def moe_loss(params, batch):
+    def with_experts(params, batch):
         logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         balance, z, load, overflow = router_losses(stats)
-        metrics = {
-            "loss": ce,
-            "tokens": tokens,
-            "router_loss": balance,
-            "router_z_loss": z,
-            "expert_load": load,
-            "expert_overflow": overflow,
-        }
+        metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z}
+        metrics["expert_load"], metrics["expert_overflow"] = load, overflow
         return ce + aux_coef * balance + z_coef * z, metrics
 
-    extend = _extend(cfg, take, head, angles, blocks, final_norm, head_key)
-    return SimpleNamespace(forward=forward, loss_fn=moe_loss if is_moe else dense_loss, extend=extend)
+    return with_experts if cfg.moe_layers else dense
 
 
 def _is_real():
@@ -190,11 +192,11 @@ def _blocks(cfg, sharding, rotate):
     return tuple(kinds[cfg.is_moe_layer(i)] for i in range(cfg.num_layers))
 
 
-def _unrolled(cfg, blocks):
+def _unrolled(cfg, sharding, blocks):
     """trunk(layers, x_RD, consts) -> x_RD, stats [MoE layers, 2E + 3] (of a dense model, [1, 1])."""
     run, n = tuple(block for block, _ in blocks), cfg.num_layers
     counted = tuple(cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(n))
-    stack = ops.Stack(0)
+    stack = sharding.op(ops.Stack(0), ", ".join(["stats"] * sum(counted)) + " -> layers stats", kind="kernel", call=_stack)
 
     def trunk(layers, x, consts):
         every = ()
@@ -202,9 +204,13 @@ def _unrolled(cfg, blocks):
             x, stats = run[i](layers[i], x, consts)
             if counted[i]:
                 every += (stats,)
-        return x, stack(every)
+        return x, stack(*every)
 
     return trunk
+
+
+def _stack(stack, *xs):
+    return stack(xs)
 
 
 def _scanned(cfg, blocks):

@@ -112,7 +112,7 @@ def visible(segments):
 
 
 def test_document_mask_shows_the_earlier_tokens_of_ones_own_document():
-    mask = host(attention.document_mask()(ms.Tensor(SEGMENTS)))
+    mask = host(attention.document_mask()(ms.Tensor(SEGMENTS), ms.Tensor(SEGMENTS)))
     assert mask.shape == (2, 1, 6, 6)
     np.testing.assert_array_equal(mask[:, 0], np.where(visible(SEGMENTS), 0, np.float32(attention.MASKED)))
 
@@ -129,7 +129,7 @@ def test_cache_mask_shows_slots_up_to_the_position():
 def test_attention_with_grouped_queries_and_a_document_mask(kv_heads):
     """Query head n reads kv head n // (N / K); the sum over keys is written out."""
     q, k, v = draw(2, 4, 6, 3), draw(2, kv_heads, 6, 3), draw(2, kv_heads, 6, 3)
-    mask, shown = attention.document_mask()(ms.Tensor(SEGMENTS)), visible(SEGMENTS)
+    mask, shown = attention.document_mask()(ms.Tensor(SEGMENTS), ms.Tensor(SEGMENTS)), visible(SEGMENTS)
 
     def formula(q, k, v, _):
         k, v = np.repeat(k, 4 // kv_heads, 1), np.repeat(v, 4 // kv_heads, 1)

@@ -85,7 +85,7 @@ def test_one_axis_may_be_what_is_left():
 
 def test_parts_that_do_not_nest_are_refused():
     with pytest.raises(ValueError, match=re.escape("parallel.tp=6: ep takes 3 neighbouring ranks of it and kv heads repeat over 2")):
-        Mesh(tp=6, ep=3, kv_repeat=2).sizes
+        Mesh(tp=6, ep=3, kv_repeat=2).size(("tp",))
 
 
 @pytest.mark.parametrize("rules", [RULES, SEQ_PARALLEL_RULES])

@@ -345,7 +345,7 @@ def test_router_losses_are_their_formulas():
         chosen.append(np.eye(E)[token_by_token(MOE, p, x)[2][keep]].sum(1))
         probs.append(softmax(logits))
         lse.append(np.log(np.exp(logits).sum(-1)))
-    balance, z, load, _ = moe.losses(MOE)(ms.Tensor(np.stack([stats for *_, stats in layers])))
+    balance, z, load, _ = moe.losses(MOE, Sharding())(ms.Tensor(np.stack([stats for *_, stats in layers])))
     assert_close(E * (np.concatenate(chosen).mean(0) * np.concatenate(probs).mean(0)).sum(), balance, 1e-6)
     assert_close((np.concatenate(lse) ** 2).mean(), z, 1e-6)
     assert_close(np.stack([c.mean(0) / MOE.experts_per_token for c in chosen]), load, 1e-6)
