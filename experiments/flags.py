@@ -15,10 +15,13 @@ import traceback
 from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from experiments import layout
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
-from parallel.mesh import AXES
+from parallel.mesh import AXES, world_size
 from qwen3.config import SIZES, Qwen3Config, check_compute_dtype
+
+MAINS = {"experiments.pretrain": "experiments/configs/tiny.py"}  # mains that run on many ranks, and their default config
 
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 
@@ -62,8 +65,12 @@ def parse(argv, flag_values=flags.FLAGS):
     return rest
 
 
-def resolve(flag_values):
-    """The run's config as a FrozenConfigDict: file, then --config.KEY, then layout flags. Raises ValueError naming key and fix."""
+def resolve(flag_values, world=None):
+    """The run's config as a FrozenConfigDict: file, then --config.KEY, then layout flags, in which no axis is -1 any more.
+
+    world: ranks of the job; default: of the one that this process is in; 0: as many as the layout asks for. Raises ValueError naming key
+    and fix.
+    """
     if flag_values.config is None:
         raise ValueError("--config is missing; try --config=experiments/configs/tiny.py")
     config = flag_values.config.copy_and_resolve_references()
@@ -71,13 +78,34 @@ def resolve(flag_values):
         if flag_values[name].value is not None:
             config.parallel[name] = flag_values[name].value
     _check(config)
+    sizes = layout.check(config, model_config(config, "any"), world_size() if world is None else world or None)
+    config.parallel.update(sizes)
     return FrozenConfigDict(config)
+
+
+def check_layout(argv, world):
+    """Raises ValueError for a command [module, *arguments] whose layout does not make up `world` ranks, or is wrong in itself.
+
+    Says nothing of modules that have no layout.
+    """
+    default = MAINS.get(argv[0])
+    if default is None and not any(re.match("--?config(=|$)", arg) for arg in argv):
+        return
+    values, own = flags.FlagValues(), sys.argv
+    define(default, values)
+    sys.argv = list(argv)  # where config_flags looks for the keys
+    try:
+        values(_with_config(sys.argv, default), known_only=True)
+    finally:
+        sys.argv = own
+    resolve(values, world)
 
 
 def model_config(config, device="CPU"):
     """The Qwen3Config that `config.model` names, with `config.model_args` applied. device: MindSpore's name of the target.
 
-    Raises ValueError for an unknown size, a folder that Qwen3Config.from_hf refuses, or a dtype that `device` cannot compute in.
+    'any' is a device that computes in every dtype. Raises ValueError for an unknown size, a folder that Qwen3Config.from_hf refuses, or a
+    dtype that `device` cannot compute in.
     """
     args = {name: value for name, value in config.model_args.items() if value is not None}
     if "mlp_only_layers" in args:
@@ -216,20 +244,3 @@ def _check(config):
         value = config[section][name]
         if value is None or not ok(value):
             raise ValueError(f"{key}={value!r} {rule}")
-    train = config.train
-    _check_layout(config.parallel)
-    dp, micro = config.parallel.dp, config.parallel.micro_batches
-    if train.batch_size % (dp * micro):
-        raise ValueError(
-            f"train.batch_size={train.batch_size} must be a multiple of parallel.dp={dp} times parallel.micro_batches={micro};"
-            f" use --config.train.batch_size={dp * micro * (train.batch_size // (dp * micro) + 1)}"
-        )
-
-
-def _check_layout(parallel):
-    one_device = {**dict.fromkeys(AXES, 1), "zero": 0, "seq_parallel": False, "lowering": "manual"}
-    asked = [name for name, value in one_device.items() if parallel[name] != value]
-    if asked:
-        given = ", ".join(f"parallel.{name}={parallel[name]}" for name in asked)
-        fix = " ".join(f"--{name}={str(one_device[name]).lower()}" for name in asked)
-        raise ValueError(f"{given} {'is' if len(asked) == 1 else 'are'} not built yet: this version runs on one device; use {fix}")

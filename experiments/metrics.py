@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
+from parallel import collectives
 from parallel.spec import tree_paths
 from qwen3.model import param_specs
 
@@ -38,17 +39,29 @@ def peak_flops(size=1536, repeats=5):
     return best
 
 
+def mesh_peak_flops(mesh):
+    """The sum of peak_flops over all ranks, measured by all at once, as they share what they run on when they train."""
+    mine = ms.Tensor([peak_flops() / 1e9], ms.float32)
+    return float(collectives.psum(mesh, tuple(mesh.sizes))(mine).asnumpy()[0]) * 1e9
+
+
 class Writer:
-    """A run's metrics: one JSON object a line in `metrics.jsonl`, numbers also in `tensorboard/`, all of them in `records`."""
+    """A run's metrics: one JSON object a line in `metrics.jsonl`, numbers also in `tensorboard/`, all of them in `records`.
+
+    Without a workdir, on ranks that do not write, only the last.
+    """
 
     def __init__(self, workdir):
-        self.records = []
-        self.file = open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8")
-        self.board = SummaryWriter(os.path.join(workdir, "tensorboard"))
+        self.records, self.silent = [], workdir is None
+        if not self.silent:
+            self.file = open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8")
+            self.board = SummaryWriter(os.path.join(workdir, "tensorboard"))
 
     def write(self, step, values):
         """values: numbers, or lists of numbers (to the file only)."""
         self.records.append({"step": step, **values})
+        if self.silent:
+            return
         self.file.write(json.dumps(self.records[-1]) + "\n")
         self.file.flush()
         for name, value in values.items():
@@ -56,6 +69,8 @@ class Writer:
                 self.board.add_scalar(name, value, step)
 
     def close(self):
+        if self.silent:
+            return
         self.file.close()
         self.board.close()
 

@@ -1,84 +1,68 @@
-"""Pre-training: python -m experiments.pretrain --config=experiments/configs/tiny.py --workdir=runs/tiny"""
+"""Pre-training: python -m experiments.pretrain --config=experiments/configs/tiny.py --workdir=runs/tiny
 
-import math
+On many ranks: python -m experiments.launch --nproc=4 -- experiments.pretrain --config=... --workdir=... --dp=2 --tp=2
+"""
+
 import os
-import tempfile
 
 from absl import flags
 
 from experiments import flags as command_line
-from experiments import metrics, run_folder
-from experiments.data import bigram, corpus, loader
+from experiments import layout, layout_table, metrics, run_folder
+from experiments.data import corpus, loader
+from experiments.finish import finish
 from experiments.train import build_program, initial_params, train, uses_scan
+from parallel import collectives
+from parallel.sharding import Sharding
 from parallel.spec import count
-from qwen3 import generate, hf
 from qwen3.model import param_specs
 
 FLAGS = flags.FLAGS
-command_line.define("experiments/configs/tiny.py")
+command_line.define(command_line.MAINS["experiments.pretrain"])
+flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
 
 
 def main(_):
-    pretrain(command_line.resolve(FLAGS), FLAGS.workdir)
+    if FLAGS.print_layout:
+        print(layout_table.describe(command_line.resolve(FLAGS, world=0)))
+    else:
+        pretrain(command_line.resolve(FLAGS), FLAGS.workdir)
 
 
 def pretrain(config, workdir):
     """A whole run, into the new folder `workdir`; config as experiments.flags.resolve gives it."""
-    run_folder.make(workdir)
-    cfg = command_line.model_config(config)
+    rank, world = collectives.start()
+    cfg, parallel = command_line.model_config(config), config.parallel
+    mesh = layout.mesh(cfg, layout.check(config, cfg, world), rank)
+    run_folder.make(workdir, mesh)
     data = corpus.load(config, cfg.vocab_size)
     cfg = corpus.with_token_ids(cfg, data.tokenizer, trained=not config.data.tokenizer)
-    run_folder.write_config(workdir, config)
-    program, params = build_program(cfg, config), initial_params(cfg, config)
-    peak, cost = metrics.peak_flops(), metrics.flops_per_token(cfg, config.train.seq_len)
-    how = "one compiled layer, looped over" if uses_scan(cfg, config.train.layer_loop) else "unrolled"
-    print(f"model      {config.model}: {count(param_specs(cfg)):,} parameters, {cfg.num_layers} layers, {how}")
-    print(f"data       {corpus.describe(data, config.train.seq_len)}")
-    print(f"compute    {cost:.3g} FLOPs a token; this machine's float32 matmul peak {peak / 1e9:.0f} GFLOP/s", flush=True)
+    sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero)
+    program, params = build_program(cfg, config, sharding), initial_params(cfg, config)
+    peak = metrics.mesh_peak_flops(mesh)
+    if rank == 0:
+        run_folder.write_config(workdir, config)
+        announce(cfg, config, data, mesh, peak)
 
-    writer = metrics.Writer(workdir)
+    writer = metrics.Writer(workdir if rank == 0 else None)
+    place, dp = mesh.index(("dp",)), mesh.dp
     held = {key: value[: config.train.eval_rows or None] for key, value in data.held_out.items()}
-    eval_batches = list(loader.eval_batches(held, config.train.batch_size))
-    with loader.Loader(data.train, config.train.batch_size, config.train.seed) as batches:
+    eval_batches = list(loader.eval_batches(held, config.train.batch_size, place, dp))
+    cost = metrics.flops_per_token(cfg, config.train.seq_len)
+    with loader.Loader(data.train, config.train.batch_size, config.train.seed, place, dp, parallel.micro_batches) as batches:
         state = train(program, program.init(params), batches, eval_batches, config, writer, lambda speed: speed * cost / peak)
-    finish(program, state, cfg, config, data, writer, workdir)
+    finish(program, state, cfg, config, data, writer, workdir, mesh)
     writer.close()
 
 
-def finish(program, state, cfg, config, data, writer, workdir):
-    """The end of a run: held-out loss, the bigram model's, the curve, the weights, and a sample of text."""
-    nats = program.evaluate(state, loader.eval_batches(data.held_out, config.train.batch_size))
-    seen = corpus.rows_seen(data.train, config)
-    baseline = bigram.held_out_nats(seen, data.held_out, cfg.vocab_size, None)
-    bits = nats / math.log(2) / corpus.bytes_per_target(data.tokenizer, data.held_out)
-    writer.write(config.train.steps, {"eval_loss": nats, "bits_per_byte": bits, "bigram_loss": baseline})
-    metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records, baseline)
-    print(f"held out   {nats:.3f} nats a token, {bits:.3f} bits a byte; a bigram model: {baseline:.3f} nats")
-    print(f"           (the bigram model counted {int(seen['loss_weights'].sum()):,} targets, of the first rows of the run)")
-    params = program.params(state)
-    if config.train.save_hf:
-        save(os.path.join(workdir, "hf"), cfg, params, data.tokenizer)
-    if config.train.sample_tokens:
-        sample(params, cfg, config, data, workdir)
-
-
-def save(folder, cfg, params, tokenizer):
-    with tempfile.TemporaryDirectory() as files:
-        tokenizer.save(files)
-        hf.save(folder, cfg, params, tokenizer_dir=files)
-    print(f"saved      {folder}, which transformers opens")
-
-
-def sample(params, cfg, config, data, workdir):
-    """Continues train.sample_prompt, or the start of a held-out document; greedy and sampled."""
-    tokenizer = data.tokenizer
-    prompt = tokenizer.encode(config.train.sample_prompt) or tokenizer.encode(data.held_text)[:32]
-    with open(os.path.join(workdir, "sample.txt"), "w", encoding="utf-8") as file:
-        for name, options in (("greedy", {}), ("temperature 0.8, top_p 0.95", {"temperature": 0.8, "top_p": 0.95})):
-            new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, stop_ids=(tokenizer.eod_id,), **options)[0]
-            text = f"--- sample, {name}\n{tokenizer.decode(prompt)}|{tokenizer.decode(new)}\n"
-            print(text, end="", flush=True)
-            file.write(text)
+def announce(cfg, config, data, mesh, peak):
+    how = "one compiled layer, looped over" if uses_scan(cfg, config.train.layer_loop) else "unrolled"
+    print(f"model      {config.model}: {count(param_specs(cfg)):,} parameters, {cfg.num_layers} layers, {how}")
+    if mesh.world > 1:
+        print(f"layout     {layout_table.summary(config)}")
+    print(f"data       {corpus.describe(data, config.train.seq_len)}")
+    cost, what = metrics.flops_per_token(cfg, config.train.seq_len), "these processes'" if mesh.world > 1 else "this machine's"
+    print(f"compute    {cost:.3g} FLOPs a token; {what} float32 matmul peak {peak / 1e9:.0f} GFLOP/s; {os.cpu_count()} cores", flush=True)
 
 
 if __name__ == "__main__":

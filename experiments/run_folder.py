@@ -2,11 +2,41 @@
 
 import json
 import os
+import secrets
 import subprocess
 
+import mindspore as ms
 
-def make(path):
-    """Makes the run's folder. Raises ValueError without a path, or where a run already is."""
+from parallel import collectives
+
+
+def make(path, mesh):
+    """Makes the run's folder, on rank 0, and checks that every rank sees it. All ranks call it.
+
+    Raises ValueError without a path, where a run already is, or on a rank that does not see the folder.
+    """
+    if mesh.rank == 0:
+        _make(path)
+    if mesh.world == 1:
+        return
+    everyone = tuple(mesh.sizes)
+    drawn = ms.Tensor([float(secrets.randbelow(1 << 24) * (mesh.rank == 0))], ms.float32)
+    mark = os.path.join(path or "", f".rank_0_{int(collectives.psum(mesh, everyone)(drawn).asnumpy()[0])}")
+    if mesh.rank == 0:
+        open(mark, "w").close()
+    _meet(mesh)
+    if not os.path.exists(mark):
+        raise ValueError(f"--workdir={path} of rank {mesh.rank} is not the folder of rank 0; give a folder that all nodes share")
+    _meet(mesh)
+    if mesh.rank == 0:
+        os.remove(mark)
+
+
+def _meet(mesh):
+    collectives.psum(mesh, tuple(mesh.sizes))(ms.Tensor([0.0], ms.float32)).asnumpy()
+
+
+def _make(path):
     if not path:
         raise ValueError("--workdir is missing; give a folder for the run, such as --workdir=runs/tiny")
     if os.path.exists(os.path.join(path, "config.json")):

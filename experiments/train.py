@@ -254,7 +254,7 @@ def initial_params(cfg, config):
 def train(program, state, batches, eval_batches, config, writer, mfu_of):
     """train.steps steps, logged to `writer`; returns the last state. mfu_of: tokens per second -> MFU.
 
-    batches: an iterator over dicts of [batch_size, S]; eval_batches: a list of such.
+    batches: an iterator over dicts of [rows, S], a data rank's part of each batch; eval_batches: a list of such.
 
     Raises FloatingPointError at a loss or gradient norm that is not finite, before the state is replaced or anything is written.
     """
@@ -263,7 +263,7 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of):
     # Also compiles it now: MindSpore reads the source when it compiles, so a file edited during the run would go into the result.
     writer.write(0, {"eval_loss": program.evaluate(state, eval_batches)})
     timer = Timer()
-    with tqdm(total=steps, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=writer.silent) as bar:
         for done in range(1, steps + 1):
             batch = next(batches)
             new_state, metrics = program.step(state, batch, rate(done - 1), done - 1)
@@ -274,7 +274,7 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of):
             bar.update()
             if done in (1, steps) or done % config.train.log_every == 0:
                 step_time_s = timer.lap()
-                speed = batch["tokens"].size / step_time_s
+                speed = config.train.batch_size * config.train.seq_len / step_time_s
                 times = {"step_time_s": step_time_s, "tokens_per_s": speed, "mfu": mfu_of(speed)}
                 writer.write(done, {**metrics, "tokens_seen": targets, **times})
             if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:

@@ -75,12 +75,11 @@ BAD = [
     ("--config.data.path=7", "data.path=7 must be text, or a list [weight, prefix, ...]"),
     ("--config.data.json_key=", "data.json_key='' must name a key of the records; use 'text'"),
     # layouts
-    ("--tp=2", "parallel.tp=2 is not built yet: this version runs on one device; use --tp=1"),
-    ("--dp=-1", "parallel.dp=-1 is not built yet: this version runs on one device; use --dp=1"),
-    ("--config.parallel.ep=4", "parallel.ep=4 is not built yet: this version runs on one device; use --ep=1"),
-    ("--zero=1", "parallel.zero=1 is not built yet: this version runs on one device; use --zero=0"),
-    ("--seq_parallel", "parallel.seq_parallel=True is not built yet: this version runs on one device; use --seq_parallel=false"),
-    ("--lowering=shard", "parallel.lowering=shard is not built yet: this version runs on one device; use --lowering=manual"),
+    ("--tp=2", "tp=2 is 2 ranks, and the job has 1; start it with `python -m experiments.launch --nproc=2 -- ...`"),
+    ("--dp=-2", "parallel.dp=-2 must be 1 or more, or -1 for what is left of the ranks"),
+    ("--config.parallel.ep=4", "parallel.ep=4 must divide dp x cp x tp = 1 x 1 x 1 = 1; use 1"),
+    ("--zero=4", "parallel.zero=4 must be 0, 1, 2 or 3"),
+    ("--lowering=shard", "parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual"),
     ("--lowering=magic", "parallel.lowering='magic' is not one of manual, shard"),
     ("--micro_batches=0", "parallel.micro_batches=0 must be above 0"),
     (
@@ -167,9 +166,10 @@ def test_the_resolved_config_cannot_change_and_is_plain_json(monkeypatch):
     assert json.loads(config.to_json())["model_args"]["num_layers"] == 2
 
 
-def test_a_layout_that_is_not_built_names_every_flag_to_change(monkeypatch):
-    with pytest.raises(ValueError, match="parallel.tp=4, parallel.pp=4 are not built yet.*; use --tp=1 --pp=1$"):
-        read(monkeypatch, "--config=experiments/configs/qwen3_32b.py")
+def test_an_axis_may_be_what_is_left_of_the_ranks(monkeypatch):
+    monkeypatch.setenv("MS_WORKER_NUM", "8")
+    parallel = read(monkeypatch, TINY, "--dp=-1", "--tp=2").parallel
+    assert (parallel.dp, parallel.tp) == (4, 2)
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -226,21 +226,20 @@ BAD_MODELS = [
 
 @pytest.mark.parametrize("arg, message", BAD_MODELS)
 def test_a_model_that_cannot_be_built_is_named(monkeypatch, arg, message):
-    config = read(monkeypatch, TINY, f"--config.{arg}")
     with pytest.raises(ValueError, match=re.escape(message)):
-        flags.model_config(config)
+        flags.model_config(read(monkeypatch, TINY, f"--config.{arg}"))
 
 
 def test_a_bad_model_folder_is_named(monkeypatch, tmp_path):
-    config = read(monkeypatch, TINY, f"--config.model={tmp_path}")
+    arguments = TINY, f"--config.model={tmp_path}"
     with pytest.raises(FileNotFoundError, match="the folder has no config.json"):
-        flags.model_config(config)
+        read(monkeypatch, *arguments)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):
-        flags.model_config(config)
+        read(monkeypatch, *arguments)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="model_type='llama'"):
-        flags.model_config(config)
+        read(monkeypatch, *arguments)
 
 
 def test_a_main_runs_and_its_mistakes_exit_with_status_2_and_one_line():
@@ -252,7 +251,7 @@ def test_a_main_runs_and_its_mistakes_exit_with_status_2_and_one_line():
     late = command(TINY, "--tp=2")
     assert late.returncode == 2 and late.stderr.splitlines()[1] == "(--traceback shows where)", late.stderr
     shown = command(TINY, "--tp=2", "--traceback")
-    assert shown.returncode == 1 and "_check_layout" in shown.stderr
+    assert shown.returncode == 1 and "in axis_sizes" in shown.stderr
 
 
 def test_help_lists_the_layout_flags(tmp_path):

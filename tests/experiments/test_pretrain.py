@@ -151,7 +151,7 @@ def test_bad_input_is_a_clear_error(changes, message, tmp_path):
     "arguments, message",
     [
         (["--config.train.stepz=3"], "there is no key 'train.stepz'; did you mean 'train.steps'?"),
-        (["--tp=2"], "parallel.tp=2 is not built yet: this version runs on one device; use --tp=1"),
+        (["--tp=2"], "start it with `python -m experiments.launch --nproc=2 -- ...`"),
         ([], "--workdir is missing"),
     ],
 )

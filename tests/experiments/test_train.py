@@ -216,6 +216,8 @@ def test_schedules(schedule, want):
 
 
 class Records:
+    silent = False
+
     def __init__(self):
         self.records = []
 

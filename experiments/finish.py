@@ -1,0 +1,47 @@
+"""The end of a run: held-out loss, the bigram model's, the curve, the weights, and a sample of text."""
+
+import math
+import os
+import tempfile
+
+from experiments import metrics
+from experiments.data import bigram, corpus, loader
+from qwen3 import generate, hf
+
+
+def finish(program, state, cfg, config, data, writer, workdir, mesh):
+    """All ranks evaluate and gather the weights; rank 0 goes on to write and print."""
+    batches = loader.eval_batches(data.held_out, config.train.batch_size, mesh.index(("dp",)), mesh.dp)
+    nats, params = program.evaluate(state, batches), program.params(state)
+    if mesh.rank != 0:
+        return
+    seen = corpus.rows_seen(data.train, config)
+    baseline = bigram.held_out_nats(seen, data.held_out, cfg.vocab_size, None)
+    bits = nats / math.log(2) / corpus.bytes_per_target(data.tokenizer, data.held_out)
+    writer.write(config.train.steps, {"eval_loss": nats, "bits_per_byte": bits, "bigram_loss": baseline})
+    metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records, baseline)
+    print(f"held out   {nats:.3f} nats a token, {bits:.3f} bits a byte; a bigram model: {baseline:.3f} nats")
+    print(f"           (the bigram model counted {int(seen['loss_weights'].sum()):,} targets, of the first rows of the run)")
+    if config.train.save_hf:
+        save(os.path.join(workdir, "hf"), cfg, params, data.tokenizer)
+    if config.train.sample_tokens:
+        sample(params, cfg, config, data, workdir)
+
+
+def save(folder, cfg, params, tokenizer):
+    with tempfile.TemporaryDirectory() as files:
+        tokenizer.save(files)
+        hf.save(folder, cfg, params, tokenizer_dir=files)
+    print(f"saved      {folder}, which transformers opens")
+
+
+def sample(params, cfg, config, data, workdir):
+    """Continues train.sample_prompt, or the start of a held-out document; greedy and sampled."""
+    tokenizer = data.tokenizer
+    prompt = tokenizer.encode(config.train.sample_prompt) or tokenizer.encode(data.held_text)[:32]
+    with open(os.path.join(workdir, "sample.txt"), "w", encoding="utf-8") as file:
+        for name, options in (("greedy", {}), ("temperature 0.8, top_p 0.95", {"temperature": 0.8, "top_p": 0.95})):
+            new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, stop_ids=(tokenizer.eod_id,), **options)[0]
+            text = f"--- sample, {name}\n{tokenizer.decode(prompt)}|{tokenizer.decode(new)}\n"
+            print(text, end="", flush=True)
+            file.write(text)

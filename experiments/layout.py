@@ -1,0 +1,73 @@
+"""The layout of a run: its mesh from config.parallel, checked against the model and the batch before any process meets another.
+
+It does not import MindSpore, so that the launcher can check a layout in no time. What it says of a model, parallel/placement.py holds again
+to every parameter.
+"""
+
+from parallel.mesh import Mesh, axis_sizes, divisors
+
+
+def check(config, cfg, world=None):
+    """The sizes of the axes for a job of `world` ranks (None: as many as asked). Raises ValueError naming key, value and fix."""
+    parallel = config.parallel
+    sizes = axis_sizes(parallel, world)
+    for axis in ("pp", "cp"):
+        if sizes[axis] > 1:
+            raise ValueError(f"parallel.{axis}={sizes[axis]} is not built yet; use --{axis}=1")
+    if parallel.lowering == "shard":
+        raise ValueError("parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual")
+    if parallel.zero not in (0, 1, 2, 3):
+        raise ValueError(f"parallel.zero={parallel.zero} must be 0, 1, 2 or 3")
+    _check_model(cfg, config, sizes)
+    _check_batch(config, sizes)
+    mesh(cfg, sizes).size(("tp",))  # raises where the parts of an axis do not fit
+    return sizes
+
+
+def mesh(cfg, sizes, rank=0):
+    """The Mesh of a rank, for axes as check() gives them."""
+    return Mesh(**sizes, kv_repeat=max(1, sizes["tp"] // cfg.num_kv_heads), rank=rank)
+
+
+def _check_model(cfg, config, sizes):
+    tp, ep, model = sizes["tp"], sizes["ep"], f"model={config.model}"
+
+    def need(ok, axis, what, fix):
+        if not ok:
+            raise ValueError(f"parallel.{axis}={sizes[axis]} {what} of {model}; use {fix}")
+
+    heads, kv = cfg.num_heads, cfg.num_kv_heads
+    need(heads % tp == 0, "tp", f"must divide num_heads={heads}", divisors(heads))
+    fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0))
+    need(kv % tp == 0 or tp % kv == 0, "tp", f"must divide num_kv_heads={kv} or be a multiple of it, for the kv heads", fits)
+    if len(cfg.moe_layers) < cfg.num_layers:
+        need(cfg.ffn_size % tp == 0, "tp", f"must divide ffn_size={cfg.ffn_size}", divisors(cfg.ffn_size))
+    if ep > 1 and not cfg.num_experts:
+        raise ValueError(f"parallel.ep={ep} splits experts, and {model} is dense; use --ep=1")
+    if not cfg.num_experts:
+        return
+    need(cfg.num_experts % ep == 0, "ep", f"must divide num_experts={cfg.num_experts}", divisors(cfg.num_experts))
+    of_tp = Mesh(**sizes).size(("tp/ep",))
+    if of_tp > 1 and not config.parallel.seq_parallel:
+        raise ValueError(
+            f"parallel.ep={ep} takes {of_tp} of the tp={tp} ranks, which then must have tokens of their own; use --seq_parallel, or a"
+            " larger --dp"
+        )
+    left = tp // of_tp
+    what = f"leaves {left} ranks beside ep={ep}, which must divide moe_ffn_size={cfg.moe_ffn_size}"
+    need(cfg.moe_ffn_size % left == 0, "tp", what, divisors(cfg.moe_ffn_size))
+
+
+def _check_batch(config, sizes):
+    train, micro, dp, tp = config.train, config.parallel.micro_batches, sizes["dp"], sizes["tp"]
+    if train.batch_size % (dp * micro):
+        raise ValueError(
+            f"train.batch_size={train.batch_size} must be a multiple of parallel.dp={dp} times parallel.micro_batches={micro};"
+            f" use --config.train.batch_size={dp * micro * (train.batch_size // (dp * micro) + 1)}"
+        )
+    rows = train.batch_size // (dp * micro) * train.seq_len
+    if config.parallel.seq_parallel and rows % tp:
+        raise ValueError(
+            f"parallel.seq_parallel splits the {rows} tokens of a data rank's micro-batch over tp={tp} ranks, which does not divide them;"
+            f" use --config.train.seq_len={tp * -(-train.seq_len // tp)}"
+        )

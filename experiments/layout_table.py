@@ -1,0 +1,83 @@
+"""What a layout does to a model: a table of every parameter's parts, and the bytes of a rank, without any process."""
+
+import itertools
+import math
+import re
+
+from experiments import flags as command_line
+from experiments import layout
+from parallel.placement import local_shape, nbytes, place
+from parallel.sharding import Sharding
+from parallel.spec import tree_leaves
+from qwen3.model import param_specs
+
+COLUMNS = ("parameter", "global shape", "dims", "split over", "local shape", "bytes a rank")
+
+
+def describe(config):
+    """The table as text. Parameters of layers that are alike share a line. Raises ValueError for a layout that does not fit."""
+    cfg = command_line.model_config(config, "any")
+    sizes = layout.check(config, cfg)
+    mesh = layout.mesh(cfg, sizes)
+    sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
+    placed = tree_leaves(place(sharding, param_specs(cfg)))
+    lines = [summary(config), "", *_table([COLUMNS, *_rows(sharding, placed)]), ""]
+    totals = [(name, sum(nbytes(mesh, p, axes) for p in placed) * times) for name, axes, times in TOTALS]
+    lines += [f"{name:<16} {_gib(size)} a rank" for name, size in [*totals, ("together", sum(size for _, size in totals))]]
+    return "\n".join(lines)
+
+
+# Of float32: what a rank keeps between steps, and the gradient as the optimizer takes it.
+TOTALS = (("parameters", "stored", 1), ("gradients", "state", 1), ("optimizer state", "state", 2))
+
+
+def summary(config):
+    """The layout in one line."""
+    parallel = config.parallel
+    sizes = layout.check(config, command_line.model_config(config, "any"))
+    world = math.prod(sizes[axis] for axis in ("dp", "tp", "pp", "cp"))
+    axes = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1 and axis != "ep") or "one device"
+    extra = [f"experts over {sizes['ep']}"] * (sizes["ep"] > 1) + ["sequence parallel"] * parallel.seq_parallel
+    extra += [f"ZeRO {parallel.zero}"] * (parallel.zero > 0) + [f"{parallel.micro_batches} micro-batches"] * (parallel.micro_batches > 1)
+    return f"{world} rank{'s' * (world > 1)}: " + ", ".join([axes, *extra])
+
+
+def _rows(sharding, placed):
+    keyed = [(re.sub(r"^layers\.\d+\.", "layers.*.", p.path), p) for p in placed]
+    seen = {}
+    for key, p in keyed:
+        seen.setdefault((key, p.spec), []).append(p)
+    for (key, spec), same in seen.items():
+        p = same[0]
+        axes = [_axes(sharding, dim, atoms, p) for dim, atoms in zip(spec.dims, p.stored)]
+        path = key.replace("*", _numbers([q.path for q in same])) if "*" in key else key
+        local = local_shape(sharding.mesh, spec, p.stored)
+        size = nbytes(sharding.mesh, p, "stored") * len(same)
+        yield path, _shape(spec.shape), " ".join(spec.dims), " ".join(axes), _shape(local), f"{size:,}"
+
+
+def _axes(sharding, dim, atoms, p):
+    own = "+".join(axis for axis in sharding.rules[dim] if sharding.mesh.size((axis,)) > 1)
+    zero = "zero" if len(atoms) > len(sharding.atoms(dim)) else ""
+    return "+".join(part for part in (own, zero) if part) or "-"
+
+
+def _numbers(paths):
+    """0-3,5 for layers 0, 1, 2, 3 and 5."""
+    numbers = [int(path.split(".")[1]) for path in paths]
+    runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ",".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)
+
+
+def _shape(shape):
+    return " x ".join(map(str, shape))
+
+
+def _gib(size):
+    return f"{size / 2**30:10.3f} GiB" if size >= 1 << 27 else f"{size / 2**20:10.3f} MiB"
+
+
+def _table(rows):
+    rows = [tuple(row) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

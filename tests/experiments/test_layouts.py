@@ -1,0 +1,109 @@
+"""What a layout may be for a model and a batch, and the table of one."""
+
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+from absl import flags as absl_flags
+
+from experiments import flags, layout_table
+
+TINY, MOE = "--config=experiments/configs/tiny.py", "--config=experiments/configs/tiny_moe.py"
+
+
+def read(*argv, world=0):
+    values = absl_flags.FlagValues()
+    flags.define(None, values)
+    with mock.patch.object(sys, "argv", ["main", *argv]):
+        flags.parse(sys.argv, values)
+    return flags.resolve(values, world)
+
+
+# arguments -> what the error says
+REFUSED = [
+    ([TINY, "--tp=3"], "parallel.tp=3 must divide num_heads=4 of model=tiny; use 1, 2, 4"),
+    (
+        [TINY, "--config.model_args.num_heads=12", "--config.model_args.num_kv_heads=4", "--tp=6"],
+        "parallel.tp=6 must divide num_kv_heads=4 or be a multiple of it, for the kv heads of model=tiny; use 1, 2, 4, 12",
+    ),
+    ([TINY, "--config.model_args.ffn_size=99", "--tp=2"], "parallel.tp=2 must divide ffn_size=99 of model=tiny; use 1, 3, 9, 11, 33, 99"),
+    ([TINY, "--dp=2", "--ep=2"], "parallel.ep=2 splits experts, and model=tiny is dense; use --ep=1"),
+    ([MOE, "--dp=3", "--ep=3"], "parallel.ep=3 must divide num_experts=8 of model=tiny-moe; use 1, 2, 4, 8"),
+    ([MOE, "--tp=2", "--ep=2"], "parallel.ep=2 takes 2 of the tp=2 ranks, which then must have tokens of their own; use --seq_parallel"),
+    ([MOE, "--config.model_args.moe_ffn_size=99", "--tp=2"], "leaves 2 ranks beside ep=1, which must divide moe_ffn_size=99"),
+    ([TINY, "--dp=3"], "train.batch_size=16 must be a multiple of parallel.dp=3 times parallel.micro_batches=1; use"),
+    ([TINY, "--dp=8", "--micro_batches=4"], "use --config.train.batch_size=32"),
+    (
+        [TINY, "--dp=16", "--tp=2", "--seq_parallel", "--config.train.seq_len=33"],
+        "parallel.seq_parallel splits the 33 tokens of a data rank's micro-batch over tp=2 ranks, which does not divide them; use"
+        " --config.train.seq_len=34",
+    ),
+    ([TINY, "--pp=2"], "parallel.pp=2 is not built yet; use --pp=1"),
+    ([TINY, "--cp=2"], "parallel.cp=2 is not built yet; use --cp=1"),
+    ([TINY, "--zero=4"], "parallel.zero=4 must be 0, 1, 2 or 3"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED)
+def test_a_layout_that_does_not_fit_is_refused_before_anything_starts(arguments, message):
+    """By the launcher too, which asks the same."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(*arguments)
+    world = 1
+    for axis in ("--dp=", "--tp=", "--pp=", "--cp="):
+        world *= int(next((a[len(axis) :] for a in arguments if a.startswith(axis)), 1))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        flags.check_layout(["experiments.pretrain", *arguments], world)
+
+
+def test_the_launcher_counts_the_ranks():
+    with pytest.raises(ValueError, match=re.escape("dp=2 x tp=2 is 4 ranks, and the job has 3")):
+        flags.check_layout(["experiments.pretrain", TINY, "--dp=2", "--tp=2"], 3)
+    flags.check_layout(["experiments.pretrain", TINY, "--dp=-1", "--tp=2", "--print_layout"], 4)
+    flags.check_layout(["some.module", "--dp=2"], 3)  # has no layout of ours
+
+
+def test_a_layout_is_checked_without_mindspore():
+    """What makes the launcher's answer quick."""
+    code = (
+        "import sys; from experiments import flags; flags.check_layout(['experiments.pretrain', '--dp=2'], 2);"
+        " assert 'mindspore' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def rows(text):
+    return {line.split()[0]: re.split(r"  +", line) for line in text.splitlines() if "  " in line}
+
+
+def test_the_table_has_each_parameter_and_the_bytes_of_a_rank():
+    text = layout_table.describe(read(TINY, "--dp=2", "--tp=2", "--seq_parallel", "--zero=1"))
+    table = rows(text)
+    assert text.startswith("4 ranks: dp 2 x tp 2, sequence parallel, ZeRO 1")
+    assert table["layers.0-3.attention.wq"][1:] == ["128 x 128", "embed heads", "- tp", "128 x 64", f"{4 * 128 * 64 * 4:,}"]
+    assert table["embed"][1:] == ["512 x 128", "vocab embed", "tp -", "256 x 128", f"{256 * 128 * 4:,}"]
+    parameters = re.search(r"parameters +([\d.]+) MiB", text)[1]
+    state = re.search(r"optimizer state +([\d.]+) MiB", text)[1]
+    assert float(state) == pytest.approx(float(parameters), abs=0.02)  # two moments, over two data ranks
+
+
+def test_the_table_of_a_model_too_large_for_this_machine():
+    """32 billion parameters on 16 ranks: the sizes, by arithmetic on the released config."""
+    layout = ("--dp=2", "--tp=8", "--pp=1", "--zero=3", "--micro_batches=2")
+    text = layout_table.describe(read("--config=experiments/configs/qwen3_32b.py", *layout))
+    table = rows(text)
+    assert table["layers.0-63.mlp.w_gate"][1:5] == ["5120 x 25600", "embed ffn", "zero tp", "2560 x 3200"]
+    assert table["layers.0-63.attention.wk"][4] == "2560 x 128"
+    assert float(re.search(r"parameters +([\d.]+) GiB", text)[1]) == pytest.approx(32.76e9 * 4 / 16 / 2**30, rel=0.01)
+
+
+def test_experts_and_padding_in_the_table():
+    text = layout_table.describe(
+        read(MOE, "--dp=2", "--tp=2", "--ep=2", "--config.model_args.vocab_size=511", "--config.data.vocab_size=511")
+    )
+    table = rows(text)
+    experts = next(row for name, row in table.items() if name.endswith("moe.w_gate"))
+    assert experts[3] == "ep - tp-ep" and experts[4].startswith("4 x ")
+    assert table["embed"][1] == "511 x 128" and table["embed"][4] == "256 x 128"

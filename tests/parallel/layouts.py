@@ -1,0 +1,126 @@
+"""The table of layouts that are compared with one process, and what runs in each of their processes; see test_layouts.py."""
+
+import json
+
+import numpy as np
+
+from experiments import train
+from experiments.configs import common
+from experiments.data.loader import rank_rows
+from parallel import collectives
+from parallel.mesh import Mesh
+from parallel.placement import whole
+from parallel.sharding import Sharding
+from parallel.spec import tree_leaves, tree_map, tree_paths
+from parallel.step import from_tuple
+from qwen3.model import param_specs, stacked_specs
+from tests.experiments.test_train import make_batch
+from tests.tiny import DENSE, MIXED, MOE, QWEN2, random_params
+
+STEPS, ROWS, LR = 5, 8, 3e-3
+MODELS = {
+    "dense": DENSE,  # tied, vocabulary of 61, 4 heads on 2 kv heads
+    "untied": DENSE.replace(tie_embeddings=False),
+    "qwen2": QWEN2,  # biases, 1 kv head
+    "moe": MOE,  # 6 experts
+    "moe8": MOE.replace(num_experts=8, router_bias=True),
+    "capacity": MOE.replace(moe_capacity_factor=4.0),
+    "mixed": MIXED,
+}
+
+# name -> (model, options); dp, tp, ep: of the mesh, others of the run. In order of the number of processes.
+LAYOUTS = {
+    "dp2": ("dense", dict(dp=2)),
+    "dp2, scan, 2 micro-batches, ZeRO 2": ("dense", dict(dp=2, loop="scan", micro=2, zero=2)),
+    "tp2": ("untied", dict(tp=2)),
+    "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
+    "tp2 of 1 kv head, biases": ("qwen2", dict(tp=2, seq=True)),
+    "dp2 ep2": ("moe", dict(dp=2, ep=2)),
+    "tp4 of 2 kv heads": ("dense", dict(tp=4)),
+    "tp4 of 1 kv head, sequence parallel, scan": ("qwen2", dict(tp=4, seq=True, loop="scan")),
+    "dp2 tp2": ("untied", dict(dp=2, tp=2)),
+    "dp2 tp2, sequence parallel, ZeRO 1": ("dense", dict(dp=2, tp=2, seq=True, zero=1)),
+    "dp2 tp2, ZeRO 2, 2 micro-batches": ("dense", dict(dp=2, tp=2, zero=2, micro=2)),
+    "dp2 tp2, ZeRO 3": ("dense", dict(dp=2, tp=2, zero=3)),
+    "dp4, ZeRO 3, scan": ("untied", dict(dp=4, zero=3, loop="scan")),
+    "dp4, ZeRO 1, 2 micro-batches": ("dense", dict(dp=4, zero=1, micro=2)),
+    "moe, dp2 tp2": ("moe", dict(dp=2, tp=2)),
+    "moe, dp2 tp2 ep2": ("moe", dict(dp=2, tp=2, ep=2)),
+    "moe, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan": ("moe", dict(dp=2, tp=2, ep=2, seq=True, zero=1, loop="scan")),
+    "moe, dp2 tp2 ep4, sequence parallel, bias": ("moe8", dict(dp=2, tp=2, ep=4, seq=True)),
+    "moe, dp4 ep4, ZeRO 3, scan": ("moe8", dict(dp=4, ep=4, zero=3, loop="scan")),
+    "moe, dp4 ep2, capacity, ZeRO 2": ("capacity", dict(dp=4, ep=2, zero=2)),
+    "mixed, dp2 tp2 ep2, 2 micro-batches": ("mixed", dict(dp=2, tp=2, ep=2, micro=2)),
+    "dp2 tp4, sequence parallel, ZeRO 1": ("dense", dict(dp=2, tp=4, seq=True, zero=1)),
+    "moe, dp4 tp2 ep4, sequence parallel, ZeRO 2": ("moe8", dict(dp=4, tp=2, ep=4, seq=True, zero=2, loop="scan")),
+}
+
+# Left out of the default tests: more of the same, at 20 seconds of two cores each.
+SLOW = (
+    "tp2",
+    "tp4 of 1 kv head, sequence parallel, scan",
+    "dp2 tp2",
+    "dp4, ZeRO 3, scan",
+    "dp4, ZeRO 1, 2 micro-batches",
+    "moe, dp2 tp2",
+    "moe, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan",
+    "moe, dp4 ep4, ZeRO 3, scan",
+    "moe, dp4 ep2, capacity, ZeRO 2",
+    "mixed, dp2 tp2 ep2, 2 micro-batches",
+    "dp2 tp4, sequence parallel, ZeRO 1",
+    "moe, dp4 tp2 ep4, sequence parallel, ZeRO 2",
+)
+
+
+def processes(options):
+    return options.get("dp", 1) * options.get("tp", 1)
+
+
+def run(model, options, rank=0):
+    """Five steps in a layout, or in one process. Every rank returns the same whole arrays: losses, norms, first moments of the optimizer,
+    parameters after each; and of its own parts the shapes and bytes."""
+    cfg, sizes = MODELS[model], {axis: options[axis] for axis in ("dp", "tp", "ep") if axis in options}
+    mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
+    sharding = Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0))
+    config, micro = run_config(options), options.get("micro", 1)
+    program = train.build_program(cfg, config, sharding)
+    state = program.init(tree_map(lambda w: w.asnumpy(), random_params(cfg)))
+    mine, out = rank_rows(ROWS, mesh.index(("dp",)), mesh.dp, micro), {}
+    for at in range(STEPS):
+        batch = {key: value[mine] for key, value in make_batch(at, rows=ROWS, vocab=cfg.vocab_size).items()}
+        state, metrics = program.step(state, batch, LR, at)
+        out[f"loss.{at}"], out[f"grad_norm.{at}"] = metrics["objective"], metrics["grad_norm"]
+        if at == 0:
+            out.update({f"gradient.{path}": m / (1 - config.optim.b1) for path, m in moments(cfg, program, state, sharding, options)})
+    out.update({f"parameter.{path}": w.asnumpy() for path, w in tree_paths(program.params(state))})
+    out["state bytes"] = sum(w.nbytes for name in ("params", "m", "v") for w in tree_leaves(state[name]))
+    return {**out, **{f"shape.{path}": w.shape for path, w in tree_paths(from_tuple(structure(cfg, options), state["m"]))}}
+
+
+def run_config(options):
+    config = common.get_config()
+    config.train.layer_loop = options.get("loop", "unroll")
+    config.parallel.micro_batches = options.get("micro", 1)
+    config.optim.eps = 1e-5  # at 1e-8 rounding alone moves parameters
+    config.optim.clip_norm = 0.5  # acts in every step, so that the norm enters the gradients
+    return config
+
+
+def structure(cfg, options):
+    return stacked_specs(cfg) if options.get("loop") == "scan" else param_specs(cfg)
+
+
+def moments(cfg, program, state, sharding, options):
+    """(path, first moment), whole: after one step that is the clipped gradient times 1 - b1."""
+    placed = train.placements(cfg, sharding, options.get("loop") == "scan")
+    for (path, p), m in zip(tree_paths(placed), tree_leaves(state["m"])):
+        if p.spec.optimizer == "adamw":
+            yield path, whole(sharding.mesh, p.spec, p.state, m)
+
+
+def main(names):
+    """In each process: all layouts of these names, a JSON list."""
+    rank, out = collectives.start()[0], {}
+    for name in json.loads(names):
+        out.update({f"{name}|{key}": np.asarray(value) for key, value in run(*LAYOUTS[name], rank).items()})
+    return out
