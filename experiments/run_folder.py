@@ -19,21 +19,22 @@ def make(path, mesh):
         _make(path)
     if mesh.world == 1:
         return
-    everyone = tuple(mesh.sizes)
-    drawn = ms.Tensor([float(secrets.randbelow(1 << 24) * (mesh.rank == 0))], ms.float32)
-    mark = os.path.join(path or "", f".rank_0_{int(collectives.psum(mesh, everyone)(drawn).asnumpy()[0])}")
+    mark = os.path.join(path or "", f".rank_0_{int(_sum(mesh, secrets.randbelow(1 << 24) * (mesh.rank == 0)))}")
     if mesh.rank == 0:
         open(mark, "w").close()
-    _meet(mesh)
-    if not os.path.exists(mark):
-        raise ValueError(f"--workdir={path} of rank {mesh.rank} is not the folder of rank 0; give a folder that all nodes share")
-    _meet(mesh)
+    _sum(mesh, 0)  # the mark is there
+    seen = os.path.exists(mark)
+    missing = _sum(mesh, not seen)
     if mesh.rank == 0:
         os.remove(mark)
+    if missing:
+        who = f"{missing:.0f} other ranks" if seen else f"rank {mesh.rank}"
+        raise ValueError(f"--workdir={path} of {who} is not the folder of rank 0; give a folder that all nodes share")
 
 
-def _meet(mesh):
-    collectives.psum(mesh, tuple(mesh.sizes))(ms.Tensor([0.0], ms.float32)).asnumpy()
+def _sum(mesh, number):
+    """Over all ranks, which wait for each other."""
+    return collectives.psum(mesh, tuple(mesh.sizes))(ms.Tensor([float(number)], ms.float32)).asnumpy()[0]
 
 
 def _make(path):

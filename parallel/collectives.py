@@ -181,8 +181,10 @@ def _cpu_wire(group, ranks, at):
         return reshape(everyone[:, at], x.shape)
 
     def from_root(root):
+        keep = _keep(at == root)
+
         def broadcast(x):
-            return total(x if at == root else zeros_like(x))
+            return total(keep(x))
 
         return broadcast
 
@@ -228,28 +230,32 @@ def _exchange(w, split_dim, concat_dim):
 
 
 def _permute(w, pairs):
-    source = {b: a for a, b in pairs}.get(w.at)
-    reshape, zeros_like = ops.Reshape(), ops.ZerosLike()
+    source = {b: a for a, b in pairs}.get(w.at, w.n)
+    reshape, concat, zeros_like = ops.Reshape(), ops.Concat(0), ops.ZerosLike()
 
     def permute(x):
-        return reshape(w.gather(reshape(x, (1, -1))), (w.n, *x.shape))[source]
+        row = reshape(x, (1, -1))
+        everyone = concat((w.gather(row), zeros_like(row)))  # the last row is for a rank that no pair names
+        return reshape(everyone[source], x.shape)
 
-    def nothing(x):
-        return zeros_like(permute_any(x))  # takes part, as the others wait for it
-
-    def permute_any(x):
-        return reshape(w.gather(reshape(x, (1, -1))), (w.n, *x.shape))[0]
-
-    return nothing if source is None else permute
+    return permute
 
 
 def _to_root(w, root):
-    zeros_like, mine = ops.ZerosLike(), w.at == root
+    keep = _keep(w.at == root)
+
+    def to_root(x):
+        return keep(w.sum(x))
+
+    return to_root
+
+
+def _keep(mine):
+    """f(x) -> x if it is mine, else zeros; the graph is the same on all ranks. A graph drops a collective whose result it does not use, and
+    its structure gives the order in which the others run: where ranks differ in either, they wait for each other in vain."""
+    stack, zeros_like, place = ops.Stack(0), ops.ZerosLike(), 0 if mine else 1
 
     def keep(x):
-        return w.sum(x)
+        return stack((x, zeros_like(x)))[place]
 
-    def drop(x):
-        return zeros_like(w.sum(x))
-
-    return keep if mine else drop
+    return keep

@@ -24,7 +24,7 @@ LATE_S = 20  # after which a launcher whose ranks should have given up is killed
 def run(function, nproc, *args, timeout_s=240):
     """Calls `function`, a "module:name", with the strings `args` in each of nproc processes. Returns one dict of numpy arrays a rank.
 
-    """Calls `function`, a "module:name", with the strings `args` in each of nproc processes. Returns one dict of numpy arrays a rank.
+    A rank that fails, or has not ended after timeout_s, is an AssertionError with what the launcher says of it: which, and its log's end.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = {"target": ["tests.processes", function, folder, str(timeout_s), *args], "nproc": nproc, "log_dir": folder}

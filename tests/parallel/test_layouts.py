@@ -26,15 +26,20 @@ def one_process(model, loop, micro):
 
 @functools.lru_cache
 def on_processes(count, slow):
-    """For each rank {"name|key": array}, of all layouts of so many processes, which are started once."""
+    """For each rank {"name|key": array}, of all layouts of so many processes, which are started once; or why they failed."""
     names = [name for name, (_, options) in LAYOUTS.items() if layouts.processes(options) == count and (name in SLOW) == slow]
-    return processes.run("tests.parallel.layouts:main", count, json.dumps(names), timeout_s=1200)
+    try:
+        return processes.run("tests.parallel.layouts:main", count, json.dumps(names), timeout_s=1200)
+    except AssertionError as error:
+        return str(error)
 
 
 def found(name):
     """What each rank returned."""
     count = layouts.processes(LAYOUTS[name][1])
-    return [{key.split("|")[1]: v for key, v in rank.items() if key.startswith(f"{name}|")} for rank in on_processes(count, name in SLOW)]
+    ranks = on_processes(count, name in SLOW)
+    assert not isinstance(ranks, str), ranks
+    return [{key.split("|")[1]: v for key, v in rank.items() if key.startswith(f"{name}|")} for rank in ranks]
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS])

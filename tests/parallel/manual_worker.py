@@ -1,0 +1,224 @@
+"""The annotated ops of each layer on 4 processes, every rank on its part: results and gradients, for test_manual.py to judge."""
+
+from dataclasses import dataclass
+
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+
+from layers import attention, embed, linear, loss, mlp, moe, norm, rope
+from ops.attention import MASKED
+from parallel import collectives, step
+from parallel.mesh import Mesh
+from parallel.sharding import Sharding
+from tests.tiny import DENSE, MOE
+
+B, S = 4, 4
+R = B * S
+DENSE = DENSE.replace(vocab_size=9, qkv_bias=True)  # over 4 ranks, the last has padding alone
+MOE = MOE.replace(num_experts=8, experts_per_token=3)
+BIASED = MOE.replace(router_bias=True, norm_topk_prob=False)
+K, H = DENSE.num_kv_heads, DENSE.head_dim
+
+OF_ROWS = ("projection", "row", "embed", "logits", "nll", "norm", "mean")
+# name -> sizes of a mesh of 4 ranks, sequence parallel, what is checked on it
+LAYOUTS = {
+    "dp_tp": (dict(dp=2, tp=2), False, (*OF_ROWS, "mlp", "moe")),
+    "cp_tp_sp": (dict(cp=2, tp=2), True, OF_ROWS),
+    "tp_kv": (dict(tp=4, kv_repeat=2), False, ("projection", "nll")),
+    "tp_kv_sp": (dict(tp=4, kv_repeat=2), True, ("embed", "logits", "nll", "norm", "attention")),
+    "ep_of_dp": (dict(dp=2, tp=2, ep=2), False, ("moe_biased",)),
+    "ep_of_dp_and_tp_sp": (dict(dp=2, tp=2, ep=4), True, ("moe_biased",)),
+    "ep_of_half_of_tp_sp": (dict(tp=4, ep=2), True, ("moe",)),
+}
+
+
+def sharding_of(layout, rank):
+    sizes, seq_parallel, _ = LAYOUTS[layout]
+    return Sharding(Mesh(**sizes, rank=rank), seq_parallel=seq_parallel)
+
+
+@dataclass(frozen=True)
+class Check:
+    """build(sharding) -> f(p, c) -> a tuple of results. operands (p) are drawn and differentiated: {name: (shape, dims)};
+    constants (c): {name: (array, dims)}; results: [(shape, dims)]. All of them global."""
+
+    build: object
+    operands: dict
+    constants: dict
+    results: list
+
+    def inputs(self):
+        """The global operands and cotangents of results."""
+        rng = np.random.default_rng(7)
+        p = {name: rng.normal(0, 0.5, shape).astype(np.float32) for name, (shape, _) in self.operands.items()}
+        return p, [rng.normal(0, 1, shape).astype(np.float32) for shape, _ in self.results]
+
+
+def cut(sharding, x, dims):
+    """This rank's part of a global array; zeros for what is missing of the last part of a dim that does not divide."""
+    for i, dim in enumerate(dims):
+        n = sharding.shards(dim)
+        padding = [(0, -x.shape[i] % n if j == i else 0) for j in range(x.ndim)]
+        x = np.split(np.pad(x, padding), n, i)[sharding.mesh.index(sharding.rules[dim])]
+    return x
+
+
+def checks(kv_repeat):
+    """{name: Check}. A kv head in kv_heads is there kv_repeat times."""
+    D, F, V, rng = DENSE.hidden_size, DENSE.ffn_size, DENSE.vocab_size, np.random.default_rng(3)
+    x, y = {"x": ((R, D), ("rows", "embed"))}, ((R, D), ("rows", "embed"))
+    kv = ((R, K * kv_repeat * H), ("tokens", "kv_heads"))
+    table, ids = {"w": ((V, D), ("vocab", "embed"))}, {"ids": (rng.integers(0, V, (R, 1)).astype(np.int32), ("tokens", "one"))}
+    weights = {"weights": (rng.integers(0, 3, (R, 1)).astype(np.float32), ("tokens", "one"))}
+    valid = {"valid": ((rng.random(R) < 0.8).astype(np.float32), ("rows",))}
+    at, future = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S)), np.triu(np.ones((S, S), np.float32), 1)
+    mask = np.where(rng.random((B, 1, 1, 1)) < 0.5, future, np.zeros_like(future)) * np.float32(MASKED)
+    see = {"positions": (at * np.arange(1, B + 1, dtype=np.int32)[:, None], ("batch", "seq"))}
+    see |= {"mask": (mask, ("batch", "one", "seq", "keys"))}
+    stats = ((moe.stats_size(MOE),), ("stats",))
+    one = ((R, 1), ("tokens", "one"))
+    return {
+        "projection": Check(_projection, {**x, **_of(attention, "wq wk wv bq bk bv")}, {}, [((R, D + 8), ("tokens", "heads")), kv, kv]),
+        "mlp": Check(_mlp, {**x, **_of(mlp)}, {}, [y]),
+        "row": Check(_row, {"x": ((R, F), ("tokens", "ffn")), **_of(mlp, "w_down")}, {}, [y]),
+        "embed": Check(_embed, table, ids, [y]),
+        "logits": Check(_logits, {**x, **table}, {}, [((R, V), ("tokens", "whole_vocab"))]),
+        "nll": Check(_nll, {**x, **table}, ids, [one]),
+        "norm": Check(_norm, {**x, "w": ((D,), ("embed",))}, {}, [y]),
+        "mean": Check(_mean, {"x": one}, weights, [((), ()), ((), ())]),
+        "attention": Check(_attention, {**x, **_of(attention)}, see, [y]),
+        "moe": Check(_moe(MOE), {**x, **_of(moe, cfg=MOE)}, valid, [y, stats]),
+        "moe_biased": Check(_moe(BIASED), {**x, **_of(moe, cfg=BIASED)}, valid, [y, stats]),
+    }
+
+
+def _of(layer, names=None, cfg=DENSE):
+    """A layer's parameters, or some of them."""
+    specs = layer.specs(cfg)
+    return {name: (specs[name].shape, specs[name].dims) for name in (names.split() if names else specs)}
+
+
+def _projection(sharding):
+    project, bias_q, bias_kv = linear.columns(sharding, "heads", "kv", "kv"), linear.bias(sharding, "heads"), linear.bias(sharding, "kv")
+
+    def f(p, c):
+        q, k, v = project(p["x"], p["wq"], p["wk"], p["wv"])
+        return bias_q(q, p["bq"]), bias_kv(k, p["bk"]), bias_kv(v, p["bv"])
+
+    return f
+
+
+def _mlp(sharding):
+    layer = mlp.build(DENSE, sharding)
+
+    def f(p, c):
+        return (layer(p, p["x"]),)
+
+    return f
+
+
+def _row(sharding):
+    row = linear.row(sharding, "ffn")
+
+    def f(p, c):
+        return (row(p["x"], p["w_down"]),)
+
+    return f
+
+
+def _embed(sharding):
+    take, _ = embed.build(DENSE, sharding)
+
+    def f(p, c):
+        return (take(p["w"], c["ids"]),)
+
+    return f
+
+
+def _logits(sharding):
+    (_, head), whole = embed.build(DENSE, sharding), embed.whole(DENSE, sharding)
+
+    def f(p, c):
+        return (whole(head(p["w"], p["x"])),)
+
+    return f
+
+
+def _nll(sharding):
+    (_, head), nll = embed.build(DENSE, sharding), loss.build(DENSE.vocab_size, sharding)
+
+    def f(p, c):
+        return (nll(head(p["w"], p["x"]), c["ids"]),)
+
+    return f
+
+
+def _norm(sharding):
+    rms = norm.build(DENSE, sharding)
+
+    def f(p, c):
+        return (rms(p["w"], p["x"]),)
+
+    return f
+
+
+def _mean(sharding):
+    mean = loss.weighted_mean(sharding)
+
+    def f(p, c):
+        return mean(p["x"], c["weights"])
+
+    return f
+
+
+def _attention(sharding):
+    angles, rotate = rope.build(DENSE, sharding)
+    attend, _ = attention.build(DENSE, sharding, rotate)
+
+    def f(p, c):
+        cos, sin = angles(c["positions"])
+        return (attend(p, p["x"], cos, sin, c["mask"]),)
+
+    return f
+
+
+def _moe(cfg):
+    def build(sharding):
+        layer = moe.build(cfg, sharding)
+
+        def f(p, c):
+            return layer(p, p["x"], c["valid"])
+
+        return f
+
+    return build
+
+
+def differentiated(check, sharding, p, ws, compiled):
+    """(results, {operand: gradient}) of a Check as numpy arrays, on parts of global operands and cotangents."""
+    f, n, total = check.build(sharding), len(check.results), ops.ReduceSum()
+
+    def of_parts(p, c, ws):
+        ys, value = f(p, c), 0.0
+        for i in range(n):
+            value = value + total(ys[i] * ws[i])
+        return value, ys
+
+    p = {name: ms.Tensor(cut(sharding, x, check.operands[name][1])) for name, x in p.items()}
+    c = {name: ms.Tensor(cut(sharding, x, dims)) for name, (x, dims) in check.constants.items()}
+    ws = [ms.Tensor(cut(sharding, w, dims)) for w, (_, dims) in zip(ws, check.results)]
+    (_, ys), grads = step.value_and_grad(of_parts, range(n), compiled)(p, c, ws)
+    return [ys[i].asnumpy() for i in range(n)], {name: grad.asnumpy() for name, grad in grads.items()}
+
+
+def main():
+    """{`layout.check.i`: result i, `layout.check.operand`: a gradient}"""
+    rank, _ = collectives.start()
+    results = {}
+    for layout, (sizes, _, names) in LAYOUTS.items():
+        every = checks(sizes.get("kv_repeat", 1))
+        for name in names:
+            ys, grads = differentiated(every[name], sharding_of(layout, rank), *every[name].inputs(), False)
+            results |= {f"{layout}.{name}.{key}": x for key, x in [*enumerate(ys), *grads.items()]}
+    return results
