@@ -5,7 +5,7 @@ import math
 import re
 
 from experiments import flags as command_line
-from experiments import layout
+from experiments import layout, layout_traffic
 from parallel.placement import local_shape, nbytes, place
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves
@@ -24,6 +24,8 @@ def describe(config):
     lines = [summary(config), "", *_table([COLUMNS, *_rows(sharding, placed)]), ""]
     totals = [(name, sum(nbytes(mesh, p, axes) for p in placed) * times) for name, axes, times in TOTALS]
     lines += [f"{name:<16} {_gib(size)} a rank" for name, size in [*totals, ("together", sum(size for _, size in totals))]]
+    if mesh.world > 1:
+        lines += ["", *_table(layout_traffic.table(config, cfg, sharding)), *layout_traffic.notes(config, cfg)]
     return "\n".join(lines)
 
 

@@ -12,6 +12,8 @@ of its operands and results. From that:
 The cotangent of a parameter is not summed over the data axes here: see sharding.py.
 """
 
+from typing import NamedTuple
+
 from parallel import collectives
 from parallel.source import function
 
@@ -20,31 +22,27 @@ def lower(sharding, fn, operands, results, kind, reduce):
     """fn between its collectives; fn itself where there are none."""
     if kind == "elementwise":
         return fn
-    varying = _varying(sharding, operands, results)
-    enters = tuple(_enter(sharding, part, varying) for part in operands)
-    if kind == "kernel":
-        leaves = tuple(_leave(sharding, part, ()) for part in results)
-    else:
-        leaves = (_leave(sharding, results[0], _missing(sharding, results[0], varying), reduce),)
+    enters, leaves = op_steps(sharding, operands, results, kind, reduce)
+    enters, leaves = ([_built(sharding, steps) for steps in side] for side in (enters, leaves))
     return _between(enters, fn, leaves)
 
 
 def lower_fan(sharding, fns, parsed):
     """f(x, *ws) -> (fns[0](x, ws[0]), ...), with x brought in once. parsed: (operands, results) of each, the first operand x."""
-    varying = [_varying(sharding, operands, results) for operands, results in parsed]
-    assert all(v == varying[0] for v in varying), "the results of a fan vary over the same axes"
-    shared, each = _enter(sharding, parsed[0][0][0], varying[0]), ()
+    over = [varying(sharding, operands, results) for operands, results in parsed]
+    assert all(v == over[0] for v in over), "the results of a fan vary over the same axes"
+    shared, each = _built(sharding, entering(sharding, parsed[0][0][0], over[0])), ()
     for fn, (operands, results) in zip(fns, parsed):
-        enters = (None, *(_enter(sharding, part, varying[0]) for part in operands[1:]))
-        leave = _leave(sharding, results[0], _missing(sharding, results[0], varying[0]))
-        each += (_between(enters, fn, (leave,)),)
+        (_, *enters), leaves = op_steps(sharding, operands, results, "contraction")
+        enters, leaves = ([_built(sharding, steps) for steps in side] for side in (enters, leaves))
+        each += (_between([None, *enters], fn, leaves),)
     names = {f"f{i}": f for i, f in enumerate(each)}
     weights = [f"w{i}" for i in range(len(each))]
     results = "".join(f"{f}(x, {w}), " for f, w in zip(names, weights))
     return function(f"fan(x, {', '.join(weights)})", [*(["x = enter(x)"] if shared else []), f"return ({results})"], enter=shared, **names)
 
 
-def _varying(sharding, operands, results):
+def varying(sharding, operands, results):
     """The atoms over which an op varies, in the mesh's order."""
     dims = [used for part in operands for _, used in part] + [arrives for part in results for arrives, _ in part]
     found = {atom for dim in dims for atom in sharding.atoms(dim)}
@@ -57,44 +55,66 @@ def _missing(sharding, part, varying):
     return tuple(atom for atom in varying if atom not in has)
 
 
-def _enter(sharding, part, varying):
-    """The collectives that an operand goes through before the function, as one function; None for none."""
-    mesh = sharding.mesh
+class Step(NamedTuple):
+    """A collective: its name in parallel/collectives.py, the atoms, and what else it takes."""
+
+    name: str
+    atoms: tuple
+    args: tuple = ()
+
+
+def entering(sharding, part, varying):
+    """The Steps that an operand goes through before a function that varies over these atoms."""
     has = {atom for _, used in part for atom in sharding.atoms(used)}
     lacks = tuple(atom for atom in varying if atom not in has)
-    steps, gathers, summed = _exchanges(sharding, part), (), set()
-    for i, lost, gained in _moves(sharding, part, "operand"):
+    gathers, summed = (), set()
+    for i, lost, gained in _moves(sharding, part):
         assert not gained, f"an operand may gather, not split: {part}"
         for atoms, sums in _runs(lost, lacks):
-            gathers += (collectives.all_gather(mesh, atoms, i, "scatter" if sums else "slice", sharding.partial),)
+            gathers += (Step("all_gather", atoms, (i, "scatter" if sums else "slice")),)
             summed.update(atoms if sums else ())
     rest = tuple(atom for atom in lacks if atom not in summed and atom not in sharding.data_atoms)
-    return _chain((*((collectives.pvary(mesh, rest, sharding.partial),) if rest else ()), *steps, *gathers))
+    return (*((Step("pvary", rest),) if rest else ()), *_exchanges(sharding, part), *gathers)
 
 
-def _leave(sharding, part, summed, reduce="sum"):
-    """The collectives that a result goes through after the function, as one function; None for none. summed: what it lacks."""
-    mesh, steps, done = sharding.mesh, (), set()
-    for i, lost, gained in _moves(sharding, part, "result"):
+def leaving(sharding, part, summed, reduce="sum"):
+    """The Steps that a result goes through after the function. summed: the atoms that it lacks."""
+    steps, done = (), set()
+    for i, lost, gained in _moves(sharding, part):
         assert not lost, f"a result may be split, not gathered: {part}"
         for atoms, sums in reversed(_runs(gained, summed)):
             assert reduce == "sum" or not sums
-            steps += ((collectives.reduce_scatter if sums else collectives.split)(mesh, atoms, i, sharding.partial),)
+            steps += (Step("reduce_scatter" if sums else "split", atoms, (i,)),)
             done.update(atoms)
     rest = tuple(atom for atom in summed if atom not in done)
-    last = {"sum": collectives.psum, "max": collectives.pmax}[reduce]
-    return _chain((*steps, *((last(mesh, rest, sharding.partial),) if rest else ()), *_exchanges(sharding, part)))
+    return (*steps, *((Step({"sum": "psum", "max": "pmax"}[reduce], rest),) if rest else ()), *_exchanges(sharding, part))
 
 
-def _moves(sharding, part, what):
-    """[(dim, atoms lost, atoms gained)] of the `a>b` of a tensor, all-to-alls left out; both are the innermost atoms of the dim."""
+def op_steps(sharding, operands, results, kind, reduce="sum"):
+    """([Steps of each operand], [of each result]) of an op."""
+    if kind == "elementwise":
+        return [()] * len(operands), [()] * len(results)
+    over = varying(sharding, operands, results)
+    enters = [entering(sharding, part, over) for part in operands]
+    if kind == "kernel":
+        return enters, [leaving(sharding, part, ()) for part in results]
+    return enters, [leaving(sharding, results[0], _missing(sharding, results[0], over), reduce)]
+
+
+def _built(sharding, steps):
+    """Steps as one function; None for none."""
+    return _chain([getattr(collectives, name)(sharding.mesh, atoms, *args, partial=sharding.partial) for name, atoms, args in steps])
+
+
+def _moves(sharding, part):
+    """[(dim, atoms lost, atoms gained)] of the `a>b` of a tensor, all-to-alls left out."""
     changes, exchanged = _changes(sharding, part), {atom for *_, atoms in _swaps(_changes(sharding, part)) for atom in atoms}
     out = []
     for i, (a, b) in enumerate(changes):
         lost = tuple(atom for atom in a if atom not in b and atom not in exchanged)
         gained = tuple(atom for atom in b if atom not in a and atom not in exchanged)
         if lost or gained:
-            assert a[len(a) - len(lost) :] == lost and b[len(b) - len(gained) :] == gained, f"only inner axes move: {what} {part}"
+            # where they are not the innermost, the dim's elements are in another order until the way back, which undoes it
             out.append((i, lost, gained))
     return out
 
@@ -116,7 +136,7 @@ def _swaps(changes):
 
 
 def _exchanges(sharding, part):
-    return tuple(collectives.all_to_all(sharding.mesh, atoms, i, j, sharding.partial) for i, j, atoms in _swaps(_changes(sharding, part)))
+    return tuple(Step("all_to_all", atoms, (i, j)) for i, j, atoms in _swaps(_changes(sharding, part)))
 
 
 def _runs(atoms, summed):

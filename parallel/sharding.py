@@ -14,6 +14,8 @@ as a penalty on a weight, has to be divided by the number of data parallel ranks
 import difflib
 from functools import cached_property
 
+from mindspore import ops
+
 from parallel import manual, shard
 from parallel.mesh import ONE_DEVICE, Mesh, divisors
 
@@ -89,6 +91,7 @@ class Sharding:
         self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
         self.seq_parallel, self.zero, self.lowering = seq_parallel, zero, lowering
         self.partial = False  # whether cotangents of what ranks hold alike are partial sums, as inside the regions of shard.py
+        self.in_region = False  # while `region` makes its function, with check
 
     def op(self, fn, signature, *, kind, call=None, part=None, reduce="sum", sizes=None, dtype=None):
         """The function `fn`, annotated.
@@ -112,18 +115,27 @@ class Sharding:
             return shard.lower(self, fn, call, by_hand, operands, results, kind, reduce, sizes, dtype)
         bound = by_hand or (fn if call is None else _bind(call, fn))
         if self.check:
-            bound = _checked(bound, signature, operands, results)
+            asked = not self.in_region and (part is not None or not isinstance(fn, ops.Primitive))
+            bound = _checked(bound, signature, operands, results, sizes, dtype, asked)
         return manual.lower(self, bound, operands, results, kind, reduce)
 
     def region(self, make, signature, *, sizes=None, dtype=None):
         """make(sharding) -> a function whose ops that sharding annotates, and whose own signature this is: it moves nothing.
 
         For ops between which each rank has tensors of its own, of sizes that the global view does not know. The shard lowering has them
-        lowered by hand, as one op; elsewhere this is make(self).
+        lowered by hand, as one op; elsewhere this is make(self). Raises ValueError for a signature that names no such dims, or moves one.
         """
-        if self.lowering == "manual":
+        operands, results = parse(signature)
+        self._validate(signature, "region", operands, results, region=True)  # its sums are checked op by op
+        if moved := [f"{a}>{b}" for part in operands + results for a, b in part if a != b]:
+            raise ValueError(f"op {signature!r} (region): {moved[0]!r} moves, which is for the ops inside")
+        if self.lowering == "shard":
+            return shard.region(self, make(shard.inside(self)), operands, results, sizes, dtype)
+        if not self.check:
             return make(self)
-        return shard.region(self, make(shard.inside(self)), *parse(signature), sizes, dtype)
+        self.in_region, outside = True, self.in_region
+        fn, self.in_region = make(self), outside
+        return _checked(fn, signature, operands, results, sizes, dtype, asked=not outside)
 
     def fan(self, make, operand, signatures, *, kind, call=None):
         """f(x, *ws) -> a tuple, one result for each of `signatures`, which are those of an op without its first operand `operand`:
@@ -173,11 +185,11 @@ class Sharding:
             f"{path}: dim {dim!r} has {of}, which the {n} ranks of {'+'.join(self.rules[dim])} do not divide; use {divisors(parts)}"
         )
 
-    def _validate(self, signature, kind, operands, results):
+    def _validate(self, signature, kind, operands, results, region=False):
         def fail(why):
             raise ValueError(f"op {signature!r} ({kind}): {why}")
 
-        if kind not in KINDS:
+        if kind not in KINDS and not region:
             fail(f"kind is not one of {', '.join(KINDS)}")
         for dim in {d for part in operands + results for move in part for d in move}:
             if dim not in self.rules:
@@ -239,19 +251,27 @@ def _bind_part(call, fn, first):
     return bound
 
 
-def _checked(fn, signature, operands, results):
-    """fn, with every call's ranks and sizes compared with the signature."""
+def _checked(fn, signature, operands, results, stated_sizes=None, dtype=None, asked=False):
+    """fn, with every call's ranks, sizes and stated dtypes compared with the signature. asked: whether the shard lowering needs to be told
+    what is not the operands': then what is not stated is an error."""
     elementwise = not results
 
     def checked(*args):
         tensors = args if elementwise else args[: len(operands)]
         parts = operands * len(tensors) if elementwise else operands
-        sizes = {}
+        sizes = {"one": 1, **(stated_sizes or {})}
         for part, x in zip(parts, tensors):
             _match(signature, [used for _, used in part], x, sizes)
+        told = set(sizes) | {copy for copy, of in shard.COPIES.items() if of in sizes}
         out = fn(*args)
-        for part, y in zip(operands if elementwise else results, out if isinstance(out, tuple) else (out,)):
+        each = out if isinstance(out, tuple) else (out,)
+        for part, y in zip(operands if elementwise else results, each):
             _match(signature, [arrives for arrives, _ in part], y, sizes)
+        for y, stated in zip(each, dtype if isinstance(dtype, tuple) else (dtype,) * len(each)):
+            known = stated or (args[0].dtype if asked else y.dtype)
+            assert y.dtype == known, f"{signature!r}: a result is {y.dtype}, not {known}; say so in the op's dtype="
+        new = {arrives for part in results for arrives, _ in part} - told
+        assert not (asked and new), f"{signature!r}: no operand has dims {sorted(new)}; say their size in the op's sizes="
         return out
 
     return checked

@@ -25,7 +25,7 @@ def sum_gradients(sharding, placed):
     """
     mesh, lines, names = sharding.mesh, [], {}
     done = [f"g[{i}]" for i in range(len(placed))]
-    for k, (atoms, split, bucket) in enumerate(_buckets(mesh, placed)):
+    for k, (atoms, split, bucket) in enumerate(buckets(mesh, placed)):
         if sharding.zero == 3 and split:
             continue  # summed by the backward of gathered()
         pack, unpack = (_pack_parts, _unpack_parts) if split else (_pack_whole, _unpack_whole)
@@ -53,7 +53,7 @@ def split_params(sharding, placed):
 def join_params(sharding, placed):
     """The inverse of split_params, in buckets."""
     mesh, lines, names, done = sharding.mesh, [], {}, [f"g[{i}]" for i in range(len(placed))]
-    for k, (atoms, split, bucket) in enumerate(_buckets(mesh, placed)):
+    for k, (atoms, split, bucket) in enumerate(buckets(mesh, placed)):
         if split and sharding.zero < 3:
             names[f"gather{k}"] = collectives.all_gather(mesh, atoms)
             lines += [f"b{k} = gather{k}({_pack_parts(mesh, placed, bucket, 'state', done)})"]
@@ -73,7 +73,7 @@ def gathered(sharding, specs):
         return _same
     mesh, lines, names = sharding.mesh, [], {}
     done = ["tree" + "".join(f"[{key!r}]" for key in path.split(".") if key) for path in paths]
-    for k, (atoms, split, bucket) in enumerate(_buckets(mesh, flat)):
+    for k, (atoms, split, bucket) in enumerate(buckets(mesh, flat)):
         if split:
             names[f"gather{k}"] = collectives.all_gather(mesh, atoms)
             lines += [f"b{k} = gather{k}({_pack_parts(mesh, flat, bucket, 'stored', done)})"]
@@ -108,7 +108,7 @@ def _literal(tree, texts):
     return "{" + ", ".join(f"{key!r}: {_literal(value, texts)}" for key, value in tree.items()) + "}"
 
 
-def _buckets(mesh, placed):
+def buckets(mesh, placed):
     """[(data atoms, whether ZeRO splits these, places)]: what can travel together, in order, up to the size of a bucket."""
     out, sizes = [], []
     for i, p in enumerate(placed):

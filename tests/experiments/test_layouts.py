@@ -107,3 +107,20 @@ def test_experts_and_padding_in_the_table():
     experts = next(row for name, row in table.items() if name.endswith("moe.w_gate"))
     assert experts[3] == "ep - tp-ep" and experts[4].startswith("4 x ")
     assert table["embed"][1] == "511 x 128" and table["embed"][4] == "256 x 128"
+
+
+def test_the_table_ends_with_what_a_rank_sends():
+    """Sequence parallel: a gather before attention, feed-forward and head, over tp, of bfloat16 [rows, D]; twice more for looped layers."""
+    layout = ("--dp=2", "--tp=8", "--pp=1", "--micro_batches=1", "--seq_parallel")
+    text, sent = layout_table.describe(read("--config=experiments/configs/qwen3_32b.py", *layout)), {}
+    for line in text.splitlines():
+        cells = re.split(r"  +", line)
+        if cells[0] in ("forward", "backward", "update"):
+            sent[tuple(cells[:3])] = [int(cell.replace(",", "")) for cell in cells[4:]]
+    gathers, size = 2 * 64 + 1, 4 * 4096 // 2 * 5120 * 2 * 7 // 8
+    assert sent["forward", "AllGather", "tp"] == [gathers, gathers * size]
+    assert sent["forward", "ReduceScatter", "tp"] == [gathers, (gathers + 1) * size]  # the embedding's is of float32
+    assert sent["backward", "AllGather", "tp"] == [gathers + 2 * 128, (gathers + 1 + 2 * 128) * size]
+    assert sent["update", "AllReduce", "dp+tp"] == [1, 7]
+    local = float(re.search(r"parameters +([\d.]+) GiB", text)[1]) * 2**30
+    assert sent["update", "AllReduce", "dp"][1] == pytest.approx(local, rel=1e-3)  # in a ring of two, all of them once

@@ -88,3 +88,37 @@ def test_check_compares_ranks_and_sizes():
         op(ops.ReduceSum(), "tokens embed -> tokens one", "reduction")(x, 1)
     with pytest.raises(AssertionError, match=re.escape("dim 'tokens' is 2 and 4")):
         op(ops.Add(), "tokens embed", "elementwise")(x, w)
+
+
+def test_check_compares_what_only_the_shard_lowering_reads():
+    def op(fn, **stated):
+        return Sharding(check=True).op(fn, "tokens embed -> tokens router", kind="kernel", **stated)
+
+    def first_three(x):
+        return ops.cast(x[:, :3], ms.int32)
+
+    x = ms.Tensor(np.ones((2, 5), np.float32))
+    assert op(first_three, sizes={"router": 3}, dtype=ms.int32)(x).shape == (2, 3)
+    with pytest.raises(AssertionError, match=re.escape("dim 'router' is 4 and 3")):
+        op(first_three, sizes={"router": 4}, dtype=ms.int32)(x)
+    with pytest.raises(AssertionError, match=re.escape("no operand has dims ['router']")):
+        op(first_three, dtype=ms.int32)(x)
+    for stated in (None, ms.float16):
+        with pytest.raises(AssertionError, match="a result is Int32, not Float"):
+            op(first_three, sizes={"router": 3}, dtype=stated)(x)
+
+
+def test_a_region_is_held_to_its_signature():
+    def same(sharding):
+        return sharding.op(ops.Neg(), "rows embed", kind="elementwise")
+
+    x = ms.Tensor(np.ones((2, 5), np.float32))
+    for check in (False, True):
+        sharding = Sharding(check=check)
+        np.testing.assert_array_equal(sharding.region(same, "rows embed -> rows embed")(x).asnumpy(), -np.ones((2, 5)))
+        with pytest.raises(ValueError, match="dim 'embde' is not in RULES"):
+            sharding.region(same, "rows embde -> rows embed")
+        with pytest.raises(ValueError, match="'rows>tokens' moves"):
+            sharding.region(same, "rows>tokens embed -> tokens embed")
+    with pytest.raises(AssertionError, match=re.escape("dim 'embed' is 2 and 5")):
+        Sharding(check=True).region(same, "embed embed -> embed embed")(x)

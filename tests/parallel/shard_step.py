@@ -1,0 +1,251 @@
+"""A train step compiled for one simulated NPU of a layout, in a lowering, and what its graph exchanges; for test_shard_lowering.py.
+
+    python -m tests.parallel.shard_step LOWERING CASE
+
+in an environment of parallel.standin, with MS_DEV_SAVE_GRAPHS_PATH. Prints a line of JSON, after RESULT. Nothing is computed.
+"""
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+from mindspore.communication import GlobalComm, init
+
+from experiments.configs import common
+from experiments.train import build_program
+from layers import linear
+from parallel import collectives
+from parallel.mesh import Mesh
+from parallel.sharding import Sharding
+from parallel.spec import tree_leaves, tree_paths, unflatten
+from qwen3.config import Qwen3Config
+from qwen3.model import build, param_specs
+
+DENSE = Qwen3Config(
+    vocab_size=61,  # padded: tp does not divide it
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_size=48,
+    max_position=64,
+    rope_theta=1e4,
+    tie_embeddings=False,
+    compute_dtype="bfloat16",
+)
+MOE = DENSE.replace(
+    model_type="qwen3_moe",
+    num_experts=6,
+    experts_per_token=2,
+    moe_ffn_size=16,
+    router_aux_coef=0.02,
+    router_z_coef=0.003,
+    moe_block_size=4,
+)
+ROWS, SEQ_LEN = 4, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model in a layout. planted: what is done wrong on purpose, a key of PLANTED."""
+
+    cfg: Qwen3Config
+    seq_parallel: bool = False
+    axes: dict = field(default_factory=lambda: dict(dp=2, tp=2))
+    zero: int = 0
+    layer_loop: str = "unroll"
+    planted: str = ""
+
+    def mesh(self, rank=0):
+        return Mesh(**self.axes, kv_repeat=max(1, self.axes["tp"] // self.cfg.num_kv_heads), rank=rank)
+
+    def config(self):
+        config = common.get_config()
+        config.train.layer_loop, config.train.batch_size, config.train.seq_len = self.layer_loop, ROWS, SEQ_LEN
+        config.parallel.zero, config.parallel.seq_parallel = self.zero, self.seq_parallel
+        return config
+
+    def sharding(self, lowering, rank=0):
+        return Sharding(self.mesh(rank), seq_parallel=self.seq_parallel, zero=self.zero, lowering=lowering)
+
+
+ONE_LAYER = DENSE.replace(num_layers=1)
+CASES = {
+    "dense": Case(DENSE),
+    "dense-sp": Case(DENSE, True),
+    "moe": Case(MOE),
+    "moe-sp": Case(MOE, True),
+    "moe-ep-sp": Case(MOE, True, dict(dp=2, tp=2, ep=2)),
+    "zero1": Case(ONE_LAYER.replace(tie_embeddings=True), zero=1),
+    "zero2": Case(ONE_LAYER, True, zero=2),
+    "zero3": Case(ONE_LAYER, True, zero=3),
+    "unscattered": Case(ONE_LAYER, True, planted="unscattered"),
+    "summed_twice": Case(ONE_LAYER, planted="summed_twice"),
+    "unannotated": Case(ONE_LAYER, True, planted="unannotated"),
+}
+
+
+def compile_step(case, lowering):
+    """Compiles one train step; returns what its graph says, and each parameter's local shape."""
+    with _Planted(case.planted):
+        slices = (_global_view if lowering == "shard" else _local_parts)(case, int(os.environ["RANK_ID"]))
+    graph = max(Path(os.environ["MS_DEV_SAVE_GRAPHS_PATH"]).glob("rank_*/*_validate_*.ir"), key=os.path.getmtime)
+    text = graph.read_text()
+    graph.unlink()
+    return {"slices": slices, "collectives": collectives_of(text), "invented": invented_splits(text)}
+
+
+def _global_view(case, rank):
+    """The step as MindSpore's partitioner takes it: Parameters closed over, optimizer state cloned from them, flat results."""
+    sharding, specs = case.sharding("shard", rank), param_specs(case.cfg)
+    flat = [ms.Parameter(ms.Tensor(np.zeros(_padded(sharding, spec), np.float32)), name=path) for path, spec in tree_paths(specs)]
+    m, v = ([_like(w, tag) for w in flat] for tag in ("m.", "v."))
+    loss_fn, params, count = build(case.cfg, sharding).loss_fn, unflatten(specs, flat), len(flat)
+
+    def loss_of(tokens, targets, segment_ids, positions, loss_weights):
+        batch = {"tokens": tokens, "targets": targets, "segment_ids": segment_ids, "positions": positions, "loss_weights": loss_weights}
+        return loss_fn(params, batch)[0]
+
+    grad = ms.value_and_grad(loss_of, None, weights=flat)
+
+    @ms.jit
+    def step(correction, *batch):  # flat arguments: the partitioner does not look into tuples
+        loss, grads = grad(*batch)
+        out = (loss, *grads)
+        for i in range(count):
+            out = ops.depend(out, _adamw(flat[i], m[i], v[i], grads[i], correction))
+        return out
+
+    step(ms.Tensor(1.0, ms.float32), *_tensors(ROWS).values())
+    return {path: w.shape for (path, _), w in zip(tree_paths(specs), flat)}
+
+
+def _padded(sharding, spec):
+    return [-(-n // sharding.shards(dim)) * sharding.shards(dim) for n, dim in zip(spec.shape, spec.dims)]
+
+
+def _like(w, tag):
+    state = w.clone("zeros")
+    state.name = tag + w.name
+    return state
+
+
+def _adamw(w, m, v, g, correction):
+    m, v = ops.assign(m, 0.9 * m + 0.1 * g), ops.assign(v, 0.95 * v + 0.05 * g * g)
+    return ops.assign(w, w - 1e-3 * (m / correction / (ops.sqrt(v / correction) + 1e-8) + 0.1 * w))
+
+
+def _local_parts(case, rank):
+    """The trainer's own step, on this rank's parts."""
+    program = build_program(case.cfg, case.config(), case.sharding("manual", rank))
+    state = program.init(lambda path, slices: np.zeros([s.stop - s.start for s in slices], np.float32))
+    batch = {key: value.asnumpy() for key, value in _tensors(ROWS // case.axes["dp"]).items()}
+    program.step(state, batch, 1e-3, 0)
+    paths = [path for path, _ in tree_paths(param_specs(case.cfg))]
+    return dict(zip(paths, [w.shape for w in tree_leaves(state["params"])])) if case.layer_loop == "unroll" else {}
+
+
+def _tensors(rows):
+    ints = ("tokens", "targets", "segment_ids", "positions")
+    batch = {key: ms.Tensor(np.ones((rows, SEQ_LEN)), ms.int32) for key in ints}
+    return {**batch, "loss_weights": ms.Tensor(np.ones((rows, SEQ_LEN)), ms.float32)}
+
+
+class _Planted:
+    """An annotation that is wrong, while a model is built and compiled."""
+
+    def __init__(self, name):
+        self.patch = PLANTED.get(name)
+
+    def __enter__(self):
+        if self.patch:
+            owner, name, wrong = self.patch
+            self.kept = getattr(owner, name)
+            setattr(owner, name, wrong)
+
+    def __exit__(self, *error):
+        if self.patch:
+            setattr(self.patch[0], self.patch[1], self.kept)
+
+
+def _unscattered(sharding, inner):
+    """linear.row whose result is left whole, where the next op wants rows."""
+    dims = f"tokens {inner}, {inner} embed -> tokens embed"
+    return sharding.op(ops.MatMul(), dims, kind="contraction", call=linear._matmul)
+
+
+def _unannotated(sharding):
+    """linear.residual, of which nothing is said."""
+    return ops.Add()
+
+
+_psum = collectives.psum
+
+
+def _summed_twice(*args, **options):
+    once = _psum(*args, **options)
+
+    def twice(x):
+        return once(once(x))
+
+    return twice
+
+
+PLANTED = {
+    "unscattered": (linear, "row", _unscattered),
+    "summed_twice": (collectives, "psum", _summed_twice),
+    "unannotated": (linear, "residual", _unannotated),
+}
+
+# A node's line, then that of the types of its operands and result.
+NODE = re.compile(r"^\s+%\d+\(.*?\) = (?:PrimFunc_)?(AllReduce|AllGather|ReduceScatter|AlltoAll\w*)\((.*)\n\s+: (.*)$", re.M)
+
+
+def collectives_of(text):
+    """[(kind, ranks of the group, dtype, shape of the operand)] of a graph."""
+    out = []
+    for kind, attributes, types in NODE.findall(text):
+        dtype, shape = re.search(r"<Tensor\[(\w+)\]+, \(([\d, ]*)\)", types).groups()
+        out.append((kind, _ranks(attributes), dtype.lower(), _numbers(shape)))
+    return out
+
+
+def _ranks(attributes):
+    """The ranks of a collective's group: as MindSpore's partitioner states them, or of the group that we made by this name."""
+    if stated := re.search(r"group_rank_ids: \(([\d, ]*)\)", attributes):
+        return _numbers(stated[1])
+    name = re.search(r'group: "([^"]*)"', attributes)[1]
+    if name == GlobalComm.WORLD_COMM_GROUP:
+        return list(range(int(os.environ["RANK_SIZE"])))
+    return list(next(ranks for ranks, known in collectives._groups.items() if known == name))
+
+
+def _numbers(text):
+    return [int(n) for n in text.split(",") if n.strip()]
+
+
+def invented_splits(text):
+    """The ops that MindSpore split without being told to: [name and strategy]."""
+    found = re.findall(r" = (?:PrimFunc_)?(\w+)\(.*gen_strategy: (\(\(.*?\)\))", text)
+    return [f"{name} {strategy}" for name, strategy in found if any(int(n) > 1 for n in re.findall(r"\d+", strategy.replace("I64", "")))]
+
+
+def main(lowering, name):
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("Ascend")
+    init()
+    if lowering == "shard":
+        world = int(os.environ["RANK_SIZE"])
+        ms.set_auto_parallel_context(device_num=world, full_batch=True, parallel_mode="semi_auto_parallel", enable_alltoall=True)
+    print("RESULT", json.dumps(compile_step(CASES[name], lowering)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,190 @@
+"""Two-layer train steps compiled for one rank of a simulated Ascend cluster, in both lowerings: parameter slices, and every collective.
+
+Simulation computes nothing, so this holds shapes, groups and counts; that the numbers are right, the manual lowering shows on processes.
+Expected counts are sums over what the layers do; L is the number of layers.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from experiments import layout_traffic
+from parallel import standin
+from parallel.placement import local_shape, place
+from parallel.spec import tree_leaves
+from qwen3.model import param_specs
+from tests.parallel.shard_step import CASES
+
+ROOT = Path(__file__).parent.parent.parent
+WORLD = 4
+RANKS = {"shard": 0, "manual": 3}  # whose program is compiled
+FAST = {"shard": ("moe-sp",), "manual": ("dense-sp",)}
+PLANTED = ("unscattered", "summed_twice", "unannotated")
+SLOW = {"shard": ("dense", "dense-sp", "moe", "moe-ep-sp", *PLANTED), "manual": ("dense", "moe-ep-sp")}
+SLOW_TRAFFIC = (*SLOW["manual"], "zero1", "zero2", "zero3")
+
+pytestmark = pytest.mark.skipif(standin.unavailable() is not None, reason=str(standin.unavailable()))
+
+
+def cases(table):
+    return [(lowering, name) for lowering, names in table.items() for name in names]
+
+
+ALL = [*cases(FAST), *(pytest.param(*case, marks=pytest.mark.slow) for case in cases(SLOW))]
+SOUND = [case for case in ALL if (case.values if hasattr(case, "values") else case)[1] not in PLANTED]
+
+
+def compile_one(lowering, name, folder):
+    """What shard_step found, in a process of its own: the partitioner keeps something from one program to the next."""
+    folder.mkdir()
+    env = {**os.environ, **standin.environment(WORLD, RANKS[lowering]), "GLOG_v": "3", "MS_DEV_SAVE_GRAPHS_PATH": str(folder)}
+    env.update(MS_DEV_SAVE_GRAPHS="2", MS_DEV_DUMP_IR_PASSES="validate")  # the last pass' graph alone, which saves most of the time
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env["PYTHONPATH"]])
+    command = [sys.executable, "-m", "tests.parallel.shard_step", lowering, name]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return json.loads(done.stdout.rpartition("RESULT ")[2])
+
+
+def compile_all(table, folder):
+    """Yields {(lowering, case): future of what shard_step found}, and waits for all."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {case: pool.submit(compile_one, *case, folder / "-".join(case)) for case in cases(table)}
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    yield from compile_all(FAST, tmp_path_factory.mktemp("fast"))
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    yield from compile_all({**SLOW, "manual": SLOW_TRAFFIC}, tmp_path_factory.mktemp("slow"))
+
+
+@pytest.fixture
+def compiled(request):
+    """f(lowering, case) -> what shard_step found"""
+
+    def of(*case):
+        return request.getfixturevalue("fast" if case in cases(FAST) else "slow")[case].result()
+
+    return of
+
+
+def counted(found, mesh):
+    """{(kind, axes): calls}"""
+    names = {mesh.members(axes): "+".join(axes) for axes in (("tp",), ("dp",), ("dp", "tp"))}
+    return Counter((kind, names[tuple(ranks)]) for kind, ranks, _, _ in found["collectives"])
+
+
+def expected(case, lowering):
+    """The same, from what the model is made of."""
+    out, shard, sp, L = Counter(), lowering == "shard", case.seq_parallel, case.cfg.num_layers
+    rows = "dp+tp" if sp else "dp"  # the axes that rows are split over
+    # Attention and the feed-forward each begin with the rows of the tp group and end in a sum over it; so do, the other way round, the
+    # embedding, which ends in one, and the head, which begins so. Their transposes come in the backward.
+    blocks = 2 * L + 1
+    if sp:
+        out["AllGather", "tp"] += 2 * blocks
+        out["ReduceScatter", "tp"] += 2 * blocks
+    else:
+        out["AllReduce", "tp"] += 2 * blocks
+    # MindSpore's partitioner gives a sum's operand the sum of the cotangents, ours the cotangent, which is the same on all ranks
+    twice = 2 if shard else 1
+    out["AllReduce", "tp"] += 1 + 2 * twice  # cross-entropy: the largest logit; the sum of exponentials, the target's logit
+    out["AllReduce", "dp"] += 1 + twice  # the mean: the sum of weights, which has no gradient, and the weighted sum
+    if case.cfg.moe_layers:
+        out["AllReduce", rows] += L * twice  # router statistics
+        if sp:  # the tp group's choices, ids and weights; the weights' cotangents are scattered
+            out["AllGather", "tp"] += 2 * L
+            out["ReduceScatter", "tp"] += L
+        if case.mesh().ep > 1:  # tokens, their experts' ids, and results; the backward of the first and the last; lost assignments
+            out["AlltoAll", "dp"] += 5 * L
+            out["AllReduce", "dp"] += L
+    return out + (shard_gradients(case) if shard else manual_gradients(case))
+
+
+def shard_gradients(case):
+    """MindSpore sums each parameter's gradient by itself, over all ranks that hold it alike."""
+    out = Counter()
+    for p in placed(case, "shard"):
+        split = {atom[:2] for atoms in p.used for atom in atoms}
+        alike = [axis for axis in ("dp", "tp") if axis not in split]
+        out.update([("AllReduce", "+".join(alike))] if alike else [])
+    return out
+
+
+def manual_gradients(case):
+    """Over tp where the op is used for a part of the rows or heads; over dp in one bucket; and the norm."""
+    heads = sum(p.path.endswith(("q_norm", "k_norm")) for p in placed(case, "manual"))
+    rows = sum(p.spec.dims in (("embed",), ("embed", "router")) for p in placed(case, "manual")) if case.seq_parallel else 0
+    return Counter({("AllReduce", "tp"): heads + rows, ("AllReduce", "dp"): 1, ("AllReduce", "dp+tp"): 1})
+
+
+def placed(case, lowering):
+    return tree_leaves(place(case.sharding(lowering, RANKS[lowering]), param_specs(case.cfg)))
+
+
+@pytest.mark.parametrize("lowering, name", SOUND)
+def test_every_collective_is_accounted_for(compiled, lowering, name):
+    case = CASES[name]
+    assert counted(compiled(lowering, name), case.mesh(RANKS[lowering])) == expected(case, lowering)
+
+
+@pytest.mark.parametrize("lowering, name", SOUND)
+def test_parameters_are_cut_as_their_specs_say(compiled, lowering, name):
+    shapes, mesh = compiled(lowering, name)["slices"], CASES[name].mesh(RANKS[lowering])
+    assert {path: tuple(shape) for path, shape in shapes.items()} == {
+        p.path: local_shape(mesh, p.spec, p.stored) for p in placed(CASES[name], lowering)
+    }
+    assert shapes["layers.0.attention.wq"] == [32, 16] and shapes["embed"] == [31, 32]  # 61 padded to 62, half of it
+
+
+@pytest.mark.parametrize("lowering, name", SOUND)
+def test_no_op_is_split_unless_its_annotation_says_so(compiled, lowering, name):
+    assert compiled(lowering, name)["invented"] == []
+
+
+def difference(compiled, name):
+    case = CASES[name]
+    found, sound = counted(compiled("shard", name), case.mesh()), expected(case, "shard")
+    return {key: found[key] - sound[key] for key in found | sound if found[key] != sound[key]}
+
+
+@pytest.mark.slow
+def test_a_result_left_whole_changes_the_counts(compiled):
+    """Row-parallel matmuls whose annotation lacks >rows, two in this layer: their sums, and the sums of their cotangents, are whole."""
+    assert difference(compiled, "unscattered") == {("ReduceScatter", "tp"): -2, ("AllGather", "tp"): -2, ("AllReduce", "tp"): 4}
+
+
+@pytest.mark.slow
+def test_a_sum_made_twice_changes_the_counts(compiled):
+    """In regions, the sums of the embedding and of the target's logit; and the backward of each."""
+    assert difference(compiled, "summed_twice") == {("AllReduce", "tp"): 4}
+
+
+@pytest.mark.slow
+def test_an_op_without_annotation_is_seen(compiled):
+    """The two residual additions: MindSpore splits their first dim over as many ranks as it can."""
+    assert compiled("shard", "unannotated")["invented"] == ["Add ((4, 1), (4, 1))"] * 2
+
+
+@pytest.mark.parametrize("name", [*FAST["manual"], *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TRAFFIC)])
+def test_the_traffic_of_a_layout_is_what_its_graph_sends(compiled, name):
+    """Every call: its kind, ranks, payload and dtype, and how often; predicted from signatures and specs."""
+    case, predicted, found = CASES[name], Counter(), Counter()
+    sharding = case.sharding("manual", RANKS["manual"])
+    for call, count in layout_traffic.step_calls(case.config(), case.cfg, sharding).items():
+        predicted[call.kind, sharding.mesh.members(call.atoms), call.elements, call.itemsize] += count
+    for kind, ranks, dtype, shape in compiled("manual", name)["collectives"]:
+        whole = math.prod(shape) * (len(ranks) if kind == "AllGather" else 1)
+        found[kind, tuple(ranks), whole, 2 if dtype == "bfloat16" else 4] += 1
+    assert found == predicted
