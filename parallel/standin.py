@@ -123,7 +123,7 @@ def library(cache=None):
     reason = unavailable()
     if reason:
         raise RuntimeError(reason)
-    cache = Path(cache or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3-mindspore"
+    cache = Path(cache or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3_mindspore"
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     folder = cache / f"cann-for-mindspore-{importlib.metadata.version('mindspore')}-{source}"
     if not folder.exists():

@@ -48,7 +48,7 @@ def test_processes_that_make_the_library_at_once_share_one(tmp_path):
         done = list(pool.map(lambda _: subprocess.run(make, capture_output=True, text=True, timeout=300), range(2)))
     assert [d.returncode for d in done] == [0, 0], done[0].stderr
     (folder,) = {d.stdout.strip() for d in done}
-    assert [str(path) for path in (tmp_path / "qwen3-mindspore").iterdir()] == [folder]
+    assert [str(path) for path in (tmp_path / "qwen3_mindspore").iterdir()] == [folder]
 
 
 def test_a_missing_tool_is_named_with_its_package(monkeypatch):
