@@ -225,11 +225,11 @@ class Records:
         self.records.append((step, values))
 
 
-def fake_program(losses):
-    """A program whose state counts its steps."""
+def fake_program(losses, **extra):
+    """A program whose state counts its steps. extra: more metrics of each step."""
 
     def step(state, batch, lr, at):
-        return state + 1, {"loss": losses[at], "tokens": 1.0, "objective": losses[at], "grad_norm": 1.0, "lr": lr}
+        return state + 1, {"loss": losses[at], "tokens": 1.0, "objective": losses[at], "grad_norm": 1.0, "lr": lr, **extra}
 
     return train.Program(None, None, step, lambda state, batches: 0.5)
 
@@ -241,6 +241,12 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(bad):
     with pytest.raises(FloatingPointError, match="step 3: objective=.* is not finite.*Lower optim.lr"):
         train.train(fake_program([1.0, 1.0, bad, 1.0]), 0, map(make_batch, itertools.count()), [make_batch(1)], config, writer, float)
     assert [step for step, _ in writer.records] == [0, 1, 2]
+
+
+def test_tokens_that_no_expert_had_room_for_stop_the_run():
+    config, data = make_config(**{"train.batch_size": 4}), map(make_batch, itertools.count())
+    with pytest.raises(FloatingPointError, match="step 1: 3 assignments .* found no place .*Raise model_args.moe_capacity_factor"):
+        train.train(fake_program([1.0], expert_overflow=3.0), 0, data, [make_batch(1)], config, Records(), float)
 
 
 def test_lines_are_logged_and_held_out_text_evaluated_as_often_as_asked():

@@ -240,6 +240,27 @@ def test_routing_is_exact_where_float32_is_not():
     check_plan(expert, 128, 64)
 
 
+@pytest.mark.parametrize("factor", [None, 0.5, 1.0, 100.0])
+@pytest.mark.parametrize("choice", ["random", "all", "one_expert", "last_expert", "many"])
+def test_a_send_plan_puts_assignments_in_order_into_the_slots_of_their_shard(choice, factor):
+    expert, experts = CHOICES[choice]
+    (T, k), within = expert.shape, experts // 2
+    slot, source, local, lost = map(host, routing.send_plan(experts, 2, factor)(ms.Tensor(expert)))
+    capacity, flat, at = len(source) // 2, expert.ravel(), np.arange(T * k)
+    assert capacity == (T * min(k, within) if factor is None else min(T * min(k, within), int(np.ceil(factor * T * k / 2))))
+    for shard in range(2):
+        there = at[flat // within == shard]
+        kept, given_up = there[:capacity], there[capacity:]
+        np.testing.assert_array_equal(slot[kept], shard * capacity + np.arange(len(kept)))
+        np.testing.assert_array_equal(slot[given_up], 0)
+        np.testing.assert_array_equal(lost.ravel()[there], np.arange(len(there)) >= capacity)
+        part = slice(shard * capacity, (shard + 1) * capacity)
+        empty = capacity - len(kept)
+        np.testing.assert_array_equal(source[part], [*(kept // k), *[T] * empty])
+        np.testing.assert_array_equal(local[part], [*(flat[kept] - shard * within), *[within] * empty])
+    assert lost.sum() >= T * k - len(source)  # above 0 with a factor of 0.5
+
+
 def check_plan(expert, experts, limit):
     T, k = expert.shape
     slot, source, group = map(host, routing.plan(experts, limit)(ms.Tensor(expert)))

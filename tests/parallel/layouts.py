@@ -25,6 +25,7 @@ MODELS = {
     "moe": MOE,  # 6 experts
     "moe8": MOE.replace(num_experts=8, router_bias=True),
     "capacity": MOE.replace(moe_capacity_factor=4.0),
+    "tight": MOE.replace(moe_capacity_factor=0.5),
     "mixed": MIXED,
 }
 
@@ -55,6 +56,10 @@ LAYOUTS = {
     "moe, dp4 tp2 ep4, sequence parallel, ZeRO 2": ("moe8", dict(dp=4, tp=2, ep=4, seq=True, zero=2, loop="scan")),
 }
 
+# Its buffers are too small, so it equals nothing.
+OVERFLOWING = "moe, dp2 ep2, half the capacity"
+LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
+
 # Left out of the default tests: more of the same, at 20 seconds of two cores each.
 SLOW = (
     "tp2",
@@ -79,9 +84,8 @@ def processes(options):
 def run(model, options, rank=0):
     """Five steps in a layout, or in one process. Every rank returns the same whole arrays: losses, norms, first moments of the optimizer,
     parameters after each; and of its own parts the shapes and bytes."""
-    cfg, sizes = MODELS[model], {axis: options[axis] for axis in ("dp", "tp", "ep") if axis in options}
-    mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
-    sharding = Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0))
+    cfg, sharding = MODELS[model], sharding_of(MODELS[model], options, rank)
+    mesh = sharding.mesh
     config, micro = run_config(options), options.get("micro", 1)
     program = train.build_program(cfg, config, sharding)
     state = program.init(tree_map(lambda w: w.asnumpy(), random_params(cfg)))
@@ -90,11 +94,18 @@ def run(model, options, rank=0):
         batch = {key: value[mine] for key, value in make_batch(at, rows=ROWS, vocab=cfg.vocab_size).items()}
         state, metrics = program.step(state, batch, LR, at)
         out[f"loss.{at}"], out[f"grad_norm.{at}"] = metrics["objective"], metrics["grad_norm"]
+        out[f"expert_overflow.{at}"] = metrics.get("expert_overflow", 0.0)
         if at == 0:
             out.update({f"gradient.{path}": m / (1 - config.optim.b1) for path, m in moments(cfg, program, state, sharding, options)})
     out.update({f"parameter.{path}": w.asnumpy() for path, w in tree_paths(program.params(state))})
     out["state bytes"] = sum(w.nbytes for name in ("params", "m", "v") for w in tree_leaves(state[name]))
     return {**out, **{f"shape.{path}": w.shape for path, w in tree_paths(from_tuple(structure(cfg, options), state["m"]))}}
+
+
+def sharding_of(cfg, options, rank=0):
+    sizes = {axis: options[axis] for axis in ("dp", "tp", "ep") if axis in options}
+    mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
+    return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0))
 
 
 def run_config(options):
@@ -122,5 +133,5 @@ def main(names):
     """In each process: all layouts of these names, a JSON list."""
     rank, out = collectives.start()[0], {}
     for name in json.loads(names):
-        out.update({f"{name}|{key}": np.asarray(value) for key, value in run(*LAYOUTS[name], rank).items()})
+        out.update({f"{name}|{key}": np.asarray(value) for key, value in run(*LAYOUTS_RUN[name], rank).items()})
     return out

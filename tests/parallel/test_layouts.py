@@ -6,14 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from parallel.mesh import Mesh
 from parallel.placement import local_shape, place
-from parallel.sharding import Sharding
 from parallel.spec import tree_leaves
 from qwen3.model import param_specs
 from tests import processes
 from tests.parallel import layouts
-from tests.parallel.layouts import LAYOUTS, MODELS, SLOW
+from tests.parallel.layouts import LAYOUTS, LAYOUTS_RUN, MODELS, OVERFLOWING, ROWS, SLOW
 from tests.tiny import error
 
 TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-5, "gradient": 1e-4, "parameter": 1e-5}
@@ -27,7 +25,7 @@ def one_process(model, loop, micro):
 @functools.lru_cache
 def on_processes(count, slow):
     """For each rank {"name|key": array}, of all layouts of so many processes, which are started once; or why they failed."""
-    names = [name for name, (_, options) in LAYOUTS.items() if layouts.processes(options) == count and (name in SLOW) == slow]
+    names = [name for name, (_, options) in LAYOUTS_RUN.items() if layouts.processes(options) == count and (name in SLOW) == slow]
     try:
         return processes.run("tests.parallel.layouts:main", count, json.dumps(names), timeout_s=1200)
     except AssertionError as error:
@@ -36,7 +34,7 @@ def on_processes(count, slow):
 
 def found(name):
     """What each rank returned."""
-    count = layouts.processes(LAYOUTS[name][1])
+    count = layouts.processes(LAYOUTS_RUN[name][1])
     ranks = on_processes(count, name in SLOW)
     assert not isinstance(ranks, str), ranks
     return [{key.split("|")[1]: v for key, v in rank.items() if key.startswith(f"{name}|")} for rank in ranks]
@@ -54,6 +52,7 @@ def test_a_layout_equals_one_process(name):
             worst = error(value, ranks[0][key])
             assert worst <= TOLERANCE[kind], f"{key}: error {worst:.3g} is above {TOLERANCE[kind]}"
     assert all(checked.values())
+    assert not any(value.any() for key, value in ranks[0].items() if key.startswith("expert_overflow"))
     for rank in ranks[1:]:  # replicas have not drifted apart by a bit
         for key in want:
             if key.split(".")[0] in TOLERANCE:
@@ -61,12 +60,16 @@ def test_a_layout_equals_one_process(name):
     check_parts(MODELS[model], options, ranks)
 
 
+def test_what_does_not_fit_into_the_buffers_is_counted_alike_on_every_rank():
+    """Two layers, rows of 16 tokens, 2 choices a token, and slots for half of them."""
+    lost = [[rank[f"expert_overflow.{at}"] for at in range(layouts.STEPS)] for rank in found(OVERFLOWING)]
+    assert lost[0] == lost[1] and min(lost[0]) >= ROWS * 16 * 2 * 2 / 2
+
+
 def check_parts(cfg, options, ranks):
     """Each rank holds the parts that the specs say, and no more bytes."""
-    sizes = {axis: options[axis] for axis in ("dp", "tp", "ep") if axis in options}
-    mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads))
-    sharding = Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0))
-    placed = tree_leaves(place(sharding, param_specs(cfg)))
+    sharding = layouts.sharding_of(cfg, options)
+    mesh, placed = sharding.mesh, tree_leaves(place(sharding, param_specs(cfg)))
     floats = sum(np.prod(local_shape(mesh, p.spec, p.stored)) + 2 * np.prod(local_shape(mesh, p.spec, p.state)) for p in placed)
     for rank in ranks:
         assert rank["state bytes"] == 4 * floats
