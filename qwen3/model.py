@@ -196,7 +196,8 @@ def _unrolled(cfg, sharding, blocks):
     """trunk(layers, x_RD, consts) -> x_RD, stats [MoE layers, 2E + 3] (of a dense model, [1, 1])."""
     run, n = tuple(block for block, _ in blocks), cfg.num_layers
     counted = tuple(cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(n))
-    stack = sharding.op(ops.Stack(0), ", ".join(["stats"] * sum(counted)) + " -> layers stats", kind="kernel", call=_stack)
+    dims = ", ".join(["stats"] * sum(counted)) + " -> layers stats"
+    stack = sharding.op(_stack(), dims, kind="kernel", sizes={"layers": sum(counted)})
 
     def trunk(layers, x, consts):
         every = ()
@@ -209,8 +210,14 @@ def _unrolled(cfg, sharding, blocks):
     return trunk
 
 
-def _stack(stack, *xs):
-    return stack(xs)
+def _stack():
+    """Not ops.Stack, which, given one tensor, returned in eager mode the shape that it had in an earlier compiled graph."""
+    concat, reshape = ops.Concat(0), ops.Reshape()
+
+    def stack(*xs):
+        return reshape(concat(xs), (len(xs), -1))
+
+    return stack
 
 
 def _scanned(cfg, blocks):
