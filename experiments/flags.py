@@ -3,7 +3,6 @@
 A main calls `define()` at import, `resolve(FLAGS)` in `main(argv)`, and ends with `flags.run(main)`.
 """
 
-import difflib
 import glob
 import json
 import os
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from experiments import layout
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
+from parallel.hints import nearest
 from parallel.mesh import AXES, world_size
 from qwen3.config import SIZES, Qwen3Config, check_compute_dtype
 
@@ -125,7 +125,7 @@ def _base_model(model):
         return SIZES[model]
     path = os.path.join(model, "config.json")
     if not os.path.isdir(model):
-        near = _nearest(os.path.basename(model).lower(), SIZES)
+        near = nearest(os.path.basename(model).lower(), SIZES)
         raise ValueError(f"model={model!r} is neither a size nor a folder{near}; the sizes are {', '.join(SIZES)}")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"model={model!r}: the folder has no config.json; give a Hugging Face folder")
@@ -157,14 +157,14 @@ def _with_config(argv, default):
         if inside := [k for k in known if k.startswith(key + ".")]:
             raise ValueError(f"--config.{key} is a section; set its keys, such as --config.{inside[0]}")
         if key not in known:
-            raise ValueError(f"--config.{key}: there is no key {key!r}{_nearest(key, known)}")
+            raise ValueError(f"--config.{key}: there is no key {key!r}{nearest(key, known)}")
     return argv
 
 
 def _load(path):
     """The config of a file. Every error in the file is a ValueError with its line, since ml_collections' own run to pages."""
     if not os.path.isfile(path):
-        near = _nearest(path, glob.glob(os.path.join(os.path.dirname(path), "*.py")))
+        near = nearest(path, glob.glob(os.path.join(os.path.dirname(path), "*.py")))
         raise ValueError(f"--config={path} is not a file{near}")
     try:
         config = runpy.run_path(path)["get_config"]()
@@ -175,7 +175,7 @@ def _load(path):
     keys, known = _keys(config), _keys(common.get_config())
     for key in keys:
         if key not in known:
-            raise ValueError(f"{path}: there is no key {key!r}{_nearest(key, known)}")
+            raise ValueError(f"{path}: there is no key {key!r}{nearest(key, known)}")
     if missing := [key for key in known if key not in keys]:
         raise ValueError(f"{path}: {missing[0]!r} is missing; start from common.get_config()")
     return config
@@ -199,11 +199,6 @@ def _keys(config):
     for key, value in config.items():
         out += [f"{key}.{k}" for k in _keys(value)] if isinstance(value, ConfigDict) else [key]
     return out
-
-
-def _nearest(name, known):
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _one_of(*names):

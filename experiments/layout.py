@@ -4,7 +4,8 @@ It does not import MindSpore, so that the launcher can check a layout in no time
 to every parameter.
 """
 
-from parallel.mesh import Mesh, axis_sizes, divisors
+from parallel.hints import divisors
+from parallel.mesh import AXES, Mesh, axis_sizes
 
 
 def check(config, cfg, world=None):
@@ -24,8 +25,9 @@ def check(config, cfg, world=None):
     return sizes
 
 
-def mesh(cfg, sizes, rank=0):
-    """The Mesh of a rank, for axes as check() gives them."""
+def mesh(cfg, parallel, rank=0):
+    """The Mesh of a rank, for axes that check() has filled in."""
+    sizes = {axis: parallel[axis] for axis in AXES}
     return Mesh(**sizes, kv_repeat=max(1, sizes["tp"] // cfg.num_kv_heads), rank=rank)
 
 

@@ -6,6 +6,7 @@ import re
 
 from experiments import flags as command_line
 from experiments import layout, layout_traffic
+from parallel.mesh import AXES
 from parallel.placement import local_shape, nbytes, place
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves
@@ -15,10 +16,9 @@ COLUMNS = ("parameter", "global shape", "dims", "split over", "local shape", "by
 
 
 def describe(config):
-    """The table as text. Parameters of layers that are alike share a line. Raises ValueError for a layout that does not fit."""
+    """The table as text, of a config as experiments.flags.resolve gives it. Parameters of layers that are alike share a line."""
     cfg = command_line.model_config(config, "any")
-    sizes = layout.check(config, cfg)
-    mesh = layout.mesh(cfg, sizes)
+    mesh = layout.mesh(cfg, config.parallel)
     sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
     placed = tree_leaves(place(sharding, param_specs(cfg)))
     lines = [summary(config), "", *_table([COLUMNS, *_rows(sharding, placed)]), ""]
@@ -36,8 +36,8 @@ TOTALS = (("parameters", "stored", 1), ("gradients", "state", 1), ("optimizer st
 def summary(config):
     """The layout in one line."""
     parallel = config.parallel
-    sizes = layout.check(config, command_line.model_config(config, "any"))
-    world = math.prod(sizes[axis] for axis in ("dp", "tp", "pp", "cp"))
+    sizes = {axis: parallel[axis] for axis in AXES}
+    world = math.prod(n for axis, n in sizes.items() if axis != "ep")
     axes = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1 and axis != "ep") or "one device"
     extra = [f"experts over {sizes['ep']}"] * (sizes["ep"] > 1) + ["sequence parallel"] * parallel.seq_parallel
     extra += [f"ZeRO {parallel.zero}"] * (parallel.zero > 0) + [f"{parallel.micro_batches} micro-batches"] * (parallel.micro_batches > 1)

@@ -31,9 +31,9 @@ def main(_):
 
 def pretrain(config, workdir):
     """A whole run, into the new folder `workdir`; config as experiments.flags.resolve gives it."""
-    rank, world = collectives.start()
+    rank, _ = collectives.start()
     cfg, parallel = command_line.model_config(config), config.parallel
-    mesh = layout.mesh(cfg, layout.check(config, cfg, world), rank)
+    mesh = layout.mesh(cfg, parallel, rank)
     run_folder.make(workdir, mesh)
     data = corpus.load(config, cfg.vocab_size)
     cfg = corpus.with_token_ids(cfg, data.tokenizer, trained=not config.data.tokenizer)

@@ -17,7 +17,7 @@ from parallel.placement import load, local_shape, place, reader, stacked, whole
 from parallel.sharding import DATA, Sharding
 from parallel.source import function
 from parallel.spec import init_array, tree_leaves, tree_map, tree_paths, unflatten
-from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, rebuild_flat, to_tuple
+from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, rebuild_flat, subscripts, to_tuple
 from qwen3 import hf
 from qwen3.model import build, metric_names, param_specs, stacked_specs, unstack_layers
 
@@ -54,12 +54,15 @@ def build_program(cfg, config, sharding=None):
     model, specs = build(cfg, sharding, scan), stacked_specs(cfg) if scan else param_specs(cfg)
     names = metric_names(cfg)
     update = _update(specs, placed, sharding, config.optim)
-    run_step = (_one_batch if config.parallel.micro_batches == 1 else _accumulated)(model, specs, names, config, update, sharding)
+    if config.parallel.micro_batches == 1:
+        run_step = _one_batch(model, specs, names, update)
+    else:
+        run_step = _accumulated(model, specs, names, update, sharding, placed, config.parallel.micro_batches)
     eval_loss = jit(_eval_loss(model))
 
     def init(params):
         nested = to_tuple(_load(sharding.mesh, placed, params if callable(params) else reader(params), cfg.num_layers if scan else 0))
-        return {"params": nested, **optimizer.init_state(tree_map(partial(_state_shape, sharding.mesh), to_tuple(placed)))}
+        return {"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))}
 
     def params_of(state):
         tree = tree_map(lambda p, w: ms.Tensor(whole(sharding.mesh, p.spec, p.stored, w)), placed, from_tuple(specs, state["params"]))
@@ -103,8 +106,9 @@ def _load(mesh, placed, read, num_layers):
     return {key: loaded[key] for key in placed}
 
 
-def _state_shape(mesh, p):
-    return SimpleNamespace(shape=local_shape(mesh, p.spec, p.state))
+def shapes(mesh, placed, axes):
+    """For each of a tree of Placed something with the shape of a rank's part, for optim. axes: used, stored or state."""
+    return tree_map(lambda p: SimpleNamespace(shape=local_shape(mesh, p.spec, getattr(p, axes))), placed)
 
 
 def uses_scan(cfg, layer_loop):
@@ -122,34 +126,27 @@ def _eval_loss(model):
 
 
 def _update(specs, placed, sharding, optim):
-    """Functions for use in a graph: (sum_gradients(flat) -> flat; update(params, flat gradients, m, v, mean norm, scalars) -> (flat params,
-    flat m, flat v, mean norm, norm, skipped)), on the parts that a rank has. params, m and v are nested tuples."""
+    """Functions for use in a graph: sum_gradients(flat) -> flat; update(params, flat gradients, m, v, mean norm, scalars) -> (flat params,
+    flat m, flat v, mean norm, norm, skipped), on the parts that a rank has; flatten(nested) -> flat. params, m and v are nested tuples."""
     flat, like = tree_leaves(placed), to_tuple(specs)
     norm = zero.global_norm_squared(sharding, flat, optimizer.in_norm(specs)) if sharding.mesh.world > 1 else None
     apply, nest, flatten = optimizer.adamw(specs, optim, norm), rebuild_flat(like), flatten_in_graph(like)
-    split, join = zero.split_params(sharding, flat) or _same, zero.join_params(sharding, flat) or _same
-    columns = tuple(_column(like, i) for i in range(3))
-    params_of, m_of, v_of = columns
+    split, join = zero.split_params(sharding, flat), zero.join_params(sharding, flat)
+    params_of, m_of, v_of = (_column(like, i) for i in range(3))
 
     def update(params, grads, m, v, mean_norm, values):
         new, mean_norm, norm, skipped = apply(nest(split(flatten(params))), nest(grads), m, v, mean_norm, values)
         return join(params_of(new)), m_of(new), v_of(new), mean_norm, norm, skipped
 
-    return zero.sum_gradients(sharding, flat) or _same, update, flatten
+    return zero.sum_gradients(sharding, flat), update, flatten
 
 
 def _column(like, i):
     """A function, for use in a graph, from nested tuples of (p, m, v) to the flat tuple of one of the three."""
-    every = flatten_in_graph(tree_map(lambda _: (0, 0, 0), like))
-    n = len(tree_leaves(like))
-    return function("column(new)", ["flat = every(new)", f"return ({''.join(f'flat[{3 * k + i}], ' for k in range(n))})"], every=every)
+    return function("column(new)", [f"return ({''.join(f'new{at}[{i}], ' for at in subscripts(like))})"])
 
 
-def _same(flat):
-    return flat
-
-
-def _one_batch(model, specs, names, config, update, sharding):
+def _one_batch(model, specs, names, update):
     """Gradients and update in one graph."""
     grad, (sum_gradients, apply, flatten) = grad_in_graph(model.loss_fn, specs, names), update
 
@@ -167,14 +164,14 @@ def _one_batch(model, specs, names, config, update, sharding):
     return run
 
 
-def _accumulated(model, specs, names, config, update, sharding):
+def _accumulated(model, specs, names, update, sharding, placed, count):
     """Gradients of micro-batches, each weighted by its share of the targets, and one update: two graphs.
 
     From ZeRO stage 2 on they are summed over the data ranks as they come, and a rank keeps its part of the sum; before, once at the end.
     """
     grad, (sum_gradients, apply, flatten) = grad_in_graph(model.loss_fn, specs, names), update
-    early, late = (sum_gradients, _same) if sharding.zero >= 2 else (_same, sum_gradients)
-    weights_sum = collectives.psum(sharding.mesh, DATA)
+    early, late = (sum_gradients, zero.same) if sharding.zero >= 2 else (zero.same, sum_gradients)
+    parts = tuple(tree_leaves(shapes(sharding.mesh, placed, "state" if sharding.zero >= 2 else "used")))
 
     def add_share(share, total, g):
         return total + share * ms.ops.Cast()(g, ms.float32)
@@ -185,25 +182,16 @@ def _accumulated(model, specs, names, config, update, sharding):
         (loss, aux), grads = grad(params, batch)
         return loss, aux, add_all(partial(add_share, share), total, early(flatten(grads)))
 
-    def first(params, share, batch):
-        (loss, aux), grads = grad(params, batch)
-        return loss, aux, add_all(partial(times, share), early(flatten(grads)))
-
-    def times(share, g):
-        return share * ms.ops.Cast()(g, ms.float32)
-
     def finish(params, total, m, v, mean_norm, values):
         return apply(params, late(total), m, v, mean_norm, values)
 
-    first, accumulate, finish = jit(first), jit(accumulate), jit(finish)
+    accumulate, finish = jit(accumulate), jit(finish)
 
     def run(state, batch, values):
-        total, loss, aux = None, 0.0, [0.0] * len(names)
-        parts, weights = micro_batches(batch, config.parallel.micro_batches)
-        for share, part in zip(shares(weights_sum(ms.Tensor(weights, ms.float32)).asnumpy()), parts):
-            so_far = () if total is None else (total,)
-            share_tensor = ms.Tensor(share, ms.float32)
-            part_loss, part_aux, total = (accumulate if so_far else first)(state["params"], *so_far, share_tensor, _tensors(part))
+        total, loss, aux = optimizer.zeros_like(parts), 0.0, [0.0] * len(names)
+        slices, weights = micro_batches(batch, count)
+        for share, part in zip(shares(collectives.host_sum(sharding.mesh, DATA, weights)), slices):
+            part_loss, part_aux, total = accumulate(state["params"], total, ms.Tensor(share, ms.float32), _tensors(part))
             loss += share * _number(part_loss)
             aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
         *new, norm, skipped = finish(state["params"], total, state["m"], state["v"], state["norm"], values)
@@ -267,7 +255,7 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of):
         for done in range(1, steps + 1):
             batch = next(batches)
             new_state, metrics = program.step(state, batch, rate(done - 1), done - 1)
-            _stop_if_not_finite(metrics, done)
+            _stop_if_wrong(metrics, done)
             state, targets = new_state, targets + metrics["tokens"]
             timer.tick()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
@@ -304,7 +292,7 @@ class Timer:
         self.start += time.perf_counter() - began
 
 
-def _stop_if_not_finite(metrics, step):
+def _stop_if_wrong(metrics, step):
     if lost := metrics.get("expert_overflow"):
         raise FloatingPointError(
             f"step {step}: {lost:.0f} assignments of tokens to experts found no place in the buffers between expert parallel ranks; the run"

@@ -1,15 +1,16 @@
 """Collectives over named mesh axes, each with its backward, in compiled and eager code; the identity on an axis of size 1.
 
 A value that is not split over an axis is held by all its ranks alike, and so is its cotangent: that is the convention behind each
-backward here. On Ascend they are MindSpore's own primitives. MindSpore's CPU backend has AllReduce alone on a group of ranks, of float32,
-so there a gather is a sum of buffers that are zero outside a rank's own place, and a reduce-scatter a sum and a slice: the numbers are the
-same, the traffic is not. Integers travel as float32 there, exact below 2**24.
+backward here. On Ascend they are MindSpore's own primitives, but for ppermute, a gather of which one part is kept. MindSpore's CPU backend
+has AllReduce alone on a group of ranks, of float32, so there a gather is a sum of buffers that are zero outside a rank's own place, and a
+reduce-scatter a sum and a slice: the numbers are the same, the traffic is not. Integers travel as float32 there, exact below 2**24.
 """
 
 import hashlib
 from types import SimpleNamespace
 
 import mindspore as ms
+import numpy as np
 from mindspore import nn, ops
 from mindspore.communication import create_group, get_rank, init
 
@@ -81,6 +82,11 @@ def broadcast(mesh, axes, root=0):
     """f(x) -> the x of the rank at place `root`. Backward: there the sum of the cotangents, elsewhere zeros."""
     w = _wire(mesh, axes)
     return _cell(False, w.from_root(root), _to_root(w, root)) if w else _same
+
+
+def host_sum(mesh, axes, values):
+    """The sum over the axes' ranks of a few numbers [n] on the host, float32 numpy. The ranks wait for each other."""
+    return psum(mesh, axes)(ms.Tensor(np.asarray(values, np.float32))).asnumpy()
 
 
 def axis_index(mesh, axes):

@@ -36,10 +36,26 @@ def lower_fan(sharding, fns, parsed):
         (_, *enters), leaves = op_steps(sharding, operands, results, "contraction")
         enters, leaves = ([_built(sharding, steps) for steps in side] for side in (enters, leaves))
         each += (_between([None, *enters], fn, leaves),)
-    names = {f"f{i}": f for i, f in enumerate(each)}
-    weights = [f"w{i}" for i in range(len(each))]
+    return fan(each, shared)
+
+
+def fan(fns, enter=None):
+    """f(x, *ws) -> (fns[0](x, ws[0]), ...), with enter(x) in the place of x."""
+    names = {f"f{i}": f for i, f in enumerate(fns)}
+    weights = [f"w{i}" for i in range(len(fns))]
     results = "".join(f"{f}(x, {w}), " for f, w in zip(names, weights))
-    return function(f"fan(x, {', '.join(weights)})", [*(["x = enter(x)"] if shared else []), f"return ({results})"], enter=shared, **names)
+    return function(f"fan(x, {', '.join(weights)})", [*(["x = enter(x)"] if enter else []), f"return ({results})"], enter=enter, **names)
+
+
+def bind(fn, call):
+    """fn, called as call(fn, *args) says; fn itself without a call."""
+    if call is None:
+        return fn
+
+    def bound(*args):
+        return call(fn, *args)
+
+    return bound
 
 
 def varying(sharding, operands, results):

@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
+from parallel.hints import divisors
+
 AXES = ("dp", "tp", "pp", "cp", "ep")
 WORLD = ("pp", "dp", "cp", "tp")  # outermost first
 
@@ -116,10 +118,6 @@ class Mesh:
 
 
 ONE_DEVICE = Mesh()
-
-
-def divisors(n):
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 def axis_sizes(parallel, world=None):

@@ -6,7 +6,7 @@ which exist in this rank's memory alone.
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import mindspore as ms
 import numpy as np
@@ -94,14 +94,9 @@ def whole(mesh, spec, axes, x):
     return x.asnumpy()[tuple(slice(0, n) for n in spec.shape)]
 
 
-_gathers = {}
-
-
+@lru_cache(maxsize=64)
 def _gather(mesh, atom, dim):
-    key = (mesh, atom, dim)
-    if key not in _gathers:
-        _gathers[key] = collectives.all_gather(mesh, (atom,), dim)
-    return _gathers[key]
+    return collectives.all_gather(mesh, (atom,), dim)
 
 
 def nbytes(mesh, placed, axes_name, itemsize=4):

@@ -30,11 +30,9 @@ def lower(sharding, fn, call, by_hand, operands, results, kind, reduce, sizes, d
 
     sizes: {dim: size} of the dims of results that no operand has. dtype: of the results, or of each, where not that of the first operand.
     """
-    bound = fn if call is None else bind(call, fn)
     if by_hand is None and _is_known(sharding, fn, results):
-        primitive = _primitive(sharding, fn, operands, results, kind)
-        return primitive if call is None else bind(call, primitive)
-    local = manual.lower(inside(sharding), by_hand or bound, operands, results, kind, reduce)
+        return manual.bind(_primitive(sharding, fn, operands, results, kind), call)
+    local = manual.lower(inside(sharding), by_hand or manual.bind(fn, call), operands, results, kind, reduce)
     if kind == "elementwise":
         operands, results = operands * _arity(fn), operands
     return region(sharding, local, operands, results, sizes, dtype)
@@ -43,9 +41,8 @@ def lower(sharding, fn, call, by_hand, operands, results, kind, reduce, sizes, d
 def lower_fan(sharding, fns, call, parsed):
     """f(x, *ws) -> (fns[0](x, ws[0]), ...). parsed: (operands, results) of each, the first operand x."""
     if all(_is_known(sharding, fn, results) for fn, (_, results) in zip(fns, parsed)):
-        primitives = [_primitive(sharding, fn, *each, "contraction") for fn, each in zip(fns, parsed)]
-        return _each(tuple(primitives if call is None else [bind(call, fn) for fn in primitives]))
-    local = manual.lower_fan(inside(sharding), tuple(fns if call is None else [bind(call, fn) for fn in fns]), parsed)
+        return manual.fan([manual.bind(_primitive(sharding, fn, *each, "contraction"), call) for fn, each in zip(fns, parsed)])
+    local = manual.lower_fan(inside(sharding), [manual.bind(fn, call) for fn in fns], parsed)
     operands = [parsed[0][0][0]] + [part for each, _ in parsed for part in each[1:]]
     return region(sharding, local, operands, [results[0] for _, results in parsed])
 
@@ -73,13 +70,6 @@ def layout(sharding, dims):
     each = [sharding.atoms(dim) for dim in dims]
     whole = Layout(tuple(sharding.mesh.sizes.values()), tuple(sharding.mesh.sizes))
     return whole(*("None" if not atoms else atoms[0] if len(atoms) == 1 else atoms for atoms in each))
-
-
-def bind(call, fn):
-    def bound(*args):
-        return call(fn, *args)
-
-    return bound
 
 
 class _Region(ops.Morph):
@@ -129,18 +119,6 @@ def _arity(fn):
     if isinstance(fn, ops.Primitive):
         return len(fn.attrs.get("input_names") or inspect.signature(fn.__call__).parameters)
     return len(inspect.signature(fn).parameters)
-
-
-def _each(fns):
-    n = len(fns)
-
-    def fan(x, *ws):
-        out = ()
-        for i in range(n):
-            out += (fns[i](x, ws[i]),)
-        return out
-
-    return fan
 
 
 def _shapes(sharding, operands, results, sizes):

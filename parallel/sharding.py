@@ -11,13 +11,13 @@ parameter is not split over, and parallel/zero.py sums it once, in buckets. So a
 as a penalty on a weight, has to be divided by the number of data parallel ranks.
 """
 
-import difflib
 from functools import cached_property
 
 from mindspore import ops
 
 from parallel import manual, shard
-from parallel.mesh import ONE_DEVICE, Mesh, divisors
+from parallel.hints import divisors, nearest
+from parallel.mesh import ONE_DEVICE, Mesh
 
 # Logical dim -> the mesh axes it is split over, outermost first; `tp-kv` and the like are parts of axes, see Mesh.
 # rows are the flattened [batch, seq] rows of the residual stream, which sequence parallel splits over tp too; tokens the same rows where a
@@ -89,7 +89,7 @@ class Sharding:
 
     def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", check=False):
         self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
-        self.seq_parallel, self.zero, self.lowering = seq_parallel, zero, lowering
+        self.zero, self.lowering = zero, lowering
         self.partial = False  # whether cotangents of what ranks hold alike are partial sums, as inside the regions of shard.py
         self.in_region = False  # while `region` makes its function, with check
 
@@ -113,7 +113,7 @@ class Sharding:
             by_hand = _bind_part(call_part, fn, self.mesh.index(self.rules[dim]) * -(-size // self.shards(dim)))
         if self.lowering == "shard":
             return shard.lower(self, fn, call, by_hand, operands, results, kind, reduce, sizes, dtype)
-        bound = by_hand or (fn if call is None else _bind(call, fn))
+        bound = by_hand or manual.bind(fn, call)
         if self.check:
             asked = not self.in_region and (part is not None or not isinstance(fn, ops.Primitive))
             bound = _checked(bound, signature, operands, results, sizes, dtype, asked)
@@ -146,7 +146,7 @@ class Sharding:
         fns = [make() for _ in signatures]
         if self.lowering == "shard":
             return shard.lower_fan(self, fns, call, parsed)
-        bound = [fn if call is None else _bind(call, fn) for fn in fns]
+        bound = [manual.bind(fn, call) for fn in fns]
         if self.check:
             bound = [_checked(f, f"{operand}, {s}", *p) for f, s, p in zip(bound, signatures, parsed)]
         return manual.lower_fan(self, tuple(bound), parsed)
@@ -168,7 +168,7 @@ class Sharding:
         seen = {}
         for i, (dim, size) in enumerate(zip(spec.dims, spec.shape)):
             if dim not in self.rules:
-                raise ValueError(f"{path}: dim {dim!r} is not in RULES{_nearest(dim, self.rules)}")
+                raise ValueError(f"{path}: dim {dim!r} is not in RULES{nearest(dim, self.rules)}")
             for axis in self.rules[dim]:
                 if axis in seen:
                     raise ValueError(f"{path}: dims {seen[axis]!r} and {dim!r} are both split over {axis}; change one of them in RULES")
@@ -193,7 +193,7 @@ class Sharding:
             fail(f"kind is not one of {', '.join(KINDS)}")
         for dim in {d for part in operands + results for move in part for d in move}:
             if dim not in self.rules:
-                fail(f"dim {dim!r} is not in RULES{_nearest(dim, self.rules)}")
+                fail(f"dim {dim!r} is not in RULES{nearest(dim, self.rules)}")
         if kind == "elementwise":
             if results or len(operands) != 1 or any(a != b for a, b in operands[0]):
                 fail("an elementwise op has one list of dims, which all its operands and its result share")
@@ -230,18 +230,6 @@ def _check_axes(fail, rules, kind, operands, results):
                 fail(f"a mesh axis of dim {dim!r} is lost")
         if kind in ("contraction", "reduction") and not used - left:
             fail("nothing is summed: every dim of the operands is in the result")
-
-
-def _nearest(dim, rules):
-    near = difflib.get_close_matches(dim, rules, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _bind(call, fn):
-    def bound(*args):
-        return call(fn, *args)
-
-    return bound
 
 
 def _bind_part(call, fn, first):

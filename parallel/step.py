@@ -33,21 +33,21 @@ def from_tuple(like, nested):
 def rebuild(like):
     """A function, for use inside a compiled one, from to_tuple's form to a tree of `like`'s structure; lists become tuples."""
     lines = []
-    return _tree_function("nested", _expression(like, "nested", lines), lines)
+    return _tree_function("nested", expression(like, "nested", lines), lines)
 
 
 def rebuild_flat(like):
     """The same from the flat tuple of the leaves."""
     places = iter(range(len(tree_leaves(like))))
-    return _tree_function("flat", _expression(tree_map(lambda _: f"flat[{next(places)}]", like)))
+    return _tree_function("flat", expression(tree_map(lambda _: f"flat[{next(places)}]", like)))
 
 
 def flatten_in_graph(like):
     """A function, for use inside a compiled one, from a tree of `like`'s structure to the flat tuple of its leaves."""
-    return _tree_function("tree", "(" + "".join(f"tree{at}, " for at in _subscripts(like)) + ")")
+    return _tree_function("tree", "(" + "".join(f"tree{at}, " for at in subscripts(like)) + ")")
 
 
-def _expression(tree, at=None, lines=None):
+def expression(tree, at=None, lines=None):
     """Python source of a literal like `tree`, its leaves taken from nested tuples at `at`; without it, leaves are source.
 
     lines: gets statements that name each nested tuple once. The gradient of a subscript is a whole tuple, so that leaves taken
@@ -59,17 +59,18 @@ def _expression(tree, at=None, lines=None):
         lines.append(f"t{len(lines)} = {at}")
         at = f"t{len(lines) - 1}"
     keys = list(tree) if isinstance(tree, dict) else range(len(tree))
-    parts = [_expression(tree[k], at and f"{at}[{i}]", lines) for i, k in enumerate(keys)]
+    parts = [expression(tree[k], at and f"{at}[{i}]", lines) for i, k in enumerate(keys)]
     if isinstance(tree, dict):
         return "{" + ", ".join(f"{k!r}: {part}" for k, part in zip(keys, parts)) + "}"
     return "(" + "".join(part + ", " for part in parts) + ")"
 
 
-def _subscripts(tree):
+def subscripts(tree):
+    """Python source of the way to each leaf, such as "['layers'][0]"."""
     if is_leaf(tree):
         return [""]
     keys = list(tree) if isinstance(tree, dict) else range(len(tree))
-    return [f"[{k!r}]" + rest for k in keys for rest in _subscripts(tree[k])]
+    return [f"[{k!r}]" + rest for k in keys for rest in subscripts(tree[k])]
 
 
 def _tree_function(argument, expression, lines=()):

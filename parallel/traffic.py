@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mindspore import nn
 
 from parallel import zero
-from parallel.manual import entering, op_steps, varying
+from parallel.manual import bind, entering, op_steps, varying
 from parallel.placement import local_shape
 from parallel.sharding import DATA, Sharding, parse
 
@@ -63,12 +63,12 @@ class Watched(Sharding):
         place = len(self.bound)
         self.bound.append((operands, [results], kind, reduce, dtype))
         if kind == "elementwise":
-            return _called(fn, call)
-        return self._watching(place, _called(fn, call), len(operands))
+            return bind(fn, call)
+        return self._watching(place, bind(fn, call), len(operands))
 
     def fan(self, make, operand, signatures, *, kind, call=None):
         parsed = [parse(f"{operand}, {signature}") for signature in signatures]
-        place, fns = len(self.bound), [_called(make(), call) for _ in signatures]
+        place, fns = len(self.bound), [bind(make(), call) for _ in signatures]
         self.bound.append(([parsed[0][0][0], *(each[1] for each, _ in parsed)], [results for _, results in parsed], kind, "sum", None))
         return self._watching(place, lambda x, *ws: tuple(fn(x, w) for fn, w in zip(fns, ws)), 1 + len(fns))
 
@@ -100,10 +100,6 @@ class _Cotangent(nn.Cell):
     def bprop(self, x, out, dout):
         self.note()
         return (dout,)
-
-
-def _called(fn, call):
-    return fn if call is None else lambda *args: call(fn, *args)
 
 
 def _differentiable(x):

@@ -13,7 +13,8 @@ from mindspore import ops
 from parallel import collectives
 from parallel.placement import local_shape, place
 from parallel.source import function
-from parallel.spec import is_leaf, tree_leaves, tree_paths
+from parallel.spec import tree_leaves, unflatten
+from parallel.step import expression, subscripts
 
 BUCKET_ELEMENTS = 1 << 24  # of float32, 64 MiB
 
@@ -21,7 +22,7 @@ BUCKET_ELEMENTS = 1 << 24  # of float32, 64 MiB
 def sum_gradients(sharding, placed):
     """f(flat gradients) -> flat, each summed over its data axes and, from stage 1 on, cut to the part that `placed` calls its state.
 
-    placed: the flat list of Placed. For use inside a compiled function. None where there is nothing to do.
+    placed: the flat list of Placed. For use inside a compiled function.
     """
     mesh, lines, names = sharding.mesh, [], {}
     done = [f"g[{i}]" for i in range(len(placed))]
@@ -37,50 +38,47 @@ def sum_gradients(sharding, placed):
             lines += [f"b{k} = part{k}(b{k})"]
         for i, text in unpack(mesh, placed, bucket, f"b{k}", "state"):
             done[i] = text
-    return _flat_function("sum_gradients(g)", lines, done, names) if lines else None
+    return _flat_function("sum_gradients(g)", lines, done, names)
 
 
 def split_params(sharding, placed):
-    """f(flat parameters as the model uses them) -> this rank's parts, whose optimizer state it has; None where those are one."""
+    """f(flat parameters as the model uses them) -> this rank's parts, whose optimizer state it has; all of them where those are one."""
     names, done = {}, [f"g[{i}]" for i in range(len(placed))]
     for i, p in enumerate(placed):
         if p.stored != p.state:
             names[f"part{i}"] = collectives.split(sharding.mesh, p.partial, p.zero_dim)
             done[i] = f"part{i}(g[{i}])"
-    return _flat_function("split_params(g)", [], done, names) if names else None
+    return _flat_function("split_params(g)", [], done, names)
 
 
 def join_params(sharding, placed):
     """The inverse of split_params, in buckets."""
-    mesh, lines, names, done = sharding.mesh, [], {}, [f"g[{i}]" for i in range(len(placed))]
+    done = [f"g[{i}]" for i in range(len(placed))]
+    lines, names = _gather(sharding.mesh, placed, done) if sharding.zero < 3 else ([], {})
+    return _flat_function("join_params(g)", lines, done, names)
+
+
+def gathered(sharding, specs):
+    """f(tree of stored parameters) -> the tree as ops use it: gathered in stage 3, else the tree itself. Backward: reduce-scattered."""
+    placed = place(sharding, specs)
+    flat = tree_leaves(placed)
+    if all(p.stored == p.used for p in flat):
+        return same
+    done = [f"tree{at}" for at in subscripts(placed)]
+    lines, names = _gather(sharding.mesh, flat, done)
+    return function("gathered(tree)", [*lines, f"return {expression(unflatten(specs, done))}"], **names, **PRIMITIVES)
+
+
+def _gather(mesh, placed, done):
+    """(lines, names) that gather the parts that ZeRO makes of parameters. done: the source of each, replaced by that of the whole."""
+    lines, names = [], {}
     for k, (atoms, split, bucket) in enumerate(buckets(mesh, placed)):
-        if split and sharding.zero < 3:
+        if split:
             names[f"gather{k}"] = collectives.all_gather(mesh, atoms)
             lines += [f"b{k} = gather{k}({_pack_parts(mesh, placed, bucket, 'state', done)})"]
             for i, text in _unpack_parts(mesh, placed, bucket, f"b{k}", "used"):
                 done[i] = text
-    return _flat_function("join_params(g)", lines, done, names) if lines else None
-
-
-def gathered(sharding, specs):
-    """f(tree of stored parameters) -> the tree as ops use it: gathered in stage 3, else the tree itself. Backward: reduce-scattered.
-
-    specs: a tree of dicts, or one spec.
-    """
-    placed = place(sharding, specs)
-    paths, flat = [path for path, _ in tree_paths(placed)], tree_leaves(placed)
-    if all(p.stored == p.used for p in flat):
-        return _same
-    mesh, lines, names = sharding.mesh, [], {}
-    done = ["tree" + "".join(f"[{key!r}]" for key in path.split(".") if key) for path in paths]
-    for k, (atoms, split, bucket) in enumerate(buckets(mesh, flat)):
-        if split:
-            names[f"gather{k}"] = collectives.all_gather(mesh, atoms)
-            lines += [f"b{k} = gather{k}({_pack_parts(mesh, flat, bucket, 'stored', done)})"]
-            for i, text in _unpack_parts(mesh, flat, bucket, f"b{k}", "used"):
-                done[i] = text
-    texts = iter(done)
-    return function("gathered(tree)", [*lines, f"return {_literal(specs, texts)}"], **names, **PRIMITIVES)
+    return lines, names
 
 
 def global_norm_squared(sharding, placed, counted):
@@ -90,22 +88,18 @@ def global_norm_squared(sharding, placed, counted):
     for i in counted:
         split = mesh.size({atom for atoms in placed[i].state for atom in atoms})
         shares.append(f"total(square(cast(g[{i}], float32)), ())" + (f" / {mesh.world // split}" if mesh.world != split else ""))
-    names = {**PRIMITIVES, "sum_all": collectives.psum(mesh, tuple(mesh.sizes)) if mesh.world > 1 else _same}
+    names = {**PRIMITIVES, "sum_all": collectives.psum(mesh, tuple(mesh.sizes)) if mesh.world > 1 else same}
     return function("norm_squared(g)", [f"return sum_all(add(({', '.join(shares)},)))"], **names)
 
 
-def _same(tree):
-    return tree
+def same(x):
+    return x
 
 
 def _flat_function(head, lines, done, names):
+    if not names:  # no collective: nothing to do
+        return same
     return function(head, [*lines, f"return ({''.join(text + ', ' for text in done)})"], **names, **PRIMITIVES)
-
-
-def _literal(tree, texts):
-    if is_leaf(tree):
-        return next(texts)
-    return "{" + ", ".join(f"{key!r}: {_literal(value, texts)}" for key, value in tree.items()) + "}"
 
 
 def buckets(mesh, placed):

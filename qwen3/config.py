@@ -2,8 +2,9 @@
 config.json both ways. Sizes and defaults: the config.json files of the released models."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
+
+from parallel.hints import divisors, nearest
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2")
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -84,9 +85,7 @@ class Qwen3Config:
         known = [f.name for f in dataclasses.fields(self)]
         for key in changes:
             if key not in known:
-                near = difflib.get_close_matches(key, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"model config has no field {key!r}{hint}")
+                raise ValueError(f"model config has no field {key!r}{nearest(key, known)}")
         return dataclasses.replace(self, **changes)
 
     def is_moe_layer(self, i):
@@ -111,7 +110,7 @@ def _check(c):
     need(c.head_dim % 2 == 0, f"head_dim={c.head_dim} must be even: rotary embedding turns pairs")
     need(
         c.num_heads % c.num_kv_heads == 0,
-        f"num_kv_heads={c.num_kv_heads} must divide num_heads={c.num_heads}; use {_divisors(c.num_heads)}",
+        f"num_kv_heads={c.num_kv_heads} must divide num_heads={c.num_heads}; use {divisors(c.num_heads)}",
     )
     need(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be above 0")
     need(c.rms_norm_eps > 0, f"rms_norm_eps={c.rms_norm_eps} must be above 0")
@@ -141,10 +140,6 @@ def check_compute_dtype(cfg, device):
         no_bf16 = "MindSpore has no bfloat16 matmul on CPU"
         why = no_bf16 if cfg.compute_dtype == "bfloat16" else "on CPU this version computes in float32 only"
         raise ValueError(f"model_args.compute_dtype={cfg.compute_dtype!r}: {why}; use --config.model_args.compute_dtype=float32")
-
-
-def _divisors(n):
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 # Hugging Face's key, our field. What is not listed is either handled in _from_hf or has no influence on the numbers.
