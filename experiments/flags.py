@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from experiments import layout
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
+from ops.registry import IMPLEMENTATIONS, OPS
 from parallel.hints import nearest
 from parallel.mesh import AXES, world_size
 from qwen3.config import SIZES, Qwen3Config, check_compute_dtype
@@ -220,6 +221,7 @@ CHECKS = {
     **dict.fromkeys(("train.steps", "train.batch_size", "train.seq_len", "train.log_every", "parallel.micro_batches"), POSITIVE),
     **dict.fromkeys(("train.eval_every", "train.eval_rows", "train.seed", "train.sample_tokens", "data.max_bytes"), NOT_NEGATIVE),
     "train.layer_loop": _one_of("auto", "unroll", "scan"),
+    **{f"ops.{op}": _one_of("auto", *IMPLEMENTATIONS) for op in OPS},
     "optim.schedule": _one_of("constant", "linear", "cosine", "wsd"),
     **dict.fromkeys(("optim.lr", "optim.eps", "data.vocab_size"), POSITIVE),
     **dict.fromkeys(("optim.warmup_steps", "optim.weight_decay", "optim.clip_norm", "optim.router_bias_rate"), NOT_NEGATIVE),

@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
+from ops.registry import pick
 from parallel.spec import tree_leaves, tree_map
 from parallel.step import flatten_in_graph, to_tuple
 
@@ -65,25 +66,33 @@ def scalars(optim, lr, step):
     return ms.Tensor(np.array([lr, *corrections, step >= SPIKE_WARMUP_STEPS], np.float32))
 
 
-def adamw(specs, optim, norm_squared=None):
-    """update(params, grads, m, v, mean norm, scalars) -> (nested tuples of (p, m, v), mean norm, gradient norm, 1 if skipped).
+def adamw(specs, optim, kernels, norm_squared=None):
+    """update(params, grads, m, v, mean norm, scalars, after) -> (nested tuples of (p, m, v), mean norm, gradient norm, 1 if skipped).
 
     For use inside a compiled function, on nested tuples of the structure of `specs`. Decay acts on leaves whose spec has two dims
     or more. A leaf of spec.optimizer "sign" moves by router_bias_rate against its gradient's sign and is left out of the norm.
-    norm_squared(flat gradients): their squared norm, where they are split over ranks.
+    norm_squared(flat gradients): their squared norm, where they are split over ranks. after: what has to be computed before anything is
+    changed, as some implementations work in place; the gradients are, in any case. in_place() says on which leaves.
     """
     kinds = to_tuple(tree_map(partial(_kind, optim.weight_decay), specs))
-    flatten, apply = flatten_in_graph(kinds), ops.HyperMap()
-    leaf, squares, sqrt = _leaf_update(optim), norm_squared or _sum_of_squares(in_norm(specs)), ops.Sqrt()
+    flatten, apply, sqrt = flatten_in_graph(kinds), ops.HyperMap(), ops.Sqrt()
+    leaf, squares = _leaf_update(optim, kernels), norm_squared or _sum_of_squares(in_norm(specs), pick(kernels, "adamw", "squares")())
     control = _norm_control(optim)
 
-    def update(params, grads, m, v, mean_norm, values):
-        norm = sqrt(squares(flatten(grads)))
+    def update(params, grads, m, v, mean_norm, values, after):
+        flat = flatten(grads)
+        norm = sqrt(squares(flat))
         scale, keep, mean_norm = control(norm, mean_norm, values[3])
+        scale = ops.depend(scale, (after, flat))
         new = apply(partial(leaf, values, scale, keep), kinds, params, grads, m, v)
         return new, mean_norm, norm, 1 - keep
 
     return update
+
+
+def in_place(specs, kernels):
+    """For each leaf whether update changes p, m and v themselves. Not those whose gradient is not finite, then, nor those skipped."""
+    return tuple(kernels.adamw == "cpu" and spec.optimizer != "sign" for spec in tree_leaves(specs))
 
 
 def in_norm(specs):
@@ -97,14 +106,13 @@ def _kind(decay, spec):
     return float(decay) if len(spec.shape) > 1 else NO_DECAY
 
 
-def _sum_of_squares(counted):
-    total, add, n = ops.ReduceSum(), ops.AddN(), len(counted)
+def _sum_of_squares(counted, of_leaf):
+    add, n = ops.AddN(), len(counted)
 
     def squares(leaves):
         each = ()
         for i in range(n):
-            g = ops.Cast()(leaves[counted[i]], ms.float32)
-            each += (total(g * g, ()),)
+            each += (of_leaf(ops.Cast()(leaves[counted[i]], ms.float32)),)
         return add(each)
 
     return squares
@@ -118,7 +126,7 @@ def _norm_control(optim):
     def control(norm, mean, warm):
         scale = minimum(clip / (norm + 1e-6), 1.0) if clip else norm * 0 + 1
         if not limit:
-            return scale, norm * 0 + 1, mean
+            return scale, cast(norm < float("inf"), ms.float32), mean
         spike = cast(norm > limit * mean, ms.float32) * cast(mean > 0, ms.float32) * warm
         seen = select(mean > 0, mean * NORM_MEMORY + norm * (1 - NORM_MEMORY), norm)
         return scale, 1 - spike, select(spike > 0, mean, seen)  # not a sum of products, as 0 * inf is not 0
@@ -126,21 +134,17 @@ def _norm_control(optim):
     return control
 
 
-def _leaf_update(optim):
-    b1, b2, eps, rate = optim.b1, optim.b2, optim.eps, optim.router_bias_rate
-    skips = bool(optim.skip_spikes)
-    sqrt, sign, cast, select = ops.Sqrt(), ops.Sign(), ops.Cast(), ops.Select()
+def _leaf_update(optim, kernels):
+    # what is changed in place has to be kept from a gradient that is not finite, too
+    make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=bool(optim.skip_spikes) or kernels.adamw == "cpu")
+    decayed, plain = make(decay=float(optim.weight_decay)), make(decay=NO_DECAY)
+    rate, sign, cast = optim.router_bias_rate, ops.Sign(), ops.Cast()
 
     def leaf(values, scale, keep, kind, p, g, m, v):
         if kind < 0:
             return p - cast(rate * keep * sign(g), p.dtype), m, v
-        g = cast(g, ms.float32) * scale
-        new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-        w = cast(p, ms.float32)
-        w = w * (1 - values[0] * kind) - values[0] * (new_m / values[1]) / (sqrt(new_v / values[2]) + eps)
-        if skips:
-            same = ops.BroadcastTo(p.shape)(keep > 0)
-            return select(same, cast(w, p.dtype), p), select(same, new_m, m), select(same, new_v, v)
-        return cast(w, p.dtype), new_m, new_v
+        if kind > 0:
+            return decayed(values, scale, keep, p, g, m, v)
+        return plain(values, scale, keep, p, g, m, v)
 
     return leaf

@@ -5,6 +5,7 @@ On many ranks: python -m experiments.launch --nproc=4 -- experiments.pretrain --
 
 import os
 
+import mindspore as ms
 from absl import flags
 
 from experiments import flags as command_line
@@ -12,6 +13,7 @@ from experiments import layout, layout_table, metrics, run_folder
 from experiments.data import corpus, loader
 from experiments.finish import finish
 from experiments.train import build_program, initial_params, train, uses_scan
+from ops import registry
 from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.spec import count
@@ -60,6 +62,8 @@ def announce(cfg, config, data, mesh, peak):
     print(f"model      {config.model}: {count(param_specs(cfg)):,} parameters, {cfg.num_layers} layers, {how}")
     if mesh.world > 1:
         print(f"layout     {layout_table.summary(config)}")
+    device = ms.get_context("device_target")
+    print(f"ops        {registry.describe(registry.choose(config.ops, device, cfg.compute_dtype), device)}")
     print(f"data       {corpus.describe(data, config.train.seq_len)}")
     cost, what = metrics.flops_per_token(cfg, config.train.seq_len), "these processes'" if mesh.world > 1 else "this machine's"
     print(f"compute    {cost:.3g} FLOPs a token; {what} float32 matmul peak {peak / 1e9:.0f} GFLOP/s; {os.cpu_count()} cores", flush=True)

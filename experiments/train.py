@@ -6,12 +6,14 @@ import math
 import time
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
 from experiments import optim as optimizer
+from ops import registry
 from parallel import collectives, zero
 from parallel.placement import load, local_shape, place, reader, stacked, whole
 from parallel.sharding import DATA, Sharding
@@ -42,7 +44,8 @@ def build_program(cfg, config, sharding=None):
     init(params) -> state, from a tree as qwen3.model and hf.save take it, or from read(path, slices), which gives a rank its part.
     params(state) -> the tree, whole on every rank; all call it.
     step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], this data rank's; metrics: floats and lists,
-    of the global batch. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
+    of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient norm is not
+    finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
     """
     if cfg.param_dtype != "float32":
         raise ValueError(
@@ -51,9 +54,10 @@ def build_program(cfg, config, sharding=None):
         )
     sharding, scan = sharding or Sharding(), uses_scan(cfg, config.train.layer_loop)
     placed = placements(cfg, sharding, scan)
-    model, specs = build(cfg, sharding, scan), stacked_specs(cfg) if scan else param_specs(cfg)
+    kernels = registry.choose(config.ops, ms.get_context("device_target"), cfg.compute_dtype)
+    model, specs = build(cfg, sharding, scan, kernels), stacked_specs(cfg) if scan else param_specs(cfg)
     names = metric_names(cfg)
-    update = _update(specs, placed, sharding, config.optim)
+    update = _update(specs, placed, sharding, config.optim, kernels)
     if config.parallel.micro_batches == 1:
         run_step = _one_batch(model, specs, names, update)
     else:
@@ -61,11 +65,12 @@ def build_program(cfg, config, sharding=None):
     eval_loss = jit(_eval_loss(model))
 
     def init(params):
-        nested = to_tuple(_load(sharding.mesh, placed, params if callable(params) else reader(params), cfg.num_layers if scan else 0))
+        tree = _load(sharding.mesh, placed, params if callable(params) else reader(params), cfg.num_layers if scan else 0)
+        nested = to_tuple(tree_map(_copy, tree))  # steps change it in place
         return {"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))}
 
     def params_of(state):
-        tree = tree_map(lambda p, w: ms.Tensor(whole(sharding.mesh, p.spec, p.stored, w)), placed, from_tuple(specs, state["params"]))
+        tree = tree_map(lambda p, w: _copy(whole(sharding.mesh, p.spec, p.stored, w)), placed, from_tuple(specs, state["params"]))
         return unstack_layers(tree) if scan else tree
 
     def step(state, batch, lr, at):
@@ -125,20 +130,58 @@ def _eval_loss(model):
     return eval_loss
 
 
-def _update(specs, placed, sharding, optim):
-    """Functions for use in a graph: sum_gradients(flat) -> flat; update(params, flat gradients, m, v, mean norm, scalars) -> (flat params,
-    flat m, flat v, mean norm, norm, skipped), on the parts that a rank has; flatten(nested) -> flat. params, m and v are nested tuples."""
+class Update(NamedTuple):
+    """How gradients change a state. For use in a graph, on the parts that a rank has, params, m and v being nested tuples:
+    sum_gradients(flat) -> flat; flatten(nested) -> flat; apply(params, flat gradients, m, v, mean norm, scalars, after) -> (norm, skipped,
+    changed), where changed is what merge wants, and norm waits for all that is changed in place.
+    On the host: merge(state, changed) -> state."""
+
+    sum_gradients: object
+    flatten: object
+    apply: object
+    merge: object
+
+
+def _update(specs, placed, sharding, optim, kernels):
+    """The Update of a model in a layout."""
     flat, like = tree_leaves(placed), to_tuple(specs)
     norm = zero.global_norm_squared(sharding, flat, optimizer.in_norm(specs)) if sharding.mesh.world > 1 else None
-    apply, nest, flatten = optimizer.adamw(specs, optim, norm), rebuild_flat(like), flatten_in_graph(like)
+    apply, nest, flatten = optimizer.adamw(specs, optim, kernels, norm), rebuild_flat(like), flatten_in_graph(like)
     split, join = zero.split_params(sharding, flat), zero.join_params(sharding, flat)
     params_of, m_of, v_of = (_column(like, i) for i in range(3))
+    moved = tuple(i for i, done in enumerate(optimizer.in_place(specs, kernels)) if not done)
+    cut = any(p.stored != p.state for p in flat)  # then what is changed in place is a part, to be joined to the others
+    places = (tuple(range(len(flat))) if cut else moved, moved, moved)
+    changed_p, changed_m, changed_v = map(_elements, places)
 
-    def update(params, grads, m, v, mean_norm, values):
-        new, mean_norm, norm, skipped = apply(nest(split(flatten(params))), nest(grads), m, v, mean_norm, values)
-        return join(params_of(new)), m_of(new), v_of(new), mean_norm, norm, skipped
+    def update(params, grads, m, v, mean_norm, values, after):
+        new, mean_norm, norm, skipped = apply(nest(split(flatten(params))), nest(grads), m, v, mean_norm, values, after)
+        p, m, v = join(params_of(new)), m_of(new), v_of(new)
+        return ms.ops.depend(norm, (p, m, v)), skipped, (changed_p(p), changed_m(m), changed_v(v), mean_norm)
 
-    return zero.sum_gradients(sharding, flat), update, flatten
+    def merge(state, changed):
+        names = ("params", "m", "v")
+        return {**{name: _replaced(state[name], *each) for name, *each in zip(names, places, changed)}, "norm": changed[3]}
+
+    return Update(zero.sum_gradients(sharding, flat), flatten, update, merge)
+
+
+def _elements(places):
+    """f(flat) -> the elements at these places, for use in a graph."""
+    return function("elements(flat)", [f"return ({''.join(f'flat[{i}], ' for i in places)})"])
+
+
+def _replaced(nested, places, new):
+    """Nested tuples with other leaves at these places."""
+    leaves = tree_leaves(nested)
+    for i, leaf in zip(places, new):
+        leaves[i] = leaf
+    return unflatten(nested, leaves)
+
+
+def _copy(x):
+    """A tensor of a tensor's or an array's values, with memory of its own."""
+    return ms.Tensor(np.array(x.asnumpy() if hasattr(x, "asnumpy") else x))
 
 
 def _column(like, i):
@@ -148,18 +191,18 @@ def _column(like, i):
 
 def _one_batch(model, specs, names, update):
     """Gradients and update in one graph."""
-    grad, (sum_gradients, apply, flatten) = grad_in_graph(model.loss_fn, specs, names), update
+    grad, sum_gradients, flatten, apply = grad_in_graph(model.loss_fn, specs, names), update.sum_gradients, update.flatten, update.apply
 
     def fused(params, m, v, mean_norm, values, batch):
         (loss, aux), grads = grad(params, batch)
-        new, m, v, mean_norm, norm, skipped = apply(params, sum_gradients(flatten(grads)), m, v, mean_norm, values)
-        return (loss, aux, norm, skipped), new, m, v, mean_norm
+        norm, skipped, changed = apply(params, sum_gradients(flatten(grads)), m, v, mean_norm, values, (loss, aux))
+        return (loss, aux, norm, skipped), changed
 
     fused = jit(fused)
 
     def run(state, batch, values):
-        out, *new = fused(state["params"], state["m"], state["v"], state["norm"], values, _tensors(batch))
-        return _state(state["params"], *new), out
+        out, changed = fused(state["params"], state["m"], state["v"], state["norm"], values, _tensors(batch))
+        return update.merge(state, changed), out
 
     return run
 
@@ -169,7 +212,7 @@ def _accumulated(model, specs, names, update, sharding, placed, count):
 
     From ZeRO stage 2 on they are summed over the data ranks as they come, and a rank keeps its part of the sum; before, once at the end.
     """
-    grad, (sum_gradients, apply, flatten) = grad_in_graph(model.loss_fn, specs, names), update
+    grad, sum_gradients, flatten, apply = grad_in_graph(model.loss_fn, specs, names), update.sum_gradients, update.flatten, update.apply
     early, late = (sum_gradients, zero.same) if sharding.zero >= 2 else (zero.same, sum_gradients)
     parts = tuple(tree_leaves(shapes(sharding.mesh, placed, "state" if sharding.zero >= 2 else "used")))
 
@@ -183,7 +226,7 @@ def _accumulated(model, specs, names, update, sharding, placed, count):
         return loss, aux, add_all(partial(add_share, share), total, early(flatten(grads)))
 
     def finish(params, total, m, v, mean_norm, values):
-        return apply(params, late(total), m, v, mean_norm, values)
+        return apply(params, late(total), m, v, mean_norm, values, ())
 
     accumulate, finish = jit(accumulate), jit(finish)
 
@@ -194,8 +237,8 @@ def _accumulated(model, specs, names, update, sharding, placed, count):
             part_loss, part_aux, total = accumulate(state["params"], total, ms.Tensor(share, ms.float32), _tensors(part))
             loss += share * _number(part_loss)
             aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
-        *new, norm, skipped = finish(state["params"], total, state["m"], state["v"], state["norm"], values)
-        return _state(state["params"], *new), (loss, aux, norm, skipped)
+        norm, skipped, changed = finish(state["params"], total, state["m"], state["v"], state["norm"], values)
+        return update.merge(state, changed), (loss, aux, norm, skipped)
 
     return run
 
@@ -211,11 +254,6 @@ def shares(weights):
     """Each micro-batch's share of the loss weight; equal shares where nothing has weight."""
     weights = np.asarray(weights, np.float64)
     return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / len(weights))
-
-
-def _state(like, params, m, v, mean_norm):
-    """The state from the update's flat tuples."""
-    return {**{name: unflatten(like, flat) for name, flat in (("params", params), ("m", m), ("v", v))}, "norm": mean_norm}
 
 
 def _tensors(batch):

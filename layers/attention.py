@@ -3,9 +3,10 @@
 from mindspore import ops
 
 from layers import linear
-from ops import attention as attention_op
-from ops import iota, rms_norm
+from ops.registry import pick
 from parallel.spec import ParamSpec, normal, ones, zeros
+
+cast = ops.Cast()
 
 
 def specs(cfg):
@@ -25,40 +26,41 @@ def specs(cfg):
     return p
 
 
-def build(cfg, sharding, rotate):
-    """attention(p, x_RD, cos, sin, mask_B1ST) -> y_RD, and the same over a cache:
-    cached(p, x_RD, cos, sin, mask_B1ST, k_BKTH, v_BKTH, at_BS) -> y_RD, k_BKTH, v_BKTH, writing slot at_BS of each row.
+def build(cfg, sharding, kernels):
+    """attention(p, x_RD, cos, sin, segments_BS, order_BS) -> y_RD, and the same over a cache:
+    cached(p, x_RD, cos, sin, ones_BS, positions_BS, k_BTKH, v_BTKH, key_ones_BT, slots_BT) -> y_RD, k_BTKH, v_BTKH, writing the slots
+    `positions` of each row.
     """
-    project, write = _projection(cfg, sharding, rotate), _cache_write(sharding)
-    kv = "batch kv_heads keys head_dim"
-    dims = f"batch heads seq head_dim, {kv}, {kv}, batch one seq keys -> batch heads seq head_dim"
-    attend = sharding.op(attention_op.reference(cfg.head_dim**-0.5), dims, kind="kernel")
-    swap = sharding.op(ops.Transpose(), "batch heads seq head_dim -> batch seq heads head_dim", kind="kernel")
+    project, write = _projection(cfg, sharding, kernels), _cache_write(sharding, kernels)
+    kv, at = "batch keys kv_heads head_dim", "batch seq, batch keys, batch seq, batch keys"
+    dims = f"batch seq heads head_dim, {kv}, {kv}, {at} -> batch seq heads head_dim"
+    attend = sharding.op(pick(kernels, "attention")(cfg.head_dim**-0.5), dims, kind="kernel")
     out, reshape = linear.row(sharding, "heads"), ops.Reshape()
 
     def merge(p, o):
-        B, N, S, H = o.shape
-        return out(reshape(swap(o, (0, 2, 1, 3)), (B * S, N * H)), p["wo"])
+        B, S, N, H = o.shape
+        return out(reshape(o, (B * S, N * H)), p["wo"])
 
-    def attention(p, x, cos, sin, mask):
+    def attention(p, x, cos, sin, segments, order):
         q, k, v = project(p, x, cos, sin)
-        return merge(p, attend(q, k, v, mask))
+        return merge(p, attend(q, k, v, segments, segments, order, order))
 
-    def cached(p, x, cos, sin, mask, k_cache, v_cache, at):
+    def cached(p, x, cos, sin, ones, positions, k_cache, v_cache, key_ones, slots):
         q, k, v = project(p, x, cos, sin)
-        k_cache, v_cache = write(k_cache, k, at), write(v_cache, v, at)
-        return merge(p, attend(q, k_cache, v_cache, mask)), k_cache, v_cache
+        k_cache, v_cache = write(k_cache, k, positions), write(v_cache, v, positions)
+        return merge(p, attend(q, k_cache, v_cache, ones, key_ones, positions, slots)), k_cache, v_cache
 
     return attention, cached
 
 
-def _projection(cfg, sharding, rotate):
-    """project(p, x_RD, cos, sin) -> q_BNSH, k_BKSH, v_BKSH"""
+def _projection(cfg, sharding, kernels):
+    """project(p, x_RD, cos, sin) -> q_BSNH, k_BSKH, v_BSKH"""
     to_qkv = linear.columns(sharding, "heads", "kv", "kv")
     bias_q, bias_kv = linear.bias(sharding, "heads"), linear.bias(sharding, "kv")
-    dims = "batch seq heads head_dim, head_dim -> batch seq heads head_dim"
-    norm = sharding.op(rms_norm.reference(cfg.rms_norm_eps), dims, kind="kernel")
-    swap = sharding.op(ops.Transpose(), "batch seq heads head_dim -> batch heads seq head_dim", kind="kernel")
+    x, angle = "batch seq heads head_dim", "batch seq one half"
+    turn = sharding.op(pick(kernels, "rope")(), f"{x}, {angle}, {angle} -> {x}", kind="kernel")
+    norm_turn = pick(kernels, "rope", "norm")(cfg.rms_norm_eps)
+    norm_turn = sharding.op(norm_turn, f"{x}, head_dim, {angle}, {angle} -> {x}", kind="kernel", call=_norm_turn)
     reshape, head_dim = ops.Reshape(), cfg.head_dim
 
     def split(x, cos):
@@ -71,40 +73,30 @@ def _projection(cfg, sharding, rotate):
         q, k, v = to_qkv(x, p["wq"], p["wk"], p["wv"])
         return bias_q(q, p["bq"]), bias_kv(k, p["bk"]), bias_kv(v, p["bv"])
 
-    def same(p, q, k):
-        return q, k
+    def turned(p, q, k, cos, sin):
+        return turn(q, cos, sin), turn(k, cos, sin)
 
-    def normed(p, q, k):
-        return norm(q, p["q_norm"]), norm(k, p["k_norm"])
+    def normed_and_turned(p, q, k, cos, sin):
+        return norm_turn(q, p["q_norm"], cos, sin), norm_turn(k, p["k_norm"], cos, sin)
 
     linears = biased if cfg.qkv_bias else plain
-    qk_norm = normed if cfg.qk_norm else same
+    rotate = normed_and_turned if cfg.qk_norm else turned
 
     def project(p, x, cos, sin):
         q, k, v = linears(p, x)
-        q, k, v = split(q, cos), split(k, cos), split(v, cos)
-        q, k = qk_norm(p, q, k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return swap(q, (0, 2, 1, 3)), swap(k, (0, 2, 1, 3)), swap(v, (0, 2, 1, 3))
+        q, k = rotate(p, split(q, cos), split(k, cos), cos, sin)
+        return q, k, split(v, cos)
 
     return project
 
 
-def _cache_write(sharding):
-    """write(cache_BKTH, new_BKSH, at_BS) -> cache_BKTH with new[:, :, s] at slot at[:, s]; a slot past the end is dropped."""
-    onehot_matmul, equal, cast, expand = ops.BatchMatMul(), ops.Equal(), ops.Cast(), ops.ExpandDims()
-    total, count = ops.ReduceSum(keep_dims=True), iota.reference()
+def _norm_turn(norm_turn, x, w, cos, sin):
+    return norm_turn(x, cast(w, x.dtype), cos, sin)
 
-    def write(cache, new, at):
-        B, K, T, H = cache.shape
-        slot = count(T)
-        hit = cast(equal(expand(expand(slot, 0), 2), expand(at, 1)), cache.dtype)  # [B, T, S]
-        kept = 1 - total(hit, 2)
-        wide = ops.BroadcastTo((B, K, T, new.shape[2]))(expand(hit, 1))
-        return cache * expand(kept, 1) + onehot_matmul(wide, cast(new, cache.dtype))
 
+def _cache_write(sharding, kernels):
+    """write(cache_BTKH, new_BSKH, at_BS) -> cache_BTKH with new[:, s] at slot at[:, s]; a slot past the end is dropped."""
+    kv = "kv_heads head_dim"
     return sharding.op(
-        write,
-        "batch kv_heads keys head_dim, batch kv_heads new_keys head_dim, batch new_keys -> batch kv_heads keys head_dim",
-        kind="kernel",
+        pick(kernels, "cache_write")(), f"batch keys {kv}, batch new_keys {kv}, batch new_keys -> batch keys {kv}", kind="kernel"
     )

@@ -4,6 +4,7 @@ import mindspore as ms
 from mindspore import ops
 
 from ops import iota
+from ops.registry import pick
 from parallel.spec import ParamSpec, normal
 
 cast = ops.Cast()
@@ -15,15 +16,15 @@ def specs(cfg):
     return ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), normal(cfg.initializer_range))
 
 
-def build(cfg, sharding):
+def build(cfg, sharding, kernels):
     """embed(w_VD, tokens_BS) -> x_RD in the compute dtype; head(w_VD, x_RD) -> logits_RV in float32.
 
     Where the vocabulary is split, each rank has the logits of its part; those of padding are -inf.
     """
     dtype, V = getattr(ms, cfg.compute_dtype), cfg.vocab_size
     reshape = ops.Reshape()
-    dims = "vocab embed, tokens -> tokens>rows embed"
-    take = sharding.op(ops.Gather(), dims, kind="contraction", call=_take, part=("vocab", V, _take_part()), dtype=ms.float32)
+    dims, take, part = "vocab embed, tokens -> tokens>rows embed", pick(kernels, "embedding")(), pick(kernels, "embedding", "part")()
+    take = sharding.op(take, dims, kind="contraction", call=_take, part=("vocab", V, _take_part(part)), dtype=ms.float32)
     dims = "rows>tokens embed, vocab embed -> tokens vocab"
     project = ops.MatMul(transpose_b=True)
     project = sharding.op(project, dims, kind="contraction", call=_project, part=("vocab", V, _project_part(V)), dtype=ms.float32)
@@ -37,18 +38,15 @@ def build(cfg, sharding):
     return embed, head
 
 
-def _take(gather, w, ids):
-    return gather(cast(w, ms.float32), ids, 0)  # float32, so that a token's gradients are summed in it
+def _take(take, w, ids):
+    return take(cast(w, ms.float32), ids)  # float32, so that a token's gradients are summed in it
 
 
-def _take_part():
+def _take_part(take_part):
     """The rows of ids in [first, first + V / ranks), and zeros for the others."""
-    greater_equal, less, logical_and, expand = ops.GreaterEqual(), ops.Less(), ops.LogicalAnd(), ops.ExpandDims()
 
-    def take(gather, first, w, ids):
-        at = ids - first
-        mine = cast(logical_and(greater_equal(at, 0), less(at, w.shape[0])), ms.int32)
-        return gather(cast(w, ms.float32), at * mine, 0) * expand(cast(mine, ms.float32), 1)
+    def take(_, first, w, ids):
+        return take_part(first, cast(w, ms.float32), ids)
 
     return take
 

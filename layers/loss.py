@@ -1,27 +1,53 @@
 """Cross-entropy of next tokens, in float32, over a vocabulary that may be sharded."""
 
+from functools import partial
+
 import mindspore as ms
 from mindspore import ops
 
-from ops import cross_entropy
+from ops.registry import pick
 
 
-def build(vocab_size, sharding):
+def build(vocab_size, sharding, kernels):
     """nll(logits_RV, targets_BS) -> nats [R, 1] float32."""
-    vmax = sharding.op(ops.ReduceMax(keep_dims=True), "tokens vocab -> tokens one", kind="reduction", reduce="max")
-    vsum = sharding.op(ops.ReduceSum(keep_dims=True), "tokens vocab -> tokens one", kind="reduction")
-    shift = sharding.op(ops.Sub(), "tokens vocab, tokens one -> tokens vocab", kind="kernel")
-    exp = sharding.op(ops.Exp(), "tokens vocab", kind="elementwise")
-    log, sub = sharding.op(ops.Log(), "tokens one", kind="elementwise"), sharding.op(ops.Sub(), "tokens one", kind="elementwise")
-    part = ("vocab", vocab_size, cross_entropy.pick_part())
-    pick = sharding.op(cross_entropy.pick(), "tokens vocab, tokens -> tokens one", kind="contraction", part=part)
+    dims, sizes = "tokens vocab, tokens -> " + ", ".join(["tokens vocab_parts"] * 3), {"vocab_parts": sharding.shards("vocab")}
+    part = ("vocab", vocab_size, _of_part)
+    measure = sharding.op(
+        pick(kernels, "cross_entropy", "sums")(), dims, kind="kernel", call=_of_all, part=part, sizes=sizes, dtype=ms.float32
+    )
+    join = _join(sharding)
     reshape = ops.Reshape()
 
     def nll(logits, targets):
-        z = shift(logits, ops.stop_gradient(vmax(logits, 1)))
-        return sub(log(vsum(exp(z), 1)), pick(z, reshape(targets, (-1,))))
+        return join(*measure(logits, reshape(targets, (-1,))))
 
     return nll
+
+
+def _join(sharding):
+    """join(the largest logit, the sum of exp(logit - largest), the target's logit or 0), each of one rank, -> nats."""
+    reduce, kept = partial(sharding.op, kind="reduction"), partial(ops.ReduceSum, keep_dims=True)
+    largest = reduce(ops.ReduceMax(keep_dims=True), "tokens vocab_parts -> tokens one", reduce="max")
+    sum_exp, sum_picked = (reduce(kept(), "tokens vocab_parts -> tokens one") for _ in range(2))
+    shift = sharding.op(ops.Sub(), "tokens vocab_parts, tokens one -> tokens vocab_parts", kind="kernel")
+    exp, mul = (sharding.op(op(), "tokens vocab_parts", kind="elementwise") for op in (ops.Exp, ops.Mul))
+    log, add, sub = (sharding.op(op(), "tokens one", kind="elementwise") for op in (ops.Log, ops.Add, ops.Sub))
+
+    def join(top, total, picked):
+        top = ops.stop_gradient(top)  # its gradient is 0, as what is taken from one logarithm is added again
+        highest = largest(top, 1)
+        total = sum_exp(mul(total, exp(shift(top, highest))), 1)
+        return add(log(total), sub(highest, sum_picked(picked, 1)))  # so that huge logits cancel exactly
+
+    return join
+
+
+def _of_all(measure, logits, targets):
+    return measure(0, logits, targets)
+
+
+def _of_part(measure, first, logits, targets):
+    return measure(first, logits, targets)
 
 
 def weighted_mean(sharding):

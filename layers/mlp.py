@@ -1,7 +1,7 @@
 """The dense feed-forward layer: down(silu(gate(x)) * up(x))."""
 
 from layers import linear
-from ops import swiglu
+from ops.registry import pick
 from parallel.spec import ParamSpec, normal
 
 
@@ -14,10 +14,10 @@ def specs(cfg):
     }
 
 
-def build(cfg, sharding):
+def build(cfg, sharding, kernels):
     """mlp(p, x_RD) -> y_RD"""
     inner, down = linear.columns(sharding, "ffn", "ffn"), linear.row(sharding, "ffn")
-    act = sharding.op(swiglu.reference(), "tokens ffn", kind="elementwise")
+    act = sharding.op(pick(kernels, "swiglu")(), "tokens ffn", kind="elementwise")
 
     def mlp(p, x):
         gate, up = inner(x, p["w_gate"], p["w_up"])

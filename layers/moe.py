@@ -6,7 +6,7 @@ from functools import partial
 import mindspore as ms
 from mindspore import nn, ops
 
-from ops import grouped_matmul, routing, swiglu
+from ops.registry import pick
 from parallel.spec import ParamSpec, normal, zeros
 
 cast = ops.Cast()
@@ -31,11 +31,11 @@ def stats_size(cfg):
     return 2 * cfg.num_experts + 3
 
 
-def build(cfg, sharding):
-    """moe(p, x_RD, valid_R) -> y_RD, stats [2E + 3] float32; see stats_size."""
+def build(cfg, sharding, kernels):
+    """moe(p, x_RD, valid_R) -> y_RD, stats [2E + 3] float32; see stats_size. kernels: see ops/registry.py."""
     concat = sharding.op(ops.Concat(0), "router_stats, one -> stats", kind="kernel", call=_joined)
-    build_experts = partial(_experts if sharding.shards("experts") == 1 else _experts_elsewhere, cfg)
-    route = _router(cfg, sharding)
+    build_experts = partial(_experts if sharding.shards("experts") == 1 else _experts_elsewhere, cfg, kernels)
+    route = _router(cfg, sharding, kernels)
     dims = "rows embed, rows choice, rows choice, experts embed expert_ffn, experts embed expert_ffn, experts expert_ffn embed"
     experts = sharding.region(build_experts, dims + " -> rows embed, one", dtype=(None, ms.float32))
 
@@ -51,84 +51,55 @@ def _joined(concat, *xs):
     return concat(xs)
 
 
-def _router(cfg, sharding):
+def _router(cfg, sharding, kernels):
     """route(p, x_RD, valid_R) -> expert_Rk int32, weight_Rk float32, stats [2E + 2]"""
     matmul = sharding.op(ops.MatMul(), "rows embed, embed router -> rows router", kind="contraction", call=_matmul_float32)
-    softmax = sharding.op(ops.Softmax(-1), "rows router", kind="elementwise")
-    top, pick = _top_and_pick(cfg, sharding)
-    choose = _choose_biased(cfg, sharding) if cfg.router_bias else _choose(pick, top)
-    normalise = sharding.op(_normalise(), "rows choice", kind="elementwise") if cfg.norm_topk_prob else _same
+    choose = (_choose_biased if cfg.router_bias else _choose)(cfg, sharding, kernels)
     dims, sizes = "rows router, rows router, rows choice, rows -> router_stats", {"router_stats": 2 * cfg.num_experts + 2}
     statistics = sharding.op(_statistics(cfg), dims, kind="contraction", sizes=sizes, dtype=ms.float32)
 
     def route(p, x, valid):
         logits = matmul(x, p["router"])
-        probs = softmax(logits)
-        expert, weight = choose(p, probs, valid)
-        return expert, normalise(weight), statistics(logits, probs, expert, valid)
+        probs, expert, weight = choose(p, logits, valid)
+        return expert, weight, statistics(logits, probs, expert, valid)
 
     return route
-
-
-def _top_and_pick(cfg, sharding):
-    top = sharding.op(ops.TopK(), "rows router -> rows choice, rows choice", kind="kernel", call=_top(cfg.experts_per_token))
-    return top, sharding.op(ops.GatherD(), "rows router, rows choice -> rows choice", kind="kernel", call=_pick)
 
 
 def _matmul_float32(matmul, x, w):
     return matmul(cast(x, ms.float32), cast(w, ms.float32))
 
 
-def _top(k):
-    def top(topk, x):
-        return topk(x, k)
+def _choose(cfg, sharding, kernels):
+    """choose(p, logits_RE, valid_R) -> probs_RE, expert_Rk, weight_Rk"""
+    top_k = pick(kernels, "routing", "top_k")(cfg.experts_per_token, cfg.norm_topk_prob)
+    dims, sizes = "rows router -> rows router, rows choice, rows choice", {"choice": cfg.experts_per_token}
+    top_k = sharding.op(top_k, dims, kind="kernel", sizes=sizes, dtype=(None, ms.int32, None))
 
-    return top
-
-
-def _pick(gather, x, index):
-    return gather(x, 1, index)
-
-
-def _same(weight):
-    return weight
-
-
-def _normalise():
-    total = ops.ReduceSum(keep_dims=True)
-
-    def normalise(weight):
-        return weight / total(weight, 1)
-
-    return normalise
-
-
-def _choose(pick, top):
-    def choose(p, probs, valid):
-        _, expert = top(ops.stop_gradient(probs))
-        return expert, pick(probs, expert)
+    def choose(p, logits, valid):
+        return top_k(logits)
 
     return choose
 
 
-def _choose_biased(cfg, sharding):
-    dims, sizes = "rows router, router, rows -> rows choice, rows choice", {"choice": cfg.experts_per_token}
-    choose = sharding.region(partial(_with_bias, cfg), dims, sizes=sizes, dtype=(ms.int32, None))
+def _choose_biased(cfg, sharding, kernels):
+    dims, sizes = "rows router, router, rows -> rows router, rows choice, rows choice", {"choice": cfg.experts_per_token}
+    choose = sharding.region(partial(_with_bias, cfg, kernels), dims, sizes=sizes, dtype=(None, ms.int32, None))
 
-    def choose_biased(p, probs, valid):
-        return choose(probs, p["router_bias"], valid)
+    def choose_biased(p, logits, valid):
+        return choose(logits, p["router_bias"], valid)
 
     return choose_biased
 
 
-def _with_bias(cfg, sharding):
+def _with_bias(cfg, kernels, sharding):
     """The bias changes which experts are chosen, not their weights; its gradient is each expert's load above the mean."""
-    excess, (top, pick) = _excess_load(cfg, sharding), _top_and_pick(cfg, sharding)
+    top_k, excess = pick(kernels, "routing", "top_k")(cfg.experts_per_token, cfg.norm_topk_prob, biased=True), _excess_load(cfg, sharding)
     bias_gradient = sharding.op(_BiasGradient(), "rows choice, router, router -> rows choice", kind="kernel")
 
-    def choose(probs, bias, valid):
-        _, expert = top(ops.stop_gradient(probs + bias))
-        return expert, bias_gradient(pick(probs, expert), bias, ops.stop_gradient(excess(probs, expert, valid)))
+    def choose(logits, bias, valid):
+        probs, expert, weight = top_k(logits, ops.stop_gradient(bias))
+        return probs, expert, bias_gradient(weight, bias, ops.stop_gradient(excess(probs, expert, valid)))
 
     return choose
 
@@ -205,124 +176,75 @@ def losses(cfg, sharding):
     return scalars
 
 
-def _experts(cfg, sharding):
+def _experts(cfg, kernels, sharding):
     """experts(x_RD, expert_Rk, weight_Rk, w_gate, w_up, w_down) -> y_RD, overflow [1], with every expert on this rank."""
-    feed_forward, no_overflow = _feed_forward(cfg, sharding), ms.Tensor([0.0], ms.float32)
-    dims = "rows>expert_rows choice -> assignments, slots, blocks"
-    make_plan = sharding.op(routing.plan(cfg.num_experts, cfg.moe_block_size), dims, kind="kernel")
-    dispatch = sharding.op(_dispatch(), "rows>expert_rows embed, slots, blocks -> blocks block_rows embed", kind="kernel")
+    feed_forward, no_overflow = _feed_forward(sharding, kernels), ms.Tensor([0.0], ms.float32)
+    plan = pick(kernels, "routing", "plan")(cfg.num_experts, _block_limit(cfg, kernels))
+    plan = sharding.op(plan, "rows>expert_rows choice -> assignments, blocks block_rows, blocks", kind="kernel")
+    take = pick(kernels, "routing", "take")()
+    dispatch = sharding.op(take, "rows>expert_rows embed, blocks block_rows -> blocks block_rows embed", kind="kernel")
     dims = "blocks block_rows embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
-    combine = sharding.op(_combine(), dims, kind="contraction")
+    combine = sharding.op(pick(kernels, "routing", "combine")(), dims, kind="contraction")
 
     def experts(x, expert, weight, w_gate, w_up, w_down):
-        slot, source, group = make_plan(expert)
-        return combine(feed_forward(dispatch(x, source, group), group, w_gate, w_up, w_down), slot, weight), no_overflow
+        slot, source, group = plan(expert)
+        return combine(feed_forward(dispatch(x, source), group, w_gate, w_up, w_down), slot, weight), no_overflow
 
     return experts
 
 
-def _experts_elsewhere(cfg, sharding):
+def _experts_elsewhere(cfg, kernels, sharding):
     """The same where experts are split over ranks: tokens are sent to them, as many slots to each rank, and their results back."""
-    feed_forward, shards = _feed_forward(cfg, sharding), sharding.shards("experts")
-    within = cfg.num_experts // shards
-    to_send = routing.send_plan(cfg.num_experts, shards, cfg.moe_capacity_factor)
-    dims = "rows>expert_rows choice -> assignments, slots, slots, expert_rows choice"
-    send_plan = sharding.op(to_send, dims, kind="kernel")
+    feed_forward, shards = _feed_forward(sharding, kernels), sharding.shards("experts")
+    send_plan = pick(kernels, "routing", "send_plan")(cfg.num_experts, shards, cfg.moe_capacity_factor)
+    dims = "rows>expert_rows choice -> assignments, to_shard sent, to_shard>shard sent>received, expert_rows choice"
+    send_plan = sharding.op(send_plan, dims, kind="kernel")
     total, reshape = sharding.op(ops.ReduceSum(), "expert_rows choice ->", kind="reduction"), ops.Reshape()
-    send = sharding.op(_send(shards), "rows>expert_rows embed, slots -> to_shard>shard sent>received embed", kind="kernel")
-    send_ids = sharding.op(_send_ids(shards), "slots -> to_shard>shard sent>received", kind="kernel")
-    here_plan = routing.plan(within, cfg.moe_block_size, empty=True)
-    make_plan = sharding.op(_flat_plan(here_plan), "shard received -> slots, slots, blocks", kind="kernel")
-    dispatch = sharding.op(_dispatch_received(), "shard received embed, slots, blocks -> blocks block_rows embed", kind="kernel")
-    dims = "blocks block_rows embed, slots -> shard>to_shard received>sent embed"
-    send_back = sharding.op(_collect(), dims, kind="kernel")
+    take = pick(kernels, "routing", "take")
+    send = sharding.op(take(), "rows>expert_rows embed, to_shard sent -> to_shard>shard sent>received embed", kind="kernel")
+    plan = pick(kernels, "routing", "plan")(cfg.num_experts // shards, _block_limit(cfg, kernels), empty=True)
+    plan = sharding.op(_plan_received(plan), "shard received -> shard received, blocks block_rows, blocks", kind="kernel")
+    dispatch = sharding.op(take(), "shard received embed, blocks block_rows -> blocks block_rows embed", kind="kernel")
+    dims = "blocks block_rows embed, shard received -> shard>to_shard received>sent embed"
+    send_back = sharding.op(take(), dims, kind="kernel")
     dims = "to_shard sent embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
-    combine = sharding.op(_combine(), dims, kind="contraction")
+    combine = sharding.op(pick(kernels, "routing", "combine")(), dims, kind="contraction")
 
     def experts(x, expert, weight, w_gate, w_up, w_down):
-        place, source, chosen, lost = send_plan(expert)
-        received, ids = send(x, source), send_ids(chosen)
-        slot, source, group = make_plan(ids)
-        y = feed_forward(dispatch(received, source, group), group, w_gate, w_up, w_down)
+        place, source, received, lost = send_plan(expert)
+        sent = send(x, source)
+        slot, source, group = plan(received)
+        y = feed_forward(dispatch(sent, source), group, w_gate, w_up, w_down)
         return combine(send_back(y, slot), place, weight), reshape(total(lost, (0, 1)), (1,))
 
     return experts
 
 
-def _feed_forward(cfg, sharding):
+def _block_limit(cfg, kernels):
+    return pick(kernels, "grouped_matmul", "block")(cfg.moe_block_size)
+
+
+def _plan_received(plan):
+    """The plan of received_sC, whose slots have its shape."""
+    reshape = ops.Reshape()
+
+    def plan_received(received):
+        slot, source, group = plan(reshape(received, (-1, 1)))
+        return reshape(slot, received.shape), source, group
+
+    return plan_received
+
+
+def _feed_forward(sharding, kernels):
     """feed_forward(x [blocks, b, D], group [blocks], w_gate, w_up, w_down) -> [blocks, b, D], partial sums where expert_ffn is split."""
+    matmul, act = pick(kernels, "grouped_matmul"), pick(kernels, "swiglu")()
     into = "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows part_ffn"
-    expand = sharding.op(grouped_matmul.reference(), into, kind="kernel")
+    expand = sharding.op(matmul(), into, kind="kernel")
     out_of = "blocks block_rows part_ffn, experts expert_ffn embed, blocks -> blocks block_rows embed"
-    reduce = sharding.op(grouped_matmul.reference(), out_of, kind="kernel")
-    act = sharding.op(swiglu.reference(), "blocks block_rows part_ffn", kind="elementwise")
+    reduce = sharding.op(matmul(), out_of, kind="kernel")
+    act = sharding.op(act, "blocks block_rows part_ffn", kind="elementwise")
 
     def feed_forward(x, group, w_gate, w_up, w_down):
         return reduce(act(expand(x, w_gate, group), expand(x, w_up, group)), w_down, group)
 
     return feed_forward
-
-
-def _dispatch():
-    gather, concat, reshape, zeros_like = ops.Gather(), ops.Concat(0), ops.Reshape(), ops.ZerosLike()
-
-    def dispatch(x, source, group):
-        padded = concat((x, zeros_like(x[:1])))
-        return reshape(gather(padded, source, 0), (group.shape[0], -1, x.shape[1]))
-
-    return dispatch
-
-
-def _send(shards):
-    gather, concat, reshape, zeros_like = ops.Gather(), ops.Concat(0), ops.Reshape(), ops.ZerosLike()
-
-    def send(x, source):
-        return reshape(gather(concat((x, zeros_like(x[:1]))), source, 0), (shards, -1, x.shape[1]))
-
-    return send
-
-
-def _send_ids(shards):
-    reshape = ops.Reshape()
-
-    def send_ids(ids):
-        return reshape(ids, (shards, -1))
-
-    return send_ids
-
-
-def _flat_plan(plan):
-    reshape = ops.Reshape()
-
-    def of_received(ids):
-        return plan(reshape(ids, (-1, 1)))
-
-    return of_received
-
-
-def _dispatch_received():
-    dispatch, reshape = _dispatch(), ops.Reshape()
-
-    def of_received(x, source, group):
-        return dispatch(reshape(x, (-1, x.shape[2])), source, group)
-
-    return of_received
-
-
-def _collect():
-    gather, reshape = ops.Gather(), ops.Reshape()
-
-    def collect(y, slot):
-        return reshape(gather(reshape(y, (-1, y.shape[2])), slot, 0), (1, -1, y.shape[2]))
-
-    return collect
-
-
-def _combine():
-    gather, reshape, total, expand = ops.Gather(), ops.Reshape(), ops.ReduceSum(), ops.ExpandDims()
-
-    def combine(y, slot, weight):
-        chosen = reshape(gather(reshape(y, (-1, y.shape[2])), slot, 0), (weight.shape[0], weight.shape[1], -1))
-        return cast(total(chosen * expand(cast(weight, y.dtype), 2), 1), y.dtype)
-
-    return combine

@@ -6,8 +6,6 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from ops import rope
-
 
 def inv_freq(cfg):
     """(float32 [H/2] radians per position, the factor on cos and sin) for cfg's rope_theta and rope_scaling."""
@@ -38,7 +36,7 @@ def _attention_factor(y):
 
 
 def build(cfg, sharding):
-    """angles(positions_BS) -> cos, sin [B, S, 1, H/2] float32; rotate(x_BSNH, cos, sin) -> x_BSNH."""
+    """angles(positions_BS) -> cos, sin [B, S, 1, H/2] float32."""
     freq, factor = inv_freq(cfg)
     freq = ms.Tensor(freq.reshape(1, 1, 1, -1))
     cos, sin, cast, reshape = ops.Cos(), ops.Sin(), ops.Cast(), ops.Reshape()
@@ -49,6 +47,4 @@ def build(cfg, sharding):
         return cos(angle) * factor, sin(angle) * factor
 
     dims, sizes = "batch seq -> batch seq one half, batch seq one half", {"half": cfg.head_dim // 2}
-    angles = sharding.op(turn, dims, kind="kernel", sizes=sizes, dtype=ms.float32)
-    dims = "batch seq heads head_dim, batch seq one half, batch seq one half -> batch seq heads head_dim"
-    return angles, sharding.op(rope.reference(), dims, kind="kernel")
+    return sharding.op(turn, dims, kind="kernel", sizes=sizes, dtype=ms.float32)

@@ -1,11 +1,16 @@
-"""Dropless routing of tokens to experts with static shapes: assignments sorted by expert, each expert's padded to blocks."""
+"""Routing of tokens to experts: the choice of experts, and dropless dispatch with static shapes, in which assignments are sorted by expert
+and each expert's padded to blocks.
+
+Every function has a factory for each implementation. In all of them an index one past the last row means no row.
+"""
 
 import math
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import nn, ops
 
 from ops import iota
+from ops.custom import kernel
 
 
 @ops.constexpr
@@ -31,95 +36,310 @@ def shard_capacity(tokens, choices, experts, shards, factor):
     return worst if factor is None else min(worst, max(1, math.ceil(factor * tokens * choices / shards)))
 
 
-def send_plan(num_experts, shards, factor):
-    """expert_Tk int32 -> (slot_N, source_M, expert_M, lost_Tk): the places of the N = T * k assignments in M = shards * capacity slots
-    by shard; expert s is in shard s // (E / shards).
+def reference_top_k(k, normalise, biased=False):
+    """logits_RE float32 -> probs_RE, expert_Rk int32, weight_Rk: softmax, the k most probable experts of a row, the most probable first,
+    and their probabilities; divided by their sum if `normalise`. Among equals MindSpore's TopK decides.
 
-    slot: where each assignment goes. source: the token in each slot, T for an empty one. expert: its expert counted within the shard,
-    E / shards for an empty one. lost: 1 for an assignment that found no slot, float32; 0 unless `factor` bounds the capacity.
+    biased: of logits_RE, bias_E. The choice and its order are by probability + bias; the bias has no gradient.
     """
-    sort, cumsum, reshape, cast = ops.Sort(0), ops.CumSum(), ops.Reshape(), ops.Cast()
-    scatter, segment_sum, expand = ops.TensorScatterUpdate(), ops.UnsortedSegmentSum(), ops.ExpandDims()
-    gather, less, count = ops.Gather(), ops.Less(), iota.reference()
-    zeros_like, ones_like, within = ops.ZerosLike(), ops.OnesLike(), num_experts // shards
+    softmax, top, pick, total = ops.Softmax(-1), ops.TopK(), ops.GatherD(), ops.ReduceSum(keep_dims=True)
 
-    def make(expert):
-        T, k = expert.shape
-        N, C = T * k, shard_capacity(T, k, num_experts, shards, factor)
-        flat, at = reshape(expert, (-1,)), count(N)
-        key, _ = sort((flat // within) * N + at)  # unique keys: a stable sort by shard
-        shard = key // N
-        assignment = key - shard * N
-        load = cast(segment_sum(ones_like(flat), flat // within, shards), ms.float32)
-        first = cumsum(load, 0) - load  # float32 counts are exact below 2**24
-        place = at - cast(gather(first, shard, 0), ms.int32)
-        fits = cast(less(place, C), ms.int32)
-        slot = (shard * C + place) * fits + shards * C * (1 - fits)  # without a slot: one past the end
-        slots = ones_like(count(shards * C + 1))
-        source = scatter(slots * T, expand(slot, 1), assignment // k)
-        chosen = gather(flat, assignment, 0)
-        local = scatter(slots * within, expand(slot, 1), chosen - shard * within)
-        places = scatter(zeros_like(flat), expand(assignment, 1), slot * fits)
-        lost = scatter(zeros_like(flat), expand(assignment, 1), 1 - fits)
-        return places, source[:-1], local[:-1], cast(reshape(lost, (T, k)), ms.float32)
+    def share(weight):
+        return weight / total(weight, 1)
 
-    return make
+    scaled = share if normalise else _same
+
+    def top_k(logits):
+        probs = softmax(logits)
+        _, expert = top(ops.stop_gradient(probs), k)
+        return probs, expert, scaled(pick(probs, 1, expert))
+
+    def biased_top_k(logits, bias):
+        probs = softmax(logits)
+        _, expert = top(ops.stop_gradient(probs + bias), k)
+        return probs, expert, scaled(pick(probs, 1, expert))
+
+    return biased_top_k if biased else top_k
 
 
-def plan(num_experts, limit, empty=False):
-    """expert_Tk int32 -> (slot_N, source_M, group_n): the places of the N = T * k assignments in M = n * b slots.
+def _same(x):
+    return x
 
-    slot: where each assignment goes. source: the token in each slot, T for padding. group: the expert of each block of b slots.
-    At most min(E, N) * (b - 1) slots are padding. empty: an expert of number E is none, and its assignments take no slot; the slot given
-    for them is 0.
+
+def reference_plan(num_experts, limit, empty=False):
+    """expert_Tk int32 -> (slot_N, source_nb, group_n) int32: the places of the N = T * k assignments in n blocks of b slots.
+
+    slot: where each assignment goes. source: the token in each slot, T for padding. group: the expert of each block, E for a block that
+    no expert needs. An expert's assignments are in order. b is block_size(N, E, limit); padding is at most min(E, N) * (b - 1) slots.
+    empty: an expert of number E is none, and its assignments take no slot; the slot given for them is n * b.
     """
-    sort, cumsum = ops.Sort(0), ops.CumSum()
-    scatter, reshape, cast = ops.TensorScatterUpdate(), ops.Reshape(), ops.Cast()
-    segment_sum, expand = ops.UnsortedSegmentSum(), ops.ExpandDims()
-    greater_equal, total = ops.GreaterEqual(), ops.ReduceSum()
+    stable_sort, cumsum, scatter = _stable_sort(), ops.CumSum(), ops.TensorScatterUpdate()
+    reshape, cast, expand = ops.Reshape(), ops.Cast(), ops.ExpandDims()
+    segment_sum, greater_equal, total = ops.UnsortedSegmentSum(), ops.GreaterEqual(), ops.ReduceSum()
     gather, minimum, count = ops.Gather(), ops.Minimum(), iota.reference()
     zeros_like, ones_like = ops.ZerosLike(), ops.OnesLike()
     kinds, filled = num_experts + empty, (_filled if empty else _all_filled)(num_experts)
 
-    def make(expert):
+    def plan(expert):
         T, k = expert.shape
         N = T * k
         b = block_size(N, num_experts, limit)
         n = num_blocks(N, num_experts, b)
         flat = reshape(expert, (-1,))
-        at = count(N)
-        key, _ = sort(flat * N + at)  # unique keys: a stable sort by expert
-        sorted_expert = key // N
-        assignment = key - sorted_expert * N
+        sorted_expert, assignment = stable_sort(flat)
         load = segment_sum(ones_like(flat), flat, kinds)[:num_experts]
         blocks = (load + (b - 1)) // b
         last_block = cumsum(cast(blocks, ms.float32), 0)  # float32 counts are exact below 2**24
         before = cumsum(cast(load, ms.float32), 0) - cast(load, ms.float32)
         first_slot = (last_block - cast(blocks, ms.float32)) * b - before
-        sorted_slot = cast(gather(first_slot, minimum(sorted_expert, num_experts - 1), 0), ms.int32) + at
-        place, slot_of = filled(sorted_expert, sorted_slot, n * b)
-        slot = scatter(zeros_like(flat), expand(assignment, 1), slot_of)
+        sorted_slot = cast(gather(first_slot, minimum(sorted_expert, num_experts - 1), 0), ms.int32) + count(N)
+        place = filled(sorted_expert, sorted_slot, n * b)
+        slot = scatter(zeros_like(flat), expand(assignment, 1), place)
         source = scatter(ones_like(count(n * b + 1)) * T, expand(place, 1), assignment // k)
         passed = cast(greater_equal(expand(cast(count(n), ms.float32), 1), expand(last_block, 0)), ms.int32)
-        group = minimum(total(passed, 1), num_experts - 1)
-        return slot, source[: n * b], group
+        return slot, reshape(source[: n * b], (n, b)), total(passed, 1)
 
-    return make
+    return plan
+
+
+def _stable_sort():
+    """f(x_N int32, not negative) -> x sorted, and the place that each element had."""
+    sort, count = ops.Sort(0), iota.reference()
+
+    def stable_sort(x):
+        N = x.shape[0]
+        key, _ = sort(x * N + count(N))  # unique keys, so the order of equal elements is kept
+        value = key // N
+        return value, key - value * N
+
+    return stable_sort
 
 
 def _all_filled(num_experts):
     def filled(expert, slot, slots):
-        return slot, slot
+        return slot
 
     return filled
 
 
 def _filled(num_experts):
-    """filled(expert, slot, slots) -> where to write an assignment's token, one past the end for none; its slot, 0 for none."""
+    """filled(expert, slot, slots) -> an assignment's slot, one past the end for none."""
     less, cast = ops.Less(), ops.Cast()
 
     def filled(expert, slot, slots):
         real = cast(less(expert, num_experts), ms.int32)
-        return slot * real + slots * (1 - real), slot * real
+        return slot * real + slots * (1 - real)
 
     return filled
+
+
+def reference_send_plan(num_experts, shards, factor):
+    """expert_Tk int32 -> (slot_N, source_sC, local_sC) int32, lost_Tk float32: the places of the N = T * k assignments in the slots of s
+    shards, C = shard_capacity each; expert e is in shard e // (E / s).
+
+    slot: where each assignment goes, in order, s * C without a place. source: the token in each slot, T for an empty one. local: its expert
+    counted within the shard, E / s for an empty one. lost: 1 for an assignment without a place; 0 unless `factor` bounds the capacity.
+    """
+    stable_sort, cumsum, reshape, cast = _stable_sort(), ops.CumSum(), ops.Reshape(), ops.Cast()
+    scatter, segment_sum, expand = ops.TensorScatterUpdate(), ops.UnsortedSegmentSum(), ops.ExpandDims()
+    gather, less, count = ops.Gather(), ops.Less(), iota.reference()
+    zeros_like, ones_like, within = ops.ZerosLike(), ops.OnesLike(), num_experts // shards
+
+    def send_plan(expert):
+        T, k = expert.shape
+        C = shard_capacity(T, k, num_experts, shards, factor)
+        flat = reshape(expert, (-1,))
+        shard, assignment = stable_sort(flat // within)
+        load = cast(segment_sum(ones_like(flat), flat // within, shards), ms.float32)
+        first = cumsum(load, 0) - load  # float32 counts are exact below 2**24
+        place = count(T * k) - cast(gather(first, shard, 0), ms.int32)
+        fits = cast(less(place, C), ms.int32)
+        slot = (shard * C + place) * fits + shards * C * (1 - fits)
+        slots = ones_like(count(shards * C + 1))
+        source = scatter(slots * T, expand(slot, 1), assignment // k)
+        chosen = gather(flat, assignment, 0)
+        local = scatter(slots * within, expand(slot, 1), chosen - shard * within)
+        places = scatter(zeros_like(flat), expand(assignment, 1), slot)
+        lost = scatter(zeros_like(flat), expand(assignment, 1), 1 - fits)
+        return places, reshape(source[:-1], (shards, C)), reshape(local[:-1], (shards, C)), cast(reshape(lost, (T, k)), ms.float32)
+
+    return send_plan
+
+
+def reference_take():
+    """x [..., D], index int32 of any shape -> [*index.shape, D]: the rows of x, counted over all of its leading dims; zeros for one past
+    the last."""
+    gather, concat, reshape, zeros_like = ops.Gather(), ops.Concat(0), ops.Reshape(), ops.ZerosLike()
+
+    def take(x, index):
+        rows = reshape(x, (-1, x.shape[-1]))
+        return gather(concat((rows, zeros_like(rows[:1]))), index, 0)
+
+    return take
+
+
+def reference_combine():
+    """y [..., D], slot [R * k] int32, weight_Rk -> [R, D]: for each row the sum of k rows of y by their weights; a row one past the last
+    adds nothing."""
+    take, reshape, total, expand, cast = reference_take(), ops.Reshape(), ops.ReduceSum(), ops.ExpandDims(), ops.Cast()
+
+    def combine(y, slot, weight):
+        chosen = take(y, reshape(slot, weight.shape))
+        return cast(total(chosen * expand(cast(weight, y.dtype), 2), 1), y.dtype)
+
+    return combine
+
+
+def cpu_top_k(k, normalise, biased=False):
+    """The same in one pass over the rows; the lower number comes first among equals."""
+    return (_BiasedTopK if biased else _TopK)(k, normalise)
+
+
+class _TopK(nn.Cell):
+    def __init__(self, k, normalise):
+        super().__init__()
+        name = "top_k_shares" if normalise else "top_k"
+
+        def shapes(logits):
+            return logits, (logits[0], k), (logits[0], k)
+
+        self.forward = kernel("routing", name, 1, shapes, _top_k_dtypes)
+        self.backward = kernel("routing", f"{name}_grad", 5, _first, _first)
+
+    def construct(self, logits):
+        return self.forward(logits)
+
+    def bprop(self, logits, out, dout):
+        return (self.backward(out[0], out[1], out[2], dout[0], dout[2]),)
+
+
+class _BiasedTopK(nn.Cell):
+    def __init__(self, k, normalise):
+        super().__init__()
+        name = "top_k_shares" if normalise else "top_k"
+
+        def shapes(logits, bias):
+            return logits, (logits[0], k), (logits[0], k)
+
+        self.forward = kernel("routing", f"{name}_biased", 2, shapes, _biased_top_k_dtypes)
+        self.backward = kernel("routing", f"{name}_grad", 5, _first, _first)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, logits, bias):
+        return self.forward(logits, bias)
+
+    def bprop(self, logits, bias, out, dout):
+        return self.backward(out[0], out[1], out[2], dout[0], dout[2]), self.zeros_like(bias)
+
+
+def cpu_plan(num_experts, limit, empty=False):
+    """The same by counting."""
+
+    def shapes(expert, num):
+        N = expert[0] * expert[1]
+        b = block_size(N, num_experts, limit)
+        n = num_blocks(N, num_experts, b)
+        return (N,), (n, b), (n,)
+
+    return _Plan("plan_some" if empty else "plan", num_experts, shapes, _plan_dtypes)
+
+
+def cpu_send_plan(num_experts, shards, factor):
+    """The same by counting."""
+
+    def shapes(expert, num):
+        T, k = expert
+        C = shard_capacity(T, k, num_experts, shards, factor)
+        return (T * k,), (shards, C), (shards, C), expert
+
+    return _Plan("send_plan", num_experts, shapes, _send_plan_dtypes)
+
+
+class _Plan(nn.Cell):
+    """Integers of integers: nothing to differentiate."""
+
+    def __init__(self, name, num_experts, shapes, dtypes):
+        super().__init__()
+        self.forward, self.num_experts = kernel("routing", name, 2, shapes, dtypes), ms.Tensor([num_experts], ms.int32)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, expert):
+        return self.forward(expert, self.num_experts)
+
+    def bprop(self, expert, out, dout):
+        return (self.zeros_like(expert),)
+
+
+def cpu_take():
+    """The same without a copy of x; float32. The gradient of a row is summed in the order of the index."""
+    return _Take()
+
+
+class _Take(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = kernel("routing", "take", 2, _taken, _first)
+        self.backward = kernel("routing", "take_grad", 3, _first, _first)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, x, index):
+        return self.forward(x, index)
+
+    def bprop(self, x, index, out, dout):
+        return self.backward(x, index, dout), self.zeros_like(index)
+
+
+def cpu_combine():
+    """The same without a copy of the rows; float32."""
+    return _Combine()
+
+
+class _Combine(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = kernel("routing", "combine", 3, _combined, _first)
+        self.backward = kernel("routing", "combine_grad", 4, _combine_grads, _combine_grads_dtypes)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, y, slot, weight):
+        return self.forward(y, slot, weight)
+
+    def bprop(self, y, slot, weight, out, dout):
+        dy, d_weight = self.backward(y, slot, weight, dout)
+        return dy, self.zeros_like(slot), d_weight
+
+
+def _first(x, *rest):
+    return x
+
+
+def _top_k_dtypes(logits):
+    return logits, ms.int32, logits
+
+
+def _biased_top_k_dtypes(logits, bias):
+    return logits, ms.int32, logits
+
+
+def _plan_dtypes(expert, num):
+    return expert, expert, expert
+
+
+def _send_plan_dtypes(expert, num):
+    return expert, expert, expert, ms.float32
+
+
+def _taken(x, index):
+    return (*index, x[-1])
+
+
+def _combined(y, slot, weight):
+    return weight[0], y[-1]
+
+
+def _combine_grads(y, slot, weight, d_out):
+    return y, weight
+
+
+def _combine_grads_dtypes(y, slot, weight, d_out):
+    return y, y

@@ -1,7 +1,7 @@
 """A loop over stacked layers whose graph does not grow with their number, with a backward that recomputes each layer.
 
 MindSpore unrolls Python loops: 64 layers take about a minute to compile, and `while` loops have no gradient of their own worth
-having. This cell runs one `while` loop forward and two backward (inputs of the layers again, then their gradients).
+having. This cell runs one `while` loop forward, which keeps each layer's input, and one backward.
 """
 
 import mindspore as ms
@@ -20,7 +20,8 @@ def scan(body, like, num_layers, stats_shape):
     flatten, loop = flatten_in_graph(like), _Scan(body, like, num_layers, stats_shape)
 
     def run(x, stacked, consts):
-        return loop(x, flatten(stacked), consts)
+        x, stats, _ = loop(x, flatten(stacked), consts)
+        return x, stats
 
     return run
 
@@ -41,24 +42,19 @@ class _Scan(nn.Cell):
     def construct(self, x, stacked, consts):
         i = ms.Tensor(0, ms.int32)
         stats = ops.zeros(self.stats_shape, ms.float32)
+        inputs = ops.zeros((self.num_layers,) + x.shape, x.dtype)
         while i < self.num_layers:
+            inputs = self.put(inputs, i, x)
             x, s = self.body(self.pick(stacked, i), x, consts)
             stats = self.put(stats, i, s)
             i = i + 1
-        return x, stats
+        return x, stats, inputs
 
     def bprop(self, x, stacked, consts, out, dout):
-        dx, dstats = dout
+        inputs, dx, dstats = out[2], dout[0], dout[1]
         none = ()
         for c in consts:
             none += (self.zeros_like(c),)
-        inputs = ops.zeros((self.num_layers,) + x.shape, x.dtype)
-        h = ops.depend(x, dx)  # else the recomputation runs with the forward and saves no memory
-        i = ms.Tensor(0, ms.int32)
-        while i < self.num_layers:
-            inputs = self.put(inputs, i, h)
-            h, _ = self.body(self.pick(stacked, i), h, consts)
-            i = i + 1
         j = ms.Tensor(self.num_layers - 1, ms.int32)
         grads = (j,)  # first, as a loop cannot carry a tuple of arrays that are all of one shape
         for w in stacked:

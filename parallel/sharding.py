@@ -22,7 +22,8 @@ from parallel.mesh import ONE_DEVICE, Mesh
 # Logical dim -> the mesh axes it is split over, outermost first; `tp-kv` and the like are parts of axes, see Mesh.
 # rows are the flattened [batch, seq] rows of the residual stream, which sequence parallel splits over tp too; tokens the same rows where a
 # layer needs all of a tp group's; expert_rows the same where experts are split over tp. kv is a dim of weights, and kv_heads of
-# activations, in which every tp rank has a kv head of its own, if need be the same as its neighbour's.
+# activations, in which every tp rank has a kv head of its own, if need be the same as its neighbour's. vocab_parts are the ranks that share
+# the vocabulary: what each has found in its part of it.
 # Between the rank that a token is on and the ranks of its experts: `sent` slots `to_shard` of experts become `received` slots of a `shard`.
 # Those, the assignments of tokens to experts, and blocks of slots are each rank's own, as are the partial sums over a split expert_ffn.
 RULES = {
@@ -41,6 +42,7 @@ RULES = {
     "half": (),
     "ffn": ("tp",),
     "vocab": ("tp",),
+    "vocab_parts": ("tp",),
     "whole_vocab": (),
     "experts": ("ep",),
     "expert_ffn": ("tp-ep",),
@@ -63,7 +65,7 @@ RULES = {
 SEQ_PARALLEL_RULES = {**RULES, "rows": ("dp", "cp", "tp"), "expert_rows": ("dp", "cp", "tp/ep")}
 PADDED = ("vocab",)  # dims whose last shard may have elements that are in no parameter
 # dims of a result that each rank may make for itself, though no operand is split
-OWN = ("kv_heads", "assignments", "slots", "blocks", "sent", "shard", "received")
+OWN = ("kv_heads", "vocab_parts", "assignments", "slots", "blocks", "sent", "shard", "received")
 KINDS = ("elementwise", "contraction", "reduction", "kernel")
 DATA = ("dp", "cp")
 EVERY_AXIS = Mesh(pp=2, dp=6, cp=6, tp=12, ep=8, kv_repeat=4)  # every part of every axis has ranks here

@@ -5,6 +5,8 @@ import linecache
 import os
 import tempfile
 
+from ops.build import cache_folder
+
 
 def function(head, lines, **names):
     """The function `head`, such as "add(a, b)", of these lines, which may use `names`. The text is ours: no input goes into it.
@@ -18,12 +20,6 @@ def function(head, lines, **names):
     scope = {"__name__": __name__}
     exec(compile(text, file, "exec"), scope)
     return scope["make"](**names)
-
-
-def cache_folder():
-    """Where what can be made again is kept between runs: $XDG_CACHE_HOME/qwen3_mindspore."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(home, "qwen3_mindspore")
 
 
 def _file(name, text):

@@ -2,25 +2,30 @@
 
 Prompts of different lengths run as one batch, padded on the right: padding is written into slots that later tokens overwrite,
 and that no query sees before.
+
+With the C++ kernels a cache changes in place: go on from the one that a step returns, as the one it was given is spent.
+
+`generate` then runs up to CHUNK steps in one compiled loop, sampling and stop ids included, because a step of a small model takes less time
+than a call that passes all its parameters. With other kernels the host samples after each step.
 """
 
 import functools
 
 import mindspore as ms
 import numpy as np
+from mindspore import ops
 
+from ops import registry
+from ops import sampling as sampling_op
 from parallel.spec import hash_uniform
 from parallel.step import jit
 from qwen3.cache import init_cache, round_up
 from qwen3.model import build
 
-
-@functools.lru_cache(maxsize=8)
-def _extend(cfg):
-    return jit(build(cfg).extend)
+CHUNK = 32  # tokens a row between two looks at them by the host
 
 
-def prefill(params, prompts, cfg, length):
+def prefill(params, prompts, cfg, length, kernels=None):
     """prompts: lists of token ids, none empty -> (logits_BV float32 after each prompt, cache for `length` tokens a row)."""
     sizes = np.array([len(p) for p in prompts], np.int32)
     if not len(prompts) or not sizes.min():
@@ -33,49 +38,122 @@ def prefill(params, prompts, cfg, length):
         row[: len(prompt)] = prompt
     positions = np.tile(np.arange(width, dtype=np.int32), (len(prompts), 1))
     cache = init_cache(cfg, len(prompts), length)
-    return _extend(cfg)(params, cache, *map(ms.Tensor, (tokens, positions, sizes - 1)))
+    return _extended(params, cache, tokens, positions, sizes - 1, cfg, kernels)
 
 
-def decode_step(params, cache, tokens, positions, cfg):
+def decode_step(params, cache, tokens, positions, cfg, kernels=None):
     """tokens_B at positions_B (numpy int32) -> (logits_BV float32, cache)."""
-    last = np.zeros(len(tokens), np.int32)
-    return _extend(cfg)(params, cache, ms.Tensor(tokens[:, None]), ms.Tensor(positions[:, None]), ms.Tensor(last))
+    return _extended(params, cache, tokens[:, None], positions[:, None], np.zeros(len(tokens), np.int32), cfg, kernels)
 
 
-def sample(logits, *, temperature=0.0, top_k=0, top_p=1.0, seed=0, step=0):
-    """logits_BV (numpy) -> token ids [B] int32. temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
+def sample(logits, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0):
+    """logits_BV (numpy) -> token ids [B] int32; the options are those of ops/sampling.py.
 
-    The draw of row b depends on (seed, step, b) alone. Raises ValueError for options out of range.
+    The draw of row b depends on (seed, step, b) alone. Raises ValueError for options out of range, and for NaN.
     """
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"sampling: temperature={temperature}, top_k={top_k}, top_p={top_p}; need >= 0, >= 0 and in (0, 1]")
-    if temperature == 0:
-        return logits.argmax(-1).astype(np.int32)
-    order = np.argsort(-logits, axis=-1, kind="stable")[:, : top_k or None]
-    z = np.take_along_axis(logits, order, -1).astype(np.float64) / temperature
-    p = np.exp(z - z[:, :1])
-    p /= p.sum(-1, keepdims=True)
-    p[np.cumsum(p, -1) - p >= top_p] = 0  # the smallest set of tokens whose probability reaches top_p
-    upto = np.cumsum(p, -1)
-    u = hash_uniform(seed, np.uint32(step), np.arange(len(logits)))[:, None] * upto[:, -1:]
-    return np.take_along_axis(order, (upto > u).argmax(-1)[:, None], -1)[:, 0].astype(np.int32)
+    options = sampling_op.options(len(logits), temperature, top_k, top_p, min_p)
+    return sampling_op.reference()(logits, _draws(seed, step, 1, len(logits))[0], options)
 
 
-def generate(params, prompts, cfg, max_new_tokens, *, stop_ids=(), **sampling):
+def generate(params, prompts, cfg, max_new_tokens, *, stop_ids=(), kernels=None, **sampling):
     """prompts: lists of token ids -> lists of the new ids, each up to and without its first stop id."""
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens={max_new_tokens} must be at least 1")
+    kernels = kernels or _default_kernels(cfg)
     length = round_up(max(map(len, prompts)) + max_new_tokens)
-    logits, cache = prefill(params, prompts, cfg, length)
+    logits, cache = prefill(params, prompts, cfg, length, kernels)
     at = np.array([len(p) for p in prompts], np.int32)
+    follow = _chunks if kernels.sampling == kernels.cache_write == "cpu" else _steps
     out, running = [[] for _ in prompts], np.ones(len(prompts), bool)
-    for step in range(max_new_tokens):
-        token = sample(logits.asnumpy(), step=step, **sampling)
+    for token in follow(params, logits, cache, at, cfg, kernels, max_new_tokens, list(stop_ids), **sampling):
         running &= ~np.isin(token, list(stop_ids))
         for row in np.flatnonzero(running):
             out[row].append(int(token[row]))
-        if not running.any() or step + 1 == max_new_tokens:
+        if not running.any():
             break
-        logits, cache = decode_step(params, cache, token, at, cfg)
-        at = at + 1
     return out
+
+
+def _steps(params, logits, cache, at, cfg, kernels, count, stop_ids, **sampling):
+    """`count` times the next ids_B, sampled on the host."""
+    for step in range(count):
+        token = sample(logits.asnumpy(), step=step, **sampling)
+        yield token
+        if step + 1 < count:
+            logits, cache = decode_step(params, cache, token, at + step, cfg, kernels)
+
+
+def _chunks(params, logits, cache, at, cfg, kernels, count, stop_ids, *, seed=0, **sampling):
+    """The same, sampled on the device, and read from there every CHUNK steps or when all rows have stopped."""
+    B = len(at)
+    options = ms.Tensor(sampling_op.options(B, **sampling))
+    stop = ms.Tensor(np.array(stop_ids, np.int32)[None]) if stop_ids else None
+    token = sampling_op.cpu()(logits, ms.Tensor(_draws(seed, 0, 1, B)[0]), options)
+    yield token.asnumpy()
+    at, running, done = ms.Tensor(at), ms.Tensor((~np.isin(token.asnumpy(), stop_ids)).astype(np.int32)), 1
+    while done < count:
+        ids, steps = ms.Tensor(np.zeros((1, CHUNK, 1, B), np.int32)), ms.Tensor(min(CHUNK, count - done), ms.int32)
+        draws = ms.Tensor(_draws(seed, done, CHUNK, B))
+        token, at, running, taken = _decode(cfg, kernels)(params, cache, token, at, running, draws, options, stop, ids, steps)
+        taken = int(taken)
+        yield from ids.asnumpy()[0, :taken, 0]
+        done += taken
+
+
+def _draws(seed, step, count, batch_size):
+    """[count, B] float32 for the steps from `step` on."""
+    steps = np.arange(step, step + count, dtype=np.uint32)[:, None]
+    return hash_uniform(seed, steps, np.arange(batch_size)[None])
+
+
+def _default_kernels(cfg):
+    return registry.choose({}, ms.get_context("device_target"), cfg.compute_dtype)
+
+
+def _extended(params, cache, tokens, positions, last, cfg, kernels):
+    kernels = kernels or _default_kernels(cfg)
+    out = _extend(cfg, kernels)(params, cache, *map(ms.Tensor, (tokens, positions, last)))
+    return (out, cache) if kernels.cache_write == "cpu" else out
+
+
+@functools.lru_cache(maxsize=8)
+def _extend(cfg, kernels):
+    """The model's extend, compiled. Where it writes into the cache, only the logits are returned: a graph copies what it returns."""
+    extend = build(cfg, kernels=kernels).extend
+
+    def logits_alone(params, cache, tokens, positions, last):
+        return extend(params, cache, tokens, positions, last)[0]
+
+    return jit(logits_alone if kernels.cache_write == "cpu" else extend)
+
+
+@functools.lru_cache(maxsize=8)
+def _decode(cfg, kernels):
+    """decode(params, cache, token_B, at_B, running_B int32, draws [CHUNK, B], options, stop [1, M] or None, ids [1, CHUNK, 1, B], steps)
+    -> (token_B, at_B, running_B, the number of steps taken), writing into the cache, and into ids one row a step.
+
+    It takes `steps` steps, or fewer where before that no row runs any more: running_B is 1 for rows that have not come upon a stop id.
+    """
+    extend = build(cfg, kernels=kernels).extend
+    choose, write = registry.pick(kernels, "sampling")(), registry.pick(kernels, "cache_write")()
+    reshape, gather, zeros_like, different = ops.Reshape(), ops.Gather(), ops.ZerosLike(), ops.NotEqual()
+    cast, lowest, highest = ops.Cast(), ops.ReduceMin(), ops.ReduceMax()
+
+    def goes_on(token, stop):
+        """1 for the rows whose token is no stop id; reductions are of float32, which every device has."""
+        return cast(lowest(cast(different(reshape(token, (-1, 1)), stop), ms.float32), 1), ms.int32)
+
+    def decode(params, cache, token, at, running, draws, options, stop, ids, steps):
+        i = zeros_like(steps)
+        while i < steps:
+            logits, _ = extend(params, cache, reshape(token, (-1, 1)), reshape(at, (-1, 1)), zeros_like(token))
+            token = choose(logits, gather(draws, i, 0), options)
+            token = ops.depend(token, write(ids, reshape(token, (1, 1, 1, -1)), reshape(i, (1, 1))))
+            if stop is not None:
+                running = running * goes_on(token, stop)
+                steps = steps * cast(highest(cast(running, ms.float32)), ms.int32)
+            at = at + 1
+            i = i + 1
+        return token, at, running, i
+
+    return jit(decode)

@@ -13,7 +13,7 @@ from mindspore import ops
 
 from layers import attention, embed, linear, loss, mlp, moe, norm, rope
 from ops import iota as iota_op
-from ops.attention import cache_mask, document_mask
+from ops import registry
 from parallel import zero
 from parallel.scan import scan as scan_layers
 from parallel.sharding import Sharding
@@ -61,20 +61,22 @@ def loss_fn(params, batch, cfg):
 
 
 @functools.lru_cache(maxsize=32)
-def build(cfg, sharding=None, scan=False):
+def build(cfg, sharding=None, scan=False, kernels=None):
     """The model's functions, closed over their annotated ops: forward, loss_fn and extend, as attributes.
 
     scan: `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list (see stack_layers), run as a loop.
+    kernels: the ops' implementations, an ops.registry.Kernels; by default the fastest that this device has.
     """
-    check_compute_dtype(cfg, ms.get_context("device_target"))
-    sharding = sharding or Sharding()
-    take, head = embed.build(cfg, sharding)
-    angles, rotate = rope.build(cfg, sharding)
-    blocks = _blocks(cfg, sharding, rotate)
+    device = ms.get_context("device_target")
+    check_compute_dtype(cfg, device)
+    sharding, kernels = sharding or Sharding(), kernels or registry.choose({}, device, cfg.compute_dtype)
+    take, head = embed.build(cfg, sharding, kernels)
+    angles = rope.build(cfg, sharding)
+    blocks = _blocks(cfg, sharding, kernels)
     trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, sharding, blocks)
-    final_norm, head_key = norm.build(cfg, sharding), "embed" if cfg.tie_embeddings else "lm_head"
+    final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
-    mask = sharding.op(document_mask(), "batch seq, batch keys -> batch one seq keys", kind="kernel", dtype=ms.float32)
+    order = sharding.op(_order(), "batch seq -> batch seq", kind="kernel")
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     whole_vocab = embed.whole(cfg, sharding)
     reshape, consts = ops.Reshape(), _consts(cfg)
@@ -83,7 +85,7 @@ def build(cfg, sharding=None, scan=False):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
         x = take(whole_table(params["embed"]), tokens)
-        x, stats = trunk(params["layers"], x, consts(cos, sin, mask(segment_ids, segment_ids), valid))
+        x, stats = trunk(params["layers"], x, consts(cos, sin, segment_ids, order(segment_ids), valid))
         return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x)), stats
 
     router_losses = moe.losses(cfg, sharding)
@@ -95,7 +97,7 @@ def build(cfg, sharding=None, scan=False):
         logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
         return reshape(whole_vocab(logits), (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
 
-    loss_of = _loss(cfg, sharding, logits_and_stats, router_losses)
+    loss_of = _loss(cfg, sharding, kernels, logits_and_stats, router_losses)
     extend = _extend(cfg, take, head, angles, blocks, final_norm, head_key)
     return SimpleNamespace(forward=forward, loss_fn=loss_of, extend=extend)
 
@@ -105,9 +107,9 @@ def _aux(losses):
     return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
 
 
-def _loss(cfg, sharding, logits_and_stats, router_losses):
+def _loss(cfg, sharding, kernels, logits_and_stats, router_losses):
     """loss_fn(params, batch), see above."""
-    mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding)
+    mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding, kernels)
     aux_coef, z_coef = cfg.router_aux_coef, cfg.router_z_coef
 
     def dense(params, batch):
@@ -136,53 +138,64 @@ def _is_real():
     return real
 
 
+def _order():
+    """segment_ids_BS -> 0, 1, ... S - 1 in each row: what a token may see of its document ends with itself."""
+    count, zeros_like = iota_op.reference(), ops.ZerosLike()
+
+    def order(segment_ids):
+        return zeros_like(segment_ids) + count(segment_ids.shape[1])
+
+    return order
+
+
 def _default_positions(tokens):
     B, S = tokens.shape
     return ops.broadcast_to(ops.expand_dims(ops.arange(0, S), 0), (B, S))
 
 
 def _consts(cfg):
-    """What every layer is given beside x: cos, sin, mask_B1ST, and for experts valid_R; scan wants no more than is used."""
+    """What every layer is given beside x: cos, sin, segments_BS, order_BS, and for experts valid_R; scan wants no more than is used."""
 
-    def dense(cos, sin, mask, valid):
-        return cos, sin, mask
+    def dense(cos, sin, segments, order, valid):
+        return cos, sin, segments, order
 
-    def with_experts(cos, sin, mask, valid):
-        return cos, sin, mask, valid
+    def with_experts(cos, sin, segments, order, valid):
+        return cos, sin, segments, order, valid
 
     return with_experts if cfg.moe_layers else dense
 
 
-def _blocks(cfg, sharding, rotate):
+def _blocks(cfg, sharding, kernels):
     """Per layer, (block(p, x_RD, consts) -> x_RD, stats; the same over a cache, for generation)."""
-    rms, add = norm.build(cfg, sharding), linear.residual(sharding)
-    attend, attend_cached = attention.build(cfg, sharding, rotate)
-    dense_ffn = mlp.build(cfg, sharding)
+    (rms, add_rms), add = norm.build(cfg, sharding, kernels), linear.residual(sharding)
+    attend, attend_cached = attention.build(cfg, sharding, kernels)
+    dense_ffn = mlp.build(cfg, sharding, kernels)
     no_stats = ms.Tensor([0.0], ms.float32)
 
     def dense(p, x, consts):
         return dense_ffn(p["mlp"], x), no_stats
 
-    sparse_ffn = moe.build(cfg, sharding) if cfg.moe_layers else None
+    sparse_ffn = moe.build(cfg, sharding, kernels) if cfg.moe_layers else None
 
     def sparse(p, x, consts):
-        return sparse_ffn(p["moe"], x, consts[3])
+        return sparse_ffn(p["moe"], x, consts[4])
 
     def block_of(i, ffn):
         whole = zero.gathered(sharding, layer_specs(cfg, i))
 
         def block(p, x, consts):
             p = whole(p)
-            x = add(x, attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2]))
-            y, stats = ffn(p, rms(p["mlp_norm"], x), consts)
+            y = attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2], consts[3])
+            x, normed = add_rms(p["mlp_norm"], x, y)
+            y, stats = ffn(p, normed, consts)
             return add(x, y), stats
 
-        def cached(p, x, consts, k, v, at):
+        def cached(p, x, consts, k, v, key_segments, slots):
             p = whole(p)
             normed = rms(p["attention_norm"], x)
-            y, k, v = attend_cached(p["attention"], normed, consts[0], consts[1], consts[2], k, v, at)
-            x = add(x, y)
-            y, _ = ffn(p, rms(p["mlp_norm"], x), consts)
+            y, k, v = attend_cached(p["attention"], normed, consts[0], consts[1], consts[2], consts[3], k, v, key_segments, slots)
+            x, normed = add_rms(p["mlp_norm"], x, y)
+            y, _ = ffn(p, normed, consts)
             return add(x, y), k, v
 
         return block, cached
@@ -235,20 +248,22 @@ def _scanned(cfg, blocks):
 def _extend(cfg, take, head, angles, blocks, final_norm, head_key):
     """extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV at column last_B of each row, cache).
 
-    cache: per layer (k_BKTH, v_BKTH); slot t of a row holds position t. Positions beyond T are dropped.
+    cache: per layer (k_BTKH, v_BTKH); slot t of a row holds position t. Positions beyond T are dropped.
     """
     run, n = tuple(cached for _, cached in blocks), cfg.num_layers
-    mask, gather, iota = cache_mask(), ops.Gather(), iota_op.reference()
-    reshape, cast, ones_like, pack = ops.Reshape(), ops.Cast(), ops.OnesLike(), _consts(cfg)
+    gather, iota, pack, cast = ops.Gather(), iota_op.reference(), _consts(cfg), ops.Cast()
+    reshape, ones_like, expand, tile = ops.Reshape(), ops.OnesLike(), ops.ExpandDims(), ops.Tile()
 
     def extend(params, cache, tokens, positions, last):
         B, S = tokens.shape
         cos, sin = angles(positions)
         valid = cast(ones_like(reshape(tokens, (-1,))), ms.float32)
-        consts = pack(cos, sin, mask(positions, cache[0][0]), valid)
+        consts = pack(cos, sin, ones_like(positions), positions, valid)
+        slots = tile(expand(iota(cache[0][0].shape[1]), 0), (B, 1))
+        key_segments = ones_like(slots)
         x, updated = take(params["embed"], tokens), ()
         for i in range(n):
-            x, k, v = run[i](params["layers"][i], x, consts, cache[i][0], cache[i][1], positions)
+            x, k, v = run[i](params["layers"][i], x, consts, cache[i][0], cache[i][1], key_segments, slots)
             updated += ((k, v),)
         x = gather(x, iota(B) * S + last, 0)
         return head(params[head_key], final_norm(params["final_norm"], x)), updated

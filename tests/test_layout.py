@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "qwen3": ("ops", "parallel", "layers"),
     "experiments": ("ops", "parallel", "layers", "qwen3"),
 }
+PEERS = "experiments/peers"  # what experiments.bench is compared with
 
 
 def sources(folder):
@@ -47,7 +48,16 @@ def test_mesh_axes_are_named_in_parallel_only(folder):
 def test_nothing_unsafe_reads_files():
     for folder in MAY_IMPORT:
         for path in sources(folder):
-            assert not set(imported(path)) & {"pickle", "torch", "transformers", "marshal", "shelve"}, path
+            assert not set(imported(path)) & {"pickle", "marshal", "shelve"}, path
+
+
+def test_peers_are_imported_by_the_benchmarks_peers_alone():
+    """They run in processes of their own, and nothing imports them."""
+    for folder in MAY_IMPORT:
+        for path in sources(folder):
+            if path.parent.name != "peers":
+                assert not set(imported(path)) & {"torch", "transformers", "jax"}, path
+                assert "experiments.peers" not in path.read_text(), path
 
 
 def test_files_stay_under_500_lines():

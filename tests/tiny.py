@@ -6,6 +6,7 @@ import mindspore as ms
 import numpy as np
 
 from experiments.data.packing import pack
+from ops import registry
 from parallel.spec import init_params, normal, tree_map, tree_paths
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
@@ -36,6 +37,9 @@ MOE = DENSE.replace(
 )
 MIXED = MOE.replace(num_layers=3, mlp_only_layers=(1,), norm_topk_prob=False)
 KINDS = {"dense": DENSE, "qwen2": QWEN2, "moe": MOE, "mixed": MIXED}
+
+FUSED = registry.choose({}, "CPU", "float32")
+REFERENCE = registry.Kernels()
 
 
 def random_params(cfg, seed=0):

@@ -9,6 +9,7 @@ import typing
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
+from ops.registry import OPS
 from qwen3.config import Qwen3Config
 
 
@@ -48,6 +49,8 @@ def get_config():
     c.optim.router_bias_rate = 1e-3  # step of the router's bias, when model_args.router_bias is on
 
     c.data = _data()
+
+    c.ops = ConfigDict({op: "auto" for op in OPS})  # implementation of each op: reference, cpu, or auto = the fastest that this device has
 
     c.parallel = ConfigDict()  # also --dp, --tp, ... on the command line
     c.parallel.dp = 1  # data parallel ranks

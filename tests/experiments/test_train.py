@@ -18,6 +18,7 @@ from parallel.step import jit, to_tuple
 from qwen3 import hf
 from qwen3.config import SIZES
 from qwen3.model import param_specs
+from tests.tiny import FUSED, REFERENCE, random_params
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "..", "golden", "training_curves.json")
 DENSE = SIZES["tiny"].replace(vocab_size=64, hidden_size=32, num_layers=3, head_dim=16, ffn_size=48)
@@ -162,26 +163,28 @@ def numpy_adamw(params, grads, o, lrs):
     return params
 
 
+@pytest.mark.parametrize("kernels", [REFERENCE, FUSED], ids=["reference", "fused"])
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
-def test_adamw_equals_the_formula(clip_norm):
+def test_adamw_equals_the_formula(clip_norm, kernels):
     specs = {"matrix": ParamSpec((5, 4), ("embed", "ffn"), normal(1.0)), "vector": ParamSpec((6,), ("embed",), normal(1.0))}
     o, lrs = optim_config(clip_norm=clip_norm, weight_decay=0.3, eps=1e-8), [0.1, 0.02, 0.3]
     start = init_params(specs, 0)
     grads = [init_params(specs, seed) for seed in (1, 2, 3)]
     params = tuple(map(ms.Tensor, start.values()))
-    state, update = optim.init_state(params), jit(optim.adamw(specs, o))
+    state, update = optim.init_state(params), jit(optim.adamw(specs, o, kernels))
     m, v, norm = state["m"], state["v"], state["norm"]
     for at, (g, lr) in enumerate(zip(grads, lrs)):
-        new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, v, norm, optim.scalars(o, lr, at))
+        new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, v, norm, optim.scalars(o, lr, at), ())
         params, m, v = ([leaf[i] for leaf in new] for i in range(3))
     want = numpy_adamw(start, grads, o, lrs)
     for got, name in zip(params, start):
         np.testing.assert_allclose(got.asnumpy(), want[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_norm_spike_is_skipped_and_nothing_of_it_is_kept():
+@pytest.mark.parametrize("kernels", [REFERENCE, FUSED], ids=["reference", "fused"])
+def test_a_norm_spike_is_skipped_and_nothing_of_it_is_kept(kernels):
     o, specs = optim_config(skip_spikes=3.0, clip_norm=0.0), {"w": ParamSpec((4, 4), ("embed", "ffn"), normal(1.0))}
-    update, params = jit(optim.adamw(specs, o)), (ms.Tensor(np.ones((4, 4), np.float32)),)
+    update, params = jit(optim.adamw(specs, o, kernels)), (ms.Tensor(np.ones((4, 4), np.float32)),)
     state = optim.init_state(params)
     m, v, norm = state["m"], state["v"], state["norm"]
 
@@ -189,16 +192,46 @@ def test_a_norm_spike_is_skipped_and_nothing_of_it_is_kept():
         return (ms.Tensor(np.full((4, 4), x, np.float32)),)
 
     for at, size in enumerate([1.0, 1.0, 1.0]):
-        new, norm, _, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, at + optim.SPIKE_WARMUP_STEPS))
+        new, norm, _, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, at + optim.SPIKE_WARMUP_STEPS), ())
         params, m, v = ([leaf[i] for leaf in new] for i in range(3))
         assert int(skipped) == 0
+    before = [x[0].asnumpy().copy() for x in (params, m, v)]  # the update may work in place
     for size in (100.0, float("inf")):
-        new, after, seen, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, 30))
+        new, after, seen, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, 30), ())
         assert int(skipped) == 1 and float(seen) > 100 and float(after) == float(norm)
         for i, old in enumerate((params, m, v)):
-            assert np.array_equal(new[0][i].asnumpy(), old[0].asnumpy())
-    _, _, _, skipped = update(params, g(1.1), m, v, norm, optim.scalars(o, 0.1, 31))
+            assert np.array_equal(new[0][i].asnumpy(), before[i]) and np.array_equal(old[0].asnumpy(), before[i])
+    _, _, _, skipped = update(params, g(1.1), m, v, norm, optim.scalars(o, 0.1, 31), ())
     assert int(skipped) == 0
+
+
+def values_of(tree):
+    return [x.asnumpy().copy() for x in tree_leaves(tree)]
+
+
+@pytest.mark.parametrize("loop", ["unroll", "scan"])
+def test_steps_work_in_place_on_nothing_but_the_state(loop):
+    start, config = random_params(DENSE), make_config(**{"train.layer_loop": loop})
+    program, given = train.build_program(DENSE, config), values_of(start)
+    state, _ = program.step(program.init(start), make_batch(0), 1e-2, 0)
+    taken = program.params(state)
+    held = values_of(taken)
+    program.step(state, make_batch(1), 1e-2, 1)
+    for tree, before in ((start, given), (taken, held)):
+        for x, old in zip(tree_leaves(tree), before):
+            np.testing.assert_array_equal(x.asnumpy(), old)
+    assert any((a != b).any() for a, b in zip(values_of(program.params(state)), held))  # in place, so the test above can fail
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    program = train.build_program(DENSE, make_config())
+    state, _ = program.step(program.init(random_params(DENSE)), make_batch(0), 1e-2, 0)
+    before = values_of(state)
+    infinite = {**make_batch(1), "loss_weights": np.full((4, 16), np.inf, np.float32)}
+    after, metrics = program.step(state, infinite, 1e-2, 1)
+    assert not np.isfinite(metrics["grad_norm"])
+    for old, x in zip(before, tree_leaves(after)):
+        np.testing.assert_array_equal(old, x.asnumpy())
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ import numpy as np
 from mindspore import ops
 
 from layers import attention, embed, linear, loss, mlp, moe, norm, rope
-from ops.attention import MASKED
 from parallel import collectives, step
 from parallel.mesh import Mesh
 from parallel.sharding import Sharding
-from tests.tiny import DENSE, MOE
+from tests.tiny import DENSE, FUSED, MOE
 
 B, S = 4, 4
 R = B * S
@@ -72,10 +71,9 @@ def checks(kv_repeat):
     table, ids = {"w": ((V, D), ("vocab", "embed"))}, {"ids": (rng.integers(0, V, (R, 1)).astype(np.int32), ("tokens", "one"))}
     weights = {"weights": (rng.integers(0, 3, (R, 1)).astype(np.float32), ("tokens", "one"))}
     valid = {"valid": ((rng.random(R) < 0.8).astype(np.float32), ("rows",))}
-    at, future = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S)), np.triu(np.ones((S, S), np.float32), 1)
-    mask = np.where(rng.random((B, 1, 1, 1)) < 0.5, future, np.zeros_like(future)) * np.float32(MASKED)
+    at = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
     see = {"positions": (at * np.arange(1, B + 1, dtype=np.int32)[:, None], ("batch", "seq"))}
-    see |= {"mask": (mask, ("batch", "one", "seq", "keys"))}
+    see |= {"segments": (np.sort(rng.integers(1, 3, (B, S)).astype(np.int32)), ("batch", "seq")), "order": (at, ("batch", "seq"))}
     stats = ((moe.stats_size(MOE),), ("stats",))
     one = ((R, 1), ("tokens", "one"))
     return {
@@ -85,7 +83,7 @@ def checks(kv_repeat):
         "embed": Check(_embed, table, ids, [y]),
         "logits": Check(_logits, {**x, **table}, {}, [((R, V), ("tokens", "whole_vocab"))]),
         "nll": Check(_nll, {**x, **table}, ids, [one]),
-        "norm": Check(_norm, {**x, "w": ((D,), ("embed",))}, {}, [y]),
+        "norm": Check(_norm, {**x, "y": y, "w": ((D,), ("embed",))}, {}, [y, y, y]),
         "mean": Check(_mean, {"x": one}, weights, [((), ()), ((), ())]),
         "attention": Check(_attention, {**x, **_of(attention)}, see, [y]),
         "moe": Check(_moe(MOE), {**x, **_of(moe, cfg=MOE)}, valid, [y, stats]),
@@ -110,7 +108,7 @@ def _projection(sharding):
 
 
 def _mlp(sharding):
-    layer = mlp.build(DENSE, sharding)
+    layer = mlp.build(DENSE, sharding, FUSED)
 
     def f(p, c):
         return (layer(p, p["x"]),)
@@ -128,7 +126,7 @@ def _row(sharding):
 
 
 def _embed(sharding):
-    take, _ = embed.build(DENSE, sharding)
+    take, _ = embed.build(DENSE, sharding, FUSED)
 
     def f(p, c):
         return (take(p["w"], c["ids"]),)
@@ -137,7 +135,7 @@ def _embed(sharding):
 
 
 def _logits(sharding):
-    (_, head), whole = embed.build(DENSE, sharding), embed.whole(DENSE, sharding)
+    (_, head), whole = embed.build(DENSE, sharding, FUSED), embed.whole(DENSE, sharding)
 
     def f(p, c):
         return (whole(head(p["w"], p["x"])),)
@@ -146,7 +144,7 @@ def _logits(sharding):
 
 
 def _nll(sharding):
-    (_, head), nll = embed.build(DENSE, sharding), loss.build(DENSE.vocab_size, sharding)
+    (_, head), nll = embed.build(DENSE, sharding, FUSED), loss.build(DENSE.vocab_size, sharding, FUSED)
 
     def f(p, c):
         return (nll(head(p["w"], p["x"]), c["ids"]),)
@@ -155,10 +153,10 @@ def _nll(sharding):
 
 
 def _norm(sharding):
-    rms = norm.build(DENSE, sharding)
+    rms, add_rms = norm.build(DENSE, sharding, FUSED)
 
     def f(p, c):
-        return (rms(p["w"], p["x"]),)
+        return (rms(p["w"], p["x"]), *add_rms(p["w"], p["x"], p["y"]))
 
     return f
 
@@ -173,19 +171,19 @@ def _mean(sharding):
 
 
 def _attention(sharding):
-    angles, rotate = rope.build(DENSE, sharding)
-    attend, _ = attention.build(DENSE, sharding, rotate)
+    angles = rope.build(DENSE, sharding)
+    attend, _ = attention.build(DENSE, sharding, FUSED)
 
     def f(p, c):
         cos, sin = angles(c["positions"])
-        return (attend(p, p["x"], cos, sin, c["mask"]),)
+        return (attend(p, p["x"], cos, sin, c["segments"], c["order"]),)
 
     return f
 
 
 def _moe(cfg):
     def build(sharding):
-        layer = moe.build(cfg, sharding)
+        layer = moe.build(cfg, sharding, FUSED)
 
         def f(p, c):
             return layer(p, p["x"], c["valid"])

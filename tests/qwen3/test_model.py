@@ -15,7 +15,20 @@ from parallel.step import value_and_grad
 from qwen3 import generate
 from qwen3.config import SIZES
 from qwen3.model import build, forward, layer_specs, loss_fn, metric_names, param_specs, stack_layers, unstack_layers
-from tests.tiny import DENSE, KINDS, MIXED, MOE, QWEN2, assert_close, assert_trees_close, documents, host, packed_batch, random_params
+from tests.tiny import (
+    DENSE,
+    FUSED,
+    KINDS,
+    MIXED,
+    MOE,
+    QWEN2,
+    assert_close,
+    assert_trees_close,
+    documents,
+    host,
+    packed_batch,
+    random_params,
+)
 
 # Elements of the released files (their safetensors headers), without the copy of a tied head that some of them hold.
 RELEASED = {
@@ -291,7 +304,7 @@ def moe_inputs(cfg, rows=11, seed=3, one_expert=False):
 
 
 def run_moe(cfg, p, x, valid):
-    y, stats = moe.build(cfg, Sharding(check=True))(tree_map(ms.Tensor, p), ms.Tensor(x), ms.Tensor(valid))
+    y, stats = moe.build(cfg, Sharding(check=True), FUSED)(tree_map(ms.Tensor, p), ms.Tensor(x), ms.Tensor(valid))
     return host(y), host(stats)
 
 
@@ -372,7 +385,7 @@ def test_gradient_of_the_router_bias_is_the_load_above_the_mean(compiled):
     cfg = MOE.replace(router_bias=True)
     p, x, valid = moe_inputs(cfg, rows=30)
     p["router_bias"][:] = 0.1
-    layer, plain, total = moe.build(cfg, Sharding()), moe.build(MOE, Sharding()), ops.ReduceSum()
+    layer, plain, total = moe.build(cfg, Sharding(), FUSED), moe.build(MOE, Sharding(), FUSED), ops.ReduceSum()
 
     def biased_loss(params, x, valid):
         y, _ = layer(params, x, valid)

@@ -1,0 +1,99 @@
+"""AdamW of one array, and the squared norm of a gradient.
+
+Source: Loshchilov and Hutter 2019; the order of operations is torch.optim.AdamW's.
+"""
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn, ops
+
+from ops.custom import kernel
+
+
+def reference(b1, b2, eps, decay, skips):
+    """update(values, scale, keep, p, g, m, v) -> (p, m, v), new arrays.
+
+    values: float32 [lr, 1 - b1**t, 1 - b2**t, ...]. scale: of the gradient; keep: where `skips` and it is not above 0, nothing changes;
+    both float32 of 0 dims. p and g of any dtype; m and v float32.
+    """
+    sqrt, cast, select = ops.Sqrt(), ops.Cast(), ops.Select()
+
+    def new(values, scale, p, g, m, v):
+        g = cast(g, ms.float32) * scale
+        new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        w = cast(p, ms.float32)
+        w = w * (1 - values[0] * decay) - values[0] * (new_m / values[1]) / (sqrt(new_v / values[2]) + eps)
+        return cast(w, p.dtype), new_m, new_v
+
+    def update(values, scale, keep, p, g, m, v):
+        return new(values, scale, p, g, m, v)
+
+    def update_or_skip(values, scale, keep, p, g, m, v):
+        w, new_m, new_v = new(values, scale, p, g, m, v)
+        same = ops.BroadcastTo(p.shape)(keep > 0)
+        return select(same, w, p), select(same, new_m, m), select(same, new_v, v)
+
+    return update_or_skip if skips else update
+
+
+def cpu(b1, b2, eps, decay, skips):
+    """The same in one pass over memory, in place: p, m and v are changed and returned. All in float32.
+
+    What reads p, m or v otherwise may see the old values, the new ones or some of both, unless `scale` or g depends on
+    what it gives. Raises ValueError, called eagerly, for p, m or v that are views in another order, as these would not change.
+    """
+    return _Update(np.array([b1, 1 - b1, b2, 1 - b2, eps, decay, bool(skips)], np.float32))
+
+
+class _Update(nn.Cell):
+    def __init__(self, constants):
+        super().__init__()
+        self.constants = ms.Tensor(constants)
+        self.update = kernel("adamw", "adamw", 8, _token, _first)
+
+    def __call__(self, values, scale, keep, p, g, m, v):
+        for name, x in zip("pmv", (p, m, v)):
+            if not x.is_contiguous():
+                raise ValueError(
+                    f"adamw: {name} is a view of shape {x.shape} in another order, which has no place to change; use contiguous()"
+                )
+        return super().__call__(values, scale, keep, p, g, m, v)
+
+    def construct(self, values, scale, keep, p, g, m, v):
+        done = self.update(values, scale, keep, self.constants, g, p, m, v)
+        return ops.depend(p, done), ops.depend(m, done), ops.depend(v, done)
+
+
+def reference_squares():
+    """g of any shape -> the sum of its squares, float32 of 0 dims."""
+    total, cast = ops.ReduceSum(), ops.Cast()
+
+    def squares(g):
+        g = cast(g, ms.float32)
+        return total(g * g, ())
+
+    return squares
+
+
+def cpu_squares():
+    """The same for g in float32, in one pass."""
+    return kernel("adamw", "sum_of_squares", 1, _scalar, _same)
+
+
+def _token(values, scale, keep, constants, g, p, m, v):
+    shapes = [tuple(x) for x in (p, g, m, v)]
+    if len(set(shapes)) != 1:
+        raise ValueError(f"adamw: p {shapes[0]}, g {shapes[1]}, m {shapes[2]} and v {shapes[3]} have to be of one shape")
+    return (1,)
+
+
+def _first(values, *rest):
+    return values
+
+
+def _scalar(g):
+    return ()
+
+
+def _same(g):
+    return g

@@ -1,0 +1,242 @@
+// Attention's forward; see attention.h.
+#include "attention.h"
+
+#include <cfloat>
+
+namespace {
+
+constexpr float UNSEEN = -1e9f;  // the lse of a query that sees no key: MASKED in ops/attention.py
+
+inline float largest(Vec x) {
+  float top = x[0];
+  for (int i = 1; i < LANES; i++) top = std::max(top, x[i]);
+  return top;
+}
+
+inline float total(Vec x) {
+  float sum = 0;
+  for (int i = 0; i < LANES; i++) sum += x[i];
+  return sum;
+}
+
+// The result of one row: its mix of values over its sum of weights.
+void write_row(const Problem &p, int64_t b, int64_t s, int64_t n, const float *mix, float top, float sum, float *o, float *lse) {
+  const int64_t row = (b * p.S + s) * p.N + n;
+  const bool seen = sum != 0;  // also for NaN
+  scale_rows(1, p.H, mix, 0, o + row * p.H, 0, seen ? 1.0f / sum : 0.0f);
+  lse[row] = seen ? (top + std::log2(sum)) * LN2 : UNSEEN;
+}
+
+// Scores lie as [key][row]: a row of the tile is a lane, and maxima and sums over keys run down the lanes.
+
+struct Rows {
+  float *top, *before, *sum, *alpha;  // maximum, the one before this tile, sum of 2 ** (score - top), 2 ** (before - top)
+  int32_t *segment, *order;
+};
+
+// Scores [n][ld] of `width` rows -> 2 ** (score - top), with top and sum brought up to date. Returns whether a top rose. SOME: of the keys,
+// some are hidden from some rows.
+template <bool SOME>
+bool soften(float *p, int64_t n, int64_t width, int64_t ld, const int32_t *segment, const int32_t *order, const Rows &rows) {
+  std::memcpy(rows.before, rows.top, width * sizeof(float));
+  for (int64_t m = 0; m < width; m += LANES) {
+    const IntVec own = load(rows.segment + m), now = load(rows.order + m);
+    const Vec before = load(rows.top + m);
+    Vec top = before, sum = {};
+    for (int64_t t = 0; t < n; t++) {
+      Vec x = load(p + t * ld + m);
+      if (SOME) {
+        x = ((own == segment[t]) & (now >= order[t])) ? x : Vec{} - INFINITY;
+        store(p + t * ld + m, x);
+      }
+      top = x > top ? x : top;
+    }
+    for (int64_t t = 0; t < n; t++) {
+      Vec x = exp2_of(load(p + t * ld + m) - top);
+      sum += x;
+      store(p + t * ld + m, x);
+    }
+    const Vec alpha = exp2_of(before - top);
+    store(rows.top + m, top);
+    store(rows.alpha + m, alpha);
+    store(rows.sum + m, load(rows.sum + m) * alpha + sum);
+  }
+  return std::memcmp(rows.before, rows.top, width * sizeof(float)) != 0;
+}
+
+struct Forward {
+  const Problem &p;
+  const std::vector<Span> &spans, &key_spans;
+  float *o, *lse;
+
+  int64_t ld() const { return padded(p.queries * p.G) + LANES; }
+  int64_t floats() const { return ld() * (2 * p.wide + p.keys + 6) + padded(p.queries * p.G) * p.wide; }
+
+  void block(int64_t b, int64_t head, int64_t i, Pieces pieces) const {
+    const int64_t first = i * p.queries, n = std::min(p.queries, p.S - first), M = n * p.G, width = padded(M), step = ld();
+    float *row = pieces.take(width * p.wide), *q = pieces.take(p.wide * step), *mix = pieces.take(p.wide * step);
+    float *scores = pieces.take(p.keys * step);
+    Rows rows{pieces.take(width), pieces.take(width), pieces.take(width), pieces.take(width),
+              pieces.take<int32_t>(width), pieces.take<int32_t>(width)};
+    for (int64_t s = 0; s < n; s++) p.copy_queries(b, first + s, head, row + s * p.G * p.wide);
+    std::fill(row + M * p.wide, row + width * p.wide, 0.0f);
+    transpose(width, p.wide, row, p.wide, q, step);
+    std::fill(mix, mix + p.wide * step, 0.0f);
+    for (int64_t m = 0; m < width; m++) {
+      const int64_t s = b * p.S + first + std::min(m / p.G, n - 1);
+      rows.top[m] = -FLT_MAX, rows.sum[m] = 0, rows.segment[m] = p.segment[s], rows.order[m] = p.order[s];
+    }
+    for (int64_t j = 0; j < p.key_blocks(); j++) tile(b, head, j, width, spans[b * p.blocks() + i], q, scores, mix, rows);
+    transpose(p.wide, width, mix, step, row, p.wide);
+    for (int64_t m = 0; m < M; m++) {
+      write_row(p, b, first + m / p.G, head * p.G + m % p.G, row + m * p.wide, rows.top[m], rows.sum[m], o, lse);
+    }
+  }
+
+  void tile(int64_t b, int64_t head, int64_t j, int64_t width, const Span &query, const float *q, float *scores, float *mix,
+            const Rows &rows) const {
+    const Span &keys = key_spans[b * p.key_blocks() + j];
+    if (!query.may_see(keys)) return;
+    const int64_t step = ld(), start = j * p.keys;
+    const int32_t *segment = p.key_segment + b * p.T + start, *order = p.key_order + b * p.T + start;
+    int64_t from = 0, to = std::min(p.keys, p.T - start);
+    const bool all = query.sees_all(keys);
+    if (!all) trim_keys(query, segment, order, to, &from, &to);
+    const int64_t at = p.k_at(b, start + from, head), n = to - from;
+    product<false>(n, width, p.H, p.k + at, p.K * p.H, q, step, scores, step, false);
+    const bool rose = all ? soften<false>(scores, n, width, step, segment, order, rows)
+                          : soften<true>(scores, n, width, step, segment + from, order + from, rows);
+    if (rose) {
+      for (int64_t h = 0; h < p.H; h++) {
+        for (int64_t m = 0; m < width; m += LANES) store(mix + h * step + m, load(mix + h * step + m) * load(rows.alpha + m));
+      }
+    }
+    product<true>(p.H, width, n, p.v + at, p.K * p.H, scores, step, mix, step, true);
+  }
+};
+
+// For a few rows, as in decoding: the head dim lies in the lanes, so that none is idle, and keys are read where they are.
+
+struct Few {
+  const Problem &p;
+  float *o, *lse;
+
+  static constexpr int64_t BLOCK = 64;  // keys
+
+  int64_t floats() const { return p.S * p.G * (2 * p.wide + BLOCK) + 2 * BLOCK * p.wide; }
+
+  // The part of a row's keys that its queries may see, to whole vectors of keys where there are as many.
+  void range(int64_t b, int64_t *from, int64_t *to) const {
+    const Span query = span_of(p.segment + b * p.S, p.order + b * p.S, p.S);
+    trim_keys(query, p.key_segment + b * p.T, p.key_order + b * p.T, p.T, from, to);
+    *from = *from / LANES * LANES;
+    *to = std::min(p.T, padded(*to));
+  }
+
+  void block(int64_t b, int64_t head, int64_t from, int64_t to, Pieces pieces) const {
+    const int64_t M = p.S * p.G, apart = p.K * p.H;
+    float *q = pieces.take(M * p.wide), *mix = pieces.take(M * p.wide), *scores = pieces.take(M * BLOCK);
+    float *copies[2] = {pieces.take(BLOCK * p.wide), pieces.take(BLOCK * p.wide)};
+    float top[TILE_ROWS], sum[TILE_ROWS] = {};
+    std::fill(top, top + M, -FLT_MAX);
+    std::fill(mix, mix + M * p.wide, 0.0f);
+    for (int64_t s = 0; s < p.S; s++) p.copy_queries(b, s, head, q + s * p.G * p.wide);
+    for (int64_t start = from; start < to; start += BLOCK) {
+      const int64_t n = std::min(BLOCK, to - start), rest = std::min(BLOCK, to - start - n);
+      const float *k = p.k + p.k_at(b, start, head), *v = p.v + p.k_at(b, start, head);
+      prefetch(rest, p.H, k + n * apart, apart);
+      prefetch(rest, p.H, v + n * apart, apart);
+      int64_t step = apart;
+      if (p.H % LANES || n % LANES) {
+        scale_padded(n, p.H, k, apart, copies[0], p.wide, 1.0f);
+        scale_padded(n, p.H, v, apart, copies[1], p.wide, 1.0f);
+        k = copies[0], v = copies[1], step = p.wide;
+      }
+      for (int64_t m = 0; m < M; m++) {
+        score(padded(n), k, step, q + m * p.wide, scores + m * BLOCK);
+        const float alpha = soften(b, m / p.G, start, n, scores + m * BLOCK, top + m, sum + m);
+        for (int64_t h = 0; h < p.wide; h++) mix[m * p.wide + h] *= alpha;
+      }
+      product<false>(M, p.wide, n, scores, BLOCK, v, step, mix, p.wide, true);
+    }
+    for (int64_t m = 0; m < M; m++) write_row(p, b, m / p.G, head * p.G + m % p.G, mix + m * p.wide, top[m], sum[m], o, lse);
+  }
+
+  void score(int64_t n, const float *k, int64_t step, const float *q, float *scores) const {
+    for (int64_t t = 0; t < n; t += LANES) {
+      Vec sum[LANES] = {};
+      for (int64_t h = 0; h < p.wide; h += LANES) {
+        const Vec x = load(q + h);
+        for (int i = 0; i < LANES; i++) sum[i] += x * load(k + (t + i) * step + h);
+      }
+      store(scores + t, sums_of_lanes(sum));
+    }
+  }
+
+  // Scores of keys start ... start + n - 1 for query s -> 2 ** (score - top). Returns the factor of all that is summed so far.
+  float soften(int64_t b, int64_t s, int64_t start, int64_t n, float *scores, float *top, float *sum) const {
+    const int32_t own = p.segment[b * p.S + s], now = p.order[b * p.S + s];
+    const int32_t *segment = p.key_segment + b * p.T + start, *order = p.key_order + b * p.T + start;
+    for (int64_t t = 0; t < n; t++) scores[t] = segment[t] == own && order[t] <= now ? scores[t] : -INFINITY;
+    for (int64_t t = n; t < padded(n); t++) scores[t] = -INFINITY;
+    Vec most = Vec{} + *top, added = {};
+    for (int64_t t = 0; t < n; t += LANES) {
+      const Vec x = load(scores + t);
+      most = x > most ? x : most;
+    }
+    const float high = largest(most), alpha = exp2_of(Vec{} + (*top - high))[0];
+    for (int64_t t = 0; t < n; t += LANES) {
+      const Vec x = exp2_of(load(scores + t) - high);
+      store(scores + t, x);
+      added += x;
+    }
+    *top = high;
+    *sum = *sum * alpha + total(added);
+    return alpha;
+  }
+};
+
+void attend_few(const Problem &p, float *o, float *lse) {
+  const Few few{p, o, lse};
+  std::vector<int64_t> from(p.B), to(p.B);
+  int64_t seen = 0;
+  for (int64_t b = 0; b < p.B; b++) {
+    few.range(b, &from[b], &to[b]);
+    seen += to[b] - from[b];
+  }
+#pragma omp parallel num_threads(p.threads(2 * seen * p.S * p.N * p.H))
+  {
+    const Memory memory(few.floats());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < p.B * p.K; i++) few.block(i / p.K, i % p.K, from[i / p.K], to[i / p.K], Pieces(memory));
+  }
+}
+
+}  // namespace
+
+// q, k, v, segment, key segment, order, key order, scale -> o, lse
+KERNEL(attention) {
+  if (!a.are("fffiiiifff")) return WRONG_TYPES;
+  Problem p;
+  if (!p.read(a) || a.size(8) != a.size(0) || a.size(9) != p.B * p.S * p.N) return WRONG_SHAPES;
+  float *o = a.get(8), *lse = a.get(9);
+  if (p.S * p.G <= TILE_ROWS) {
+    attend_few(p, o, lse);
+    return 0;
+  }
+  const std::vector<Span> spans = spans_of(p.segment, p.order, p.B, p.S, p.queries);
+  const std::vector<Span> key_spans = spans_of(p.key_segment, p.key_order, p.B, p.T, p.keys);
+  const Forward forward{p, spans, key_spans, o, lse};
+  const int64_t tasks = p.B * p.K * p.blocks();
+  const int threads = p.threads(p.B * p.N * p.S * p.T * p.H);
+  const int64_t together = std::max<int64_t>(1, std::min(tasks / threads / 16, p.blocks()));
+#pragma omp parallel num_threads(threads)
+  {
+    const Memory memory(forward.floats());
+#pragma omp for schedule(dynamic, together)
+    for (int64_t i = 0; i < tasks; i++) {
+      forward.block(i / (p.K * p.blocks()), i / p.blocks() % p.K, i % p.blocks(), Pieces(memory));
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,77 @@
+"""Rows of a matrix by id, as of a token embedding; the gradient is dense."""
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from ops.custom import kernel
+
+
+def reference():
+    """w_VD, ids_R int32 -> float32 [R, D]. The ids have to be in [0, V)."""
+    gather, cast = ops.Gather(), ops.Cast()
+
+    def take(w, ids):
+        return gather(cast(w, ms.float32), ids, 0)  # float32, so that a token's gradients are summed in it
+
+    return take
+
+
+def reference_part():
+    """first, w_VD, ids_R -> the rows of ids in [first, first + V), and zeros for the others. first: an int, or an int32 of 0 dims."""
+    greater_equal, less, logical_and, expand = ops.GreaterEqual(), ops.Less(), ops.LogicalAnd(), ops.ExpandDims()
+    take, cast = reference(), ops.Cast()
+
+    def take_part(first, w, ids):
+        at = ids - first
+        mine = cast(logical_and(greater_equal(at, 0), less(at, w.shape[0])), ms.int32)
+        return take(w, at * mine) * expand(cast(mine, ms.float32), 1)
+
+    return take_part
+
+
+def cpu():
+    """The same as reference, for w in float32; its gradient is summed in the order of the ids. Raises RuntimeError (return value 3) for an
+    id outside [0, V), when the result is first read."""
+    return _Take("embedding")
+
+
+def cpu_part():
+    """The same as reference_part, for w in float32."""
+    take = _Take("embedding_part")
+
+    def take_part(first, w, ids):
+        return take(w, ids - first)
+
+    return take_part
+
+
+class _Take(nn.Cell):
+    def __init__(self, name):
+        super().__init__()
+        self.forward = kernel("embedding", name, 2, _rows, _first)
+        self.backward = kernel("embedding", "embedding_grad", 3, _like_w, _first_of_three)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, w, ids):
+        return self.forward(w, ids)
+
+    def bprop(self, w, ids, out, dout):
+        return self.backward(w, ids, dout), self.zeros_like(ids)
+
+
+def _rows(w, ids):
+    if len(w) != 2 or len(ids) != 1:
+        raise ValueError(f"embedding: w {tuple(w)} has to be [V, D], and ids {tuple(ids)} [R]")
+    return ids[0], w[1]
+
+
+def _first(w, ids):
+    return w
+
+
+def _like_w(w, ids, dy):
+    return w
+
+
+def _first_of_three(w, ids, dy):
+    return w
