@@ -1,6 +1,7 @@
-"""Benchmarks: python -m experiments.bench --what=train|data
+"""Benchmarks: python -m experiments.bench --what=train|decode|ops|data
 
-One line a figure, and the same as JSON with --json=FILE. Compare figures of one machine and one day only.
+One line a figure, and the same as JSON with --json=FILE. Compare figures of one machine and one day only; with --peer, what others take for
+the same work in the same minutes (pip install -e '.[peers]').
 """
 
 import json
@@ -9,24 +10,45 @@ from absl import flags
 
 from experiments import flags as command_line
 from experiments.bench_data import bench_data
-from experiments.bench_train import bench_train
+from experiments.bench_decode import bench_decode
+from experiments.bench_ops import bench_ops
+from experiments.bench_peers import PEERS
+from experiments.bench_train import LOSS_TOLERANCE, bench_train
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("what", "train", ["train", "data"], "what to measure")
+flags.DEFINE_enum("what", "train", ["train", "decode", "ops", "data"], "what to measure")
 flags.DEFINE_string("json", None, "file for the figures")
-flags.DEFINE_integer("steps", 10, "timed training steps, after two that are not", lower_bound=1)
+flags.DEFINE_integer("steps", None, "train: timed steps (20); decode: generations (5); ops: calls (20); data: steps (10)", lower_bound=1)
+flags.DEFINE_boolean("moe", False, "train, decode: 16 experts of ffn 256, 4 a token, instead of an ffn of 768")
+flags.DEFINE_integer("batch", 1, "decode: prompts at a time", lower_bound=1)
+flags.DEFINE_multi_enum("peer", [], list(PEERS), "train, decode: another contestant; repeat the flag for several")
+flags.DEFINE_string("peer_python", None, "interpreter for the peers whose package is not in this one")
+flags.DEFINE_enum("kernels", "auto", ["auto", "reference", "cpu"], "train, decode: implementation of our ops")
+flags.DEFINE_boolean("check", False, "train, decode: ours with the reference ops is a contestant too")
 flags.DEFINE_enum("layer_loop", "auto", ["auto", "unroll", "scan"], "train: how the layers are compiled")
+flags.DEFINE_list("ops", [], "ops: those to measure; default: all")
 flags.DEFINE_float("bin_gb", 2.0, "data: size of the .bin that is made to load from, in 1e9 bytes", lower_bound=0.001)
+
+BENCHES = {
+    "train": (bench_train, 20),
+    "decode": (bench_decode, 5),
+    "ops": (bench_ops, 20),
+    "data": (lambda options: bench_data(options.bin_gb, options.steps), 10),
+}
 
 
 def main(_):
-    figures = bench_train(FLAGS.steps, FLAGS.layer_loop) if FLAGS.what == "train" else bench_data(FLAGS.bin_gb, FLAGS.steps)
+    bench, steps = BENCHES[FLAGS.what]
+    FLAGS.steps = FLAGS.steps or steps
+    figures = bench(FLAGS)
     width = max(map(len, figures))
     for name, value in figures.items():
         print(f"{name:{width}} {value:,.4g}" if isinstance(value, float) else f"{name:{width}} {value}")
     if FLAGS.json:
         with open(FLAGS.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
+    if not figures.get("loss_difference", 0) <= LOSS_TOLERANCE:
+        raise FloatingPointError("the contestants' losses differ: they do not do the same")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""Our side of a contest, a process of its own: python -m experiments.bench_ours, run by bench_peers.py."""
+
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+
+from experiments.bench_turns import serve, timed, warmed_up
+from experiments.configs import common
+from experiments.train import build_program, uses_scan
+from ops import registry
+from parallel.spec import init_params, tree_map
+from qwen3.config import Qwen3Config
+from qwen3.generate import generate, prefill
+from qwen3.model import param_specs
+
+
+def load(job):
+    cfg = Qwen3Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in job["model"].items()})
+    return cfg, tree_map(ms.Tensor, init_params(param_specs(cfg), 0))
+
+
+def train(job):
+    """A step is forward, backward, clipping and AdamW on one batch."""
+    (cfg, params), config = load(job), common.get_config()
+    config.train.layer_loop = job["layer_loop"]
+    config.optim.update(job["optim"])
+    config.ops.update({op: job["kernels"] for op in registry.OPS})
+    program, batch = build_program(cfg, config), dict(np.load(Path(job["folder"]) / "batch.npz"))
+    state, at = program.init(params), 0
+    del params
+
+    def step():
+        nonlocal state, at
+        state, metrics = program.step(state, batch, config.optim.lr, at)
+        at += 1
+        return metrics["loss"]
+
+    facts = warmed_up(step, job["warmup_steps"])
+    facts["layer_loop"] = "scan" if uses_scan(cfg, job["layer_loop"]) else "unroll"
+    return facts, lambda: {"step_time_s": timed(step)[0]}
+
+
+def decode(job):
+    """A step reads the prompts, and reads and continues them greedily."""
+    (cfg, params), prompts, count = load(job), job["prompts"], job["new_tokens"]
+    kernels = registry.choose({op: job["kernels"] for op in registry.OPS}, "CPU", cfg.compute_dtype)
+    length = len(prompts[0]) + count
+
+    def read():
+        logits, _ = prefill(params, prompts, cfg, length, kernels)
+        return logits.asnumpy().argmax(-1)
+
+    def write():
+        return generate(params, prompts, cfg, count, kernels=kernels)
+
+    def step():
+        first, _ = timed(read)
+        every, _ = timed(write)
+        return {"prefill_s": first, "total_s": every}
+
+    ids = write()
+    return {"ids": ids}, step
+
+
+if __name__ == "__main__":
+    serve({"train": train, "decode": decode})
