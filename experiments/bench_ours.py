@@ -9,6 +9,7 @@ from experiments.bench_turns import serve, timed, warmed_up
 from experiments.configs import common
 from experiments.train import build_program, uses_scan
 from ops import registry
+from parallel import runtime
 from parallel.spec import init_params, tree_map
 from qwen3.config import Qwen3Config
 from qwen3.generate import generate, prefill
@@ -64,4 +65,5 @@ def decode(job):
 
 
 if __name__ == "__main__":
+    runtime.set_up()
     serve({"train": train, "decode": decode})

@@ -35,7 +35,7 @@ def build(cfg, sharding, kernels):
     kv, at = "batch keys kv_heads head_dim", "batch seq, batch keys, batch seq, batch keys"
     dims = f"batch seq heads head_dim, {kv}, {kv}, {at} -> batch seq heads head_dim"
     attend = sharding.op(pick(kernels, "attention")(cfg.head_dim**-0.5), dims, kind="kernel")
-    out, reshape = linear.row(sharding, "heads"), ops.Reshape()
+    out, reshape = linear.row(sharding, kernels, "heads"), ops.Reshape()
 
     def merge(p, o):
         B, S, N, H = o.shape
@@ -55,7 +55,7 @@ def build(cfg, sharding, kernels):
 
 def _projection(cfg, sharding, kernels):
     """project(p, x_RD, cos, sin) -> q_BSNH, k_BSKH, v_BSKH"""
-    to_qkv = linear.columns(sharding, "heads", "kv", "kv")
+    to_qkv = linear.columns(sharding, kernels, "heads", "kv", "kv")
     bias_q, bias_kv = linear.bias(sharding, "heads"), linear.bias(sharding, "kv")
     x, angle = "batch seq heads head_dim", "batch seq one half"
     turn = sharding.op(pick(kernels, "rope")(), f"{x}, {angle}, {angle} -> {x}", kind="kernel")

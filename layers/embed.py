@@ -26,7 +26,7 @@ def build(cfg, sharding, kernels):
     dims, take, part = "vocab embed, tokens -> tokens>rows embed", pick(kernels, "embedding")(), pick(kernels, "embedding", "part")()
     take = sharding.op(take, dims, kind="contraction", call=_take, part=("vocab", V, _take_part(part)), dtype=ms.float32)
     dims = "rows>tokens embed, vocab embed -> tokens vocab"
-    project = ops.MatMul(transpose_b=True)
+    project = pick(kernels, "matmul")(transpose_b=True)
     project = sharding.op(project, dims, kind="contraction", call=_project, part=("vocab", V, _project_part(V)), dtype=ms.float32)
 
     def embed(w, tokens):

@@ -6,6 +6,8 @@ the weights' dtype.
 
 from mindspore import ops
 
+from ops.registry import pick
+
 cast = ops.Cast()
 KV = {"kv": "kv_heads"}  # a dim of weights -> of activations, where they are not one
 
@@ -14,15 +16,16 @@ def _matmul(matmul, x, w):
     return matmul(x, cast(w, x.dtype))
 
 
-def columns(sharding, *outs):
+def columns(sharding, kernels, *outs):
     """f(x_RD, *ws [D, out]) -> ([tokens, out], ...), one for each weight, which share the gathering of x."""
     signatures = [f"embed {out} -> tokens {KV.get(out, out)}" for out in outs]
-    return sharding.fan(ops.MatMul, "rows>tokens embed", signatures, kind="contraction", call=_matmul)
+    return sharding.fan(pick(kernels, "matmul"), "rows>tokens embed", signatures, kind="contraction", call=_matmul)
 
 
-def row(sharding, inner):
+def row(sharding, kernels, inner):
     """f(x [tokens, inner], w [inner, D]) -> x_RD"""
-    return sharding.op(ops.MatMul(), f"tokens {inner}, {inner} embed -> tokens>rows embed", kind="contraction", call=_matmul)
+    dims = f"tokens {inner}, {inner} embed -> tokens>rows embed"
+    return sharding.op(pick(kernels, "matmul")(), dims, kind="contraction", call=_matmul)
 
 
 def bias(sharding, out):

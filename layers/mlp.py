@@ -16,7 +16,7 @@ def specs(cfg):
 
 def build(cfg, sharding, kernels):
     """mlp(p, x_RD) -> y_RD"""
-    inner, down = linear.columns(sharding, "ffn", "ffn"), linear.row(sharding, "ffn")
+    inner, down = linear.columns(sharding, kernels, "ffn", "ffn"), linear.row(sharding, kernels, "ffn")
     act = sharding.op(pick(kernels, "swiglu")(), "tokens ffn", kind="elementwise")
 
     def mlp(p, x):

@@ -53,7 +53,7 @@ def _joined(concat, *xs):
 
 def _router(cfg, sharding, kernels):
     """route(p, x_RD, valid_R) -> expert_Rk int32, weight_Rk float32, stats [2E + 2]"""
-    matmul = sharding.op(ops.MatMul(), "rows embed, embed router -> rows router", kind="contraction", call=_matmul_float32)
+    matmul = sharding.op(pick(kernels, "matmul")(), "rows embed, embed router -> rows router", kind="contraction", call=_matmul_float32)
     choose = (_choose_biased if cfg.router_bias else _choose)(cfg, sharding, kernels)
     dims, sizes = "rows router, rows router, rows choice, rows -> router_stats", {"router_stats": 2 * cfg.num_experts + 2}
     statistics = sharding.op(_statistics(cfg), dims, kind="contraction", sizes=sizes, dtype=ms.float32)

@@ -25,6 +25,7 @@ class Kernels:
     cross_entropy: str = "reference"
     embedding: str = "reference"
     grouped_matmul: str = "reference"
+    matmul: str = "reference"
     rms_norm: str = "reference"
     rope: str = "reference"
     routing: str = "reference"

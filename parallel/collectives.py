@@ -14,16 +14,19 @@ import numpy as np
 from mindspore import nn, ops
 from mindspore.communication import create_group, get_rank, init
 
+from parallel import runtime
 from parallel.mesh import world_size
 
 _groups = {}  # ranks -> name, of the groups that this process has made
 
 
 def start():
-    """Joins the job that a launcher started, if any. Returns (rank, number of ranks)."""
+    """Joins the job that a launcher started, if any, and sets up the runtime. Returns (rank, number of ranks)."""
     if world_size() == 1:
+        runtime.set_up()
         return 0, 1
     init()
+    runtime.set_up()
     return get_rank(), world_size()
 
 

@@ -28,7 +28,7 @@ def get_config():
     c.train.eval_every = 0  # steps between evaluations on held-out rows; 0 = only at the end
     c.train.eval_rows = 64  # most held-out rows per evaluation during training; 0 = all
     c.train.seed = 0  # of the initial weights and of the order of the data
-    # unroll = every layer is compiled; scan = one is, looped over and recomputed in the backward; auto = scan above 2 layers of a kind
+    # unroll = every layer is compiled; scan = one is, looped over and recomputed in the backward; auto = scan above 8 layers of a kind
     c.train.layer_loop = "auto"
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text

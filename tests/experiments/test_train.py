@@ -86,26 +86,33 @@ def test_two_equal_runs_are_bitwise_equal(dense_run):
     assert all(np.array_equal(a, b) for a, b in zip(tree_leaves(again[1]), tree_leaves(dense_run[1])))
 
 
+GENTLE = {"optim.eps": 1e-4}  # with less, Adam makes steps of the rounding of gradients that are nearly 0
+
+
+@pytest.fixture(scope="module")
+def gentle_run():
+    return run(DENSE, make_config(**GENTLE))
+
+
 @pytest.mark.parametrize("micro", [2, 4])
-def test_accumulation_equals_one_batch(micro, dense_run):
-    got = run(DENSE, make_config(**{"parallel.micro_batches": micro}))
-    # rounding of sums in another order, over 5 Adam steps
-    assert error(dense_run[1], got[1]) < 2e-5
-    for a, b in zip(dense_run[0], got[0]):
+def test_accumulation_equals_one_batch(micro, gentle_run):
+    got = run(DENSE, make_config(**{"parallel.micro_batches": micro, **GENTLE}))
+    assert error(gentle_run[1], got[1]) < 1e-5
+    for a, b in zip(gentle_run[0], got[0]):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["tokens"] == a["tokens"]
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
-def test_scanned_layers_train_as_unrolled_ones(dense_run):
-    got = run(DENSE, make_config(**{"train.layer_loop": "scan"}))
-    assert error(dense_run[1], got[1]) < 2e-5
-    assert got[0][-1]["loss"] == pytest.approx(dense_run[0][-1]["loss"], rel=1e-5)
+def test_scanned_layers_train_as_unrolled_ones(gentle_run):
+    got = run(DENSE, make_config(**{"train.layer_loop": "scan", **GENTLE}))
+    assert error(gentle_run[1], got[1]) < 1e-5
+    assert got[0][-1]["loss"] == pytest.approx(gentle_run[0][-1]["loss"], rel=1e-5)
 
 
 def test_scanned_experts_train_as_unrolled_ones():
     cfg = MOE.replace(num_layers=3, router_bias=True, router_z_coef=1e-3)
-    a, b = run(cfg, make_config(), 3), run(cfg, make_config(**{"train.layer_loop": "scan"}), 3)
-    assert error(a[1], b[1]) < 2e-5
+    a, b = run(cfg, make_config(**GENTLE), 3), run(cfg, make_config(**{"train.layer_loop": "scan", **GENTLE}), 3)
+    assert error(a[1], b[1]) < 1e-5
     np.testing.assert_allclose(a[0][-1]["expert_load"], b[0][-1]["expert_load"], rtol=1e-6)
     assert a[0][-1]["router_z_loss"] == pytest.approx(b[0][-1]["router_z_loss"], rel=1e-5)
 

@@ -98,7 +98,11 @@ def _of(layer, names=None, cfg=DENSE):
 
 
 def _projection(sharding):
-    project, bias_q, bias_kv = linear.columns(sharding, "heads", "kv", "kv"), linear.bias(sharding, "heads"), linear.bias(sharding, "kv")
+    project, bias_q, bias_kv = (
+        linear.columns(sharding, FUSED, "heads", "kv", "kv"),
+        linear.bias(sharding, "heads"),
+        linear.bias(sharding, "kv"),
+    )
 
     def f(p, c):
         q, k, v = project(p["x"], p["wq"], p["wk"], p["wv"])
@@ -117,7 +121,7 @@ def _mlp(sharding):
 
 
 def _row(sharding):
-    row = linear.row(sharding, "ffn")
+    row = linear.row(sharding, FUSED, "ffn")
 
     def f(p, c):
         return (row(p["x"], p["w_down"]),)

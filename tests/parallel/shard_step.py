@@ -175,7 +175,7 @@ class _Planted:
             setattr(self.patch[0], self.patch[1], self.kept)
 
 
-def _unscattered(sharding, inner):
+def _unscattered(sharding, kernels, inner):
     """linear.row whose result is left whole, where the next op wants rows."""
     dims = f"tokens {inner}, {inner} embed -> tokens embed"
     return sharding.op(ops.MatMul(), dims, kind="contraction", call=linear._matmul)

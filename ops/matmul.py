@@ -1,0 +1,80 @@
+"""The product of a matrix of rows and a weight matrix.
+
+MindSpore's own runs near the peak of a CPU with AVX-512 and at 40 % of it on one with AVX2 alone; OpenBLAS is near it on both.
+"""
+
+from mindspore import nn, ops
+
+from ops.custom import kernel
+
+
+def reference(transpose_b=False):
+    """x_RI, w_IO (w_OI with transpose_b) of one dtype -> y_RO. A primitive, which MindSpore's partitioner knows."""
+    return ops.MatMul(transpose_b=transpose_b)
+
+
+def cpu(transpose_b=False):
+    """The same by OpenBLAS, forward and backward; float32. Raises ValueError, as reference does, where the sizes do not agree."""
+    return _Transposed() if transpose_b else _Plain()
+
+
+class _Plain(nn.Cell):
+    """y = x w, dx = dy w^T, dw = x^T dy"""
+
+    def __init__(self):
+        super().__init__()
+        self.forward, self.to_x, self.to_w = _plain(), _of_transposed_b(), _of_transposed_a()
+
+    def construct(self, x, w):
+        return self.forward(x, w)
+
+    def bprop(self, x, w, out, dout):
+        return self.to_x(dout, w), self.to_w(x, dout)
+
+
+class _Transposed(nn.Cell):
+    """y = x w^T, dx = dy w, dw = dy^T x"""
+
+    def __init__(self):
+        super().__init__()
+        self.forward, self.to_x, self.to_w = _of_transposed_b(), _plain(), _of_transposed_a()
+
+    def construct(self, x, w):
+        return self.forward(x, w)
+
+    def bprop(self, x, w, out, dout):
+        return self.to_x(dout, w), self.to_w(dout, x)
+
+
+def _plain():
+    return kernel("matmul", "matmul", 2, _sizes, _first)
+
+
+def _of_transposed_b():
+    return kernel("matmul", "matmul_nt", 2, _sizes_nt, _first)
+
+
+def _of_transposed_a():
+    return kernel("matmul", "matmul_tn", 2, _sizes_tn, _first)
+
+
+def _sizes(a, b):
+    if len(a) != 2 or len(b) != 2 or a[1] != b[0]:
+        raise ValueError(f"matmul: {tuple(a)} and {tuple(b)} have to be [R, I] and [I, O]")
+    return a[0], b[1]
+
+
+def _sizes_nt(a, b):
+    if len(a) != 2 or len(b) != 2 or a[1] != b[1]:
+        raise ValueError(f"matmul: {tuple(a)} and {tuple(b)} have to be [R, I] and, to be transposed, [O, I]")
+    return a[0], b[0]
+
+
+def _sizes_tn(a, b):
+    if len(a) != 2 or len(b) != 2 or a[0] != b[0]:
+        raise ValueError(f"matmul: {tuple(a)}, to be transposed, and {tuple(b)} have to be [R, I] and [R, O]")
+    return a[1], b[1]
+
+
+def _first(a, b):
+    return a
