@@ -7,6 +7,7 @@ import tempfile
 from experiments import metrics
 from experiments.data import bigram, corpus, loader
 from qwen3 import generate, hf
+from qwen3.model import choose_kernels
 
 
 def finish(program, state, cfg, config, data, writer, workdir, mesh):
@@ -36,12 +37,13 @@ def save(folder, cfg, params, tokenizer):
 
 
 def sample(params, cfg, config, data, workdir):
-    """Continues train.sample_prompt, or the start of a held-out document; greedy and sampled."""
-    tokenizer = data.tokenizer
+    """Continues train.sample_prompt, or the start of a held-out document; greedy and sampled, with the run's ops."""
+    tokenizer, kernels = data.tokenizer, choose_kernels(config.ops, cfg)
     prompt = tokenizer.encode(config.train.sample_prompt) or tokenizer.encode(data.held_text)[:32]
     with open(os.path.join(workdir, "sample.txt"), "w", encoding="utf-8") as file:
         for name, options in (("greedy", {}), ("temperature 0.8, top_p 0.95", {"temperature": 0.8, "top_p": 0.95})):
-            new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, stop_ids=(tokenizer.eod_id,), **options)[0]
+            options = {"stop_ids": (tokenizer.eod_id,), "kernels": kernels, **options}
+            new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, **options)[0]
             text = f"--- sample, {name}\n{tokenizer.decode(prompt)}|{tokenizer.decode(new)}\n"
             print(text, end="", flush=True)
             file.write(text)

@@ -109,5 +109,5 @@ def _sizes(cfg, sharding, batch_size, seq_len):
         shards, E, k = sharding.shards("experts"), cfg.num_experts, cfg.experts_per_token
         slots = shard_capacity(rows // sharding.shards("expert_rows"), k, E, shards, cfg.moe_capacity_factor)
         sizes.update(router=E, choice=k, router_stats=2 * E + 2, to_shard=shards, shard=shards, sent=slots * sharding.shards("sent"))
-        sizes.update(received=slots * shards * sharding.shards("received"), slots=slots * shards * sharding.shards("slots"))
+        sizes.update(received=slots * shards * sharding.shards("received"))
     return sizes

@@ -17,7 +17,7 @@ from ops import registry
 from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.spec import count
-from qwen3.model import param_specs
+from qwen3.model import choose_kernels, param_specs
 
 FLAGS = flags.FLAGS
 command_line.define(command_line.MAINS["experiments.pretrain"])
@@ -44,7 +44,7 @@ def pretrain(config, workdir):
     peak = metrics.mesh_peak_flops(mesh)
     if rank == 0:
         run_folder.write_config(workdir, config)
-        announce(cfg, config, data, mesh, peak)
+        announce(cfg, config, data, sharding, peak)
 
     writer = metrics.Writer(workdir if rank == 0 else None)
     place, dp = mesh.index(("dp",)), mesh.dp
@@ -57,13 +57,13 @@ def pretrain(config, workdir):
     writer.close()
 
 
-def announce(cfg, config, data, mesh, peak):
+def announce(cfg, config, data, sharding, peak):
+    mesh, device = sharding.mesh, ms.get_context("device_target")
     how = "one compiled layer, looped over" if uses_scan(cfg, config.train.layer_loop) else "unrolled"
     print(f"model      {config.model}: {count(param_specs(cfg)):,} parameters, {cfg.num_layers} layers, {how}")
     if mesh.world > 1:
         print(f"layout     {layout_table.summary(config)}")
-    device = ms.get_context("device_target")
-    print(f"ops        {registry.describe(registry.choose(config.ops, device, cfg.compute_dtype), device)}")
+    print(f"ops        {registry.describe(choose_kernels(config.ops, cfg, sharding), device)}")
     print(f"data       {corpus.describe(data, config.train.seq_len)}")
     cost, what = metrics.flops_per_token(cfg, config.train.seq_len), "these processes'" if mesh.world > 1 else "this machine's"
     print(f"compute    {cost:.3g} FLOPs a token; {what} float32 matmul peak {peak / 1e9:.0f} GFLOP/s; {os.cpu_count()} cores", flush=True)

@@ -13,7 +13,6 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import optim as optimizer
-from ops import registry
 from parallel import collectives, zero
 from parallel.placement import load, local_shape, place, reader, stacked, whole
 from parallel.sharding import DATA, Sharding
@@ -21,7 +20,7 @@ from parallel.source import function
 from parallel.spec import init_array, tree_leaves, tree_map, tree_paths, unflatten
 from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, rebuild_flat, subscripts, to_tuple
 from qwen3 import hf
-from qwen3.model import build, metric_names, param_specs, stacked_specs, unstack_layers
+from qwen3.model import build, choose_kernels, metric_names, param_specs, stacked_specs, unstack_layers
 
 SUMS = ("tokens", "expert_overflow")  # metrics that add up over micro-batches; the others are weighted means
 SCAN_ABOVE_LAYERS = 8  # a scanned layer compiles once, and takes less memory; unrolled ones compute no forward twice
@@ -54,7 +53,7 @@ def build_program(cfg, config, sharding=None):
         )
     sharding, scan = sharding or Sharding(), uses_scan(cfg, config.train.layer_loop)
     placed = placements(cfg, sharding, scan)
-    kernels = registry.choose(config.ops, ms.get_context("device_target"), cfg.compute_dtype)
+    kernels = choose_kernels(config.ops, cfg, sharding)
     model, specs = build(cfg, sharding, scan, kernels), stacked_specs(cfg) if scan else param_specs(cfg)
     names = metric_names(cfg)
     update = _update(specs, placed, sharding, config.optim, kernels)

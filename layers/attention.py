@@ -34,7 +34,8 @@ def build(cfg, sharding, kernels):
     project, write = _projection(cfg, sharding, kernels), _cache_write(sharding, kernels)
     kv, at = "batch keys kv_heads head_dim", "batch seq, batch keys, batch seq, batch keys"
     dims = f"batch seq heads head_dim, {kv}, {kv}, {at} -> batch seq heads head_dim"
-    attend = sharding.op(pick(kernels, "attention")(cfg.head_dim**-0.5), dims, kind="kernel")
+    make = pick(kernels, "attention")
+    attend, attend_cache = (sharding.op(make(cfg.head_dim**-0.5, in_order=known), dims, kind="kernel") for known in (True, False))
     out, reshape = linear.row(sharding, kernels, "heads"), ops.Reshape()
 
     def merge(p, o):
@@ -48,7 +49,7 @@ def build(cfg, sharding, kernels):
     def cached(p, x, cos, sin, ones, positions, k_cache, v_cache, key_ones, slots):
         q, k, v = project(p, x, cos, sin)
         k_cache, v_cache = write(k_cache, k, positions), write(v_cache, v, positions)
-        return merge(p, attend(q, k_cache, v_cache, ones, key_ones, positions, slots)), k_cache, v_cache
+        return merge(p, attend_cache(q, k_cache, v_cache, ones, key_ones, positions, slots)), k_cache, v_cache
 
     return attention, cached
 

@@ -12,9 +12,7 @@ def build(vocab_size, sharding, kernels):
     """nll(logits_RV, targets_BS) -> nats [R, 1] float32."""
     dims, sizes = "tokens vocab, tokens -> " + ", ".join(["tokens vocab_parts"] * 3), {"vocab_parts": sharding.shards("vocab")}
     part = ("vocab", vocab_size, _of_part)
-    measure = sharding.op(
-        pick(kernels, "cross_entropy", "sums")(), dims, kind="kernel", call=_of_all, part=part, sizes=sizes, dtype=ms.float32
-    )
+    measure = sharding.op(pick(kernels, "cross_entropy")(), dims, kind="kernel", call=_of_all, part=part, sizes=sizes, dtype=ms.float32)
     join = _join(sharding)
     reshape = ops.Reshape()
 

@@ -179,16 +179,15 @@ def losses(cfg, sharding):
 def _experts(cfg, kernels, sharding):
     """experts(x_RD, expert_Rk, weight_Rk, w_gate, w_up, w_down) -> y_RD, overflow [1], with every expert on this rank."""
     feed_forward, no_overflow = _feed_forward(sharding, kernels), ms.Tensor([0.0], ms.float32)
-    plan = pick(kernels, "routing", "plan")(cfg.num_experts, _block_limit(cfg, kernels))
-    plan = sharding.op(plan, "rows>expert_rows choice -> assignments, blocks block_rows, blocks", kind="kernel")
-    take = pick(kernels, "routing", "take")()
-    dispatch = sharding.op(take, "rows>expert_rows embed, blocks block_rows -> blocks block_rows embed", kind="kernel")
+    permute = pick(kernels, "routing", "permute")(cfg.num_experts, _block_limit(cfg, kernels))
+    dims = "rows>expert_rows embed, rows>expert_rows choice -> blocks block_rows embed, assignments, blocks"
+    permute = sharding.op(permute, dims, kind="kernel")
     dims = "blocks block_rows embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
     combine = sharding.op(pick(kernels, "routing", "combine")(), dims, kind="contraction")
 
     def experts(x, expert, weight, w_gate, w_up, w_down):
-        slot, source, group = plan(expert)
-        return combine(feed_forward(dispatch(x, source), group, w_gate, w_up, w_down), slot, weight), no_overflow
+        rows, slot, group = permute(x, expert)
+        return combine(feed_forward(rows, group, w_gate, w_up, w_down), slot, weight), no_overflow
 
     return experts
 

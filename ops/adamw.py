@@ -8,6 +8,10 @@ import numpy as np
 from mindspore import nn, ops
 
 from ops.custom import kernel
+from ops.signature import check
+
+ARGUMENTS = "values float32 n; scale float32; keep float32; p ...; g ...; m float32 ...; v float32 ..."
+IN_KERNEL = "values n; scale; keep; constants 7; g ...; p ...; m ...; v ..."
 
 
 def reference(b1, b2, eps, decay, skips):
@@ -16,7 +20,7 @@ def reference(b1, b2, eps, decay, skips):
     values: float32 [lr, 1 - b1**t, 1 - b2**t, ...]. scale: of the gradient; keep: where `skips` and it is not above 0, nothing changes;
     both float32 of 0 dims. p and g of any dtype; m and v float32.
     """
-    sqrt, cast, select = ops.Sqrt(), ops.Cast(), ops.Select()
+    sqrt, cast, select, require = ops.Sqrt(), ops.Cast(), ops.Select(), check("adamw", ARGUMENTS, least={"n": 3})
 
     def new(values, scale, p, g, m, v):
         g = cast(g, ms.float32) * scale
@@ -26,14 +30,22 @@ def reference(b1, b2, eps, decay, skips):
         return cast(w, p.dtype), new_m, new_v
 
     def update(values, scale, keep, p, g, m, v):
+        require(*_given(values, scale, keep, p, g, m, v))
         return new(values, scale, p, g, m, v)
 
     def update_or_skip(values, scale, keep, p, g, m, v):
+        require(*_given(values, scale, keep, p, g, m, v))
         w, new_m, new_v = new(values, scale, p, g, m, v)
         same = ops.BroadcastTo(p.shape)(keep > 0)
         return select(same, w, p), select(same, new_m, m), select(same, new_v, v)
 
     return update_or_skip if skips else update
+
+
+def _given(values, scale, keep, p, g, m, v):
+    """The shapes and dtypes of the arguments."""
+    shapes = values.shape, scale.shape, keep.shape, p.shape, g.shape, m.shape, v.shape
+    return shapes, (values.dtype, scale.dtype, keep.dtype, p.dtype, g.dtype, m.dtype, v.dtype)
 
 
 def cpu(b1, b2, eps, decay, skips):
@@ -49,7 +61,7 @@ class _Update(nn.Cell):
     def __init__(self, constants):
         super().__init__()
         self.constants = ms.Tensor(constants)
-        self.update = kernel("adamw", "adamw", 8, _token, _first)
+        self.update = kernel("adamw", "adamw", IN_KERNEL, _token, _first, least={"n": 3})
 
     def __call__(self, values, scale, keep, p, g, m, v):
         for name, x in zip("pmv", (p, m, v)):
@@ -66,9 +78,10 @@ class _Update(nn.Cell):
 
 def reference_squares():
     """g of any shape -> the sum of its squares, float32 of 0 dims."""
-    total, cast = ops.ReduceSum(), ops.Cast()
+    total, cast, require = ops.ReduceSum(), ops.Cast(), check("adamw", "g *")
 
     def squares(g):
+        require((g.shape,), (g.dtype,))
         g = cast(g, ms.float32)
         return total(g * g, ())
 
@@ -77,13 +90,10 @@ def reference_squares():
 
 def cpu_squares():
     """The same for g in float32, in one pass."""
-    return kernel("adamw", "sum_of_squares", 1, _scalar, _same)
+    return kernel("adamw", "sum_of_squares", "g *", _scalar, _same)
 
 
 def _token(values, scale, keep, constants, g, p, m, v):
-    shapes = [tuple(x) for x in (p, g, m, v)]
-    if len(set(shapes)) != 1:
-        raise ValueError(f"adamw: p {shapes[0]}, g {shapes[1]}, m {shapes[2]} and v {shapes[3]} have to be of one shape")
     return (1,)
 
 

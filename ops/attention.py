@@ -2,23 +2,33 @@
 
 attention(q_BSNH, k_BTKH, v_BTKH, segment_BS, key_segment_BT, order_BS, key_order_BT) -> o_BSNH; segments and orders are int32. A query
 sees the keys of its own segment whose order is not above its own; one that sees no key gets 0. Head n reads kv head n // (N / K).
+
+in_order, of each factory: a promise that S is T and that both orders are 0, 1, ... in every row, for kernels that skip later keys by it.
 """
 
 import mindspore as ms
 from mindspore import nn, ops
+from mindspore.ops.auto_generate import FlashAttentionScore
 
 from ops.custom import kernel
+from ops.signature import check
 
 MASKED = -1e9  # added to a score: exp of it is 0 in float32
+INTS = "segment int32 B S; key_segment int32 B T; order int32 B S; key_order int32 B T"
+ARGUMENTS, GROUPED = f"q B S N H; k same B T K H; v same B T K H; {INTS}", {"divides": ("K", "N")}
+HALF = ("bfloat16", "float16")  # what MindSpore's kernel computes in
+FAR = 2**31 - 1  # its number for all tokens before, or after
 
 
-def reference(scale):
+def reference(scale, in_order=False):
     """The attention above, with scores of q k times scale; softmax in float32, the result in q's dtype."""
+    require = check("attention", ARGUMENTS, **GROUPED)
     scores, mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
     softmax, reshape, cast, swap, expand = ops.Softmax(-1), ops.Reshape(), ops.Cast(), ops.Transpose(), ops.ExpandDims()
     hides, hidden_keys = _hidden(), ops.ReduceSum()
 
     def attention(q, k, v, segment, key_segment, order, key_order):
+        require(*_given(q, k, v, segment, key_segment, order, key_order))
         B, S, N, H = q.shape
         T, K = k.shape[1], k.shape[2]
         hidden = hides(segment, key_segment, order, key_order)
@@ -30,6 +40,12 @@ def reference(scale):
         return swap(reshape(o, (B, N, S, H)), (0, 2, 1, 3)) * expand(expand(sees, 2), 3)
 
     return attention
+
+
+def _given(q, k, v, segment, key_segment, order, key_order):
+    """The shapes and dtypes of the arguments."""
+    shapes = q.shape, k.shape, v.shape, segment.shape, key_segment.shape, order.shape, key_order.shape
+    return shapes, (q.dtype, k.dtype, v.dtype, segment.dtype, key_segment.dtype, order.dtype, key_order.dtype)
 
 
 def _hidden():
@@ -45,7 +61,54 @@ def _hidden():
     return hidden
 
 
-def cpu(scale):
+def vendor(scale, in_order=False):
+    """The same in MindSpore's flash attention, in bfloat16 or float16, with a mask of B * S * T bytes.
+
+    What it makes of a query that sees no key is not documented, so such a one is shown all keys, and its result multiplied by 0.
+    """
+    mask, cast, expand = vendor_mask(in_order), ops.Cast(), ops.ExpandDims()
+    require, after = check("attention", ARGUMENTS, HALF, **GROUPED), 0 if in_order else FAR
+
+    def attention(q, k, v, segment, key_segment, order, key_order):
+        require(*_given(q, k, v, segment, key_segment, order, key_order))
+        attend = FlashAttentionScore(q.shape[2], 1.0, scale, FAR, after, 0, "BSND", 0)
+        hidden, sees = mask(segment, key_segment, order, key_order)
+        o = attend(q, k, v, None, None, None, hidden)[3]
+        return o if in_order else o * expand(expand(cast(sees, q.dtype), 2), 3)
+
+    return attention
+
+
+def vendor_mask(in_order=False):
+    """(segment, key_segment, order, key_order) -> hidden [B, 1, S, T], true where a query does not see a key; sees_BS, true where it sees
+    one. The queries that see none have nothing hidden from them, unless in_order, when there are none and sees is None."""
+    greater, different, either, both = ops.Greater(), ops.NotEqual(), ops.LogicalOr(), ops.LogicalAnd()
+    expand, every, opposite = ops.ExpandDims(), ops.ReduceAll(), ops.LogicalNot()
+
+    def hides(segment, key_segment, order, key_order):
+        later = greater(expand(key_order, 1), expand(order, 2))
+        return either(later, different(expand(key_segment, 1), expand(segment, 2)))
+
+    def mask(segment, key_segment, order, key_order):
+        hidden = hides(segment, key_segment, order, key_order)
+        sees = opposite(every(hidden, 2))
+        return expand(both(hidden, expand(sees, 2)), 1), sees
+
+    def mask_in_order(segment, key_segment, order, key_order):
+        return expand(hides(segment, key_segment, order, key_order), 1), None
+
+    return mask_in_order if in_order else mask
+
+
+def vendor_missing(use):
+    if use.dtype not in HALF:
+        return f"computes in {' or '.join(HALF)}, and the model in {use.dtype}"
+    if use.head_dim is None or use.head_dim % 16 or use.head_dim > 512:
+        return f"needs a head_dim that is a multiple of 16, up to 512, and this is {use.head_dim}"
+    return ""
+
+
+def cpu(scale, in_order=False):
     """The same in memory linear in S and T, forward and backward; float32."""
     attend = cpu_with_lse(scale)
 
@@ -65,7 +128,7 @@ class _Attention(nn.Cell):
     def __init__(self, scale):
         super().__init__()
         self.scale = ms.Tensor([scale], ms.float32)
-        self.forward = kernel("attention", "attention", 8, _forward_shapes, _forward_dtypes)
+        self.forward = kernel("attention", "attention", f"{ARGUMENTS}; scale 1", _forward_shapes, _forward_dtypes, **GROUPED)
         self.backward = kernel("attention_grad", "attention_grad", 12, _backward_shapes, _backward_dtypes)
         self.zeros_like = ops.ZerosLike()
 
@@ -79,18 +142,6 @@ class _Attention(nn.Cell):
 
 
 def _forward_shapes(q, k, v, segment, key_segment, order, key_order, scale):
-    if len(q) != 4 or len(k) != 4 or (q[0], q[3]) != (k[0], k[3]) or q[2] % k[2]:
-        raise ValueError(f"attention: q {q} must be [B, S, N, H], k {k} [B, T, K, H], and K divide N")
-    if v != k:
-        raise ValueError(f"attention: v {v} must have k's shape, {k}")
-    for name, got, needed in (
-        ("segment", segment, q[:2]),
-        ("key_segment", key_segment, k[:2]),
-        ("order", order, q[:2]),
-        ("key_order", key_order, k[:2]),
-    ):
-        if got != needed:
-            raise ValueError(f"attention: {name} {got} must be {needed}, with q {q} and k {k}")
     return q, q[:3]
 
 

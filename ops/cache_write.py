@@ -5,6 +5,9 @@ from mindspore import nn, ops
 
 from ops import iota
 from ops.custom import kernel
+from ops.signature import FLOATS, check
+
+ARGUMENTS = "cache B T K H; new same B S K H; at int32 B S"
 
 
 def reference():
@@ -15,7 +18,10 @@ def reference():
     matmul, equal, cast, expand, reshape = ops.BatchMatMul(), ops.Equal(), ops.Cast(), ops.ExpandDims(), ops.Reshape()
     total, select, broadcast, count = ops.ReduceSum(), ops.Select(), ops.BroadcastTo, iota.reference()
 
+    require = check("cache_write", ARGUMENTS.replace("same ", ""), (*FLOATS, "int32"))
+
     def write(cache, new, at):
+        require((cache.shape, new.shape, at.shape), (cache.dtype, new.dtype, at.dtype))
         B, T, K, H = cache.shape
         hit = cast(equal(expand(expand(count(T), 0), 2), expand(at, 1)), cache.dtype)  # [B, T, S]
         written = reshape(matmul(hit, reshape(cast(new, cache.dtype), (B, -1, K * H))), (B, T, K, H))
@@ -38,7 +44,7 @@ def cpu():
 class _CacheWrite(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.write = kernel("cache_write", "cache_write", 3, _one, _int32)
+        self.write = kernel("cache_write", "cache_write", ARGUMENTS, _one, _int32, floats=("float32", "int32"))
 
     def __call__(self, cache, new, at):
         """Eager calls: a kernel is given a copy of a view, and what it writes there would be lost."""

@@ -8,42 +8,23 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ops.custom import kernel
+from ops.signature import check
+
+ARGUMENTS = "z float32 R V; ids int32 R"
 
 
 def reference():
-    """first, z_RV, ids_R -> lse [R, 1] = log(sum(exp(z))), picked [R, 1]. A row of nothing but -inf has an lse of -inf and no gradient.
-
-    lse - picked loses digits where logits are large: an lse of 1e4 is a multiple of 0.001. reference_sums keeps them.
-    """
-    return _log_sum_exp(reference_sums())
-
-
-def cpu():
-    """The same as reference, from cpu_sums."""
-    return _log_sum_exp(cpu_sums())
-
-
-def _log_sum_exp(sums):
-    log, select, differs, ones_like = ops.Log(), ops.Select(), ops.NotEqual(), ops.OnesLike()
-
-    def measure(first, z, ids):
-        top, total, picked = sums(first, z, ids)
-        some = differs(total, 0)  # of a NaN too
-        return select(some, log(select(some, total, ones_like(total))) + top, top), picked
-
-    return measure
-
-
-def reference_sums():
     """first, z_RV, ids_R -> top [R, 1], the largest logit; sum(exp(z - top)) [R, 1]; picked [R, 1].
 
-    top is a constant to the gradient, so what is made of the three must not depend on it: log(sum) + (top - picked) does not. A row of
-    nothing but -inf has a top of -inf, a sum of 0 and no gradient.
+    top is a constant to the gradient, so what is made of the three must not depend on it: log(sum) + (top - picked) does not, and keeps the
+    digits of large logits. A row of nothing but -inf has a top of -inf, a sum of 0 and no gradient.
     """
     largest, total, exp = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True), ops.Exp()
     select, greater, zeros_like, pick = ops.Select(), ops.Greater(), ops.ZerosLike(), _pick()
+    require = check("cross_entropy", ARGUMENTS)
 
     def measure(first, z, ids):
+        require((z.shape, ids.shape), (z.dtype, ids.dtype))
         top = ops.stop_gradient(largest(z, 1))
         shift = select(greater(top, float("-inf")), top, zeros_like(top))  # as -inf - -inf is NaN
         return top, total(exp(z - shift), 1), pick(z, ids - first)
@@ -64,8 +45,8 @@ def _pick():
     return pick
 
 
-def cpu_sums():
-    """The same as reference_sums without an array of probabilities: one pass over z forward, and one backward."""
+def cpu():
+    """The same without an array of probabilities: one pass over z forward, and one backward."""
     sums = _Sums()
 
     def measure(first, z, ids):
@@ -77,7 +58,7 @@ def cpu_sums():
 class _Sums(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.forward = kernel("cross_entropy", "cross_entropy", 2, _three_columns, _first_thrice)
+        self.forward = kernel("cross_entropy", "cross_entropy", ARGUMENTS, _three_columns, _first_thrice)
         self.backward = kernel("cross_entropy", "cross_entropy_grad", 5, _like_z, _first)
         self.zeros_like = ops.ZerosLike()
 
@@ -89,8 +70,6 @@ class _Sums(nn.Cell):
 
 
 def _three_columns(z, at):
-    if len(z) != 2 or tuple(at) != tuple(z[:1]):
-        raise ValueError(f"cross_entropy: z {tuple(z)} has to be [R, V], and ids {tuple(at)} [R]")
     return (z[0], 1), (z[0], 1), (z[0], 1)
 
 

@@ -4,13 +4,17 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ops.custom import kernel
+from ops.signature import check
+
+ARGUMENTS = "w V D; ids int32 R"
 
 
 def reference():
     """w_VD, ids_R int32 -> float32 [R, D]. The ids have to be in [0, V)."""
-    gather, cast = ops.Gather(), ops.Cast()
+    gather, cast, require = ops.Gather(), ops.Cast(), check("embedding", ARGUMENTS)
 
     def take(w, ids):
+        require((w.shape, ids.shape), (w.dtype, ids.dtype))
         return gather(cast(w, ms.float32), ids, 0)  # float32, so that a token's gradients are summed in it
 
     return take
@@ -19,9 +23,10 @@ def reference():
 def reference_part():
     """first, w_VD, ids_R -> the rows of ids in [first, first + V), and zeros for the others. first: an int, or an int32 of 0 dims."""
     greater_equal, less, logical_and, expand = ops.GreaterEqual(), ops.Less(), ops.LogicalAnd(), ops.ExpandDims()
-    take, cast = reference(), ops.Cast()
+    take, cast, require = reference(), ops.Cast(), check("embedding", ARGUMENTS)
 
     def take_part(first, w, ids):
+        require((w.shape, ids.shape), (w.dtype, ids.dtype))
         at = ids - first
         mine = cast(logical_and(greater_equal(at, 0), less(at, w.shape[0])), ms.int32)
         return take(w, at * mine) * expand(cast(mine, ms.float32), 1)
@@ -48,7 +53,7 @@ def cpu_part():
 class _Take(nn.Cell):
     def __init__(self, name):
         super().__init__()
-        self.forward = kernel("embedding", name, 2, _rows, _first)
+        self.forward = kernel("embedding", name, ARGUMENTS, _rows, _first)
         self.backward = kernel("embedding", "embedding_grad", 3, _like_w, _first_of_three)
         self.zeros_like = ops.ZerosLike()
 
@@ -60,8 +65,6 @@ class _Take(nn.Cell):
 
 
 def _rows(w, ids):
-    if len(w) != 2 or len(ids) != 1:
-        raise ValueError(f"embedding: w {tuple(w)} has to be [V, D], and ids {tuple(ids)} [R]")
     return ids[0], w[1]
 
 

@@ -3,16 +3,18 @@
     kernels = choose({"attention": "reference"}, device="CPU", dtype="float32")
     attend = pick(kernels, "attention")(scale)
 
-An op's module has a factory for each implementation: `reference`, in plain MindSpore ops; `cpu`, in C++. Where a module has several
-functions, theirs are named `reference_add`, `cpu_add` and so on.
+An op's module has a factory for each implementation: `reference`, in plain MindSpore ops; `cpu`, in C++; `vendor`, a kernel that MindSpore
+has for Ascend, with vendor_missing(use) to say why it cannot serve, empty if it can. Where a module has several functions, theirs are named
+`reference_add`, `cpu_add` and so on.
 """
 
 import importlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from ops import build
 
-IMPLEMENTATIONS = ("reference", "cpu")
+DEVICES = {"vendor": "Ascend", "cpu": "CPU"}  # where implementations run that do not run everywhere; auto tries them in this order
+IMPLEMENTATIONS = ("reference", *reversed(DEVICES))
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,22 @@ class Kernels:
     swiglu: str = "reference"
 
 
+@dataclass(frozen=True)
+class Use:
+    """What ops are for: MindSpore's name of the device, the dtype that the model computes in, and what else a kernel may not suit.
+
+    head_dim: None where it is not known, and then nothing serves that depends on it. expert_shards: the ranks that experts are spread over.
+    padded: whether grouped_matmul wants blocks of more than one row, and so padding.
+    """
+
+    device: str
+    dtype: str
+    head_dim: int | None = None
+    router_bias: bool = False
+    expert_shards: int = 1
+    padded: bool = False
+
+
 OPS = tuple(field.name for field in fields(Kernels))
 ANY_DTYPE = ("adamw", "sampling")  # not computed in the model's dtype
 
@@ -40,11 +58,11 @@ ANY_DTYPE = ("adamw", "sampling")  # not computed in the model's dtype
 def pick(kernels, op, function=""):
     """The factory of an op's implementation, or of one of its functions."""
     name = getattr(kernels, op)
-    return getattr(importlib.import_module(f"ops.{op}"), f"{name}_{function}" if function else name)
+    return getattr(_module(op), f"{name}_{function}" if function else name)
 
 
-def choose(asked, device, dtype):
-    """The Kernels for a device (MindSpore's name) and the dtype that the model computes in.
+def choose(asked, device, dtype, **more):
+    """The Kernels for a device (MindSpore's name), the dtype that the model computes in, and `more` of a Use.
 
     asked: {op: implementation}, in which auto, the default, is the fastest that serves. Raises ValueError for an op or implementation
     that does not exist, or that cannot do what it is asked for.
@@ -52,29 +70,39 @@ def choose(asked, device, dtype):
     unknown = [op for op in asked if op not in OPS]
     if unknown:
         raise ValueError(f"ops.{unknown[0]}: there is no such op; they are {', '.join(OPS)}")
-    return Kernels(**{op: _choose(op, asked.get(op, "auto"), device, dtype) for op in OPS})
+    use = Use(device, dtype, **more)
+    use = replace(use, padded=_choose("grouped_matmul", asked, use) == "reference")
+    return Kernels(**{op: _choose(op, asked, use) for op in OPS})
 
 
-def _choose(op, asked, device, dtype):
-    missing = _missing(op, device, dtype)
-    if asked == "auto":
-        return "reference" if missing else "cpu"
-    if asked not in IMPLEMENTATIONS:
-        raise ValueError(f"ops.{op}={asked!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}")
-    if asked == "cpu" and missing:
-        raise ValueError(f"ops.{op}=cpu {missing}; use --config.ops.{op}=reference")
-    return asked
+def _choose(op, asked, use):
+    name = asked.get(op, "auto")
+    if name == "auto":
+        return next((name for name in DEVICES if not _missing(op, name, use)), "reference")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"ops.{op}={name!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}")
+    if missing := _missing(op, name, use):
+        raise ValueError(f"ops.{op}={name} {missing}; use --config.ops.{op}=reference")
+    return name
 
 
-def _missing(op, device, dtype):
-    """Why an op's C++ kernel cannot serve; empty if it can."""
-    if device != "CPU":
-        return f"runs on CPU, and this is {device}"
-    if dtype != "float32" and op not in ANY_DTYPE:
-        return f"computes in float32, and the model in {dtype}"
-    if build.compiler() is None:
+def _missing(op, name, use):
+    """Why an implementation of an op cannot serve; empty if it can."""
+    if name == "vendor" and not hasattr(_module(op), "vendor_missing"):
+        return "does not exist, as MindSpore has no such kernel"
+    if name in DEVICES and use.device != DEVICES[name]:
+        return f"runs on {DEVICES[name]}, and this is {use.device}"
+    if name == "vendor":
+        return _module(op).vendor_missing(use)
+    if name == "cpu" and use.dtype != "float32" and op not in ANY_DTYPE:
+        return f"computes in float32, and the model in {use.dtype}"
+    if name == "cpu" and build.compiler() is None:
         return "is built with g++ on first use, and there is none"
     return ""
+
+
+def _module(op):
+    return importlib.import_module(f"ops.{op}")
 
 
 def describe(kernels, device):

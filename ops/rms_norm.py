@@ -2,15 +2,21 @@
 
 import mindspore as ms
 from mindspore import nn, ops
+from mindspore.ops.auto_generate import AddRmsNorm, RmsNorm, RmsNormGrad
 
 from ops.custom import kernel
+from ops.signature import check
+
+ARGUMENTS, SUMMED = "x ... n; w n", "x ... n; y same ... n; w n"
 
 
 def reference(eps):
     """x [..., n], w [n] -> [..., n] in x's dtype; the statistics are in float32."""
     mean, rsqrt, cast = ops.ReduceMean(keep_dims=True), ops.Rsqrt(), ops.Cast()
+    require = check("rms_norm", ARGUMENTS)
 
     def rms_norm(x, w):
+        require((x.shape, w.shape), (x.dtype, w.dtype))
         h = cast(x, ms.float32)
         h = h * rsqrt(mean(h * h, -1) + eps)
         return cast(h, x.dtype) * cast(w, x.dtype)
@@ -20,13 +26,58 @@ def reference(eps):
 
 def reference_add(eps):
     """x, y [..., n], w [n] -> h = x + y, and its norm, both in x's dtype."""
-    norm = reference(eps)
+    norm, require = reference(eps), check("rms_norm", SUMMED)
 
     def add_norm(x, y, w):
+        require((x.shape, y.shape, w.shape), (x.dtype, y.dtype, w.dtype))
         h = x + y
         return h, norm(h, w)
 
     return add_norm
+
+
+def vendor(eps):
+    """The same as reference in MindSpore's kernel, which rounds the norm once, after the product with w."""
+    norm, cast, require = RmsNorm(eps), ops.Cast(), check("rms_norm", ARGUMENTS)
+
+    def rms_norm(x, w):
+        require((x.shape, w.shape), (x.dtype, w.dtype))
+        return norm(x, cast(w, x.dtype))[0]
+
+    return rms_norm
+
+
+def vendor_add(eps):
+    """The same as reference_add, likewise."""
+    add_norm, cast, require = _VendorAddNorm(eps), ops.Cast(), check("rms_norm", SUMMED)
+
+    def add_rms_norm(x, y, w):
+        require((x.shape, y.shape, w.shape), (x.dtype, y.dtype, w.dtype))
+        h, normed, _ = add_norm(x, y, cast(w, x.dtype))
+        return h, normed
+
+    return add_rms_norm
+
+
+class _VendorAddNorm(nn.Cell):
+    """x, y, w -> x + y, its norm, and the norm's scale. MindSpore's own gradient leaves out that of x + y (docs/mindspore.md)."""
+
+    def __init__(self, eps):
+        super().__init__()
+        self.eps, self.forward, self.backward, self.cast = eps, AddRmsNorm(), RmsNormGrad(), ops.Cast()
+
+    def construct(self, x, y, w):
+        normed, scale, h = self.forward(x, y, w, self.eps)
+        return h, normed, scale
+
+    def bprop(self, x, y, w, out, dout):
+        dh, dw = self.backward(dout[1], out[0], out[2], w)
+        dh = dh + dout[0]
+        return dh, dh, self.cast(dw, w.dtype)
+
+
+def vendor_missing(use):
+    return ""
 
 
 def cpu(eps):
@@ -43,7 +94,7 @@ class _Norm(nn.Cell):
     def __init__(self, eps):
         super().__init__()
         self.eps = ms.Tensor(eps, ms.float32)
-        self.forward = kernel("rms_norm", "rms_norm", 3, _like_x, _first)
+        self.forward = kernel("rms_norm", "rms_norm", f"{ARGUMENTS}; eps", _first, _first)
         self.backward = kernel("rms_norm", "rms_norm_grad", 4, _x_and_w, _first_two)
 
     def construct(self, x, w):
@@ -57,7 +108,7 @@ class _AddNorm(nn.Cell):
     def __init__(self, eps):
         super().__init__()
         self.eps = ms.Tensor(eps, ms.float32)
-        self.forward = kernel("rms_norm", "rms_norm_add", 4, _two_like_x, _first_twice)
+        self.forward = kernel("rms_norm", "rms_norm_add", f"{SUMMED}; eps", _first_twice, _first_twice)
         self.backward = kernel("rms_norm", "rms_norm_add_grad", 5, _h_and_w, _first_two)
 
     def construct(self, x, y, w):
@@ -68,25 +119,8 @@ class _AddNorm(nn.Cell):
         return dx, dx, dw
 
 
-def _check(x, w):
-    if len(x) == 0 or len(w) != 1 or x[-1] != w[0]:
-        raise ValueError(f"rms_norm: x {tuple(x)} has to be [..., n], and w {tuple(w)} [n]")
-
-
-def _like_x(x, w, eps):
-    _check(x, w)
-    return x
-
-
 def _x_and_w(x, w, eps, dy):
     return x, w
-
-
-def _two_like_x(x, y, w, eps):
-    _check(x, w)
-    if tuple(x) != tuple(y):
-        raise ValueError(f"rms_norm: x {tuple(x)} and y {tuple(y)} have to be of one shape")
-    return x, x
 
 
 def _h_and_w(h, w, eps, dnormed, dh):

@@ -2,16 +2,23 @@
 
 import mindspore as ms
 from mindspore import nn, ops
+from mindspore.ops.auto_generate import RotaryPositionEmbedding
 
 from ops import rms_norm
 from ops.custom import kernel
+from ops.signature import check
+
+ANGLES = "cos float32 B S 1 H/2; sin float32 B S 1 H/2"
+ROTATE_HALF = 0  # the pairs are (i, i + H/2), as in HF; 1 would be (2i, 2i + 1)
+ARGUMENTS, NORMED = f"x B S N H; {ANGLES}", f"x B S N H; w H; {ANGLES}"
 
 
 def reference():
     """x_BSNH, cos and sin [B, S, 1, H/2] float32 -> x_BSNH in x's dtype; the turn is in float32."""
-    split, concat, cast = ops.Split(-1, 2), ops.Concat(-1), ops.Cast()
+    split, concat, cast, require = ops.Split(-1, 2), ops.Concat(-1), ops.Cast(), check("rope", ARGUMENTS)
 
     def rotate(x, cos, sin):
+        require((x.shape, cos.shape, sin.shape), (x.dtype, cos.dtype, sin.dtype))
         a, b = split(cast(x, cos.dtype))
         return cast(concat((a * cos - b * sin, b * cos + a * sin)), x.dtype)
 
@@ -20,12 +27,40 @@ def reference():
 
 def reference_norm(eps):
     """x_BSNH, w_H, cos, sin -> the RMS norm of each head, turned."""
-    norm, rotate = rms_norm.reference(eps), reference()
+    return _norm_then_turn(rms_norm.reference(eps), reference())
+
+
+def _norm_then_turn(norm, rotate):
+    require = check("rope", NORMED)
 
     def norm_rotate(x, w, cos, sin):
+        require((x.shape, w.shape, cos.shape, sin.shape), (x.dtype, w.dtype, cos.dtype, sin.dtype))
         return rotate(norm(x, w), cos, sin)
 
     return norm_rotate
+
+
+def vendor():
+    """The same as reference in MindSpore's kernel, in float32: it wants angles of x's dtype. The gradients of cos and sin are 0."""
+    turn, twice, cast, require = RotaryPositionEmbedding(), ops.Concat(-1), ops.Cast(), check("rope", ARGUMENTS)
+
+    def rotate(x, cos, sin):
+        require((x.shape, cos.shape, sin.shape), (x.dtype, cos.dtype, sin.dtype))
+        cos, sin = ops.stop_gradient(cos), ops.stop_gradient(sin)
+        return cast(turn(cast(x, cos.dtype), twice((cos, cos)), twice((sin, sin)), ROTATE_HALF), x.dtype)
+
+    return rotate
+
+
+def vendor_norm(eps):
+    """The same as reference_norm, in two of MindSpore's kernels."""
+    return _norm_then_turn(rms_norm.vendor(eps), vendor())
+
+
+def vendor_missing(use):
+    if use.head_dim is None or use.head_dim % 2 or use.head_dim >= 896:
+        return f"needs an even head_dim below 896, and this is {use.head_dim}"
+    return ""
 
 
 def cpu():
@@ -41,8 +76,8 @@ def cpu_norm(eps):
 class _Rotate(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.forward = kernel("rope", "rope", 3, _like_x, _first)
-        self.backward = kernel("rope", "rope_grad", 3, _like_x, _first)
+        self.forward = kernel("rope", "rope", ARGUMENTS, _first, _first)
+        self.backward = kernel("rope", "rope_grad", 3, _first, _first)
         self.zeros_like = ops.ZerosLike()
 
     def construct(self, x, cos, sin):
@@ -56,7 +91,7 @@ class _NormRotate(nn.Cell):
     def __init__(self, eps):
         super().__init__()
         self.eps = ms.Tensor(eps, ms.float32)
-        self.forward = kernel("rope", "rope_norm", 5, _normed_like_x, _first_of_five)
+        self.forward = kernel("rope", "rope_norm", f"{NORMED}; eps", _first_of_five, _first_of_five)
         self.backward = kernel("rope", "rope_norm_grad", 6, _x_and_w, _first_two)
         self.zeros_like = ops.ZerosLike()
 
@@ -66,18 +101,6 @@ class _NormRotate(nn.Cell):
     def bprop(self, x, w, cos, sin, out, dout):
         dx, dw = self.backward(x, w, cos, sin, self.eps, dout)
         return dx, dw, self.zeros_like(cos), self.zeros_like(sin)
-
-
-def _like_x(x, cos, sin):
-    if len(x) != 4 or x[3] % 2 or tuple(cos) != (x[0], x[1], 1, x[3] // 2) or tuple(sin) != tuple(cos):
-        raise ValueError(f"rope: x {tuple(x)} has to be [B, S, N, H], H even, and cos {tuple(cos)} and sin {tuple(sin)} [B, S, 1, H/2]")
-    return x
-
-
-def _normed_like_x(x, w, cos, sin, eps):
-    if tuple(w) != tuple(x[3:]):
-        raise ValueError(f"rope: x {tuple(x)} has to be [B, S, N, H], and w {tuple(w)} [H]")
-    return _like_x(x, cos, sin)
 
 
 def _first(x, cos, sin):

@@ -8,9 +8,15 @@ import math
 
 import mindspore as ms
 from mindspore import nn, ops
+from mindspore.ops.auto_generate import MoeGatingTopKSoftmax, MoeTokenPermute, MoeTokenUnpermute
 
 from ops import iota
 from ops.custom import kernel
+from ops.signature import check
+
+LOGITS, BIASED = "logits float32 R E", "logits float32 R E; bias float32 E"
+EXPERT, PERMUTED = "expert int32 T k", "x T D; expert int32 T k"
+TAKEN, COMBINED = "x ... M D; index int32 *", "y ... M D; slot int32 R*k; weight R k"
 
 
 @ops.constexpr
@@ -38,32 +44,82 @@ def shard_capacity(tokens, choices, experts, shards, factor):
 
 def reference_top_k(k, normalise, biased=False):
     """logits_RE float32 -> probs_RE, expert_Rk int32, weight_Rk: softmax, the k most probable experts of a row, the most probable first,
-    and their probabilities; divided by their sum if `normalise`. Among equals MindSpore's TopK decides.
+    and their probabilities; divided by their sum if `normalise`. Among equals the lower number comes first.
 
     biased: of logits_RE, bias_E. The choice and its order are by probability + bias; the bias has no gradient.
     """
-    softmax, top, pick, total = ops.Softmax(-1), ops.TopK(), ops.GatherD(), ops.ReduceSum(keep_dims=True)
-
-    def share(weight):
-        return weight / total(weight, 1)
-
-    scaled = share if normalise else _same
+    softmax, best, weights = ops.Softmax(-1), _best(k), _weights(normalise)
+    require, require_biased = (check("routing", text, least={"E": k}) for text in (LOGITS, BIASED))
 
     def top_k(logits):
+        require((logits.shape,), (logits.dtype,))
         probs = softmax(logits)
-        _, expert = top(ops.stop_gradient(probs), k)
-        return probs, expert, scaled(pick(probs, 1, expert))
+        expert = best(ops.stop_gradient(probs))
+        return probs, expert, weights(probs, expert)
 
     def biased_top_k(logits, bias):
+        require_biased((logits.shape, bias.shape), (logits.dtype, bias.dtype))
         probs = softmax(logits)
-        _, expert = top(ops.stop_gradient(probs + bias), k)
-        return probs, expert, scaled(pick(probs, 1, expert))
+        expert = best(ops.stop_gradient(probs + bias))
+        return probs, expert, weights(probs, expert)
 
     return biased_top_k if biased else top_k
 
 
-def _same(x):
-    return x
+def _best(k):
+    """best(x_RE) -> [R, k] int32, the places of the k largest, in order. TopK's own rule for equals differs from device to device, so only
+    its values are used: the n-th of a value in the result is its n-th in the row."""
+    top, equal, less, cumsum, total = ops.TopK(), ops.Equal(), ops.Less(), ops.CumSum(), ops.ReduceSum()
+    cast, expand, count = ops.Cast(), ops.ExpandDims(), iota.reference()
+
+    def best(x):
+        values, _ = top(x, k)
+        earlier = cast(less(expand(count(k), 0), expand(count(k), 1)), ms.float32)  # [k, k]
+        nth = total(cast(equal(expand(values, 1), expand(values, 2)), ms.float32) * earlier, 2) + 1
+        alike = cast(equal(expand(x, 1), expand(values, 2)), ms.float32)  # [R, k, E]
+        chosen = alike * cast(equal(cumsum(alike, 2), expand(nth, 2)), ms.float32)
+        return cast(total(chosen * cast(count(x.shape[1]), ms.float32), 2), ms.int32)
+
+    return best
+
+
+def _weights(normalise):
+    """weights(probs_RE, expert_Rk) -> [R, k]"""
+    pick, total = ops.GatherD(), ops.ReduceSum(keep_dims=True)
+
+    def probability(probs, expert):
+        return pick(probs, 1, expert)
+
+    def share(probs, expert):
+        weight = pick(probs, 1, expert)
+        return weight / total(weight, 1)
+
+    return share if normalise else probability
+
+
+def vendor_top_k(k, normalise, biased=False):
+    """The same with the choice made by MindSpore's kernel, which does not say what it does among equals, and knows no bias."""
+    if biased:
+        raise ValueError("ops.routing=vendor knows no bias on the choice of experts; use --config.ops.routing=reference")
+    softmax, choose, weights = ops.Softmax(-1), MoeGatingTopKSoftmax(), _weights(normalise)
+    require = check("routing", LOGITS, least={"E": k})
+
+    def top_k(logits):
+        require((logits.shape,), (logits.dtype,))
+        probs, expert = softmax(logits), choose(ops.stop_gradient(logits), None, k)[1]
+        return probs, expert, weights(probs, expert)
+
+    return top_k
+
+
+def vendor_missing(use):
+    if use.router_bias:
+        return "knows no bias on the choice of experts, which model_args.router_bias asks for"
+    if use.expert_shards > 1:
+        return f"takes no assignments without a place, and experts are spread over {use.expert_shards} ranks"
+    if use.padded:
+        return "makes no blocks with padding, which ops.grouped_matmul=reference wants"
+    return ""
 
 
 def reference_plan(num_experts, limit, empty=False):
@@ -80,7 +136,10 @@ def reference_plan(num_experts, limit, empty=False):
     zeros_like, ones_like = ops.ZerosLike(), ops.OnesLike()
     kinds, filled = num_experts + empty, (_filled if empty else _all_filled)(num_experts)
 
+    require = check("routing", EXPERT)
+
     def plan(expert):
+        require((expert.shape,), (expert.dtype,))
         T, k = expert.shape
         N = T * k
         b = block_size(N, num_experts, limit)
@@ -145,7 +204,10 @@ def reference_send_plan(num_experts, shards, factor):
     gather, less, count = ops.Gather(), ops.Less(), iota.reference()
     zeros_like, ones_like, within = ops.ZerosLike(), ops.OnesLike(), num_experts // shards
 
+    require = check("routing", EXPERT)
+
     def send_plan(expert):
+        require((expert.shape,), (expert.dtype,))
         T, k = expert.shape
         C = shard_capacity(T, k, num_experts, shards, factor)
         flat = reshape(expert, (-1,))
@@ -170,28 +232,75 @@ def reference_take():
     """x [..., D], index int32 of any shape -> [*index.shape, D]: the rows of x, counted over all of its leading dims; zeros for one past
     the last."""
     gather, concat, reshape, zeros_like = ops.Gather(), ops.Concat(0), ops.Reshape(), ops.ZerosLike()
+    require = check("routing", TAKEN)
 
     def take(x, index):
+        require((x.shape, index.shape), (x.dtype, index.dtype))
         rows = reshape(x, (-1, x.shape[-1]))
         return gather(concat((rows, zeros_like(rows[:1]))), index, 0)
 
     return take
 
 
+def reference_permute(num_experts, limit):
+    """x_TD, expert_Tk int32 -> [n, b, D], slot_N, group_n int32: the rows of x in the slots that reference_plan gives their assignments."""
+    return _permute(reference_plan(num_experts, limit), reference_take())
+
+
+def _permute(plan, take):
+    require = check("routing", PERMUTED)
+
+    def permute(x, expert):
+        require((x.shape, expert.shape), (x.dtype, expert.dtype))
+        slot, source, group = plan(expert)
+        return take(x, source), slot, group
+
+    return permute
+
+
+def vendor_permute(num_experts, limit):
+    """The same in MindSpore's kernel, for blocks of one row. Raises ValueError for others."""
+    if limit != 1:
+        raise ValueError(f"ops.routing=vendor makes blocks of one row, not of {limit}; use --config.ops.grouped_matmul=vendor")
+    sort, reshape, scatter = MoeTokenPermute(), ops.Reshape(), ops.TensorScatterUpdate()
+    zeros_like, expand, require = ops.ZerosLike(), ops.ExpandDims(), check("routing", PERMUTED)
+
+    def permute(x, expert):
+        require((x.shape, expert.shape), (x.dtype, expert.dtype))
+        rows, slot = sort(x, expert, None, False)
+        flat = reshape(expert, (-1,))
+        return expand(rows, 1), slot, scatter(zeros_like(flat), expand(slot, 1), flat)
+
+    return permute
+
+
 def reference_combine():
     """y [..., D], slot [R * k] int32, weight_Rk -> [R, D]: for each row the sum of k rows of y by their weights; a row one past the last
     adds nothing."""
     take, reshape, total, expand, cast = reference_take(), ops.Reshape(), ops.ReduceSum(), ops.ExpandDims(), ops.Cast()
+    require = check("routing", COMBINED)
 
     def combine(y, slot, weight):
+        require((y.shape, slot.shape, weight.shape), (y.dtype, slot.dtype, weight.dtype))
         chosen = take(y, reshape(slot, weight.shape))
         return cast(total(chosen * expand(cast(weight, y.dtype), 2), 1), y.dtype)
 
     return combine
 
 
+def vendor_combine():
+    """The same in MindSpore's kernel, where every row of y is in one slot, as vendor_permute gives them."""
+    unsort, reshape, cast, require = MoeTokenUnpermute(), ops.Reshape(), ops.Cast(), check("routing", COMBINED)
+
+    def combine(y, slot, weight):
+        require((y.shape, slot.shape, weight.shape), (y.dtype, slot.dtype, weight.dtype))
+        return unsort(reshape(y, (-1, y.shape[-1])), slot, cast(weight, y.dtype), False, None)
+
+    return combine
+
+
 def cpu_top_k(k, normalise, biased=False):
-    """The same in one pass over the rows; the lower number comes first among equals."""
+    """The same in one pass over the rows."""
     return (_BiasedTopK if biased else _TopK)(k, normalise)
 
 
@@ -203,7 +312,7 @@ class _TopK(nn.Cell):
         def shapes(logits):
             return logits, (logits[0], k), (logits[0], k)
 
-        self.forward = kernel("routing", name, 1, shapes, _top_k_dtypes)
+        self.forward = kernel("routing", name, LOGITS, shapes, _top_k_dtypes, least={"E": k})
         self.backward = kernel("routing", f"{name}_grad", 5, _first, _first)
 
     def construct(self, logits):
@@ -221,7 +330,7 @@ class _BiasedTopK(nn.Cell):
         def shapes(logits, bias):
             return logits, (logits[0], k), (logits[0], k)
 
-        self.forward = kernel("routing", f"{name}_biased", 2, shapes, _biased_top_k_dtypes)
+        self.forward = kernel("routing", f"{name}_biased", BIASED, shapes, _biased_top_k_dtypes, least={"E": k})
         self.backward = kernel("routing", f"{name}_grad", 5, _first, _first)
         self.zeros_like = ops.ZerosLike()
 
@@ -260,7 +369,8 @@ class _Plan(nn.Cell):
 
     def __init__(self, name, num_experts, shapes, dtypes):
         super().__init__()
-        self.forward, self.num_experts = kernel("routing", name, 2, shapes, dtypes), ms.Tensor([num_experts], ms.int32)
+        self.forward = kernel("routing", name, f"{EXPERT}; experts int32 1", shapes, dtypes)
+        self.num_experts = ms.Tensor([num_experts], ms.int32)
         self.zeros_like = ops.ZerosLike()
 
     def construct(self, expert):
@@ -278,7 +388,7 @@ def cpu_take():
 class _Take(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.forward = kernel("routing", "take", 2, _taken, _first)
+        self.forward = kernel("routing", "take", TAKEN, _taken, _first)
         self.backward = kernel("routing", "take_grad", 3, _first, _first)
         self.zeros_like = ops.ZerosLike()
 
@@ -289,6 +399,11 @@ class _Take(nn.Cell):
         return self.backward(x, index, dout), self.zeros_like(index)
 
 
+def cpu_permute(num_experts, limit):
+    """The same by counting, with one copy of the rows."""
+    return _permute(cpu_plan(num_experts, limit), cpu_take())
+
+
 def cpu_combine():
     """The same without a copy of the rows; float32."""
     return _Combine()
@@ -297,7 +412,7 @@ def cpu_combine():
 class _Combine(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.forward = kernel("routing", "combine", 3, _combined, _first)
+        self.forward = kernel("routing", "combine", COMBINED, _combined, _first)
         self.backward = kernel("routing", "combine_grad", 4, _combine_grads, _combine_grads_dtypes)
         self.zeros_like = ops.ZerosLike()
 

@@ -9,6 +9,9 @@ import mindspore as ms
 import numpy as np
 
 from ops.custom import kernel
+from ops.signature import Signature
+
+ARGUMENTS = "logits float32 B V; u float32 B; options float64 B 4"
 
 
 def options(batch_size, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -27,7 +30,11 @@ def reference():
     row with NaN or +inf, or of -inf alone.
     """
 
+    signature = Signature("sampling", ARGUMENTS, least={"V": 1})
+
     def sample(logits, u, options):
+        signature.check_shapes((logits.shape, u.shape, options.shape))
+        signature.check_dtypes((logits.dtype, u.dtype, options.dtype))
         return np.array([_token(*row) for row in zip(logits, u, options)], np.int32)
 
     return sample
@@ -51,7 +58,7 @@ def _token(logits, u, options):
 
 def cpu():
     """The same as a kernel on tensors, for eager and compiled code, with a RuntimeError in place of the ValueError."""
-    return kernel("sampling", "sampling", 3, _ids, _int32)
+    return kernel("sampling", "sampling", ARGUMENTS, _ids, _int32, least={"V": 1})
 
 
 def _ids(logits, u, options):

@@ -1,19 +1,38 @@
 """SwiGLU: silu(gate) * up. Source: Shazeer 2020."""
 
-from mindspore import nn
-from mindspore.ops.auto_generate import SiLU
+from mindspore import nn, ops
+from mindspore.ops.auto_generate import SiLU, Swiglu
 
 from ops.custom import kernel
+from ops.signature import check
+
+ARGUMENTS = "gate ...; up same ..."
 
 
 def reference():
     """gate and up of one shape -> that shape."""
-    silu = SiLU()
+    silu, require = SiLU(), check("swiglu", ARGUMENTS)
 
     def swiglu(gate, up):
+        require((gate.shape, up.shape), (gate.dtype, up.dtype))
         return silu(gate) * up
 
     return swiglu
+
+
+def vendor():
+    """The same as MindSpore's kernel, which takes both in one tensor: the gate in the first half of the last dim."""
+    act, join, require = Swiglu(), ops.Concat(-1), check("swiglu", ARGUMENTS)
+
+    def swiglu(gate, up):
+        require((gate.shape, up.shape), (gate.dtype, up.dtype))
+        return act(join((gate, up)), -1)
+
+    return swiglu
+
+
+def vendor_missing(use):
+    return ""
 
 
 def cpu():
@@ -24,7 +43,7 @@ def cpu():
 class _SwiGLU(nn.Cell):
     def __init__(self):
         super().__init__()
-        self.forward = kernel("swiglu", "swiglu", 2, _like_both, _first)
+        self.forward = kernel("swiglu", "swiglu", ARGUMENTS, _first, _first)
         self.backward = kernel("swiglu", "swiglu_grad", 3, _first_two, _first_two)
 
     def construct(self, gate, up):
@@ -32,12 +51,6 @@ class _SwiGLU(nn.Cell):
 
     def bprop(self, gate, up, out, dout):
         return self.backward(gate, up, dout)
-
-
-def _like_both(gate, up):
-    if tuple(gate) != tuple(up):
-        raise ValueError(f"swiglu: gate {tuple(gate)} and up {tuple(up)} have to be of one shape")
-    return gate
 
 
 def _first(gate, up):

@@ -52,7 +52,6 @@ RULES = {
     "sent": ("dp", "cp", "tp"),
     "received": ("dp-ep", "cp-ep", "tp-ep"),
     "assignments": ("dp", "cp", "tp"),
-    "slots": ("dp", "cp", "tp"),
     "blocks": ("dp", "cp", "tp"),
     "block_rows": (),
     "part_ffn": (),
@@ -65,7 +64,7 @@ RULES = {
 SEQ_PARALLEL_RULES = {**RULES, "rows": ("dp", "cp", "tp"), "expert_rows": ("dp", "cp", "tp/ep")}
 PADDED = ("vocab",)  # dims whose last shard may have elements that are in no parameter
 # dims of a result that each rank may make for itself, though no operand is split
-OWN = ("kv_heads", "vocab_parts", "assignments", "slots", "blocks", "sent", "shard", "received")
+OWN = ("kv_heads", "vocab_parts", "assignments", "blocks", "sent", "shard", "received")
 KINDS = ("elementwise", "contraction", "reduction", "kernel")
 DATA = ("dp", "cp")
 EVERY_AXIS = Mesh(pp=2, dp=6, cp=6, tp=12, ep=8, kv_repeat=4)  # every part of every axis has ranks here

@@ -20,7 +20,7 @@ from ops import sampling as sampling_op
 from parallel.spec import hash_uniform
 from parallel.step import jit
 from qwen3.cache import init_cache, round_up
-from qwen3.model import build
+from qwen3.model import build, choose_kernels
 
 CHUNK = 32  # tokens a row between two looks at them by the host
 
@@ -107,7 +107,7 @@ def _draws(seed, step, count, batch_size):
 
 
 def _default_kernels(cfg):
-    return registry.choose({}, ms.get_context("device_target"), cfg.compute_dtype)
+    return choose_kernels({}, cfg)
 
 
 def _extended(params, cache, tokens, positions, last, cfg, kernels):

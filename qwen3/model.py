@@ -69,7 +69,8 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     """
     device = ms.get_context("device_target")
     check_compute_dtype(cfg, device)
-    sharding, kernels = sharding or Sharding(), kernels or registry.choose({}, device, cfg.compute_dtype)
+    sharding = sharding or Sharding()
+    kernels = kernels or choose_kernels({}, cfg, sharding)
     take, head = embed.build(cfg, sharding, kernels)
     angles = rope.build(cfg, sharding)
     blocks = _blocks(cfg, sharding, kernels)
@@ -100,6 +101,13 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     loss_of = _loss(cfg, sharding, kernels, logits_and_stats, router_losses)
     extend = _extend(cfg, take, head, angles, blocks, final_norm, head_key)
     return SimpleNamespace(forward=forward, loss_fn=loss_of, extend=extend)
+
+
+def choose_kernels(asked, cfg, sharding=None):
+    """The implementations of ops, an ops.registry.Kernels, for a model on this device in a layout. asked: as in ops.registry.choose."""
+    shards = sharding.shards("experts") if sharding else 1
+    more = {"head_dim": cfg.head_dim, "router_bias": cfg.router_bias, "expert_shards": shards}
+    return registry.choose(asked, ms.get_context("device_target"), cfg.compute_dtype, **more)
 
 
 def _aux(losses):

@@ -50,7 +50,7 @@ def get_config():
 
     c.data = _data()
 
-    c.ops = ConfigDict({op: "auto" for op in OPS})  # implementation of each op: reference, cpu, or auto = the fastest that this device has
+    c.ops = ConfigDict({op: "auto" for op in OPS})  # of each op: reference, cpu, vendor, or auto = the fastest that serves
 
     c.parallel = ConfigDict()  # also --dp, --tp, ... on the command line
     c.parallel.dp = 1  # data parallel ranks

@@ -4,19 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import pretrain
+from experiments import finish, pretrain
 from experiments.configs import common
 from qwen3 import generate, hf
 from qwen3.model import forward
 from qwen3.tokenizer import Tokenizer
+from tests.tiny import DENSE, FUSED
 
 ROOT = os.path.join(os.path.dirname(__file__), "..", "..")
 SMALL = {"num_layers": 2, "hidden_size": 32, "head_dim": 16, "ffn_size": 48, "vocab_size": 320}
+
+
+CHANGED = "steps batch_size seq_len log_every eval_every sample_tokens sample_prompt"  # train.* in make_config
 
 
 def make_text(folder, files=12):
@@ -66,6 +72,43 @@ def test_the_saved_folder_is_the_trained_model(finished):
     new = generate.generate(params, [prompt], cfg, 8, stop_ids=(tokenizer.eod_id,))[0]
     assert f"def |{tokenizer.decode(new)}\n" in (run / "sample.txt").read_text()
     assert cfg.eos_id == tokenizer.eod_id
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return np.array([line["loss"] for line in lines if "loss" in line])
+
+
+def test_without_a_compiler_a_run_uses_the_references_and_says_so(finished, tmp_path):
+    """Nothing on PATH, and no kernel built before: the same losses."""
+    config, run = finished
+    (tmp_path / "bin").mkdir()
+    env = {key: value for key, value in os.environ.items() if key != "CXX"}
+    env.update(PATH=str(tmp_path / "bin"), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    keys = {f"model_args.{key}": value for key, value in SMALL.items()}
+    for section, names in {"data": "path vocab_size", "train": CHANGED, "optim": "lr warmup_steps"}.items():
+        keys.update((f"{section}.{name}", config[section][name]) for name in names.split())
+    command = [sys.executable, "-m", "experiments.pretrain", "--config=experiments/configs/common.py", f"--workdir={tmp_path}/run"]
+    command += [f"--config.{key}={value}" for key, value in keys.items()]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "ops        reference, all of them (no g++ was found to build the C++ kernels with)" in done.stdout.splitlines()[:6]
+    assert not list((tmp_path / "cache").rglob("*.so"))
+    np.testing.assert_allclose(losses(run), losses(tmp_path / "run"), rtol=1e-5)
+    assert (tmp_path / "run" / "sample.txt").read_text() == (run / "sample.txt").read_text()
+
+
+def test_the_sample_is_made_with_the_runs_ops(tmp_path, monkeypatch):
+    config, asked = make_config("", **{"ops.attention": "reference"}), []
+
+    def generated(params, prompts, cfg, count, *, kernels, **options):
+        asked.append(kernels)
+        return [[1]]
+
+    monkeypatch.setattr(finish.generate, "generate", generated)
+    tokenizer = SimpleNamespace(encode=list, decode=str, eod_id=0)
+    finish.sample({}, DENSE, config, SimpleNamespace(tokenizer=tokenizer), str(tmp_path))
+    assert asked == [replace(FUSED, attention="reference")] * 2  # greedy, and by temperature
 
 
 def test_transformers_opens_what_a_run_saved(finished):

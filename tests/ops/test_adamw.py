@@ -117,6 +117,21 @@ def test_sums_of_squares_of_many():
     assert_close(3_000_001 * np.float64(np.float32(0.1)) ** 2, adamw.cpu_squares()(ms.Tensor(g)), 1e-6)
 
 
+@pytest.mark.parametrize("size", [0, 1e-30, 1e-12, 1e18])
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_gradients(kind, size):
+    """Squares that vanish in float32, where eps decides alone, and those near its largest; a step is never longer than lr."""
+    p, g = draw(5, 7), (draw(5, 7) * size).astype(np.float32)
+    zeros = np.zeros_like(p)
+    new = KINDS[kind](*BETAS_AND_EPS, 0.0, False)(
+        ms.Tensor(values_at(1)), scalar(1.0), scalar(1.0), *tensors(p.copy(), g, zeros, zeros.copy())
+    )
+    expected = adamw_in_numpy(values_at(1), 1.0, 0.0, p, g, zeros, zeros)
+    assert_close(expected[0], new[0], 2e-6)
+    assert_close(expected[1], new[1], 2e-6)
+    assert np.abs(host(new[0]) - p).max() <= 0.01 * (1 + 1e-4)
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_has_no_finite_norm(wrong):
     g = draw(40_000)
@@ -149,13 +164,3 @@ def test_bits_do_not_depend_on_threads():
     same_for_any_threads("adamw", "sum_of_squares", [draw(100_003)], [()])
     changed = call("adamw", "adamw", [values_at(3), one, one, constants, g, p, m, v], [(1,)], 2)[5]
     assert (changed != p).mean() > 0.99
-
-
-def test_wrong_shapes_and_types_are_refused():
-    update, one, values = adamw.cpu(*BETAS_AND_EPS, 0.1, False), scalar(1.0), ms.Tensor(values_at(3))
-    p, g, m, v = tensors(draw(4, 6), draw(4, 6), draw(4, 6), draw(4, 6))
-    for wrong in ((p, g[:3], m, v), (p, g, m.reshape(6, 4), v), (p[0], g, m, v)):
-        with pytest.raises(ValueError, match="of one shape"):
-            update(values, one, one, *wrong)
-    with pytest.raises(RuntimeError, match="is 1"):
-        update(values, one, one, p, g.astype(ms.float16), m, v)[0].asnumpy()

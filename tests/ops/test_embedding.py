@@ -94,13 +94,3 @@ def test_bits_do_not_depend_on_threads():
     same_for_any_threads("embedding", "embedding", [w, ids], [(R, D)])
     same_for_any_threads("embedding", "embedding_part", [w, ids - 5], [(R, D)])
     same_for_any_threads("embedding", "embedding_grad", [w, ids, dy], [(V, D)])
-
-
-def test_wrong_shapes_and_types_are_refused():
-    w, ids, take = ms.Tensor(draw(4, 7)), ms.Tensor(np.zeros(4, np.int32)), embedding.cpu()
-    for wrong in ((w[0], ids), (w, ids.reshape(2, 2))):
-        with pytest.raises(ValueError, match="has to be"):
-            take(*wrong)
-    for wrong in ((w.astype(ms.float16), ids), (w, ids.astype(ms.int64))):
-        with pytest.raises(RuntimeError, match="is 1"):
-            take(*wrong).asnumpy()

@@ -12,9 +12,32 @@ from ops.registry import OPS, Kernels, choose, describe, pick
 
 def test_auto_is_the_kernel_where_it_serves_and_the_reference_elsewhere():
     assert set(vars(choose({}, "CPU", "float32")).values()) == {"cpu"}
-    assert choose({}, "Ascend", "float32") == choose({}, "Ascend", "bfloat16") == Kernels()
     half = choose({}, "CPU", "float16")
     assert half.attention == "reference" and half.adamw == "cpu"  # the optimizer's arrays are float32 in any case
+
+
+SERVED = dict(attention="vendor", grouped_matmul="vendor", rms_norm="vendor", rope="vendor", routing="vendor", swiglu="vendor")
+
+
+@pytest.mark.parametrize(
+    "asked, dtype, more, not_served",
+    [
+        ({}, "bfloat16", dict(head_dim=128), ""),
+        ({}, "float16", dict(head_dim=16), ""),
+        ({}, "float32", dict(head_dim=128), "attention"),
+        ({}, "bfloat16", dict(head_dim=72), "attention"),
+        ({}, "bfloat16", dict(head_dim=1024), "attention rope"),
+        ({}, "bfloat16", {}, "attention rope"),  # a head_dim that is not known
+        ({}, "bfloat16", dict(head_dim=64, router_bias=True), "routing"),
+        ({}, "bfloat16", dict(head_dim=64, expert_shards=2), "routing"),
+        ({"grouped_matmul": "reference"}, "bfloat16", dict(head_dim=64), "grouped_matmul routing"),
+        ({"rope": "reference"}, "bfloat16", dict(head_dim=64), "rope"),
+    ],
+)
+def test_auto_on_ascend_is_mindspores_kernel_where_it_serves(asked, dtype, more, not_served):
+    kernels = choose(asked, "Ascend", dtype, **more)
+    assert kernels == Kernels(**{op: name for op, name in SERVED.items() if op not in not_served.split()})
+    assert describe(kernels, "Ascend").count("vendor: ") == 1
 
 
 def test_one_op_is_chosen_alone():
@@ -26,7 +49,7 @@ def test_one_op_is_chosen_alone():
 @pytest.mark.parametrize(
     "asked, device, dtype, message",
     [
-        ({"attention": "fast"}, "CPU", "float32", "ops.attention='fast' is not one of auto, reference, cpu"),
+        ({"attention": "fast"}, "CPU", "float32", "ops.attention='fast' is not one of auto, reference, cpu, vendor"),
         ({"atention": "cpu"}, "CPU", "float32", "ops.atention: there is no such op; they are adamw, attention"),
         ({"rope": "cpu"}, "Ascend", "float32", "ops.rope=cpu runs on CPU, and this is Ascend; use --config.ops.rope=reference"),
         ({"rope": "cpu"}, "CPU", "float16", "ops.rope=cpu computes in float32, and the model in float16"),
@@ -35,6 +58,54 @@ def test_one_op_is_chosen_alone():
 def test_what_cannot_be_honoured_is_refused(asked, device, dtype, message):
     with pytest.raises(ValueError, match=message):
         choose(asked, device, dtype)
+
+
+@pytest.mark.parametrize(
+    "asked, device, dtype, more, message",
+    [
+        (
+            {"attention": "vendor"},
+            "CPU",
+            "float32",
+            dict(head_dim=64),
+            "attention=vendor runs on Ascend, and this is CPU; use",
+        ),
+        ({"adamw": "vendor"}, "Ascend", "bfloat16", {}, "ops.adamw=vendor does not exist, as MindSpore has no such kernel; use"),
+        (
+            {"attention": "vendor"},
+            "Ascend",
+            "float32",
+            dict(head_dim=64),
+            "computes in bfloat16 or float16, and the model in float32",
+        ),
+        (
+            {"attention": "vendor"},
+            "Ascend",
+            "float16",
+            dict(head_dim=8),
+            "a head_dim that is a multiple of 16, up to 512, and this is 8",
+        ),
+        ({"rope": "vendor"}, "Ascend", "float32", dict(head_dim=900), "needs an even head_dim below 896, and this is 900"),
+        (
+            {"routing": "vendor"},
+            "Ascend",
+            "float32",
+            dict(router_bias=True),
+            "which model_args.router_bias asks for; use",
+        ),
+        (
+            {"routing": "vendor"},
+            "Ascend",
+            "float32",
+            dict(expert_shards=4),
+            "experts are spread over 4 ranks; use",
+        ),
+        ({"routing": "vendor", "grouped_matmul": "reference"}, "Ascend", "float32", {}, "which ops.grouped_matmul=reference wants; use"),
+    ],
+)
+def test_what_mindspores_kernels_cannot_do_is_refused(asked, device, dtype, more, message):
+    with pytest.raises(ValueError, match=message):
+        choose(asked, device, dtype, **more)
 
 
 def test_without_a_compiler_the_references_run_and_say_so(monkeypatch):
@@ -46,9 +117,10 @@ def test_without_a_compiler_the_references_run_and_say_so(monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_op_has_both_implementations(op):
-    for name in registry.IMPLEMENTATIONS:
-        assert callable(pick(Kernels(**{op: name}), op, {"grouped_matmul": "", "routing": "plan"}.get(op, "")))
+def test_every_op_has_its_implementations(op):
+    for name in ("reference", "cpu", *(["vendor"] if op in SERVED else [])):
+        assert callable(pick(Kernels(**{op: name}), op, {"routing": "permute"}.get(op, "")))
+    assert set(registry.IMPLEMENTATIONS) == {"reference", "cpu", "vendor"}
 
 
 def test_processes_that_build_at_once_build_one_library(tmp_path):

@@ -142,6 +142,26 @@ def test_take_matches_the_reference(shape):
     agree(routing.reference_take(), routing.cpu_take(), [draw(*shape)], (np.zeros(300, np.int32),))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("limit", [1, 4])
+@pytest.mark.parametrize("choice", ["random", "one_expert", "last_expert", "more_experts_than_assignments", "one_token"])
+def test_permute_puts_rows_into_the_slots_of_the_plan(implementation, limit, choice):
+    """Rows of experts that nobody chose are in no block; a token's gradient is the sum over its choices."""
+    expert, E = CHOICES[choice]
+    permute, x = of(implementation, "permute")(E, limit), draw(len(expert), 5)
+    slot, source, group = map(host, of("reference", "plan")(E, limit)(ms.Tensor(expert)))
+    for run in (permute, jit(permute)) if choice == "random" else (permute,):
+        rows, *planned = map(host, run(ms.Tensor(x), ms.Tensor(expert)))
+        np.testing.assert_array_equal(rows, rows_at(x, source))
+        np.testing.assert_array_equal(planned[0], slot)
+        np.testing.assert_array_equal(planned[1], group)
+
+    def rows_of(x, expert):
+        return permute(x, expert)[0]
+
+    check(rows_of, lambda x, _: rows_at(x, source), [x], (expert,))
+
+
 def combined(y, weight, slot):
     return (rows_at(y, slot.reshape(weight.shape)) * weight[:, :, None]).sum(1)
 
@@ -251,17 +271,24 @@ def test_the_bias_of_top_k_has_no_gradient():
         np.testing.assert_array_equal(host(d_bias), np.zeros(6))
 
 
-def test_among_equals_the_lower_number_comes_first():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_among_equals_the_lower_number_comes_first(implementation):
     logits = np.array([[1] * 6, [0, 2, 2, 0, 2, 0], [-500, -500, 9, -500, -500, -500], [0, 1, 2, 3, 4, 5]], np.float32)
-    expert = host(routing.cpu_top_k(3, True)(ms.Tensor(logits))[1])
-    np.testing.assert_array_equal(expert, [[0, 1, 2], [1, 2, 4], [2, 0, 1], [5, 4, 3]])
+    op = of(implementation, "top_k")(3, True)
+    for run in (op, jit(op)):
+        np.testing.assert_array_equal(host(run(ms.Tensor(logits))[1]), [[0, 1, 2], [1, 2, 4], [2, 0, 1], [5, 4, 3]])
+    many = np.random.default_rng(0).integers(0, 4, (100, 64)).astype(np.float32)  # TopK alone gets most of these rows wrong on CPU
+    expected, bias = np.argsort(-many, 1, kind="stable")[:, :8], np.zeros(64, np.float32)
+    np.testing.assert_array_equal(host(of(implementation, "top_k")(8, False)(ms.Tensor(many))[1]), expected)
+    np.testing.assert_array_equal(host(of(implementation, "top_k")(8, False, biased=True)(*map(ms.Tensor, (many, bias)))[1]), expected)
 
 
-def test_top_k_of_extreme_logits():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_top_k_of_extreme_logits(implementation):
     """Above exp's range, far below it, and with infinities below."""
     logits = np.array([[1e4, 1e4 - 1, 0, -3e38], [-1e4, -1e4 - 1, -3e38, -np.inf], [3e38, 1, 2, -3e38]], np.float32)
     for compiled in (False, True):
-        op = routing.cpu_top_k(2, True)
+        op = of(implementation, "top_k")(2, True)
         probs, expert, weight = map(host, (jit(op) if compiled else op)(ms.Tensor(logits)))
         expected = chosen(logits.astype(np.float64), k=2)
         for a, b in zip(expected, (probs, expert, weight)):
@@ -303,4 +330,5 @@ def test_views():
     takes_views(routing.cpu_combine(), draw(6, 4), np.array([0, 6, 2, 3], np.int32), draw(2, 2))
     takes_views(routing.cpu_top_k(2, True), draw(6, 4))
     takes_views(routing.cpu_plan(6, 2), CHOICES["random"][0])
+    takes_views(routing.cpu_permute(6, 2), draw(13, 4), CHOICES["random"][0])
     takes_views(routing.cpu_send_plan(6, 2, None), CHOICES["random"][0])

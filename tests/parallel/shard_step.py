@@ -1,4 +1,4 @@
-"""A train step compiled for one simulated NPU of a layout, in a lowering, and what its graph exchanges; for test_shard_lowering.py.
+"""A train step compiled for one simulated NPU of a layout, in a lowering, and what its graph exchanges and computes with.
 
     python -m tests.parallel.shard_step LOWERING CASE
 
@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +21,15 @@ from mindspore.communication import GlobalComm, init
 from experiments.configs import common
 from experiments.train import build_program
 from layers import linear
+from ops.registry import OPS
 from parallel import collectives
 from parallel.mesh import Mesh
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves, tree_paths, unflatten
+from parallel.spec import tree_leaves, tree_map, tree_paths, unflatten
+from parallel.step import jit
+from qwen3.cache import init_cache
 from qwen3.config import Qwen3Config
-from qwen3.model import build, param_specs
+from qwen3.model import build, choose_kernels, param_specs
 
 DENSE = Qwen3Config(
     vocab_size=61,  # padded: tp does not divide it
@@ -33,7 +37,7 @@ DENSE = Qwen3Config(
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
-    head_dim=8,
+    head_dim=16,  # the least of MindSpore's flash attention
     ffn_size=48,
     max_position=64,
     rope_theta=1e4,
@@ -54,21 +58,27 @@ ROWS, SEQ_LEN = 4, 16
 
 @dataclass(frozen=True)
 class Case:
-    """A model in a layout. planted: what is done wrong on purpose, a key of PLANTED."""
+    """A model in a layout. ops: what is asked of ops.registry. planted: what is done wrong on purpose, a key of PLANTED."""
 
     cfg: Qwen3Config
     seq_parallel: bool = False
     axes: dict = field(default_factory=lambda: dict(dp=2, tp=2))
     zero: int = 0
     layer_loop: str = "unroll"
+    ops: dict = field(default_factory=dict)
     planted: str = ""
 
     def mesh(self, rank=0):
         return Mesh(**self.axes, kv_repeat=max(1, self.axes["tp"] // self.cfg.num_kv_heads), rank=rank)
 
+    def compiles_only(self):
+        """Whether its graph must not be run: in simulation, where nothing is computed, a loop never ends."""
+        return self.layer_loop == "scan"
+
     def config(self):
         config = common.get_config()
         config.train.layer_loop, config.train.batch_size, config.train.seq_len = self.layer_loop, ROWS, SEQ_LEN
+        config.ops.update(self.ops)
         config.parallel.zero, config.parallel.seq_parallel = self.zero, self.seq_parallel
         return config
 
@@ -86,6 +96,10 @@ CASES = {
     "zero1": Case(ONE_LAYER.replace(tie_embeddings=True), zero=1),
     "zero2": Case(ONE_LAYER, True, zero=2),
     "zero3": Case(ONE_LAYER, True, zero=3),
+    "dense-scan": Case(DENSE, layer_loop="scan"),
+    "references": Case(MOE, True, ops={op: "reference" for op in OPS}),
+    "float32": Case(DENSE.replace(num_layers=1, compute_dtype="float32")),
+    "generate": Case(DENSE, axes=dict(dp=1, tp=1)),
     "unscattered": Case(ONE_LAYER, True, planted="unscattered"),
     "summed_twice": Case(ONE_LAYER, planted="summed_twice"),
     "unannotated": Case(ONE_LAYER, True, planted="unannotated"),
@@ -94,12 +108,14 @@ CASES = {
 
 def compile_step(case, lowering):
     """Compiles one train step; returns what its graph says, and each parameter's local shape."""
+    program = {"shard": _global_view, "manual": _local_parts, "generate": _generate}[lowering]
     with _Planted(case.planted):
-        slices = (_global_view if lowering == "shard" else _local_parts)(case, int(os.environ["RANK_ID"]))
+        slices = program(case, int(os.environ["RANK_ID"]))
     graph = max(Path(os.environ["MS_DEV_SAVE_GRAPHS_PATH"]).glob("rank_*/*_validate_*.ir"), key=os.path.getmtime)
     text = graph.read_text()
     graph.unlink()
-    return {"slices": slices, "collectives": collectives_of(text), "invented": invented_splits(text)}
+    found = {"collectives": collectives_of(text), "invented": invented_splits(text)}
+    return {"slices": slices, **found, "primitives": primitives_of(text), "dtypes": dtypes_of(text)}
 
 
 def _global_view(case, rank):
@@ -107,7 +123,8 @@ def _global_view(case, rank):
     sharding, specs = case.sharding("shard", rank), param_specs(case.cfg)
     flat = [ms.Parameter(ms.Tensor(np.zeros(_padded(sharding, spec), np.float32)), name=path) for path, spec in tree_paths(specs)]
     m, v = ([_like(w, tag) for w in flat] for tag in ("m.", "v."))
-    loss_fn, params, count = build(case.cfg, sharding).loss_fn, unflatten(specs, flat), len(flat)
+    kernels = choose_kernels(case.ops, case.cfg, sharding)
+    loss_fn, params, count = build(case.cfg, sharding, kernels=kernels).loss_fn, unflatten(specs, flat), len(flat)
 
     def loss_of(tokens, targets, segment_ids, positions, loss_weights):
         batch = {"tokens": tokens, "targets": targets, "segment_ids": segment_ids, "positions": positions, "loss_weights": loss_weights}
@@ -147,9 +164,22 @@ def _local_parts(case, rank):
     program = build_program(case.cfg, case.config(), case.sharding("manual", rank))
     state = program.init(lambda path, slices: np.zeros([s.stop - s.start for s in slices], np.float32))
     batch = {key: value.asnumpy() for key, value in _tensors(ROWS // case.axes["dp"]).items()}
-    program.step(state, batch, 1e-3, 0)
+    try:
+        program.step(state, batch, 1e-3, 0)
+    except RuntimeError as error:
+        if not (case.compiles_only() and "Can't find run graph func" in str(error)):
+            raise
     paths = [path for path, _ in tree_paths(param_specs(case.cfg))]
     return dict(zip(paths, [w.shape for w in tree_leaves(state["params"])])) if case.layer_loop == "unroll" else {}
+
+
+def _generate(case, rank):
+    """One token a row over a KV cache."""
+    params = tree_map(lambda spec: ms.Tensor(np.zeros(spec.shape, np.float32)), param_specs(case.cfg))
+    cache, ids = init_cache(case.cfg, ROWS, SEQ_LEN), ms.Tensor(np.ones((ROWS, 1)), ms.int32)
+    extend = build(case.cfg, kernels=choose_kernels(case.ops, case.cfg)).extend
+    jit(extend)(params, cache, ids, ids, ms.Tensor(np.zeros(ROWS), ms.int32))
+    return {}
 
 
 def _tensors(rows):
@@ -215,6 +245,23 @@ def collectives_of(text):
         dtype, shape = re.search(r"<Tensor\[(\w+)\]+, \(([\d, ]*)\)", types).groups()
         out.append((kind, _ranks(attributes), dtype.lower(), _numbers(shape)))
     return out
+
+
+PRIMITIVE = r"^\s+%\d+\(.*?\) = (?:PrimFunc_)?([A-Z]\w*)\("
+
+
+def primitives_of(text):
+    """{name: how often} of the ops in a graph."""
+    return dict(Counter(re.findall(PRIMITIVE, text, re.M)))
+
+
+def dtypes_of(text):
+    """{name: [dtypes]} of the first operands of the ops in a graph."""
+    out = {}
+    for name, types in re.findall(PRIMITIVE + r".*\n\s+: (.*)$", text, re.M):
+        if dtype := re.search(r"Tensor\[(\w+)\]", types):
+            out.setdefault(name, set()).add(dtype[1])
+    return {name: sorted(each) for name, each in out.items()}
 
 
 def _ranks(attributes):

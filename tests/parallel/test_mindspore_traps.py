@@ -4,13 +4,19 @@ A test fails here when a MindSpore release behaves differently; its message says
 """
 
 import importlib
+import os
+import re
+import subprocess
 import sys
+import textwrap
 
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, mutable, nn, ops
 from mindspore.graph import api
+
+from parallel import standin
 
 
 def full(value, *shape):
@@ -379,3 +385,32 @@ def test_bfloat16_products_are_refused_on_cpu():
     with pytest.raises(TypeError, match="MatMul.*Unsupported data type"):
         ops.MatMul()(x, x).asnumpy()
         pytest.fail("this MindSpore multiplies bfloat16 on CPU; then simplify: configs may compute in bfloat16 there")
+
+
+ADD_NORM = """
+    import mindspore as ms
+    import numpy as np
+    from mindspore.ops.auto_generate import AddRmsNorm
+
+    ms.set_device("Ascend")
+    add_norm = AddRmsNorm()
+
+    def weighted_sum(x, y, w, weights):
+        return (add_norm(x, y, w, 1e-6)[2] * weights).sum()
+
+    x = ms.Tensor(np.ones((4, 8), np.float32))
+    ms.jit(ms.grad(weighted_sum))(x, x, x[0], x)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(standin.unavailable() is not None, reason=str(standin.unavailable()))
+def test_the_gradient_of_a_fused_sum_and_norm_leaves_out_that_of_the_sum(tmp_path):
+    """In simulation: the graph never reads the weights, which are the whole of the gradient."""
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(ADD_NORM))
+    env = {**os.environ, **standin.environment(1, 0), "MS_DEV_SAVE_GRAPHS": "2", "MS_DEV_DUMP_IR_PASSES": "validate"}
+    subprocess.run([sys.executable, program], env={**env, "MS_DEV_SAVE_GRAPHS_PATH": str(tmp_path)}, check=True, capture_output=True)
+    lines = re.findall(r" = .*\n", next(tmp_path.rglob("*_validate_*.ir")).read_text())
+    assert any("AddRmsNorm(%para1_" in line and "%para3_" in line for line in lines)
+    still(not any("%para4_" in line for line in lines), "_VendorAddNorm in ops/rms_norm.py needs no bprop of its own")

@@ -1,4 +1,5 @@
-"""Two-layer train steps compiled for one rank of a simulated Ascend cluster, in both lowerings: parameter slices, and every collective.
+"""Two-layer train steps compiled for one rank of a simulated Ascend cluster, in both lowerings: parameter slices, every collective, and the
+kernels of MindSpore's own that ops/ maps to, forward and backward.
 
 Simulation computes nothing, so this holds shapes, groups and counts; that the numbers are right, the manual lowering shows on processes.
 Expected counts are sums over what the layers do; L is the number of layers.
@@ -24,10 +25,11 @@ from tests.parallel.shard_step import CASES
 
 ROOT = Path(__file__).parent.parent.parent
 WORLD = 4
-RANKS = {"shard": 0, "manual": 3}  # whose program is compiled
+RANKS = {"shard": 0, "manual": 3, "generate": 0}  # whose program is compiled
 FAST = {"shard": ("moe-sp",), "manual": ("dense-sp",)}
 PLANTED = ("unscattered", "summed_twice", "unannotated")
 SLOW = {"shard": ("dense", "dense-sp", "moe", "moe-ep-sp", *PLANTED), "manual": ("dense", "moe-ep-sp")}
+SLOW_OPS = {"shard": ("references",), "manual": ("dense-scan", "float32"), "generate": ("generate",)}
 SLOW_TRAFFIC = (*SLOW["manual"], "zero1", "zero2", "zero3")
 
 pytestmark = pytest.mark.skipif(standin.unavailable() is not None, reason=str(standin.unavailable()))
@@ -46,6 +48,8 @@ def compile_one(lowering, name, folder):
     folder.mkdir()
     env = {**os.environ, **standin.environment(WORLD, RANKS[lowering]), "GLOG_v": "3", "MS_DEV_SAVE_GRAPHS_PATH": str(folder)}
     env.update(MS_DEV_SAVE_GRAPHS="2", MS_DEV_DUMP_IR_PASSES="validate")  # the last pass' graph alone, which saves most of the time
+    if CASES[name].compiles_only():
+        env["MS_SIMULATION_LEVEL"] = "0"
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env["PYTHONPATH"]])
     command = [sys.executable, "-m", "tests.parallel.shard_step", lowering, name]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
@@ -66,7 +70,9 @@ def fast(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    yield from compile_all({**SLOW, "manual": SLOW_TRAFFIC}, tmp_path_factory.mktemp("slow"))
+    more = {"manual": SLOW_TRAFFIC, "shard": SLOW["shard"]}
+    every = {lowering: (*names, *more.get(lowering, ())) for lowering, names in SLOW_OPS.items()}
+    yield from compile_all(every, tmp_path_factory.mktemp("slow"))
 
 
 @pytest.fixture
@@ -145,7 +151,7 @@ def test_parameters_are_cut_as_their_specs_say(compiled, lowering, name):
     assert {path: tuple(shape) for path, shape in shapes.items()} == {
         p.path: local_shape(mesh, p.spec, p.stored) for p in placed(CASES[name], lowering)
     }
-    assert shapes["layers.0.attention.wq"] == [32, 16] and shapes["embed"] == [31, 32]  # 61 padded to 62, half of it
+    assert shapes["layers.0.attention.wq"] == [32, 32] and shapes["embed"] == [31, 32]  # 61 padded to 62, half of it
 
 
 @pytest.mark.parametrize("lowering, name", SOUND)
@@ -167,14 +173,14 @@ def test_a_result_left_whole_changes_the_counts(compiled):
 
 @pytest.mark.slow
 def test_a_sum_made_twice_changes_the_counts(compiled):
-    """In regions, the sums of the embedding and of the target's logit; and the backward of each."""
-    assert difference(compiled, "summed_twice") == {("AllReduce", "tp"): 4}
+    """In a region, the sum of the embedding; and its backward."""
+    assert difference(compiled, "summed_twice") == {("AllReduce", "tp"): 2}
 
 
 @pytest.mark.slow
 def test_an_op_without_annotation_is_seen(compiled):
-    """The two residual additions: MindSpore splits their first dim over as many ranks as it can."""
-    assert compiled("shard", "unannotated")["invented"] == ["Add ((4, 1), (4, 1))"] * 2
+    """The residual addition after the feed-forward: MindSpore splits its first dim over as many ranks as it can."""
+    assert compiled("shard", "unannotated")["invented"] == ["Add ((4, 1), (4, 1))"]
 
 
 @pytest.mark.parametrize("name", [*FAST["manual"], *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_TRAFFIC)])
@@ -188,3 +194,68 @@ def test_the_traffic_of_a_layout_is_what_its_graph_sends(compiled, name):
         whole = math.prod(shape) * (len(ranks) if kind == "AllGather" else 1)
         found[kind, tuple(ranks), whole, 2 if dtype == "bfloat16" else 4] += 1
     assert found == predicted
+
+
+REFERENCES = ("BatchMatMul", "SiLU", "SiLUGrad", "Rsqrt", "TopK", "Sort")  # what the references of these ops have, and nothing else has
+
+
+def vendor_primitives(case):
+    """{name: how often} of MindSpore's own kernels, forward and backward."""
+    cfg, L, moe = case.cfg, case.cfg.num_layers, case.cfg.moe_layers
+    # of a layer: two norms of heads and one or two of the residual stream, one of which adds to it first; of the model, a last one
+    out = {"RmsNorm": 3 * L + 1, "AddRmsNorm": L, "RmsNormGrad": 4 * L + 1, "Swiglu": L, "SwigluGrad": L}
+    out |= {"RotaryPositionEmbedding": 2 * L, "RotaryPositionEmbeddingGrad": 2 * L}
+    if cfg.compute_dtype != "float32":
+        out |= {"FlashAttentionScore": L, "FlashAttentionScoreGrad": L}
+    if moe:
+        out["GroupedMatmulV4"] = 3 * 3 * L  # three products, each with the gradients of both factors
+    if moe and case.mesh().ep == 1:
+        permute = ("MoeTokenPermute", "MoeTokenPermuteGrad", "InnerMoeTokenUnpermute", "MoeTokenUnpermuteGrad")
+        out |= dict.fromkeys(("MoeGatingTopKSoftmax", *permute), L)
+    return out
+
+
+def of_vendor(found):
+    """The same of a graph, whatever it has of such kernels."""
+    kinds = ("RmsNorm", "Swiglu", "RotaryPosition", "FlashAttention", "GroupedMatmul", "Gmm", "Moe")
+    return {name: n for name, n in found["primitives"].items() if any(kind in name for kind in kinds)}
+
+
+@pytest.mark.parametrize("lowering, name", [case for case in SOUND if "zero" not in str(case)])
+def test_mindspores_own_kernels_are_in_the_graph_and_the_references_are_not(compiled, lowering, name):
+    case, found = CASES[name], compiled(lowering, name)
+    assert of_vendor(found) == vendor_primitives(case)
+    left = {"TopK", "Sort"} if case.mesh().ep > 1 else set()  # experts over ranks have the references of routing
+    assert set(REFERENCES) & set(found["primitives"]) == left
+    if case.cfg.moe_layers:
+        assert found["dtypes"]["GroupedMatmulV4"] == ["BFloat16"]
+    assert found["dtypes"]["FlashAttentionScore"] == found["dtypes"]["AddRmsNorm"] == found["dtypes"]["Swiglu"] == ["BFloat16"]
+    assert found["dtypes"]["RotaryPositionEmbedding"] == ["Float32"]
+
+
+@pytest.mark.slow
+def test_asked_for_references_are_in_the_graph_and_nothing_else(compiled):
+    found = compiled("shard", "references")
+    assert of_vendor(found) == {} and set(REFERENCES) <= set(found["primitives"])
+
+
+@pytest.mark.slow
+def test_in_float32_attention_is_the_reference(compiled):
+    """MindSpore's flash attention computes in half precision alone; the other kernels serve."""
+    found = compiled("manual", "float32")
+    assert of_vendor(found) == vendor_primitives(CASES["float32"]) and "BatchMatMul" in found["primitives"]
+
+
+@pytest.mark.slow
+def test_one_layer_looped_over_has_them_in_its_handwritten_backward(compiled):
+    """The layer is in the graph once forward, and once more before its backward; the last norm only once."""
+    found, one_layer = of_vendor(compiled("manual", "dense-scan")), vendor_primitives(CASES["zero2"])
+    twice = {name: n * (1 if name.endswith("Grad") else 2) for name, n in one_layer.items()}
+    assert found == {**twice, "RmsNorm": twice["RmsNorm"] - 1}
+
+
+@pytest.mark.slow
+def test_generation_has_them_too(compiled):
+    found, L = of_vendor(compiled("generate", "generate")), CASES["generate"].cfg.num_layers
+    expected = {name: n for name, n in vendor_primitives(CASES["generate"]).items() if not name.endswith("Grad")}
+    assert found == expected and expected["FlashAttentionScore"] == L
