@@ -8,6 +8,7 @@ import secrets
 import shutil
 
 FOLDER = "checkpoints"  # in that of a run
+COMPRESSIONS = ("none", "zstd")
 _STEP = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.step_\d+\.[0-9a-f]+\.(tmp|old)")
 _CAUSES = (  # texts of the system and of tensorstore, and what helps

@@ -6,7 +6,7 @@ import os
 
 import tensorstore as ts
 
-from parallel.checkpoint_files import CheckpointError, reason, steps, step_folder
+from parallel.checkpoint_files import CheckpointError, reason, step_folder, steps
 from parallel.checkpoint_store import FORMAT, MANIFEST, VERSION, context, crc, digest, zarr
 
 PART_BYTES = 64 << 20  # about, of what verify() holds of an array, where its regions allow

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 CHUNK_BYTES = 8 << 20  # most of a chunk, the least that is read and checked
 FILE_BYTES = 128 << 20  # about, of a file of values
 BATCH_BYTES = 256 << 20  # about, of the arrays in one transaction: what a writer holds beside them
-COMPRESSIONS = {"none": [], "zstd": [{"name": "zstd", "configuration": {"level": 1}}]}
+ZSTD = {"name": "zstd", "configuration": {"level": 1}}
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8", "bool")
 INDEX_FILES = ("b", "v", "manifest.ocdbt")  # of a rank's own database; commit() takes over what they say
 
@@ -141,7 +141,7 @@ def zarr_metadata(shape, dtype, chunk, compression):
         "data_type": dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, n) for n in chunk]}},
         "chunk_key_encoding": {"name": "default"},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *COMPRESSIONS[compression], {"name": "crc32c"}],
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *[ZSTD] * (compression == "zstd"), {"name": "crc32c"}],
         "fill_value": False if dtype == "bool" else 0,
         "attributes": {},
     }
