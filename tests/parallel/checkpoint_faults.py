@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def save_forever(run, rank, token):
     saver, step = Saver(run, rank, RANKS, token, SETTINGS), (steps(run) or [0])[-1]
     while True:
         step += 1
-        saver.save(step, lambda: pieces(step, rank), {"step": step})
+        saver.save(step, partial(pieces, step, rank), {"step": step})
         saver.wait()
         if rank == 0:
             with open(os.path.join(run, "reported"), "a") as file:

@@ -1,4 +1,6 @@
-"""Any layout in, any layout out. Where a rank's part lies depends on its place in the mesh alone, so one process can be each rank in turn."""
+"""Any layout in, any layout out. A rank's parts depend on its place in the mesh alone, so one process can be each rank in turn."""
+
+import json
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from parallel.checkpoint_read import Reader
 from parallel.placement import cut
 from parallel.spec import tree_paths
 from qwen3.model import param_specs
+from tests import processes
 from tests.parallel.layouts import sharding_of
 from tests.tiny import DENSE, MOE
 
@@ -126,3 +129,22 @@ def test_a_layout_restores_what_each_layout_saved(model, name, saved):
     folders, arrays, _ = saved
     for other in [b for m, b in CASES if m == model]:
         restore_and_compare(folders[model, other], MODELS[model], {**LAYOUTS, **EXPERTS}[name], arrays[model])
+
+
+GROUPS = {
+    4: ("dense", [dict(dp=2, tp=2, zero=1), dict(dp=4, zero=3)]),
+    8: ("moe8", [dict(dp=4, tp=2, ep=4, seq=True, zero=2), dict(dp=8, zero=3)]),
+}
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_processes_save_while_they_train_and_go_on_in_another_layout(count, tmp_path):
+    model, layouts = GROUPS[count]
+    (tmp_path / "checkpoints").mkdir()
+    ranks = processes.run("tests.parallel.checkpoint_groups:main", count, model, json.dumps(layouts), str(tmp_path), timeout_s=600)
+    for rank, found in enumerate(ranks):
+        assert found["saved"] and found["next state"] and list(found["steps"]) == [2]
+        for key in ("objective", "grad_norm"):
+            assert found[f"{key} 1"] == found[f"{key} 0"]
+            assert found[f"{key} 2"] == pytest.approx(found[f"{key} 0"], rel=1e-5)
+        assert ("the disk or a quota is full" if rank <= 1 else "another rank could not save") in str(found["said"]), found["said"]
