@@ -54,10 +54,10 @@ class Run:
 
 
 def main(model, layouts, run):
-    """Two steps in a layout, a save while the third is taken, the third again from what was saved, here and in another layout; and a save
+    """Two steps in a layout, a save while the third is taken, the third again from what was saved, here and in other layouts; and a save
     that fails on one rank."""
     rank, _ = collectives.start()
-    first, other = (Run(model, options, rank, run) for options in json.loads(layouts))
+    first, *others = (Run(model, options, rank, run) for options in json.loads(layouts))
     state, out = first.program.init(tree_map(lambda w: w.asnumpy(), random_params(first.cfg))), {}
     for at in range(2):
         state, _ = first.step(state, at)
@@ -70,8 +70,8 @@ def main(model, layouts, run):
     out["saved"] = all(np.array_equal(reader.read(name), want[name]) for name in reader.names) and reader.names == sorted(want)
     again, same = first.step(first.restore(folder), 2)
     out["next state"] = all(np.array_equal(a.asnumpy(), b.asnumpy()) for a, b in zip(tree_leaves(state), tree_leaves(again), strict=True))
-    _, elsewhere = other.step(other.restore(folder), 2)
-    for i, found in enumerate((metrics, same, elsewhere)):
+    elsewhere = [other.step(other.restore(folder), 2)[1] for other in others]
+    for i, found in enumerate((metrics, same, *elsewhere)):
         out[f"objective {i}"], out[f"grad_norm {i}"] = found["objective"], found["grad_norm"]
     out["said"], out["steps"] = _failing(first, state, rank), steps(run)
     began = time.perf_counter()
