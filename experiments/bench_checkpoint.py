@@ -5,6 +5,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 
 import mindspore as ms
 import numpy as np
@@ -40,9 +41,9 @@ def bench_checkpoint(state_gb, turns, folder):
             rows.append(
                 {
                     "copy_s": timed(copy, plain),
-                    "save_s": timed(saver.save, 2 * turn - 1, lambda: pieces(ONE_DEVICE, held), {}),
+                    "save_s": timed(saver.save, 2 * turn - 1, partial(pieces, ONE_DEVICE, held), {}),
                     "restore_s": timed(restore, step_folder(run, 2 * turn - 1), held),
-                    "step_blocked_s": timed(behind.save, 2 * turn, lambda: pieces(ONE_DEVICE, held), {}),
+                    "step_blocked_s": timed(behind.save, 2 * turn, partial(pieces, ONE_DEVICE, held), {}),
                     "save_behind_s": timed(behind.wait),
                 }
             )
