@@ -1,5 +1,6 @@
 """The checkpoint benchmark: saving and restoring a state, in turns with plain copies of as many bytes, and what a step waits for a save."""
 
+import itertools
 import os
 import shutil
 import statistics
@@ -56,18 +57,15 @@ def bench_checkpoint(state_gb, turns, folder):
 
 
 def make_state(nbytes):
-    """[Held] of about so many bytes of random tensors."""
+    """[Held] of at least so many bytes of random tensors: layers, and below 1e9 bytes no embedding."""
     rng, held, size = np.random.default_rng(0), [], 0
-    shapes = [EMBED]
-    while size < nbytes:
-        shape = shapes.pop() if shapes else None
-        if shape is None:
-            shapes = list(LAYER)
-            continue
+    for shape in itertools.chain([EMBED] * (nbytes >= 1e9), itertools.cycle(LAYER)):
+        if size >= nbytes:
+            return held
         spec = ParamSpec(shape, ("rows", "columns")[: len(shape)], zeros())
-        held.append(Held((f"params/{len(held)}",), spec, ((),) * len(shape), ms.Tensor(rng.standard_normal(shape, np.float32))))
-        size += held[-1].data.nbytes
-    return held
+        data = ms.Tensor(rng.standard_normal(shape, np.float32))
+        held.append(Held((f"params/{len(held)}",), spec, ((),) * len(shape), data))
+        size += data.nbytes
 
 
 def timed(function, *args):

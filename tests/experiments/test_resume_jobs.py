@@ -17,7 +17,7 @@ from tests.experiments.test_pretrain_data import BLEND, SMALL, folder  # noqa: F
 from tests.experiments.test_resume import records
 
 ROOT = Path(__file__).parents[2]
-STEPS, ROWS, KILLS = 300, 8, 12
+STEPS, ROWS, KILLS = 120, 8, 12
 
 
 def start(data, run, *layout, nproc=2):
@@ -95,7 +95,7 @@ def test_jobs_killed_at_random_moments_end_as_one_that_was_not(through, folder, 
 def test_a_job_stopped_by_sigterm_goes_on_in_another_layout(layout, nproc, through, folder, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     job = start(folder, run, "--dp=2")
-    wait_beyond(job, run, 30)
+    wait_beyond(job, run, 20)
     job.terminate()
     finish(job, run, 128 + signal.SIGTERM)
     stopped = latest(run)
