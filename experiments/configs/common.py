@@ -51,16 +51,7 @@ def get_config():
     c.optim.skip_spikes = 0.0  # skip an update whose gradient norm exceeds this multiple of the running mean; 0 = off
     c.optim.router_bias_rate = 1e-3  # step of the router's bias, when model_args.router_bias is on
 
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = 500  # steps between checkpoints; 0 = none on the way
-    c.checkpoint.on_exit = True  # save at the end of the run
-    c.checkpoint.keep_last = 3  # newest checkpoints that are kept; 0 = all
-    c.checkpoint.keep_every = 0  # checkpoints of steps that are multiples of this are kept too; 0 = none
-    c.checkpoint.async_save = True  # write while training goes on, from a copy in memory
-    c.checkpoint.compression = "none"  # none or zstd
-    c.checkpoint.on_error = "stop"  # when a checkpoint cannot be written: stop, or continue with a warning
-    c.checkpoint.timeout_s = 1800.0  # seconds for all ranks to write their parts
-
+    c.checkpoint = _checkpoint()
     c.data = _data()
 
     c.ops = ConfigDict({op: "auto" for op in OPS})  # implementation of each op: reference, cpu, or auto = the fastest that this device has
@@ -76,6 +67,19 @@ def get_config():
     c.parallel.seq_parallel = False  # sequence parallel: activations between the matmuls are split over the tp ranks
     c.parallel.lowering = "manual"  # manual = our collectives on local shards; shard = MindSpore's own partitioning
     return c.lock()
+
+
+def _checkpoint():
+    k = ConfigDict()
+    k.every = 500  # steps between checkpoints; 0 = none on the way
+    k.on_exit = True  # save at the end of the run
+    k.keep_last = 3  # newest checkpoints that are kept; 0 = all
+    k.keep_every = 0  # checkpoints of steps that are multiples of this are kept too; 0 = none
+    k.async_save = True  # write while training goes on, from a copy in memory
+    k.compression = "none"  # none or zstd
+    k.on_error = "stop"  # when a checkpoint cannot be written: stop, or continue with a warning
+    k.timeout_s = 1800.0  # seconds for all ranks to write their parts
+    return k
 
 
 def _data():
