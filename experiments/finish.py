@@ -4,7 +4,7 @@ import math
 import os
 import tempfile
 
-from experiments import metrics
+from experiments import metrics, run_folder
 from experiments.data import bigram, corpus, loader
 from qwen3 import generate, hf
 from qwen3.model import choose_kernels
@@ -27,6 +27,7 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh):
         save(os.path.join(workdir, "hf"), cfg, params, data.tokenizer)
     if config.train.sample_tokens:
         sample(params, cfg, config, data, workdir)
+    run_folder.finish(workdir, config.train.steps)
 
 
 def save(folder, cfg, params, tokenizer):

