@@ -65,8 +65,8 @@ def build_program(cfg, config, sharding=None):
     eval_loss = jit(_eval_loss(model))
 
     def init(params):
-        tree = _load(sharding.mesh, placed, params if callable(params) else reader(params), cfg.num_layers if scan else 0)
-        nested = to_tuple(tree_map(_copy, tree))  # steps change it in place
+        read = params if callable(params) else reader(params)
+        nested = to_tuple(_load(sharding.mesh, placed, read, cfg.num_layers if scan else 0))
         return {"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))}
 
     def params_of(state):
@@ -103,8 +103,12 @@ def _load(mesh, placed, read, num_layers):
         return load(mesh, placed, read)
 
     def of_layers(path, slices):
-        rest = path.split(".", 2)[2]
-        return np.stack([read(f"layers.{i}.{rest}", slices[1:]) for i in range(num_layers)])
+        rest, out = path.split(".", 2)[2], None
+        for i in range(num_layers):
+            layer = read(f"layers.{i}.{rest}", slices[1:])
+            out = np.empty((num_layers, *layer.shape), layer.dtype) if out is None else out
+            out[i] = layer
+        return out
 
     flat = {key: value for key, value in placed.items() if key != "layers"}
     loaded = {**load(mesh, flat, read), "layers": load(mesh, placed["layers"], of_layers)}
@@ -265,16 +269,17 @@ def _number(value):
 
 
 def initial_params(cfg, config):
-    """read(path, slices) of the weights of config.init_from (a Hugging Face folder), else of random ones from train.seed."""
+    """read(path, slices) of the weights of config.init_from (a Hugging Face folder), else of random ones from train.seed. What a rank does
+    not ask for is not read."""
     if not config.init_from:
         specs = dict(tree_paths(param_specs(cfg)))
         return lambda path, slices: init_array(specs[path], path, config.train.seed, index=slices)
-    found, params = hf.load(config.init_from, dtype=cfg.param_dtype)
-    if param_specs(cfg) != param_specs(found):
+    weights = hf.Reader(config.init_from, cfg.param_dtype)
+    if param_specs(cfg) != weights.specs:
         raise ValueError(
             f"init_from={config.init_from} holds another model than model={config.model}; use --config.model={config.init_from}"
         )
-    return reader(params)
+    return weights.read
 
 
 def train(program, state, batches, eval_batches, config, writer, mfu_of):

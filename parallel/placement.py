@@ -116,5 +116,5 @@ def reader(tree):
 
 
 def load(mesh, placed, read):
-    """A tree of tensors, the stored parts of a tree of Placed, from read(path, slices)."""
+    """A tree of tensors with memory of their own, the stored parts of a tree of Placed, from read(path, slices), one part at a time."""
     return tree_map(lambda p: ms.Tensor(cut(mesh, p.spec, p.stored, partial(read, p.path))), placed)
