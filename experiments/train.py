@@ -15,13 +15,13 @@ from tqdm import tqdm
 from experiments import optim as optimizer
 from ops import registry
 from parallel import collectives, zero
-from parallel.placement import load, local_shape, place, reader, stacked, whole
+from parallel.placement import Spread, load, local_shape, place, reader, stacked
 from parallel.sharding import DATA, Sharding
 from parallel.source import function
 from parallel.spec import init_array, tree_leaves, tree_map, tree_paths, unflatten
 from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, rebuild_flat, subscripts, to_tuple
 from qwen3 import hf
-from qwen3.model import build, metric_names, param_specs, stacked_specs, unstack_layers
+from qwen3.model import build, metric_names, param_specs, stacked_specs
 
 SUMS = ("tokens", "expert_overflow")  # metrics that add up over micro-batches; the others are weighted means
 SCAN_ABOVE_LAYERS = 2  # a scanned layer compiles once, and on CPU ran faster and in less memory than unrolled ones
@@ -32,6 +32,7 @@ class Program:
     """The functions of one run; see build_program."""
 
     init: object
+    spread: object
     params: object
     step: object
     evaluate: object
@@ -42,7 +43,8 @@ def build_program(cfg, config, sharding=None):
     Raises ValueError for weights that are not float32, or that the layout cannot split.
 
     init(params) -> state, from a tree as qwen3.model and hf.save take it, or from read(path, slices), which gives a rank its part.
-    params(state) -> the tree, whole on every rank; all call it.
+    spread(state) -> the tree as parallel.placement.Spread, of which all ranks together get whole arrays, one by one; params(state) -> it as
+    whole tensors on every rank; all call it.
     step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], this data rank's; metrics: floats and lists,
     of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient norm is not
     finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
@@ -69,9 +71,15 @@ def build_program(cfg, config, sharding=None):
         nested = to_tuple(_load(sharding.mesh, placed, read, cfg.num_layers if scan else 0))
         return {"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))}
 
+    def spread(state):
+        tree, of, single = from_tuple(specs, state["params"]), partial(Spread, sharding.mesh), place(sharding, param_specs(cfg))
+        if not scan:
+            return tree_map(of, single, tree)
+        layers = [tree_map(partial(of, layer=i), layer, tree["layers"]) for i, layer in enumerate(single["layers"])]
+        return {key: layers if key == "layers" else tree_map(of, single[key], tree[key]) for key in single}
+
     def params_of(state):
-        tree = tree_map(lambda p, w: _copy(whole(sharding.mesh, p.spec, p.stored, w)), placed, from_tuple(specs, state["params"]))
-        return unstack_layers(tree) if scan else tree
+        return tree_map(lambda leaf: _copy(leaf.asnumpy(everywhere=True)), spread(state))
 
     def step(state, batch, lr, at):
         state, (objective, aux, norm, skipped) = run_step(state, batch, optimizer.scalars(config.optim, lr, at))
@@ -88,7 +96,7 @@ def build_program(cfg, config, sharding=None):
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 
-    return Program(init, params_of, step, evaluate)
+    return Program(init, spread, params_of, step, evaluate)
 
 
 def placements(cfg, sharding, scan):

@@ -264,7 +264,7 @@ def fake_program(losses, **extra):
     def step(state, batch, lr, at):
         return state + 1, {"loss": losses[at], "tokens": 1.0, "objective": losses[at], "grad_norm": 1.0, "lr": lr, **extra}
 
-    return train.Program(None, None, step, lambda state, batches: 0.5)
+    return train.Program(init=None, spread=None, params=None, step=step, evaluate=lambda state, batches: 0.5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
