@@ -13,7 +13,8 @@ from experiments.data import encode, pairs, readers, sources
 from experiments.data.loader import Loader
 from experiments.data.megatron import IndexedDataset, Writer
 from experiments.data.rows import PairRows
-from experiments.train import build_program, initial_params
+from experiments.train import build_program
+from experiments.weights import random
 from qwen3.tokenizer import Tokenizer, train_bpe
 
 VOCAB, EOD, MEAN_LENGTH = 512, 0, 1000  # of the made pair; lengths are drawn between 1 and twice the mean
@@ -81,7 +82,7 @@ def bench_wait(prefix, steps):
     config.model_args.vocab_size = VOCAB
     cfg = command_line.model_config(config)
     program = build_program(cfg, config)
-    state = program.init(initial_params(cfg, config))
+    state = program.init(random(cfg, config))
     waited = 0.0
     with Loader(rows_of(prefix, config.train.seq_len), config.train.batch_size, config.train.seed) as loader:
         for at in range(steps + 2):

@@ -6,7 +6,7 @@ import tempfile
 
 import mindspore as ms
 
-from experiments import metrics
+from experiments import metrics, run_folder
 from experiments.data import bigram, corpus, loader
 from parallel.spec import tree_leaves, tree_map
 from qwen3 import generate, hf
@@ -28,6 +28,7 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh):
     report(nats, cfg, config, data, writer, workdir)
     if config.train.sample_tokens:
         sample(tree_map(ms.Tensor.from_numpy, weights), cfg, config, data, workdir)
+    run_folder.finish(workdir, config.train.steps)
 
 
 def report(nats, cfg, config, data, writer, workdir):

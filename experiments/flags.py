@@ -18,6 +18,7 @@ from experiments import layout
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
 from ops.registry import IMPLEMENTATIONS, OPS
+from parallel.checkpoint_files import COMPRESSIONS
 from parallel.hints import nearest
 from parallel.mesh import AXES, world_size
 from qwen3.config import SIZES, Qwen3Config, check_compute_dtype
@@ -36,6 +37,9 @@ def define(default_config=None, flag_values=flags.FLAGS):
         flags.DEFINE_integer(name, None, f"overrides config.parallel.{name}", flag_values=flag_values)
     flags.DEFINE_boolean("seq_parallel", None, "overrides config.parallel.seq_parallel", flag_values=flag_values)
     flags.DEFINE_string("lowering", None, "overrides config.parallel.lowering: manual or shard", flag_values=flag_values)
+    flags.DEFINE_string("resume_from", None, "overrides config.resume_from: a run to go on from", flag_values=flag_values)
+    flags.DEFINE_string("init_from", None, "overrides config.init_from: weights to begin with", flag_values=flag_values)
+    flags.DEFINE_boolean("partial", None, "overrides config.partial: load what fits of another model", flag_values=flag_values)
 
 
 def run(main):
@@ -78,6 +82,9 @@ def resolve(flag_values, world=None):
     for name in config.parallel:
         if flag_values[name].value is not None:
             config.parallel[name] = flag_values[name].value
+    for name in ("resume_from", "init_from", "partial"):
+        if flag_values[name].value is not None:
+            config[name] = flag_values[name].value
     _check(config)
     sizes = layout.check(config, model_config(config, "any"), world_size() if world is None else world or None)
     config.parallel.update(sizes)
@@ -220,6 +227,10 @@ BELOW_ONE = (lambda value: 0 <= value < 1), "must be from 0 to below 1"
 CHECKS = {
     **dict.fromkeys(("train.steps", "train.batch_size", "train.seq_len", "train.log_every", "parallel.micro_batches"), POSITIVE),
     **dict.fromkeys(("train.eval_every", "train.eval_rows", "train.seed", "train.sample_tokens", "data.max_bytes"), NOT_NEGATIVE),
+    **dict.fromkeys(("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"), NOT_NEGATIVE),
+    "checkpoint.compression": _one_of(*COMPRESSIONS),
+    "checkpoint.on_error": _one_of("stop", "continue"),
+    "checkpoint.timeout_s": POSITIVE,
     "train.layer_loop": _one_of("auto", "unroll", "scan"),
     **{f"ops.{op}": _one_of("auto", *IMPLEMENTATIONS) for op in OPS},
     "optim.schedule": _one_of("constant", "linear", "cosine", "wsd"),

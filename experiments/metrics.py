@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from parallel import collectives
+from parallel.checkpoint_files import write_text
 from parallel.spec import tree_paths
 from qwen3.model import param_specs
 
@@ -47,14 +48,19 @@ def mesh_peak_flops(mesh):
 class Writer:
     """A run's metrics: one JSON object a line in `metrics.jsonl`, numbers also in `tensorboard/`, all of them in `records`.
 
-    Without a workdir, on ranks that do not write, only the last.
+    Without a workdir, on ranks that do not write, only the last. begun: the step from which a run goes on; what an earlier process wrote of
+    later steps goes, as they are done again.
     """
 
-    def __init__(self, workdir):
+    def __init__(self, workdir, begun=0):
         self.records, self.silent = [], workdir is None
         if not self.silent:
-            self.file = open(os.path.join(workdir, "metrics.jsonl"), "a", encoding="utf-8")
-            self.board = SummaryWriter(os.path.join(workdir, "tensorboard"))
+            path = os.path.join(workdir, "metrics.jsonl")
+            if begun:
+                self.records = [record for record in read_records(path) if record["step"] <= begun]
+                write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
+            self.file = open(path, "a", encoding="utf-8")
+            self.board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=begun + 1 if begun else None)
 
     def write(self, step, values):
         """values: numbers, or lists of numbers (to the file only)."""
@@ -67,11 +73,31 @@ class Writer:
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, step)
 
-    def close(self):
-        if self.silent:
-            return
-        self.file.close()
-        self.board.close()
+    def sync(self):
+        """What was written is on disk then."""
+        if not self.silent:
+            os.fsync(self.file.fileno())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if not self.silent:
+            self.file.close()
+            self.board.close()
+
+
+def read_records(path):
+    """The lines of a metrics.jsonl that are whole: the last one is not where the process was killed as it wrote."""
+    records = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    continue
+    return records
 
 
 def plot_losses(path, records, bigram=None):

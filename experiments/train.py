@@ -15,12 +15,12 @@ from tqdm import tqdm
 from experiments import optim as optimizer
 from ops import registry
 from parallel import collectives, zero
+from parallel.checkpoint import Held
 from parallel.placement import Spread, load, local_shape, place, reader, stacked
 from parallel.sharding import DATA, Sharding
 from parallel.source import function
-from parallel.spec import init_array, tree_leaves, tree_map, tree_paths, unflatten
+from parallel.spec import tree_leaves, tree_map, unflatten
 from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, rebuild_flat, subscripts, to_tuple
-from qwen3 import hf
 from qwen3.model import build, metric_names, param_specs, stacked_specs
 
 SUMS = ("tokens", "expert_overflow")  # metrics that add up over micro-batches; the others are weighted means
@@ -32,10 +32,12 @@ class Program:
     """The functions of one run; see build_program."""
 
     init: object
-    spread: object
     params: object
     step: object
     evaluate: object
+    held: object = None
+    restore: object = None
+    spread: object = None
 
 
 def build_program(cfg, config, sharding=None):
@@ -48,6 +50,9 @@ def build_program(cfg, config, sharding=None):
     step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], this data rank's; metrics: floats and lists,
     of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient norm is not
     finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
+    held(state) -> what this rank has of each array, as parallel.checkpoint takes it, without a state the sizes alone; the running norm, a
+    number, is not among them.
+    restore(read, norm) -> state, from read(name, slices) of those arrays.
     """
     if cfg.param_dtype != "float32":
         raise ValueError(
@@ -64,7 +69,7 @@ def build_program(cfg, config, sharding=None):
         run_step = _one_batch(model, specs, names, update)
     else:
         run_step = _accumulated(model, specs, names, update, sharding, placed, config.parallel.micro_batches)
-    eval_loss = jit(_eval_loss(model))
+    eval_loss, flat = jit(_eval_loss(model)), tree_leaves(placed)
 
     def init(params):
         read = params if callable(params) else reader(params)
@@ -72,11 +77,7 @@ def build_program(cfg, config, sharding=None):
         return {"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))}
 
     def spread(state):
-        tree, of, single = from_tuple(specs, state["params"]), partial(Spread, sharding.mesh), place(sharding, param_specs(cfg))
-        if not scan:
-            return tree_map(of, single, tree)
-        layers = [tree_map(partial(of, layer=i), layer, tree["layers"]) for i, layer in enumerate(single["layers"])]
-        return {key: layers if key == "layers" else tree_map(of, single[key], tree[key]) for key in single}
+        return spread_arrays(sharding, cfg, from_tuple(specs, state["params"]), scan)
 
     def params_of(state):
         return tree_map(lambda leaf: _copy(leaf.asnumpy(everywhere=True)), spread(state))
@@ -96,7 +97,39 @@ def build_program(cfg, config, sharding=None):
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 
-    return Program(init, spread, params_of, step, evaluate)
+    def held(state=None):
+        axes = {"params": "stored", "m": "state", "v": "state"}
+        return [
+            Held(_names(kind, p.path, cfg.num_layers if scan else 0), p.spec, getattr(p, axes[kind]), w)
+            for kind in axes
+            for p, w in zip(flat, tree_leaves(state[kind]) if state else [None] * len(flat))
+        ]
+
+    def restore(read, norm):
+        def tree(kind, axes):
+            found = _load(sharding.mesh, placed, lambda path, slices: read(f"{kind}/{path}", slices), cfg.num_layers if scan else 0, axes)
+            return to_tuple(found)
+
+        state = {"params": tree("params", "stored"), "m": tree("m", "state"), "v": tree("v", "state")}
+        return {**state, "norm": ms.Tensor(norm, ms.float32)}
+
+    return Program(init, params_of, step, evaluate, held, restore, spread)
+
+
+def spread_arrays(sharding, cfg, tree, scan):
+    """The tree of Spread of a model's parameters. tree: this rank's stored parts; with scan those of the layers are stacked."""
+    single, of = place(sharding, param_specs(cfg)), partial(Spread, sharding.mesh)
+    if not scan:
+        return tree_map(of, single, tree)
+    layers = [tree_map(partial(of, layer=i), layer, tree["layers"]) for i, layer in enumerate(single["layers"])]
+    return {key: layers if key == "layers" else tree_map(of, single[key], tree[key]) for key in single}
+
+
+def _names(kind, path, num_layers):
+    """The names of the arrays of a leaf: one, or that of each of `num_layers` layers, which are stacked."""
+    if not num_layers or not path.startswith("layers."):
+        return (f"{kind}/{path}",)
+    return tuple(f"{kind}/layers.{i}.{path.split('.', 2)[2]}" for i in range(num_layers))
 
 
 def placements(cfg, sharding, scan):
@@ -105,10 +138,10 @@ def placements(cfg, sharding, scan):
     return {**tree, "layers": tree_map(lambda p: stacked(p, cfg.num_layers), tree["layers"][0])} if scan else tree
 
 
-def _load(mesh, placed, read, num_layers):
+def _load(mesh, placed, read, num_layers, axes="stored"):
     """The tensors of a tree of Placed; of `num_layers` stacked layers, where that is not 0."""
     if not num_layers:
-        return load(mesh, placed, read)
+        return load(mesh, placed, read, axes)
 
     def of_layers(path, slices):
         rest, out = path.split(".", 2)[2], None
@@ -119,7 +152,7 @@ def _load(mesh, placed, read, num_layers):
         return out
 
     flat = {key: value for key, value in placed.items() if key != "layers"}
-    loaded = {**load(mesh, flat, read), "layers": load(mesh, placed["layers"], of_layers)}
+    loaded = {**load(mesh, flat, read, axes), "layers": load(mesh, placed["layers"], of_layers, axes)}
     return {key: loaded[key] for key in placed}
 
 
@@ -276,34 +309,23 @@ def _number(value):
     return (value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)).tolist()
 
 
-def initial_params(cfg, config):
-    """read(path, slices) of the weights of config.init_from (a Hugging Face folder), else of random ones from train.seed. What a rank does
-    not ask for is not read."""
-    if not config.init_from:
-        specs = dict(tree_paths(param_specs(cfg)))
-        return lambda path, slices: init_array(specs[path], path, config.train.seed, index=slices)
-    weights = hf.Reader(config.init_from, cfg.param_dtype)
-    if param_specs(cfg) != weights.specs:
-        raise ValueError(
-            f"init_from={config.init_from} holds another model than model={config.model}; use --config.model={config.init_from}"
-        )
-    return weights.read
+def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(0, 0.0), after_step=None):
+    """Up to train.steps steps, logged to `writer`; returns the last state. mfu_of: tokens per second -> MFU.
 
-
-def train(program, state, batches, eval_batches, config, writer, mfu_of):
-    """train.steps steps, logged to `writer`; returns the last state. mfu_of: tokens per second -> MFU.
-
-    batches: an iterator over dicts of [rows, S], a data rank's part of each batch; eval_batches: a list of such.
+    batches: an iterator over dicts of [rows, S], a data rank's part of each batch; eval_batches: a list of such. begun: the steps that are
+    done, and the targets they saw. after_step(state, steps done, targets seen) -> whether to stop there.
 
     Raises FloatingPointError at a loss or gradient norm that is not finite, before the state is replaced or anything is written.
     """
     steps = config.train.steps
-    rate, targets = optimizer.learning_rate(config.optim, steps), 0.0
+    rate, (first, targets) = optimizer.learning_rate(config.optim, steps), begun
     # Also compiles it now: MindSpore reads the source when it compiles, so a file edited during the run would go into the result.
-    writer.write(0, {"eval_loss": program.evaluate(state, eval_batches)})
+    eval_loss = program.evaluate(state, eval_batches)
+    if first == 0:
+        writer.write(0, {"eval_loss": eval_loss})
     timer = Timer()
-    with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=writer.silent) as bar:
-        for done in range(1, steps + 1):
+    with tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=writer.silent) as bar:
+        for done in range(first + 1, steps + 1):
             batch = next(batches)
             new_state, metrics = program.step(state, batch, rate(done - 1), done - 1)
             _stop_if_wrong(metrics, done)
@@ -319,6 +341,8 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of):
             if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
                 with timer.paused():
                     writer.write(done, {"eval_loss": program.evaluate(state, eval_batches)})
+            if after_step and after_step(state, done, targets):
+                break
     return state
 
 

@@ -141,9 +141,10 @@ def reader(tree):
     return read
 
 
-def load(mesh, placed, read):
-    """A tree of tensors with memory of their own, the stored parts of a tree of Placed, from read(path, slices), one part at a time."""
-    return tree_map(lambda p: ms.Tensor(cut(mesh, p.spec, p.stored, partial(read, p.path))), placed)
+def load(mesh, placed, read, axes="stored"):
+    """A tree of tensors with memory of their own, the parts of a tree of Placed that `axes` names, stored or state, from
+    read(path, slices), one part after another."""
+    return tree_map(lambda p: ms.Tensor(cut(mesh, p.spec, getattr(p, axes), partial(read, p.path))), placed)
 
 
 @dataclass(frozen=True)

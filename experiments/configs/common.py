@@ -18,7 +18,10 @@ def get_config():
     c = ConfigDict()
     c.model = "tiny"  # a name in qwen3.config.SIZES, or a Hugging Face folder, of which config.json gives the sizes
     c.model_args = _model_args()  # changes to the model's fields, named as in Qwen3Config; None keeps
-    c.init_from = ""  # Hugging Face folder to take the weights from, and nothing else; empty = random weights
+    # Where a new run begins; one whose own folder has a checkpoint goes on from that. Also --resume_from, --init_from, --partial
+    c.resume_from = ""  # run, or checkpoint of one, to go on from, with its optimizer state, step and place in the data
+    c.init_from = ""  # Hugging Face folder, run or checkpoint to take the weights from, and nothing else; empty = random weights
+    c.partial = False  # load what fits of a checkpoint of another model, and list what does not
 
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
@@ -47,6 +50,16 @@ def get_config():
     c.optim.clip_norm = 1.0  # largest global gradient norm; 0 = no clipping
     c.optim.skip_spikes = 0.0  # skip an update whose gradient norm exceeds this multiple of the running mean; 0 = off
     c.optim.router_bias_rate = 1e-3  # step of the router's bias, when model_args.router_bias is on
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 500  # steps between checkpoints; 0 = none on the way
+    c.checkpoint.on_exit = True  # save at the end of the run
+    c.checkpoint.keep_last = 3  # newest checkpoints that are kept; 0 = all
+    c.checkpoint.keep_every = 0  # checkpoints of steps that are multiples of this are kept too; 0 = none
+    c.checkpoint.async_save = True  # write while training goes on, from a copy in memory
+    c.checkpoint.compression = "none"  # none or zstd
+    c.checkpoint.on_error = "stop"  # when a checkpoint cannot be written: stop, or continue with a warning
+    c.checkpoint.timeout_s = 1800.0  # seconds for all ranks to write their parts
 
     c.data = _data()
 

@@ -94,7 +94,7 @@ def test_a_run_starts_from_saved_weights(finished, tmp_path):
 def test_the_folder_of_another_run_is_not_written_over(finished):
     config, run = finished
     before = (run / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match="already holds a run; give another folder"):
+    with pytest.raises(ValueError, match="already holds a finished run of 6 steps; give another folder"):
         pretrain.pretrain(config, str(run))
     assert (run / "metrics.jsonl").read_text() == before
 

@@ -11,7 +11,7 @@ import pytest
 from mindspore.graph import api
 from ml_collections import ConfigDict
 
-from experiments import metrics, optim, train
+from experiments import metrics, optim, train, weights
 from experiments.configs import common
 from parallel.spec import ParamSpec, count, hash_uniform, init_params, normal, tree_leaves, tree_map, tree_paths
 from parallel.step import jit, to_tuple
@@ -52,7 +52,7 @@ def make_batch(step, rows=4, seq_len=16, vocab=64):
 def run(cfg, config, steps=5, params=None):
     """(metrics of each step, final parameters as numpy)"""
     program = train.build_program(cfg, config)
-    state = program.init(params or train.initial_params(cfg, config))
+    state = program.init(params or weights.random(cfg, config))
     rate, out = optim.learning_rate(config.optim, config.train.steps), []
     for at in range(steps):
         state, m = program.step(state, make_batch(at), rate(at), at)
@@ -112,7 +112,7 @@ def test_scanned_experts_train_as_unrolled_ones():
 
 def test_nothing_compiles_again_from_step_to_step_or_for_a_new_learning_rate():
     program, config = train.build_program(DENSE, make_config()), make_config()
-    state = program.init(train.initial_params(DENSE, config))
+    state = program.init(weights.random(DENSE, config))
     state, _ = program.step(state, make_batch(0), 1e-3, 0)
     compiled = len(api.ms_compile_cache)
     for at in range(1, 4):
@@ -264,7 +264,7 @@ def fake_program(losses, **extra):
     def step(state, batch, lr, at):
         return state + 1, {"loss": losses[at], "tokens": 1.0, "objective": losses[at], "grad_norm": 1.0, "lr": lr, **extra}
 
-    return train.Program(init=None, spread=None, params=None, step=step, evaluate=lambda state, batches: 0.5)
+    return train.Program(None, None, step, lambda state, batches: 0.5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -307,11 +307,11 @@ def test_flops_count_the_active_parameters_the_head_and_causal_attention():
 def test_weights_of_another_model_are_refused(tmp_path):
     config = make_config(init_from=str(tmp_path / "hf"))
     hf.save(config.init_from, DENSE, tree_map(ms.Tensor, init_params(param_specs(DENSE), 3)))
-    same = train.initial_params(DENSE, config)
+    same = weights.initial_params(DENSE, config)[0]
     for path, w in tree_paths(init_params(param_specs(DENSE), 3)):
         np.testing.assert_array_equal(same(path, tuple(slice(0, n) for n in w.shape)), w)
     with pytest.raises(ValueError, match="holds another model than"):
-        train.initial_params(DENSE.replace(num_layers=4), config)
+        weights.initial_params(DENSE.replace(num_layers=4), config)
 
 
 def test_config_is_a_locked_dict():

@@ -1,0 +1,84 @@
+"""Where a run's state comes from: its own newest checkpoint, another run's, weights alone, or random numbers."""
+
+from typing import NamedTuple
+
+from parallel.checkpoint import match, wanted
+from parallel.checkpoint_read import Reader, find
+from parallel.spec import init_array, tree_paths
+from qwen3 import hf
+from qwen3.model import param_specs
+
+
+class Start(NamedTuple):
+    """make(program) -> the state. step, tokens, loader: how far it is, the targets seen, and the state of the data's loader. text: for who
+    watches. not_loaded: what did not match, with --partial."""
+
+    make: object
+    step: int
+    tokens: float
+    loader: dict | None
+    text: str
+    not_loaded: str = ""
+
+
+def from_checkpoint(folder, program, partial, fresh):
+    """The Start that goes on where a checkpoint was saved, in any layout. fresh(path, slices): parameters that it does not have.
+
+    Raises CheckpointError for a damaged one, and without `partial` for one of another model.
+    """
+    saved = Reader(folder)
+    if "loader" not in saved.meta:
+        raise ValueError(f"{folder} holds weights alone, without a run to go on with; use --init_from={folder}")
+    found, other = match(saved, wanted(program.held()), partial)
+
+    def read(name, slices):
+        if name in found:
+            return saved.read(name, slices)
+        kind, path = name.split("/")
+        return fresh(path, slices) if kind == "params" else fresh(path, slices) * 0
+
+    meta = saved.meta
+    start = Start(lambda program: program.restore(read, meta["norm"]), meta["step"], meta["tokens_seen"], meta["loader"], "", other)
+    return start._replace(text=f"{folder}, step {start.step}")
+
+
+def random(cfg, config):
+    """read(path, slices) of the random parameters of train.seed."""
+    specs = dict(tree_paths(param_specs(cfg)))
+    return lambda path, slices: init_array(specs[path], path, config.train.seed, index=slices)
+
+
+def initial(cfg, config):
+    """The Start of a run without steps."""
+    read, text, other = initial_params(cfg, config)
+    return Start(lambda program: program.init(read), 0, 0.0, None, text, other)
+
+
+def initial_params(cfg, config):
+    """The weights of config.init_from, else random ones: (read(path, slices), what they are, what did not match, with --partial)."""
+    path, fresh = config.init_from, random(cfg, config)
+    if not path:
+        return fresh, f"random weights of train.seed={config.train.seed}", ""
+    if native := find(path):
+        return _native(native, cfg, config.partial, fresh)
+    return _hugging_face(path, cfg, config), f"the weights of {path}", ""
+
+
+def _hugging_face(path, cfg, config):
+    """What a rank does not ask for is not read."""
+    weights = hf.Reader(path, cfg.param_dtype)
+    if param_specs(cfg) != weights.specs:
+        raise ValueError(f"init_from={path} holds another model than model={config.model}; use --config.model={path}")
+    return weights.read
+
+
+def _native(folder, cfg, partial, fresh):
+    """The parameters alone of a checkpoint."""
+    saved, specs = Reader(folder), tree_paths(param_specs(cfg))
+    found, other = match(saved, {f"params/{path}": spec.shape for path, spec in specs}, partial, kinds=("params",))
+
+    def read(path, slices):
+        name = f"params/{path}"
+        return saved.read(name, slices).astype("float32") if name in found else fresh(path, slices)
+
+    return read, f"the weights of {folder}", other
