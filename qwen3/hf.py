@@ -136,12 +136,12 @@ class Reader:
         if origin.stacked:
             out = np.empty([s.stop - s.start for s in index], hf_files.DTYPES[CODES[dtype]])
             for place, name in zip(out, origin.names[index[0]]):
-                place[...] = _cast(self._view(name, True)[index[1:]], dtype, path)
+                place[...] = cast(self._view(name, True)[index[1:]], dtype, path)
             return out
         if origin.part is not None:
             first = origin.part * self.shape(path)[2]
             index = (*index[:2], slice(index[2].start + first, index[2].stop + first))
-        return _cast(np.array(self._view(origin.names[0], origin.transposed)[index], order="C"), dtype, path)
+        return cast(np.array(self._view(origin.names[0], origin.transposed)[index], order="C"), dtype, path)
 
     def _view(self, name, transposed):
         array = self._files[name].array(name)
@@ -253,15 +253,19 @@ def _itemsize(dtype):
     return hf_files.DTYPES[CODES[dtype]].itemsize
 
 
-def _carried(folder, tokenizer_dir):
-    """The files beside config.json and the weights: the tokenizer's, and a generation_config.json that no save() made."""
-    files = hf_files.tokenizer_files(Path(tokenizer_dir or folder))
-    if tokenizer_dir and not files:
-        raise FileNotFoundError(f"tokenizer_dir={tokenizer_dir} has none of {', '.join(hf_files.TOKENIZER_FILES)}; give its folder")
-    generation = Path(tokenizer_dir or folder) / hf_files.GENERATION
+def carried_files(folder):
+    """The files of a Hugging Face folder beside config.json and the weights: the tokenizer's, and a generation_config.json that no save()
+    made. ValueError for one that links outside."""
+    files, generation = hf_files.tokenizer_files(folder), folder / hf_files.GENERATION
     if generation.is_file() and not hf_files.read_json(generation).get("_from_model_config"):
-        files.append(hf_files.inside(generation.parent, generation.name))
+        files.append(hf_files.inside(folder, generation.name))
     return files
+
+
+def _carried(folder, tokenizer_dir):
+    if tokenizer_dir and not hf_files.tokenizer_files(Path(tokenizer_dir)):
+        raise FileNotFoundError(f"tokenizer_dir={tokenizer_dir} has none of {', '.join(hf_files.TOKENIZER_FILES)}; give its folder")
+    return carried_files(Path(tokenizer_dir or folder))
 
 
 def _shards(leaves, dtype, max_bytes):
@@ -289,7 +293,7 @@ def _arrays(parts, leaves):
         host = None  # before the next one is made
         host = leaves[path].asnumpy() if hasattr(leaves[path], "asnumpy") else np.asarray(leaves[path])
         for part in group:
-            array = _cast(host if part.expert is None else host[part.expert], hf_files.DTYPES[part.code].name, path)
+            array = cast(host if part.expert is None else host[part.expert], hf_files.DTYPES[part.code].name, path)
             yield array.T if part.transposed else array
             array = None
 
@@ -311,7 +315,7 @@ def _dtype(leaf):
     return str(leaf.dtype).lower()  # mindspore prints BFloat16
 
 
-def _cast(array, dtype, path):
+def cast(array, dtype, path):
     target = hf_files.DTYPES[CODES[dtype]]
     if array.dtype == target:
         return array

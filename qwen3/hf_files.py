@@ -201,12 +201,12 @@ def check_replaceable(folder):
 
 
 @contextmanager
-def replacing(folder):
+def replacing(folder, check=check_replaceable):
     """Gives a new folder beside `folder` that takes its name when the block ends and all is on disk. If the block fails, `folder` stays as
-    it was; what a killed process left beside it is put right here, the next time."""
+    it was; what a killed process left beside it is put right here, the next time. check(folder) raises where it must not be replaced."""
     folder = folder.resolve()
     _recover(folder)
-    check_replaceable(folder)
+    check(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     new, old = (folder.with_name(f".{folder.name}.{mark}.{what}") for what in ("new", "old"))
@@ -214,9 +214,9 @@ def replacing(folder):
     lock = _lock(new)
     try:
         yield new
-        for path in (*new.iterdir(), new):
+        for path in (*new.rglob("*"), new):
             _sync(path)
-        check_replaceable(folder)
+        check(folder)
         _swap(new, folder, old)
         _sync(folder.parent)
     finally:
