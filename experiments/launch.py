@@ -21,7 +21,8 @@ flags.DEFINE_integer("master_port", None, "port of the scheduler on node 0; with
 LOGS = "folder of rank_<r>.log and scheduler.log, which are overwritten; made where missing; default: a new one in logs/"
 flags.DEFINE_string("log_dir", None, LOGS, allow_override=True)  # absl's logging has a flag of this name, which nothing here reads
 flags.DEFINE_float("timeout_s", 600, "seconds for all nodes to come, and for all ranks to meet (msrun's cluster_time_out)")
-OPTIONS = ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_dir", "timeout_s")
+flags.DEFINE_float("save_s", 60, "after SIGTERM, seconds for the ranks to save a checkpoint and end; a second signal ends them at once")
+OPTIONS = ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_dir", "timeout_s", "save_s")
 TARGET = []  # what follows `--`, taken out of the command line
 
 

@@ -69,11 +69,11 @@ def build_program(cfg, config, sharding=None):
         run_step = _one_batch(model, specs, names, update)
     else:
         run_step = _accumulated(model, specs, names, update, sharding, placed, config.parallel.micro_batches)
-    eval_loss, flat = jit(_eval_loss(model)), tree_leaves(placed)
+    eval_loss, layers = jit(_eval_loss(model)), cfg.num_layers if scan else 0
 
     def init(params):
         read = params if callable(params) else reader(params)
-        nested = to_tuple(_load(sharding.mesh, placed, read, cfg.num_layers if scan else 0))
+        nested = to_tuple(_load(sharding.mesh, placed, read, layers))
         return {"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))}
 
     def spread(state):
@@ -98,20 +98,10 @@ def build_program(cfg, config, sharding=None):
         return nats / max(targets, 1.0)
 
     def held(state=None):
-        axes = {"params": "stored", "m": "state", "v": "state"}
-        return [
-            Held(_names(kind, p.path, cfg.num_layers if scan else 0), p.spec, getattr(p, axes[kind]), w)
-            for kind in axes
-            for p, w in zip(flat, tree_leaves(state[kind]) if state else [None] * len(flat))
-        ]
+        return held_arrays(placed, layers, state)
 
     def restore(read, norm):
-        def tree(kind, axes):
-            found = _load(sharding.mesh, placed, lambda path, slices: read(f"{kind}/{path}", slices), cfg.num_layers if scan else 0, axes)
-            return to_tuple(found)
-
-        state = {"params": tree("params", "stored"), "m": tree("m", "state"), "v": tree("v", "state")}
-        return {**state, "norm": ms.Tensor(norm, ms.float32)}
+        return restored(sharding.mesh, placed, layers, read, norm)
 
     return Program(init, params_of, step, evaluate, held, restore, spread)
 
@@ -125,8 +115,33 @@ def spread_arrays(sharding, cfg, tree, scan):
     return {key: layers if key == "layers" else tree_map(of, single[key], tree[key]) for key in single}
 
 
+STATE = {"params": "stored", "m": "state", "v": "state"}  # what is saved of a state, and how each is placed
+
+
+def held_arrays(placed, num_layers, state=None):
+    """[Held] of what a rank has of each array of a state, for parallel.checkpoint; without a state, of the sizes alone.
+
+    num_layers: of the stacked layers, 0 where none are.
+    """
+    leaves = tree_leaves(placed)
+    return [
+        Held(_names(kind, p.path, num_layers), p.spec, getattr(p, axes), w)
+        for kind, axes in STATE.items()
+        for p, w in zip(leaves, tree_leaves(state[kind]) if state else [None] * len(leaves))
+    ]
+
+
+def restored(mesh, placed, num_layers, read, norm):
+    """The state of which read(name, slices) gives the arrays."""
+
+    def tree(kind, axes):
+        return to_tuple(_load(mesh, placed, lambda path, slices: read(f"{kind}/{path}", slices), num_layers, axes))
+
+    return {**{kind: tree(kind, axes) for kind, axes in STATE.items()}, "norm": ms.Tensor(norm, ms.float32)}
+
+
 def _names(kind, path, num_layers):
-    """The names of the arrays of a leaf: one, or that of each of `num_layers` layers, which are stacked."""
+    """The names of the arrays of a leaf: one, or that of each of `num_layers` stacked layers."""
     if not num_layers or not path.startswith("layers."):
         return (f"{kind}/{path}",)
     return tuple(f"{kind}/layers.{i}.{path.split('.', 2)[2]}" for i in range(num_layers))

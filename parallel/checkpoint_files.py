@@ -14,8 +14,8 @@ _LEFTOVER = re.compile(r"\.step_\d+\.[0-9a-f]+\.(tmp|old)")
 _CAUSES = (  # texts of the system and of tensorstore, and what helps
     (
         ("No space left", "ENOSPC", "quota", "File too large"),
-        "the disk is full",
-        "make room there, or keep fewer with checkpoint.keep_last",
+        "the disk or a quota is full",
+        "make room, or lower checkpoint.keep_last",
     ),
     (("Permission denied", "PERMISSION_DENIED", "EACCES", "EPERM"), "permission is denied", "give this user the right to {what} there"),
     (("Read-only", "EROFS"), "the disk is read-only", "mount it for writing, or use another folder"),

@@ -38,6 +38,11 @@ class Reader:
         return list(self._arrays)
 
     @property
+    def files(self):
+        """The paths within the folder of the files that hold the arrays."""
+        return list(self._files)
+
+    @property
     def nbytes(self):
         """Of all arrays in memory."""
         return sum(math.prod(self.shape(name)) * ts.dtype(self.dtype(name)).numpy_dtype.itemsize for name in self._arrays)

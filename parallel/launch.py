@@ -30,7 +30,8 @@ class Job:
     nodes, the launchers at master_port + 1. One node needs none of them, and takes a free port.
     log_dir: of rank_<r>.log and scheduler.log, made where missing; default: a new folder in logs/.
     timeout_s: for all nodes to come, and then for all ranks to meet. show_rank: the rank whose output goes to the terminal.
-    grace_s: from SIGTERM to SIGKILL. Raises ValueError with the key, its value and the fix.
+    save_s: after SIGTERM to a launcher, for the ranks to save and end. grace_s: from SIGTERM to SIGKILL otherwise.
+    Raises ValueError with the key, its value and the fix.
     """
 
     target: tuple
@@ -42,6 +43,7 @@ class Job:
     log_dir: str | None = None
     timeout_s: float = 600
     show_rank: int = 0
+    save_s: float = 60
     grace_s: float = 3
 
     def __post_init__(self):
@@ -78,8 +80,9 @@ class Job:
 def run(job):
     """Runs a job to its end, and returns the exit status: 0, or the code of the process that failed first, 128 + N for signal N.
 
-    SIGINT, SIGTERM and SIGHUP to the launcher end the job, with 128 + N. Raises ValueError before anything is started: for a target that
-    is not there, more ranks than devices, an address or port that cannot be used, a log folder that cannot be made, nodes that do not come.
+    SIGINT, SIGTERM and SIGHUP to the launcher end the job, with 128 + N; after SIGTERM ranks have time to save. Raises ValueError before
+    anything is started: for a target that is not there, more ranks than devices, an address or port that cannot be used, a log folder that
+    cannot be made, nodes that do not come.
     """
     command = command_of(job.target)
     check_devices(job.nproc)
@@ -100,6 +103,8 @@ def run(job):
                 processes.append(process)
             causes = _watch(processes, nodes, received)
             late = time.monotonic() - started_s > job.timeout_s
+            if any(cause.code == 128 + signal.SIGTERM and not cause.log for cause in causes[:1]):
+                _let_save(processes, received, job.save_s)
         finally:
             staying = end(processes, job.grace_s)
         return _conclude(causes, staying, job.timeout_s if late else None)
@@ -244,6 +249,20 @@ def _watch(processes, nodes, received):
             nodes.succeed()
         time.sleep(POLL_S)
     return causes
+
+
+def _let_save(processes, received, save_s):
+    """SIGTERM to the ranks, and time: until all have ended, one has failed, another signal comes, or save_s are over. The scheduler, which
+    they need to talk to each other, stays."""
+    workers, signals, deadline = [process for process in processes if process.is_worker], len(received), time.monotonic() + save_s
+    for process in workers:
+        if process.poll() is None:
+            process.send(signal.SIGTERM)
+    while time.monotonic() < deadline and len(received) <= signals:
+        codes = [process.poll() for process in workers]
+        if None not in codes or any(code not in (None, 0, -signal.SIGTERM) for code in codes):
+            return
+        time.sleep(POLL_S)
 
 
 def _conclude(causes, staying, timeout_s):

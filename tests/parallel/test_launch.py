@@ -36,6 +36,8 @@ if what == "report":
 if what == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(1000)"])
+if what == "save":
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1.5), print("saved", flush=True), os._exit(0)))
 if what == "long":
     for i in range(100_000):
         print("line", i)
@@ -105,7 +107,7 @@ def start(tmp_path):
     launched = []
 
     def start(what, scheduler=SLEEP, environ=(), **job):
-        job = {"target": ["target.py", what], "nproc": 2, "log_dir": "logs", "grace_s": 1, **job}
+        job = {"target": ["target.py", what], "nproc": 2, "log_dir": "logs", "save_s": 1, "grace_s": 1, **job}
         launched.append(Launched([sys.executable, "-c", RUN, scheduler, json.dumps(job)], tmp_path, **dict(environ)))
         return launched[-1]
 
@@ -193,6 +195,20 @@ def test_a_signal_to_the_launcher_ends_everything(start, tmp_path, number, what)
     job.finish()
     assert time.monotonic() - began < 4 and job.code == 128 + number
     assert f"was stopped by {signal.Signals(number).name}" in job.err and job.processes() == []
+
+
+def test_after_sigterm_ranks_have_time_to_save_unless_another_signal_comes(start, tmp_path):
+    job = start("save", save_s=20)
+    wait_for(lambda: all("ready" in text(tmp_path / f"logs/rank_{rank}.log") for rank in (0, 1)))
+    job.popen.terminate()
+    assert job.finish().code == 143 and "was stopped by SIGTERM" in job.err
+    assert all("saved" in text(tmp_path / f"logs/rank_{rank}.log") for rank in (0, 1)) and job.processes() == []
+    job = start("stubborn", save_s=1000, log_dir="again")
+    wait_for(lambda: all("ready" in text(tmp_path / f"again/rank_{rank}.log") for rank in (0, 1)))
+    job.popen.terminate()
+    time.sleep(0.3)
+    job.popen.terminate()
+    assert job.finish().code == 143 and job.processes() == []
 
 
 def test_processes_die_with_a_launcher_that_is_killed(start, tmp_path):
