@@ -54,11 +54,7 @@ def build_program(cfg, config, sharding=None):
     number, is not among them.
     restore(read, norm) -> state, from read(name, slices) of those arrays.
     """
-    if cfg.param_dtype != "float32":
-        raise ValueError(
-            f"model_args.param_dtype={cfg.param_dtype!r}: training keeps its weights in float32, whatever it computes in;"
-            " use --config.model_args.param_dtype=float32"
-        )
+    _check_dtype(cfg)
     sharding, scan = sharding or Sharding(), uses_scan(cfg, config.train.layer_loop)
     placed = placements(cfg, sharding, scan)
     kernels = registry.choose(config.ops, ms.get_context("device_target"), cfg.compute_dtype)
@@ -104,6 +100,14 @@ def build_program(cfg, config, sharding=None):
         return restored(sharding.mesh, placed, layers, read, norm)
 
     return Program(init, params_of, step, evaluate, held, restore, spread)
+
+
+def _check_dtype(cfg):
+    if cfg.param_dtype != "float32":
+        raise ValueError(
+            f"model_args.param_dtype={cfg.param_dtype!r}: training keeps its weights in float32, whatever it computes in;"
+            " use --config.model_args.param_dtype=float32"
+        )
 
 
 def spread_arrays(sharding, cfg, tree, scan):
