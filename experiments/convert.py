@@ -61,8 +61,7 @@ def write(name):
 
 
 def inspect(_):
-    for line in look.inspect(convert.open_weights("input", FLAGS.input, state=FLAGS.state), FLAGS.norms):
-        print(line)
+    print("\n".join(look.inspect(convert.open_weights("input", FLAGS.input, state=FLAGS.state), FLAGS.norms)))
 
 
 def diff(_):

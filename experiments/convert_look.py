@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from experiments.convert_weights import bar
 from qwen3 import hf, hf_files
@@ -17,22 +16,21 @@ READ_BYTES = 1 << 24
 
 
 def inspect(weights, norms):
-    """Lines for each array: name, shape, dtype, size, and with `norms` the norm sqrt(sum of squares) and the largest absolute value."""
-    config = weights.config
-    total, parameters = sum(map(weights.nbytes, weights.arrays)), [math.prod(s) for n, (s, _) in weights.arrays.items() if "/" not in n]
-    yield str(weights)
-    arrays = f"{config.model_type}: {sum(parameters):,} parameters in {len(weights.arrays)} arrays, {_size(total)}"
-    yield f"{arrays}; {weights.describe_tokenizer()}"
+    """[line] that say what weights hold, then one for each array: name, shape, dtype, size, and with `norms` the norm sqrt(sum of squares)
+    and the largest absolute value."""
+    parameters = [math.prod(shape) for name, (shape, _) in weights.arrays.items() if not name.startswith(("m/", "v/"))]
+    arrays = f"{sum(parameters):,} parameters in {len(weights.arrays)} arrays, {_size(weights.total_bytes)}"
     width = max(map(len, weights.arrays))
-    yield f"{'array':{width}}  {'shape':20}  {'dtype':8}  {'size':>10}" + f"  {'norm':>10}  {'largest':>10}" * norms
-    with bar(weights, "inspect") as progress:
-        progress.disable = progress.disable or not norms
+    lines = [str(weights), f"{weights.config.model_type}: {arrays}; {weights.describe_tokenizer()}"]
+    lines.append(f"{'array':{width}}  {'shape':20}  {'dtype':8}  {'size':>10}" + f"  {'norm':>10}  {'largest':>10}" * norms)
+    with bar("inspect", weights.total_bytes * norms) as progress:
         for name, (shape, dtype) in weights.arrays.items():
             line = f"{name:{width}}  {'x'.join(map(str, shape)):20}  {dtype:8}  {_size(weights.nbytes(name)):>10}"
             if norms:
                 norm, largest = _norm(weights, name, progress)
                 line += f"  {norm:10.4g}  {largest:10.4g}"
-            yield line
+            lines.append(line)
+    return lines
 
 
 def _size(nbytes):
@@ -74,7 +72,7 @@ def diff(a, b, dtype=None):
         for name in a.arrays
         if name in b.arrays and name not in names
     ]
-    with bar(a, "diff", names) as progress:
+    with bar("diff", sum(map(a.nbytes, names))) as progress:
         found = [_difference(a, b, name, dtype, progress) for name in names]
     return sorted(found, key=lambda d: (-d.relative, d.name)), other
 
@@ -109,7 +107,7 @@ def _difference(a, b, name, dtype, progress):
 
 def verify_native(weights):
     """[text] of what is wrong with a checkpoint: every byte against its checksums."""
-    with tqdm(total=weights.checked.nbytes, desc="verify", unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as progress:
+    with bar("verify", weights.checked.nbytes) as progress:
         return weights.checked.verify(progress.update)
 
 
@@ -138,7 +136,7 @@ def _check_sums(folder, sums, needed):
     wrong += [f"{paths[name]}, listed in --sha256={sums}, is missing; fetch it again" for name in gone]
     there = {name: path for name, path in paths.items() if name not in gone}
     total = sum(path.stat().st_size for path in there.values())
-    with tqdm(total=total, desc="sha256", unit="B", unit_scale=True, dynamic_ncols=True, disable=None) as progress:
+    with bar("sha256", total) as progress:
         for name, path in there.items():
             found = _sha256(path, progress)
             if found != listed[name]:

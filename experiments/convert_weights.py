@@ -44,6 +44,10 @@ class Weights:
     def describe_tokenizer(self):
         return f"tokenizer of {self.tokenizer}" if self.tokenizer else "without a tokenizer, as there is none"
 
+    @property
+    def total_bytes(self):
+        return sum(map(self.nbytes, self.arrays))
+
     def nbytes(self, name):
         return math.prod(self.arrays[name][0]) * _itemsize(self.arrays[name][1])
 
@@ -76,6 +80,8 @@ def open_weights(key, path, dtype=None, state=False):
             return _native(Path(native), state)
         if (path / FOLDER).is_dir():
             raise ValueError(f"it has no checkpoint in {FOLDER}/; give a run that has saved one")
+        if state:
+            raise ValueError("a Hugging Face folder has no optimizer state; leave --state out")
         return _hugging_face(path, dtype)
 
 
@@ -102,7 +108,10 @@ def _native(folder, state):
     config = Qwen3Config.from_hf(saved.meta["model"])
     shapes = {f"params/{path}": spec.shape for path, spec in tree_paths(param_specs(config))}
     match(saved, shapes, kinds=("params",))
-    names = [*shapes, *(name for kind in ("m", "v") for p in shapes if (name := p.replace("params", kind, 1)) in saved.names and state)]
+    names = [*shapes, *(name for kind in ("m", "v") for p in shapes if (name := p.replace("params", kind, 1)) in saved.names)]
+    if state and len(names) == len(shapes):
+        raise ValueError(f"{folder} has weights alone, and no optimizer state; leave --state out")
+    names = names if state else list(shapes)
     arrays = {name.removeprefix("params/"): (saved.shape(name), saved.dtype(name)) for name in names}
 
     def read(name, slices=None):
@@ -124,9 +133,8 @@ def _as_tensorstore(array):
     return array.view(ts.bfloat16.numpy_dtype) if array.dtype.name == "bfloat16" else array
 
 
-def bar(weights, what, names=None):
-    """A progress bar over the bytes of arrays."""
-    total = sum(map(weights.nbytes, weights.arrays if names is None else names))
+def bar(what, total):
+    """A progress bar over so many bytes, where someone watches."""
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
 
 
@@ -162,7 +170,7 @@ def write(command, source, output, dtype):
 def to_native(weights, output):
     """A folder like a run's: the one checkpoint, of step 0, has parameters alone; and tokenizer/. It appears once all is on disk."""
     meta = {"step": 0, "model": weights.config.to_hf()}
-    with hf_files.replacing(output, _check_new) as new, bar(weights, "hf-to-native") as progress:
+    with hf_files.replacing(output, _check_new) as new, bar("hf-to-native", weights.total_bytes) as progress:
         if weights.tokenizer:
             (new / TOKENIZER).mkdir()
             for file in hf.carried_files(weights.tokenizer):
@@ -198,6 +206,6 @@ class _Leaf:
 def to_hugging_face(weights, output, dtype):
     """A folder that transformers opens. It appears once all is on disk."""
     specs = param_specs(weights.config)
-    with bar(weights, "native-to-hf") as progress:
+    with bar("native-to-hf", weights.total_bytes) as progress:
         leaves = unflatten(specs, [_Leaf(weights, path, progress) for path, _ in tree_paths(specs)])
         hf.save(output, weights.config, leaves, tokenizer_dir=weights.tokenizer, dtype=dtype)
