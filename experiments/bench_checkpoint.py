@@ -1,10 +1,12 @@
 """The checkpoint benchmark: saving and restoring a state, in turns with plain copies of as many bytes, and what a step waits for a save."""
 
+import itertools
 import os
 import shutil
 import statistics
 import tempfile
 import time
+from functools import partial
 
 import mindspore as ms
 import numpy as np
@@ -40,9 +42,9 @@ def bench_checkpoint(state_gb, turns, folder):
             rows.append(
                 {
                     "copy_s": timed(copy, plain),
-                    "save_s": timed(saver.save, 2 * turn - 1, lambda: pieces(ONE_DEVICE, held), {}),
+                    "save_s": timed(saver.save, 2 * turn - 1, partial(pieces, ONE_DEVICE, held), {}),
                     "restore_s": timed(restore, step_folder(run, 2 * turn - 1), held),
-                    "step_blocked_s": timed(behind.save, 2 * turn, lambda: pieces(ONE_DEVICE, held), {}),
+                    "step_blocked_s": timed(behind.save, 2 * turn, partial(pieces, ONE_DEVICE, held), {}),
                     "save_behind_s": timed(behind.wait),
                 }
             )
@@ -55,18 +57,15 @@ def bench_checkpoint(state_gb, turns, folder):
 
 
 def make_state(nbytes):
-    """[Held] of about so many bytes of random tensors."""
+    """[Held] of at least so many bytes of random tensors: layers, and below 1e9 bytes no embedding."""
     rng, held, size = np.random.default_rng(0), [], 0
-    shapes = [EMBED]
-    while size < nbytes:
-        shape = shapes.pop() if shapes else None
-        if shape is None:
-            shapes = list(LAYER)
-            continue
+    for shape in itertools.chain([EMBED] * (nbytes >= 1e9), itertools.cycle(LAYER)):
+        if size >= nbytes:
+            return held
         spec = ParamSpec(shape, ("rows", "columns")[: len(shape)], zeros())
-        held.append(Held((f"params/{len(held)}",), spec, ((),) * len(shape), ms.Tensor(rng.standard_normal(shape, np.float32))))
-        size += held[-1].data.nbytes
-    return held
+        data = ms.Tensor(rng.standard_normal(shape, np.float32))
+        held.append(Held((f"params/{len(held)}",), spec, ((),) * len(shape), data))
+        size += data.nbytes
 
 
 def timed(function, *args):

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from functools import partial
 
 from experiments import run_folder, weights
 from parallel import collectives
@@ -87,7 +88,7 @@ class Saving:
         self.writer.sync()
         norm = state["norm"].asnumpy().tolist()
         meta = {"step": self.done, "tokens_seen": self.tokens, "norm": norm, "loader": self.loader.state(), **self.kept}
-        self.saver.save(self.done, lambda: pieces(self.mesh, self.program.held(state)), meta)
+        self.saver.save(self.done, partial(pieces, self.mesh, self.program.held(state)), meta)
 
     def end(self, state):
         """After the last step: a checkpoint, and the end of those under way."""

@@ -93,12 +93,7 @@ def build_program(cfg, config, sharding=None):
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 
-    def held(state=None):
-        return held_arrays(placed, layers, state)
-
-    def restore(read, norm):
-        return restored(sharding.mesh, placed, layers, read, norm)
-
+    held, restore = partial(held_arrays, placed, layers), partial(restored, sharding.mesh, placed, layers)
     return Program(init, params_of, step, evaluate, held, restore, spread)
 
 

@@ -6,11 +6,16 @@ while training goes on checkpoint_save.py's.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+
+import numpy as np
 
 from parallel.checkpoint_files import CheckpointError
 from parallel.checkpoint_store import Piece, chunk_shape
 from parallel.placement import local_shape, region
+
+COPIES = 4  # at a time: new memory is slow to touch for one thread
 
 
 class Held(NamedTuple):
@@ -29,8 +34,11 @@ class Held(NamedTuple):
         return self.spec.dims[:1] == ("layers",)
 
 
-def pieces(mesh, held):
-    """The Pieces that this rank writes, copied to the host: of each block that several ranks hold, one of them, shared out by size."""
+def pieces(mesh, held, copy=True):
+    """The Pieces that this rank writes, on the host: of each block that several ranks hold, one of them, shared out by size.
+
+    copy: in memory of their own, as steps change arrays in place; else for as long as nothing does.
+    """
     out = []
     for mine, h in zip(is_writer(mesh, held), held):
         block = region(mesh, h.spec, h.axes)
@@ -42,8 +50,11 @@ def pieces(mesh, held):
         if h.is_stacked:
             start, part, shape = start[1:], part[1:], shape[1:]
         chunk = chunk_shape(part, host.itemsize)
-        out += [Piece(name, shape, chunk, start, w.copy()) for name, w in zip(h.names, host if h.is_stacked else [host], strict=True)]
-    return out
+        out += [Piece(name, shape, chunk, start, w) for name, w in zip(h.names, host if h.is_stacked else [host], strict=True)]
+    if not copy:
+        return out
+    with ThreadPoolExecutor(COPIES) as pool:
+        return [piece._replace(data=data) for piece, data in zip(out, pool.map(np.copy, [piece.data for piece in out]))]
 
 
 def is_writer(mesh, held):

@@ -46,18 +46,18 @@ class Saver:
         self._thread, self._error, self._cancel = None, None, threading.Event()
 
     def save(self, step, make_pieces, meta):
-        """Saves in the background, once make_pieces() has copied what this rank writes; without settings.asynchronous, here.
+        """Saves in the background, once make_pieces(copy=True) has copied what this rank writes; without settings.asynchronous, here, and
+        make_pieces(copy=False) need not copy. meta: rank 0's counts.
 
-        meta: rank 0's counts. Returns whether the checkpoint before this one is safe; without settings.asynchronous, whether this one is.
-        Raises CheckpointError on all ranks where one failed, unless settings.on_error is "continue". A step that is saved already is not
-        saved again.
+        Returns whether the checkpoint before this one is safe; without settings.asynchronous, whether this one is. Raises CheckpointError
+        on all ranks where one failed, unless settings.on_error is "continue". A step that is saved already is not saved again.
         """
         well = self.wait()
         if step == self.saved:
             return well
         self._attempts, self._step = self._attempts + 1, step
         self._folder = temporary(self.run, step, f"{self.token}{self._attempts:04x}")
-        target = (self._write, self._folder, make_pieces(), step, meta)
+        target = (self._write, self._folder, make_pieces(copy=self.settings.asynchronous), step, meta)
         self._error, self._cancel = None, threading.Event()
         self._thread = threading.Thread(target=self._guarded, args=target, daemon=True, name="checkpoint")
         self._thread.start()

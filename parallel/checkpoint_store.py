@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import zlib
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,8 @@ FORMAT, VERSION = "qwen3-mindspore checkpoint", 1
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 8 << 20  # most of a chunk, the least that is read and checked
 FILE_BYTES = 128 << 20  # about, of a file of values
-BATCH_BYTES = 256 << 20  # about, of the arrays in one transaction: what a writer holds beside them
+BATCH_BYTES = 128 << 20  # about, of the arrays in one transaction
+IN_FLIGHT = 4  # transactions at a time, so that one is synced while others are encoded: what a writer holds beside the arrays
 ZSTD = {"name": "zstd", "configuration": {"level": 1}}
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8", "bool")
 INDEX_FILES = ("b", "v", "manifest.ocdbt")  # of a rank's own database; commit() takes over what they say
@@ -69,9 +71,8 @@ def _smallest_factor(n):
 def write_part(folder, rank, pieces, compression="none"):
     """Writes what this rank has to write, from an iterator of Pieces, which is not run ahead of by more than BATCH_BYTES. Returns the
     report that commit() wants, of plain JSON types. All is on disk then. Raises CheckpointError, or what the iterator raises."""
-    arrays, place = {}, os.path.join(folder, rank_folder(rank))
-    shared = context()
-    batch, size = [], 0
+    arrays, place, shared = {}, os.path.join(folder, rank_folder(rank)), context()
+    batch, size, under_way = [], 0, deque()
     try:
         os.makedirs(place, exist_ok=True)
         for piece in pieces:
@@ -79,9 +80,13 @@ def write_part(folder, rank, pieces, compression="none"):
             batch.append(piece)
             size += piece.data.nbytes
             if size >= BATCH_BYTES:
-                _write_batch(place, batch, compression, shared)
+                under_way.append(_write_batch(place, batch, compression, shared))
                 batch, size = [], 0
-        _write_batch(place, batch, compression, shared)
+                if len(under_way) == IN_FLIGHT:
+                    under_way.popleft().result()
+        under_way.append(_write_batch(place, batch, compression, shared))
+        while under_way:
+            under_way.popleft().result()
         files = sizes(place)
         for name in files:
             sync_file(os.path.join(place, name))
@@ -114,8 +119,7 @@ def crc(data, before=0):
 
 
 def _write_batch(place, batch, compression, shared):
-    if not batch:
-        return
+    """Begins to write, and returns the future of its end."""
     transaction, writes = ts.Transaction(), []
     for piece in batch:
         metadata = zarr_metadata(piece.shape, piece.data.dtype.name, piece.chunk, compression)
@@ -130,7 +134,7 @@ def _write_batch(place, batch, compression, shared):
         writes.append(array[block].write(piece.data, can_reference_source_data_indefinitely=True))
     for write in writes:
         write.copy.result()
-    transaction.commit_async().result()
+    return transaction.commit_async()
 
 
 def zarr_metadata(shape, dtype, chunk, compression):

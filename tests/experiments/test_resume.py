@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 
-from experiments import checkpoints, pretrain
+from experiments import checkpoints, pretrain, run_folder
 from parallel.checkpoint_files import step_folder, steps
 from parallel.checkpoint_read import Reader
+from parallel.mesh import ONE_DEVICE
 from tests.experiments.test_pretrain import make_config, make_text
 
 TIMES = ("step_time_s", "tokens_per_s", "mfu")
@@ -71,3 +73,79 @@ def test_a_stopped_and_resumed_run_is_bit_for_bit_the_one_that_went_through(whol
     (got, meta), (want, want_meta) = arrays(step_folder(str(run), 6)), arrays(step_folder(str(whole), 6))
     assert got.keys() == want.keys() and all(np.array_equal(got[name], want[name]) for name in want)
     assert meta == want_meta and meta["step"] == 6 and meta["loader"]["sample"] == 24
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"train.seed": 1}, "already holds a run with train.seed=0 instead of 1; give another folder, or the run's own config"),
+        ({"data.held_out": 0.1}, "data.held_out=0.05 instead of 0.1"),
+        ({"model_args.rope_theta": 5e5}, "model_args.rope_theta=None instead of 500000.0"),
+        ({"optim.lr": 1.0}, "optim.lr=0.01 instead of 1.0.*--resume_from=.* goes on from it with other optim keys"),
+        ({"train.log_every": 3, "parallel.micro_batches": 2}, "already holds a finished run of 6 steps; give another folder, or more"),
+    ],
+)
+def test_a_folder_takes_only_its_own_run(changes, said, whole, text):
+    before = (whole / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=said):
+        pretrain.pretrain(config_of(text, **changes), str(whole))
+    assert (whole / "metrics.jsonl").read_bytes() == before and steps(str(whole)) == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"train.seed": 1}, "resume_from=.* was saved with train.seed=0 instead of 1; use the same, or --init_from="),
+        ({"model_args.ffn_size": 64}, "model_args.ffn_size=48 instead of 64"),
+        ({"resume_from": "nowhere"}, "resume_from=nowhere has no checkpoint; give the folder of a run that has saved one"),
+        (
+            {"resume_from": "", "init_from": "{}", "model_args.ffn_size": 64},
+            r"another model: arrays .* of another shape: params/layers.0.mlp",
+        ),
+        (
+            {"resume_from": "", "init_from": "{}", "model_args.num_layers": 3},
+            r"missing: params/layers.2.*or --partial to load what matches",
+        ),
+        ({"resume_from": "", "init_from": "{}", "model_args.num_layers": 1}, r"unknown: params/layers.1"),
+    ],
+)
+def test_another_runs_checkpoint_has_to_fit(changes, said, whole, text, tmp_path):
+    changes = {"resume_from": str(whole), **{k: v.format(whole) if k == "init_from" else v for k, v in changes.items()}}
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        pretrain.pretrain(config_of(text, **changes), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_goes_on_elsewhere_with_all_or_with_the_weights_alone(whole, text, tmp_path, capsys):
+    """From step 4 of the first run: with everything, it ends as that one; with part of the weights, it begins anew and says what is new."""
+    half = step_folder(str(whole), 4)
+    pretrain.pretrain(config_of(text, resume_from=half, **{"checkpoint.every": 0}), str(tmp_path / "all"))
+    assert records(tmp_path / "all")[0]["step"] == 5
+    assert records(tmp_path / "all") == [r for r in records(whole) if r["step"] > 4]
+    (got, meta), (want, want_meta) = (arrays(step_folder(str(run), 6)) for run in (tmp_path / "all", whole))
+    assert all(np.array_equal(got[name], want[name]) for name in want) and meta["loader"] == want_meta["loader"]
+    bigger = {"model_args.ffn_size": 64, "init_from": str(whole), "partial": True, "train.steps": 1, "checkpoint.on_exit": False}
+    pretrain.pretrain(config_of(text, **bigger), str(tmp_path / "part"))
+    out = capsys.readouterr().out
+    assert "step_000006; left out: 6 of another shape: params/layers.0.mlp.w_gate [32, 48] instead of [32, 64]" in out
+    first, last = records(tmp_path / "part")[0], records(whole)[-1]
+    assert first["step"] == 0 and first["eval_loss"] != last["eval_loss"]
+
+
+def test_only_one_run_at_a_time_uses_a_folder(whole, text):
+    with run_folder.held(str(whole), ONE_DEVICE), pytest.raises(ValueError, match=f"process {os.getpid()} trains there now; wait for it"):
+        pretrain.pretrain(config_of(text), str(whole))
+
+
+def test_a_run_that_was_killed_before_it_saved_begins_again(whole, text, tmp_path):
+    """With its folder as it is then; the records go aside. A finished run that is to be longer goes on."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints" / ".step_000002.abc0001.tmp").mkdir(parents=True)
+    os.remove(run / "finished.json")
+    with run_folder.held(str(run), ONE_DEVICE):
+        assert run_folder.own_step(str(run), config_of(text)) == 0
+    assert (run / "metrics.before.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert not (run / "metrics.jsonl").exists() and os.listdir(run / "checkpoints") == []
+    assert run_folder.own_step(str(whole), config_of(text, **{"train.steps": 8})) == 6

@@ -31,7 +31,7 @@ def blocks(step):
     return {"params/w": np.sin(rows + step) + np.zeros((1, WIDTH), np.float32), "m/norm": np.full(7, step, np.float32)}
 
 
-def pieces(step, rank):
+def pieces(step, rank, copy):
     arrays = blocks(step)
     w = arrays["params/w"]
     out = [Piece("params/w", w.shape, (ROWS // 2, WIDTH), (rank * ROWS, 0), w[rank * ROWS : (rank + 1) * ROWS])]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 
@@ -37,7 +38,7 @@ class Run:
         return self.program.step(state, batch, LR, at)
 
     def save(self, at, state):
-        self.saver.save(at, lambda: pieces(self.mesh, self.program.held(state)), {"norm": state["norm"].asnumpy().tolist()})
+        self.saver.save(at, partial(pieces, self.mesh, self.program.held(state)), {"norm": state["norm"].asnumpy().tolist()})
 
     def restore(self, folder):
         reader = Reader(folder)

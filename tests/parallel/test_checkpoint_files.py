@@ -120,7 +120,7 @@ def saver_of(run, **settings):
 
 
 def save_step(saver, step, value, size=1000):
-    saver.save(step, lambda: [piece_of("params/w", np.full(size, value, np.float32))], {"step": step})
+    saver.save(step, lambda copy: [piece_of("params/w", np.full(size, value, np.float32))], {"step": step})
 
 
 def test_the_newest_and_the_marked_are_kept(tmp_path):
@@ -137,7 +137,7 @@ def test_a_step_waits_for_the_copy_alone(tmp_path, monkeypatch):
     go, write = threading.Event(), checkpoint_store.write_part
     monkeypatch.setattr(checkpoint_store, "write_part", lambda *args: go.wait(20) and write(*args))
     saver, state = saver_of(tmp_path), np.ones(1000, np.float32)
-    saver.save(1, lambda: [piece_of("params/w", state.copy())], {})
+    saver.save(1, lambda copy: [piece_of("params/w", state.copy())], {})
     state *= 2
     assert steps(str(tmp_path)) == []
     go.set()
@@ -155,7 +155,7 @@ from parallel.checkpoint_files import steps
 run, said = sys.argv[1], []
 for on_error in ("stop", "continue"):
     saver = Saver(run, 0, 1, on_error.encode().hex(), Settings(on_error=on_error))
-    saver.save(2, lambda: [piece_of("params/w", np.random.default_rng(0).standard_normal(3_000_000))], {})
+    saver.save(2, lambda copy: [piece_of("params/w", np.random.default_rng(0).standard_normal(3_000_000))], {})
     try:
         said.append(str(saver.wait()))
     except ValueError as error:
