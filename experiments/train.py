@@ -15,12 +15,12 @@ from tqdm import tqdm
 from experiments import optim as optimizer
 from parallel import collectives, zero
 from parallel.checkpoint import Held
-from parallel.placement import load, local_shape, place, reader, stacked, whole
+from parallel.placement import Spread, load, local_shape, place, reader, stacked
 from parallel.sharding import DATA, Sharding
 from parallel.source import function
 from parallel.spec import tree_leaves, tree_map, unflatten
 from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, rebuild_flat, subscripts, to_tuple
-from qwen3.model import build, choose_kernels, metric_names, param_specs, stacked_specs, unstack_layers
+from qwen3.model import build, choose_kernels, metric_names, param_specs, stacked_specs
 
 SUMS = ("tokens", "expert_overflow")  # metrics that add up over micro-batches; the others are weighted means
 SCAN_ABOVE_LAYERS = 8  # a scanned layer compiles once, and takes less memory; unrolled ones compute no forward twice
@@ -36,6 +36,7 @@ class Program:
     evaluate: object
     held: object = None
     restore: object = None
+    spread: object = None
 
 
 def build_program(cfg, config, sharding=None):
@@ -43,7 +44,8 @@ def build_program(cfg, config, sharding=None):
     Raises ValueError for weights that are not float32, or that the layout cannot split.
 
     init(params) -> state, from a tree as qwen3.model and hf.save take it, or from read(path, slices), which gives a rank its part.
-    params(state) -> the tree, whole on every rank; all call it.
+    spread(state) -> the tree as parallel.placement.Spread, of which all ranks together get whole arrays, one by one; params(state) -> it as
+    whole tensors on every rank; all call it.
     step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], this data rank's; metrics: floats and lists,
     of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient norm is not
     finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
@@ -51,11 +53,7 @@ def build_program(cfg, config, sharding=None):
     number, is not among them.
     restore(read, norm) -> state, from read(name, slices) of those arrays.
     """
-    if cfg.param_dtype != "float32":
-        raise ValueError(
-            f"model_args.param_dtype={cfg.param_dtype!r}: training keeps its weights in float32, whatever it computes in;"
-            " use --config.model_args.param_dtype=float32"
-        )
+    _check_dtype(cfg)
     sharding, scan = sharding or Sharding(), uses_scan(cfg, config.train.layer_loop)
     placed = placements(cfg, sharding, scan)
     kernels = choose_kernels(config.ops, cfg, sharding)
@@ -69,13 +67,15 @@ def build_program(cfg, config, sharding=None):
     eval_loss, layers = jit(_eval_loss(model)), cfg.num_layers if scan else 0
 
     def init(params):
-        tree = _load(sharding.mesh, placed, params if callable(params) else reader(params), layers)
-        nested = to_tuple(tree_map(_copy, tree))  # steps change it in place
+        read = params if callable(params) else reader(params)
+        nested = to_tuple(_load(sharding.mesh, placed, read, layers))
         return {"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))}
 
+    def spread(state):
+        return spread_arrays(sharding, cfg, from_tuple(specs, state["params"]), scan)
+
     def params_of(state):
-        tree = tree_map(lambda p, w: _copy(whole(sharding.mesh, p.spec, p.stored, w)), placed, from_tuple(specs, state["params"]))
-        return unstack_layers(tree) if scan else tree
+        return tree_map(lambda leaf: _copy(leaf.asnumpy(everywhere=True)), spread(state))
 
     def step(state, batch, lr, at):
         state, (objective, aux, norm, skipped) = run_step(state, batch, optimizer.scalars(config.optim, lr, at))
@@ -93,7 +93,24 @@ def build_program(cfg, config, sharding=None):
         return nats / max(targets, 1.0)
 
     held, restore = partial(held_arrays, placed, layers), partial(restored, sharding.mesh, placed, layers)
-    return Program(init, params_of, step, evaluate, held, restore)
+    return Program(init, params_of, step, evaluate, held, restore, spread)
+
+
+def _check_dtype(cfg):
+    if cfg.param_dtype != "float32":
+        raise ValueError(
+            f"model_args.param_dtype={cfg.param_dtype!r}: training keeps its weights in float32, whatever it computes in;"
+            " use --config.model_args.param_dtype=float32"
+        )
+
+
+def spread_arrays(sharding, cfg, tree, scan):
+    """The tree of Spread of a model's parameters. tree: this rank's stored parts; with scan those of the layers are stacked."""
+    single, of = place(sharding, param_specs(cfg)), partial(Spread, sharding.mesh)
+    if not scan:
+        return tree_map(of, single, tree)
+    layers = [tree_map(partial(of, layer=i), layer, tree["layers"]) for i, layer in enumerate(single["layers"])]
+    return {key: layers if key == "layers" else tree_map(of, single[key], tree[key]) for key in single}
 
 
 STATE = {"params": "stored", "m": "state", "v": "state"}  # what is saved of a state, and how each is placed
@@ -116,8 +133,7 @@ def restored(mesh, placed, num_layers, read, norm):
     """The state of which read(name, slices) gives the arrays."""
 
     def tree(kind, axes):
-        found = _load(mesh, placed, lambda path, slices: read(f"{kind}/{path}", slices), num_layers, axes)
-        return to_tuple(tree_map(_copy, found))
+        return to_tuple(_load(mesh, placed, lambda path, slices: read(f"{kind}/{path}", slices), num_layers, axes))
 
     return {**{kind: tree(kind, axes) for kind, axes in STATE.items()}, "norm": ms.Tensor(norm, ms.float32)}
 
@@ -141,8 +157,12 @@ def _load(mesh, placed, read, num_layers, axes="stored"):
         return load(mesh, placed, read, axes)
 
     def of_layers(path, slices):
-        rest = path.split(".", 2)[2]
-        return np.stack([read(f"layers.{i}.{rest}", slices[1:]) for i in range(num_layers)])
+        rest, out = path.split(".", 2)[2], None
+        for i in range(num_layers):
+            layer = read(f"layers.{i}.{rest}", slices[1:])
+            out = np.empty((num_layers, *layer.shape), layer.dtype) if out is None else out
+            out[i] = layer
+        return out
 
     flat = {key: value for key, value in placed.items() if key != "layers"}
     loaded = {**load(mesh, flat, read, axes), "layers": load(mesh, placed["layers"], of_layers, axes)}

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from parallel.checkpoint import match, wanted
 from parallel.checkpoint_read import Reader, find
-from parallel.placement import reader
 from parallel.spec import init_array, tree_paths
 from qwen3 import hf
 from qwen3.model import param_specs
@@ -66,10 +65,11 @@ def initial_params(cfg, config):
 
 
 def _hugging_face(path, cfg, config):
-    found, params = hf.load(path, dtype=cfg.param_dtype)
-    if param_specs(cfg) != param_specs(found):
+    """What a rank does not ask for is not read."""
+    weights = hf.Reader(path, cfg.param_dtype)
+    if param_specs(cfg) != weights.specs:
         raise ValueError(f"init_from={path} holds another model than model={config.model}; use --config.model={path}")
-    return reader(params)
+    return weights.read
 
 
 def _native(folder, cfg, partial, fresh):

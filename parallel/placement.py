@@ -12,8 +12,11 @@ import mindspore as ms
 import numpy as np
 
 from parallel import collectives
+from parallel.mesh import Mesh
 from parallel.sharding import PADDED
 from parallel.spec import ParamSpec, tree_map, tree_paths, unflatten
+
+PIECE_BYTES = 64 << 20  # of a global array that is gathered, at a time
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,35 @@ def cut(mesh, spec, axes, read):
     return np.pad(found, missing) if any(after for _, after in missing) else np.ascontiguousarray(found)
 
 
-def whole(mesh, spec, axes, x):
-    """The global array, on every rank, as numpy. All ranks must call it."""
-    for i, atoms in enumerate(axes):
-        for atom in reversed(atoms):  # the innermost parts are neighbours
-            x = _gather(mesh, atom, i)(x)
-    return x.asnumpy()[tuple(slice(0, n) for n in spec.shape)]
+def whole(mesh, spec, axes, x, keep=True):
+    """The global array as numpy where `keep` is true, else None. All ranks must call it.
+
+    It is gathered some rows of each part at a time, so that besides the arrays that are kept a rank holds about PIECE_BYTES. An array of
+    one part is the tensor's own memory, not a copy.
+    """
+    ranks = math.prod(mesh.size(atoms) for atoms in axes)
+    if ranks == 1:
+        return x.asnumpy() if keep else None
+    out = None
+    rows = max(1, PIECE_BYTES * x.shape[0] // (x.nbytes * ranks))
+    for first in range(0, x.shape[0], rows):
+        piece = x[first : first + rows].contiguous()
+        for i, atoms in enumerate(axes):
+            for atom in reversed(atoms):  # the innermost parts are neighbours
+                piece = _gather(mesh, atom, i)(piece)
+        if keep:
+            piece = piece.asnumpy()
+            out = np.empty(spec.shape, piece.dtype) if out is None else out
+            _put(out, piece.reshape(mesh.size(axes[0]), -1, *piece.shape[1:]), x.shape[0], first)
+    return out
+
+
+def _put(out, pieces, size, first):
+    """Some rows of each part of dim 0 into their places, without padding. pieces: [parts, rows, ...]; size: of a part; first: its row."""
+    for i, piece in enumerate(pieces):
+        start = i * size + first
+        rows = max(0, min(len(piece), len(out) - start))
+        out[start : start + rows] = piece[(slice(0, rows), *(slice(0, n) for n in out.shape[1:]))]
 
 
 @lru_cache(maxsize=64)
@@ -116,5 +142,32 @@ def reader(tree):
 
 
 def load(mesh, placed, read, axes="stored"):
-    """A tree of tensors, the parts of a tree of Placed that `axes` names, stored or state, from read(path, slices)."""
+    """A tree of tensors with memory of their own, the parts of a tree of Placed that `axes` names, stored or state, from
+    read(path, slices), one part after another."""
     return tree_map(lambda p: ms.Tensor(cut(mesh, p.spec, getattr(p, axes), partial(read, p.path))), placed)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A parameter that lies in parts on all ranks, with the shape, dtype and asnumpy() of an array, as hf.save takes it.
+
+    tensor: this rank's stored part; layer: None, or which of those that are stacked in it.
+    """
+
+    mesh: Mesh
+    placed: Placed
+    tensor: ms.Tensor
+    layer: int | None = None
+
+    @property
+    def shape(self):
+        return self.placed.spec.shape
+
+    @property
+    def dtype(self):
+        return self.tensor.dtype
+
+    def asnumpy(self, everywhere=False):
+        """The global array on rank 0, or on every rank; elsewhere None. All ranks must call it, of one Spread after another."""
+        part = self.tensor if self.layer is None else self.tensor[self.layer].contiguous()
+        return whole(self.mesh, self.placed.spec, self.placed.stored, part, everywhere or self.mesh.rank == 0)

@@ -61,9 +61,9 @@ class Qwen3Config:
     moe_block_size: int = 64
     # Slots between expert parallel ranks, as a multiple of the mean load; None is the worst case, and no token can be without a place.
     moe_capacity_factor: float | None = None
-    # Token ids; None where the model has none.
+    # Token ids; None where the model has none. Generation may stop at several.
     bos_id: int | None = None
-    eos_id: int | None = None
+    eos_id: int | tuple | None = None
     pad_id: int | None = None
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
@@ -131,7 +131,9 @@ def _check(c):
         need(c.num_experts == 0, f"num_experts={c.num_experts} needs model_type=qwen3_moe")
     for key in ("bos_id", "eos_id", "pad_id"):
         value = getattr(c, key)
-        need(value is None or 0 <= value < c.vocab_size, f"{key}={value} is outside the vocabulary of {c.vocab_size}")
+        ids = value if key == "eos_id" and isinstance(value, tuple) else () if value is None else (value,)
+        inside = all(isinstance(i, int) and 0 <= i < c.vocab_size for i in ids)
+        need(inside, f"{key}={value} is outside the vocabulary of {c.vocab_size}")
 
 
 def check_compute_dtype(cfg, device):
@@ -192,9 +194,15 @@ def _from_hf(hf):
         out["router_bias"] = bool(hf.get("router_bias", False))
         out["router_z_coef"] = hf.get("router_z_loss_coef", 0.0)
     for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"), ("pad_token_id", "pad_id")):
-        value = hf.get(key)
-        out[name] = value[0] if isinstance(value, list) and value else value or (0 if value == 0 else None)
+        out[name] = _ids(hf.get(key), several=name == "eos_id")
     return out
+
+
+def _ids(value, several):
+    """A token id; of a list the first, or a tuple of all."""
+    if not isinstance(value, list):
+        return value
+    return tuple(value) if several and len(value) > 1 else value[0] if value else None
 
 
 def _get(hf, key):
@@ -269,8 +277,8 @@ def _to_hf(c):
             out["router_bias"] = True
         if c.router_z_coef:
             out["router_z_loss_coef"] = c.router_z_coef
-    for key, value in (("bos_token_id", c.bos_id), ("eos_token_id", c.eos_id), ("pad_token_id", c.pad_id)):
-        out[key] = value
+    eos = list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id
+    out.update(bos_token_id=c.bos_id, eos_token_id=eos, pad_token_id=c.pad_id)
     return out
 
 

@@ -6,7 +6,7 @@ modeling_qwen3 and modeling_qwen3_moe of transformers 4 and 5.
 
 import re
 import warnings
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,12 +86,14 @@ def source(path, shape, present=()):
 class Reader:
     """An opened Hugging Face folder; opening reads config.json and the headers, and checks names, shapes and dtypes.
 
-    config: the Qwen3Config, with param_dtype the dtype of the embedding in the file. specs: the tree of ParamSpec.
-    paths: our path of every parameter. Raises FileNotFoundError or ValueError naming the file, the tensor and the fix.
+    dtype: what read() gives, "float32", "float16" or "bfloat16"; None is each tensor's own. config: the Qwen3Config, with param_dtype that
+    of the embedding. specs: the tree of ParamSpec. paths: our path of every parameter. Raises FileNotFoundError or ValueError naming the
+    file, the tensor and the fix.
     """
 
-    def __init__(self, path):
-        self.folder = Path(path)
+    def __init__(self, path, dtype=None):
+        _check_dtype(dtype)
+        self.folder, self._dtype = Path(path), dtype
         if not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "is missing"
             raise FileNotFoundError(f"{self.folder} {what}; give a folder with config.json and model.safetensors")
@@ -120,25 +122,30 @@ class Reader:
         return self._specs[path].shape
 
     def dtype(self, path):
-        """The dtype in the file: "float32", "float16" or "bfloat16"."""
+        """The dtype that read() gives: "float32", "float16" or "bfloat16"."""
         name = self._sources[path].names[0]
-        return self._files[name].dtype(name).name
+        return self._dtype or self._files[name].dtype(name).name
 
     def read(self, path, index=None):
-        """A numpy array, in the file's dtype, of the part that `index` selects: a tuple of slices in our orientation; None is all."""
+        """A numpy array of the part that `index` selects: a tuple of slices in our orientation; None is all. Nothing else is read.
+
+        Raises ValueError for a value too large for float16.
+        """
         index = _bounds(path, self.shape(path), index)
-        origin = self._sources[path]
-        name = origin.names[0]
+        origin, dtype = self._sources[path], self.dtype(path)
         if origin.stacked:
-            out = np.empty([s.stop - s.start for s in index], self._files[name].dtype(name))
-            for place, expert in zip(out, origin.names[index[0]]):
-                place[...] = self._files[expert].array(expert).T[index[1:]]
+            out = np.empty([s.stop - s.start for s in index], hf_files.DTYPES[CODES[dtype]])
+            for place, name in zip(out, origin.names[index[0]]):
+                place[...] = cast(self._view(name, True)[index[1:]], dtype, path)
             return out
         if origin.part is not None:
             first = origin.part * self.shape(path)[2]
             index = (*index[:2], slice(index[2].start + first, index[2].stop + first))
+        return cast(np.array(self._view(origin.names[0], origin.transposed)[index], order="C"), dtype, path)
+
+    def _view(self, name, transposed):
         array = self._files[name].array(name)
-        return np.array((array.swapaxes(-1, -2) if origin.transposed else array)[index], order="C")
+        return array.swapaxes(-1, -2) if transposed else array
 
     def _check_sizes(self, config):
         """Before anything is built from numbers in config.json that no weights stand behind."""
@@ -178,10 +185,8 @@ def load(path, dtype=None):
     dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own. config.param_dtype says which. A tied model's lm_head
     in the file is not read.
     """
-    _check_dtype(dtype)
-    reader = Reader(path)
-    leaves = [Tensor.from_numpy(_cast(reader.read(p), dtype or reader.dtype(p), p)) for p in reader.paths]
-    return reader.config.replace(param_dtype=dtype or reader.config.param_dtype), unflatten(reader.specs, leaves)
+    reader = Reader(path, dtype)
+    return reader.config, unflatten(reader.specs, [Tensor.from_numpy(reader.read(p)) for p in reader.paths])
 
 
 class _Part(NamedTuple):
@@ -199,27 +204,30 @@ class _Part(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * hf_files.DTYPES[self.code].itemsize
 
 
-def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 2**30, dtype=None):
+def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 10**9, dtype=None):
     """Write params (Tensors, Parameters or numpy arrays, in the tree of param_specs(cfg)) as a folder that `transformers` opens.
 
+    A leaf may be anything with a shape, a dtype and asnumpy(), which is called once for each, in the tree's order, and not before the one
+    ahead is written; wide dtypes come first, if they differ. So one leaf at a time is held in memory.
     dtype: "float32", "float16" or "bfloat16"; None keeps each leaf's own. config.json names that of the embedding. The tokenizer's
-    files come from tokenizer_dir, else stay what `path` has. One tensor at a time is held in memory. `path` is replaced in one step
-    once all is on disk, and only if it is absent, empty or a model saved like this; else ValueError.
+    files, and generation_config.json, come from tokenizer_dir, else stay what `path` has. Files hold at most max_shard_bytes, or one
+    tensor. `path` is replaced in one step once all is on disk, and only if it is absent, empty or a model saved like this; else ValueError.
     """
     _check_dtype(dtype)
     folder = Path(path)
     leaves = _checked_leaves(cfg, params, dtype)
-    tokenizer = _tokenizer(folder, tokenizer_dir)
+    carried = _carried(folder, tokenizer_dir)
     shards = _shards(leaves, dtype, max_shard_bytes)
     if cfg.router_bias:
         message = f"{folder}: transformers does not know mlp.gate.e_score_correction_bias and ignores it; its choice of experts will differ"
         warnings.warn(message, stacklevel=2)
     with hf_files.replacing(folder) as new:
-        for file in tokenizer:
-            hf_files.copy_file(file, new)
         _write_configs(new, cfg.replace(param_dtype=dtype or _dtype(leaves["embed"])))
+        for file in carried:
+            hf_files.copy_file(file, new)
+        arrays = _arrays([part for parts in shards.values() for part in parts], leaves)
         for name, parts in shards.items():
-            hf_files.write_tensors(new / name, [part[:3] for part in parts], _arrays(parts, leaves))
+            hf_files.write_tensors(new / name, [part[:3] for part in parts], islice(arrays, len(parts)))
         if len(shards) > 1:
             where = {part.name: name for name, parts in shards.items() for part in parts}
             total = sum(part.size for parts in shards.values() for part in parts)
@@ -227,7 +235,7 @@ def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 2**30, dt
 
 
 def _checked_leaves(cfg, params, dtype):
-    """{path: leaf}, in the specs' order. ValueError for a tree, shape or dtype that is not the model's."""
+    """{path: leaf}, in the order of writing. ValueError for a tree, shape or dtype that is not the model's."""
     specs, leaves = dict(tree_paths(param_specs(cfg))), dict(tree_paths(params))
     missing, extra = sorted(specs.keys() - leaves.keys()), sorted(leaves.keys() - specs.keys())
     if missing or extra:
@@ -237,14 +245,27 @@ def _checked_leaves(cfg, params, dtype):
             raise ValueError(f"params: {path} has shape {list(leaves[path].shape)}, but the config makes it {list(spec.shape)}")
         if _dtype(leaves[path]) not in CODES:
             raise ValueError(f"params: {path} is {_dtype(leaves[path])}; cast it to one of {', '.join(CODES)}")
-    return {path: leaves[path] for path in specs}
+    # Wide dtypes first, so that each tensor of a file starts at a multiple of its item size.
+    return {path: leaves[path] for path in sorted(specs, key=lambda path: -_itemsize(dtype or _dtype(leaves[path])))}
 
 
-def _tokenizer(folder, tokenizer_dir):
-    files = hf_files.tokenizer_files(Path(tokenizer_dir or folder))
-    if tokenizer_dir and not files:
-        raise FileNotFoundError(f"tokenizer_dir={tokenizer_dir} has none of {', '.join(hf_files.TOKENIZER_FILES)}; give its folder")
+def _itemsize(dtype):
+    return hf_files.DTYPES[CODES[dtype]].itemsize
+
+
+def carried_files(folder):
+    """The files of a Hugging Face folder beside config.json and the weights: the tokenizer's, and a generation_config.json that no save()
+    made. ValueError for one that links outside."""
+    files, generation = hf_files.tokenizer_files(folder), folder / hf_files.GENERATION
+    if generation.is_file() and not hf_files.read_json(generation).get("_from_model_config"):
+        files.append(hf_files.inside(folder, generation.name))
     return files
+
+
+def _carried(folder, tokenizer_dir):
+    if tokenizer_dir and not hf_files.tokenizer_files(Path(tokenizer_dir)):
+        raise FileNotFoundError(f"tokenizer_dir={tokenizer_dir} has none of {', '.join(hf_files.TOKENIZER_FILES)}; give its folder")
+    return carried_files(Path(tokenizer_dir or folder))
 
 
 def _shards(leaves, dtype, max_bytes):
@@ -262,24 +283,19 @@ def _shards(leaves, dtype, max_bytes):
             shards[-1].append(part)
             size += part.size
     if len(shards) == 1:
-        return {hf_files.WEIGHTS: _aligned(shards[0])}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": _aligned(parts) for i, parts in enumerate(shards, 1)}
-
-
-def _aligned(parts):
-    """Wide dtypes first, so that each tensor starts at a multiple of its item size."""
-    return sorted(parts, key=lambda part: -hf_files.DTYPES[part.code].itemsize)
+        return {hf_files.WEIGHTS: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": parts for i, parts in enumerate(shards, 1)}
 
 
 def _arrays(parts, leaves):
     """The arrays to write, in order; one leaf is in host memory at a time."""
-    for (path, code), group in groupby(parts, key=lambda part: (part.path, part.code)):
-        leaf = leaves[path]
-        host = leaf.asnumpy() if hasattr(leaf, "asnumpy") else np.asarray(leaf)
-        host = _cast(host, hf_files.DTYPES[code].name, path)
+    for path, group in groupby(parts, key=lambda part: part.path):
+        host = None  # before the next one is made
+        host = leaves[path].asnumpy() if hasattr(leaves[path], "asnumpy") else np.asarray(leaves[path])
         for part in group:
-            array = host if part.expert is None else host[part.expert]
+            array = cast(host if part.expert is None else host[part.expert], hf_files.DTYPES[part.code].name, path)
             yield array.T if part.transposed else array
+            array = None
 
 
 def _write_configs(folder, cfg):
@@ -287,7 +303,7 @@ def _write_configs(folder, cfg):
     hf_files.write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
     if ids:
-        hf_files.write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        hf_files.write_json(folder / hf_files.GENERATION, {"_from_model_config": True, **ids})
 
 
 def _check_dtype(dtype):
@@ -299,7 +315,7 @@ def _dtype(leaf):
     return str(leaf.dtype).lower()  # mindspore prints BFloat16
 
 
-def _cast(array, dtype, path):
+def cast(array, dtype, path):
     target = hf_files.DTYPES[CODES[dtype]]
     if array.dtype == target:
         return array

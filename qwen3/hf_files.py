@@ -2,6 +2,8 @@
 replaced in one step. Nothing is unpickled. The numpy side of the safetensors package is not used: it needs ml_dtypes for bfloat16
 and a whole shard in memory to write one. Format: github.com/huggingface/safetensors, "Format" in the README."""
 
+import ctypes
+import fcntl
 import json
 import math
 import os
@@ -17,7 +19,7 @@ from mindspore.common.np_dtype import bfloat16
 
 from qwen3.config import MODEL_TYPES
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16)}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -48,14 +50,14 @@ class TensorFile:
     def __init__(self, path):
         self.path = Path(path)
         self.entries = _read_header(self.path)
-        self._map = None
 
     def array(self, name):
-        """A read-only view of one tensor through the memory map; only the pages that are touched are read."""
-        if self._map is None:
-            self._map = np.memmap(self.path, np.uint8, mode="r")
-        entry = self.entries[name]
-        return np.ndarray(entry.shape, self.dtype(name), buffer=self._map, offset=entry.start)
+        """A read-only view of one tensor through a memory map of its own: only the pages that are touched are read, and they count as this
+        process's memory as long as the view lives."""
+        entry, dtype = self.entries[name], self.dtype(name)
+        if entry.start == entry.stop:
+            return np.zeros(entry.shape, dtype)
+        return np.memmap(self.path, dtype, "r", entry.start, entry.shape)
 
     def dtype(self, name):
         return DTYPES[self.entries[name].code]
@@ -161,18 +163,18 @@ def write_tensors(path, entries, arrays):
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the data
+    arrays = iter(arrays)  # zip would hold on to an array while the next one is made
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for (name, code, shape), array in zip(entries, arrays, strict=True):
+        for name, code, shape in entries:
+            array = next(arrays)
             assert array.dtype == DTYPES[code] and array.shape == tuple(shape), (name, array.dtype, array.shape)
             f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-        _sync(f)
+            del array
 
 
 def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(json.dumps(value, indent=2) + "\n")
-        _sync(f)
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_files(folder):
@@ -181,9 +183,7 @@ def tokenizer_files(folder):
 
 
 def copy_file(source, folder):
-    with open(source, "rb") as f, open(folder / source.name, "wb") as out:
-        shutil.copyfileobj(f, out)
-        _sync(out)
+    shutil.copyfile(source, folder / source.name)
 
 
 def check_replaceable(folder):
@@ -201,43 +201,77 @@ def check_replaceable(folder):
 
 
 @contextmanager
-def replacing(folder):
-    """Gives a new folder beside `folder` that takes its name when the block ends. If the block fails, `folder` stays as it was."""
+def replacing(folder, check=check_replaceable):
+    """Gives a new folder beside `folder` that takes its name when the block ends and all is on disk. If the block fails, `folder` stays as
+    it was; what a killed process left beside it is put right here, the next time. check(folder) raises where it must not be replaced."""
     folder = folder.resolve()
-    check_replaceable(folder)
+    _recover(folder)
+    check(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     new, old = (folder.with_name(f".{folder.name}.{mark}.{what}") for what in ("new", "old"))
     new.mkdir()
+    lock = _lock(new)
     try:
         yield new
-        _sync_folder(new)
-        check_replaceable(folder)
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        check(folder)
         _swap(new, folder, old)
-        _sync_folder(folder.parent)
+        _sync(folder.parent)
     finally:
+        os.close(lock)
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _swap(new, folder, old):
-    if folder.exists():
-        os.rename(folder, old)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        if old.exists():
-            os.rename(old, folder)
-        raise
+def _recover(folder):
+    """Gives back the name to a folder that was killed between two renames, and removes new ones whose process is gone."""
+    left = re.compile(rf"\.{re.escape(folder.name)}\.\d+-[0-9a-f]{{8}}\.(new|old)")
+    for path in folder.parent.glob(".*") if folder.parent.is_dir() else ():
+        match = left.fullmatch(path.name)
+        if match and match[1] == "old" and not folder.exists():
+            os.rename(path, folder)
+        elif match:
+            lock = _lock(path)
+            if lock is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
 
 
-def _sync(file):
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder):
+def _lock(folder):
+    """A handle that holds a lock on a folder until it is closed or its process ends; None if another process holds it."""
     handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _swap(new, folder, old):
+    """Gives `folder`'s name to `new`. In one step where the system can exchange two names: then `new` is the old folder."""
+    if not folder.exists():
+        os.rename(new, folder)
+    elif not _exchange(new, folder):
+        os.rename(folder, old)
+        try:
+            os.rename(new, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
+
+
+def _exchange(a, b):
+    """Exchanges two names (Linux's renameat2 with RENAME_EXCHANGE). False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def _sync(path):
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -216,6 +216,33 @@ def test_generation_config_has_the_ids_that_are_set(tmp_path):
     assert saved == {"_from_model_config": True, "eos_token_id": 5, "pad_token_id": 0}
 
 
+def test_every_id_that_ends_a_text_is_kept(folder, tmp_path):
+    edit_config(folder, eos_token_id=[5, 3], bos_token_id=[7], pad_token_id=0)
+    cfg, params = hf.load(folder)
+    assert (cfg.eos_id, cfg.bos_id, cfg.pad_id) == ((5, 3), 7, 0)
+    hf.save(tmp_path / "out", cfg, params)
+    assert hf.load(tmp_path / "out")[0] == cfg
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [5, 3]
+    with pytest.raises(ValueError, match=r"eos_id=\(5, 101\) is outside the vocabulary of 101"):
+        cfg.replace(eos_id=(5, 101))
+
+
+def test_generation_config_of_the_model_is_carried_along(tmp_path):
+    cfg, params = hf.load(GOLDEN / "dense_tied")
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    given = {"temperature": 0.6, "eos_token_id": [5, 3]}
+    (source / "generation_config.json").write_text(json.dumps(given))
+    for more in ({"tokenizer_dir": source}, {}):
+        hf.save(tmp_path / "out", cfg.replace(eos_id=5), params, **more)
+        assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == given
+    (tmp_path / "out" / "generation_config.json").write_text('{"_from_model_config": true, "eos_token_id": 1}')
+    hf.save(tmp_path / "out", cfg.replace(eos_id=5), params)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 5
+
+
 def test_tokenizer_files_are_copied_and_stay_on_saving_again(folder, tmp_path):
     cfg, params = hf.load(folder)
     source = tmp_path / "tokenizer"
