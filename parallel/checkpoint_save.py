@@ -96,15 +96,17 @@ class Saver:
             self._thread.join(timeout_s)
 
     def _guarded(self, write, *args):
+        found = None
         try:
             write(*args)
         except CheckpointError as error:
-            self._error = error
+            found = error
         except Exception as error:  # whatever it is, the main thread has to know
-            self._error = CheckpointError(reason(error, self._folder, "write"))
-        if self._error is not None and self.rank != 0:
+            found = CheckpointError(reason(error, self._folder, "write"))
+        if found is not None and self.rank != 0:
             with contextlib.suppress(OSError):  # rank 0 then gives up at once, and says why
-                write_text(os.path.join(self._folder, f"{checkpoint_store.rank_folder(self.rank)}.failed"), str(self._error))
+                write_text(os.path.join(self._folder, f"{checkpoint_store.rank_folder(self.rank)}.failed"), str(found))
+        self._error = found  # after the note, which rank 0 is to find when it hears of an error
 
     def _write(self, folder, parts, step, meta):
         parent = os.path.dirname(folder)
@@ -123,7 +125,7 @@ class Saver:
         names = [checkpoint_store.rank_folder(rank) for rank in range(self.world)]
         end = time.monotonic() + self.settings.timeout_s
         while True:
-            there = set(os.listdir(folder))
+            cancelled, there = self._cancel.is_set(), set(os.listdir(folder))
             for rank, name in enumerate(names):
                 if f"{name}.failed" in there:
                     with open(os.path.join(folder, f"{name}.failed"), encoding="utf-8") as file:
@@ -131,9 +133,11 @@ class Saver:
             late = [rank for rank, name in enumerate(names) if f"{name}.json" not in there]
             if not late:
                 break
-            if self._cancel.is_set() or time.monotonic() > end:
-                why = "could not write" if self._cancel.is_set() else f"have not written within {self.settings.timeout_s:g} s"
-                raise CheckpointError(f"{folder}: not saved: ranks {', '.join(map(str, late[:8]))} {why} their parts; see their logs")
+            if cancelled:
+                raise CheckpointError(f"{folder}: not saved: another rank could not write its part; see the ranks' logs")
+            if time.monotonic() > end:
+                who, limit = ", ".join(map(str, late[:8])), f"checkpoint.timeout_s={self.settings.timeout_s:g}"
+                raise CheckpointError(f"{folder}: not saved: ranks {who} have not written their parts within {limit}; see their logs")
             time.sleep(POLL_S)
         reports = []
         for name in names:
