@@ -20,7 +20,7 @@ struct Tiles {
 
 // Few rows, as of decoding: the matrix b is read once, in order, which takes longer than the products.
 static const int64_t FEW = 4;
-static const int64_t STRIP = 256;  // columns of c, whose sums and whose DEEP rows of b stay in the L1 cache
+static const int64_t STRIP = 1024;  // columns of c, whose sums and whose DEEP rows of b stay in the L1 cache
 static const int64_t DEEP = 8;
 static const int64_t WORTH_READING = 1 << 19;  // elements of b; below, one thread reads them as fast
 
