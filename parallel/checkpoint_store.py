@@ -13,6 +13,7 @@ import os
 import shutil
 import zlib
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ CHUNK_BYTES = 8 << 20  # most of a chunk, the least that is read and checked
 FILE_BYTES = 128 << 20  # about, of a file of values
 BATCH_BYTES = 128 << 20  # about, of the arrays in one transaction
 IN_FLIGHT = 4  # transactions at a time, so that one is synced while others are encoded: what a writer holds beside the arrays
+CHECKSUMS = 2  # threads, beside tensorstore's own
 ZSTD = {"name": "zstd", "configuration": {"level": 1}}
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8", "bool")
 INDEX_FILES = ("b", "v", "manifest.ocdbt")  # of a rank's own database; commit() takes over what they say
@@ -69,24 +71,24 @@ def _smallest_factor(n):
 
 
 def write_part(folder, rank, pieces, compression="none"):
-    """Writes what this rank has to write, from an iterator of Pieces, which is not run ahead of by more than BATCH_BYTES. Returns the
+    """Writes what this rank has to write, from an iterator of Pieces, of which IN_FLIGHT batches are held. Returns the
     report that commit() wants, of plain JSON types. All is on disk then. Raises CheckpointError, or what the iterator raises."""
     arrays, place, shared = {}, os.path.join(folder, rank_folder(rank)), context()
     batch, size, under_way = [], 0, deque()
     try:
         os.makedirs(place, exist_ok=True)
-        for piece in pieces:
-            _describe(arrays, piece, compression)
-            batch.append(piece)
-            size += piece.data.nbytes
-            if size >= BATCH_BYTES:
-                under_way.append(_write_batch(place, batch, compression, shared))
-                batch, size = [], 0
-                if len(under_way) == IN_FLIGHT:
-                    under_way.popleft().result()
-        under_way.append(_write_batch(place, batch, compression, shared))
-        while under_way:
-            under_way.popleft().result()
+        with ThreadPoolExecutor(CHECKSUMS) as pool:
+            for piece in pieces:
+                batch.append((piece, _describe(arrays, piece, compression), pool.submit(crc, piece.data)))
+                size += piece.data.nbytes
+                if size >= BATCH_BYTES:
+                    under_way.append((_write_batch(place, batch, compression, shared), batch))
+                    batch, size = [], 0
+                    if len(under_way) == IN_FLIGHT:
+                        _end_batch(*under_way.popleft())
+            under_way.append((_write_batch(place, batch, compression, shared), batch))
+            while under_way:
+                _end_batch(*under_way.popleft())
         files = sizes(place)
         for name in files:
             sync_file(os.path.join(place, name))
@@ -101,16 +103,17 @@ def rank_folder(rank):
 
 
 def _describe(arrays, piece, compression):
-    """Notes a piece in a report."""
-    data = np.ascontiguousarray(piece.data)
-    dtype = data.dtype.name
+    """Notes a piece in a report. Returns its entry there, which still lacks the checksum."""
+    data, dtype = piece.data, piece.data.dtype.name
     assert dtype in DTYPES, f"{piece.name}: {dtype}"
     stop = tuple(a + n for a, n in zip(piece.start, data.shape))
     assert all(a % c == 0 and (b % c == 0 or b == n) for a, b, c, n in zip(piece.start, stop, piece.chunk, piece.shape)), piece[:4]
     same = {"shape": list(piece.shape), "dtype": dtype, "chunk": list(piece.chunk), "compression": compression}
     entry = arrays.setdefault(piece.name, {**same, "regions": []})
     assert {**same, "regions": entry["regions"]} == entry, f"{piece.name}: pieces of different arrays"
-    entry["regions"].append([list(piece.start), list(stop), crc(data)])
+    region = [list(piece.start), list(stop)]
+    entry["regions"].append(region)
+    return region
 
 
 def crc(data, before=0):
@@ -119,9 +122,9 @@ def crc(data, before=0):
 
 
 def _write_batch(place, batch, compression, shared):
-    """Begins to write, and returns the future of its end."""
+    """Begins to write (piece, ...) items, and returns the future of its end."""
     transaction, writes = ts.Transaction(), []
-    for piece in batch:
+    for piece, *_ in batch:
         metadata = zarr_metadata(piece.shape, piece.data.dtype.name, piece.chunk, compression)
         array = ts.open(
             {**zarr(place, piece.name, **_writing(0)), "metadata": metadata, "store_data_equal_to_fill_value": True},
@@ -135,6 +138,12 @@ def _write_batch(place, batch, compression, shared):
     for write in writes:
         write.copy.result()
     return transaction.commit_async()
+
+
+def _end_batch(written, batch):
+    written.result()
+    for _, region, checksum in batch:
+        region.append(checksum.result())
 
 
 def zarr_metadata(shape, dtype, chunk, compression):
