@@ -72,7 +72,7 @@ def _is_derived(given):
 
 
 def _name(dtype):
-    return str(dtype).lower().removeprefix("tensor[").removesuffix("]")  # as graphs say it
+    return str(dtype).lower().split("[")[-1].rstrip("]")  # graphs say Tensor[Float32], and of a Parameter Ref[Tensor[Float32]]
 
 
 def _fits(dims, shape, sizes):

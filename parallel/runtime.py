@@ -15,11 +15,23 @@ def set_up():
     """To be called before MindSpore runs anything; later, or on another device than CPU, it changes nothing. What a user has set stays."""
     if ms.get_context("device_target") != "CPU":
         return
-    os.environ.setdefault("MS_DEV_RUNTIME_CONF", "graph_pipeline:false")
     with contextlib.suppress(RuntimeError):  # it was set before, here or by the user
         ms.runtime.dispatch_threads_num(1)
-    with _no_standard_output():  # where MindSpore says, once, what it has read from the environment
+    with _variable("MS_DEV_RUNTIME_CONF", "graph_pipeline:false"), _no_standard_output():  # where MindSpore says, once, what it has read
         _first_graph(ms.Tensor([1.0], ms.float32) + 1)
+
+
+@contextlib.contextmanager
+def _variable(name, value):
+    """The environment with this variable, which a child is not to inherit, and to announce; as it is where that is set."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextlib.contextmanager
