@@ -82,11 +82,11 @@ def write_part(folder, rank, pieces, compression="none"):
                 batch.append((piece, _describe(arrays, piece, compression), pool.submit(crc, piece.data)))
                 size += piece.data.nbytes
                 if size >= BATCH_BYTES:
-                    under_way.append((_write_batch(place, batch, compression, shared), batch))
+                    under_way.append(_write_batch(place, batch, compression, shared))
                     batch, size = [], 0
                     if len(under_way) == IN_FLIGHT:
                         _end_batch(*under_way.popleft())
-            under_way.append((_write_batch(place, batch, compression, shared), batch))
+            under_way.append(_write_batch(place, batch, compression, shared))
             while under_way:
                 _end_batch(*under_way.popleft())
         files = sizes(place)
@@ -122,7 +122,7 @@ def crc(data, before=0):
 
 
 def _write_batch(place, batch, compression, shared):
-    """Begins to write (piece, ...) items, and returns the future of its end."""
+    """Begins to write (piece, region, checksum) items. Returns the future of its end and, without what is large, the items."""
     transaction, writes = ts.Transaction(), []
     for piece, *_ in batch:
         metadata = zarr_metadata(piece.shape, piece.data.dtype.name, piece.chunk, compression)
@@ -137,12 +137,12 @@ def _write_batch(place, batch, compression, shared):
         writes.append(array[block].write(piece.data, can_reference_source_data_indefinitely=True))
     for write in writes:
         write.copy.result()
-    return transaction.commit_async()
+    return transaction.commit_async(), [(region, checksum) for _, region, checksum in batch]
 
 
 def _end_batch(written, batch):
     written.result()
-    for _, region, checksum in batch:
+    for region, checksum in batch:
         region.append(checksum.result())
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from parallel import checkpoint_store
 from tests.qwen3.hf_folders import ROOT
 
 MB = 1 << 20
@@ -89,6 +90,8 @@ def test_a_rank_holds_its_share_and_little_more(measured, loop):
 
 @pytest.mark.parametrize("what", ["save", "hf-to-native", "native-to-hf", "inspect", "diff", "verify"])
 def test_a_few_tensors_are_in_memory_at_a_time(measured, what):
-    """The bound of conversions is three times the largest tensor and 1 GB, most of which is what is imported."""
-    assert measured[what] < 3 * measured["largest"] + 32 * MB, measured
+    """The bound of conversions is three times the largest tensor and 1 GB, half of which is what is imported. A checkpoint that is written
+    has batches under way, each of up to a piece more than its size: of the real size, the other half."""
+    under_way = checkpoint_store.IN_FLIGHT * (4 + 8) * MB if what == "hf-to-native" else 0
+    assert measured[what] < 3 * measured["largest"] + 32 * MB + under_way, measured
     assert measured["imports"] + 32 * MB < 10**9, measured
