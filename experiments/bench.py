@@ -15,6 +15,7 @@ from experiments.bench_decode import bench_decode
 from experiments.bench_ops import bench_ops
 from experiments.bench_peers import PEERS
 from experiments.bench_train import LOSS_TOLERANCE, bench_train
+from parallel import runtime
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("what", "train", ["train", "decode", "ops", "data", "checkpoint"], "what to measure")
@@ -47,6 +48,7 @@ BENCHES = {
 
 
 def main(_):
+    runtime.set_up()
     bench, steps = BENCHES[FLAGS.what]
     FLAGS.steps = FLAGS.steps or steps
     figures = bench(FLAGS)
