@@ -10,7 +10,19 @@ from tests.tiny import assert_close
 
 IMPLEMENTATIONS = {"reference": matmul.reference, "cpu": matmul.cpu}
 # rows, inner, out: 1 and primes; few rows, whose kernel is another; more than a tile; out above a strip of few rows
-SIZES = [(1, 1, 1), (3, 7, 5), (1, 8, 300), (2, 131, 257), (4, 5, 1031), (5, 16, 9), (8, 1030, 65), (31, 19, 200), (67, 31, 131), (300, 17, 70), (521, 3, 2053)]
+SIZES = [
+    (1, 1, 1),
+    (3, 7, 5),
+    (1, 8, 300),
+    (2, 131, 257),
+    (4, 5, 1031),
+    (5, 16, 9),
+    (8, 1030, 65),
+    (31, 19, 200),
+    (67, 31, 131),
+    (300, 17, 70),
+    (521, 3, 2053),
+]
 KERNELS = {  # of a [m, k] and b [k, n]: how each is stored
     "matmul": (False, False),
     "matmul_nt": (False, True),
