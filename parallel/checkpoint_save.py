@@ -105,6 +105,8 @@ class Saver:
             found = CheckpointError(reason(error, self._folder, "write"))
         if found is not None and self.rank != 0:
             with contextlib.suppress(OSError):  # rank 0 then gives up at once, and says why
+                if not os.path.isdir(self._folder) and os.path.isdir(os.path.dirname(self._folder)):
+                    os.makedirs(self._folder, exist_ok=True)  # this rank may fail before any other has begun
                 write_text(os.path.join(self._folder, f"{checkpoint_store.rank_folder(self.rank)}.failed"), str(found))
         self._error = found  # after the note, which rank 0 is to find when it hears of an error
 
