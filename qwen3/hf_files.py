@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from mindspore.common.np_dtype import bfloat16
 
+from parallel.checkpoint_files import sync_file
 from qwen3.config import MODEL_TYPES
 
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
@@ -215,10 +216,10 @@ def replacing(folder, check=check_replaceable):
     try:
         yield new
         for path in (*new.rglob("*"), new):
-            _sync(path)
+            sync_file(path)
         check(folder)
         _swap(new, folder, old)
-        _sync(folder.parent)
+        sync_file(folder.parent)
     finally:
         os.close(lock)
         shutil.rmtree(new, ignore_errors=True)
@@ -268,11 +269,3 @@ def _exchange(a, b):
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -227,7 +227,7 @@ def test_failed_save_leaves_the_old_folder(step, sharded, monkeypatch):
     if step == "write":
         monkeypatch.setattr(hf_files, "write_tensors", fail_second(hf_files.write_tensors))
     elif step == "sync":
-        monkeypatch.setattr(hf_files, "_sync", fail_second(hf_files._sync))
+        monkeypatch.setattr(hf_files, "sync_file", fail_second(hf_files.sync_file))
     else:
         monkeypatch.setattr(hf_files, "_exchange", lambda *_: False)  # as where the system cannot
         monkeypatch.setattr(hf_files.os, "rename", fail_second(os.rename))
