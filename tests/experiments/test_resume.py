@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import checkpoints, pretrain, run_folder
-from experiments.data import corpus, loader
 from parallel.checkpoint_files import step_folder, steps
 from parallel.checkpoint_read import Reader
 from parallel.mesh import ONE_DEVICE
 from tests.experiments.test_pretrain import make_config, make_text
-from tests.experiments.test_pretrain_data import BLEND, folder  # noqa: F401, a fixture
-from tests.experiments.test_pretrain_data import make_config as blend_config
 
 TIMES = ("step_time_s", "tokens_per_s", "mfu")
 QUICK = {"train.save_hf": False, "train.sample_tokens": 0, "train.log_every": 1, "checkpoint.every": 2, "train.seq_len": 48}
@@ -76,25 +73,6 @@ def test_a_stopped_and_resumed_run_is_bit_for_bit_the_one_that_went_through(whol
     (got, meta), (want, want_meta) = arrays(step_folder(str(run), 6)), arrays(step_folder(str(whole), 6))
     assert got.keys() == want.keys() and all(np.array_equal(got[name], want[name]) for name in want)
     assert meta == want_meta and meta["step"] == 6 and meta["loader"]["sample"] == 24
-
-
-def test_a_run_stopped_within_an_epoch_of_a_blend_of_packed_documents_takes_each_sample_once(folder, tmp_path, monkeypatch):  # noqa: F811
-    config, taken, take = blend_config(folder, BLEND, **{"train.steps": 6, "train.log_every": 1}), [], loader.Loader.__next__
-
-    def spied(self):
-        taken.append(take(self))
-        return taken[-1]
-
-    monkeypatch.setattr(loader.Loader, "__next__", spied)
-    with monkeypatch.context() as patch:
-        stopping_after(3, patch)
-        pretrain.pretrain(config, str(tmp_path / "run"))
-    assert len(taken) == 3
-    pretrain.pretrain(config, str(tmp_path / "run"))
-    expected = loader.first_rows(corpus.load(config, 320).train, 24, config.train.seed)
-    assert len({row.tobytes() for row in expected["tokens"]}) == 24 and expected["segment_ids"].max() > 1
-    for key, rows in expected.items():
-        assert np.array_equal(np.concatenate([batch[key] for batch in taken]), rows)
 
 
 @pytest.mark.parametrize(
