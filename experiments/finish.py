@@ -1,6 +1,5 @@
 """The end of a run: held-out loss, the bigram model's, the curve, the weights, and a sample of text."""
 
-import math
 import os
 import tempfile
 
@@ -35,10 +34,10 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh):
 def report(nats, cfg, config, data, writer, workdir):
     seen = corpus.rows_seen(data.train, config)
     baseline = bigram.held_out_nats(seen, data.held_out, cfg.vocab_size, None)
-    bits = nats / math.log(2) / corpus.bytes_per_target(data.tokenizer, data.held_out)
-    writer.write(config.train.steps, {"eval_loss": nats, "bits_per_byte": bits, "bigram_loss": baseline})
+    found = metrics.held_out(nats, corpus.bytes_per_target(data.tokenizer, data.held_out))
+    writer.write(config.train.steps, {**found, "bigram_loss": baseline})
     metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records, baseline)
-    print(f"held out   {nats:.3f} nats a token, {bits:.3f} bits a byte; a bigram model: {baseline:.3f} nats")
+    print(f"held out   {nats:.3f} nats a token, {found['bits_per_byte']:.3f} bits a byte; a bigram model: {baseline:.3f} nats")
     print(f"           (the bigram model counted {int(seen['loss_weights'].sum()):,} targets, of the first rows of the run)")
 
 

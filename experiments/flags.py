@@ -70,11 +70,11 @@ def parse(argv, flag_values=flags.FLAGS):
     return rest
 
 
-def resolve(flag_values, world=None):
+def resolve(flag_values, world=None, cfg=None):
     """The run's config as a FrozenConfigDict: file, then --config.KEY, then layout flags, in which no axis is -1 any more.
 
-    world: ranks of the job; default: of the one that this process is in; 0: as many as the layout asks for. Raises ValueError naming key
-    and fix.
+    world: ranks of the job; default: of the one that this process is in; 0: as many as the layout asks for. cfg: the model's, where it is
+    not that of config.model. Raises ValueError naming key and fix.
     """
     if flag_values.config is None:
         raise ValueError("--config is missing; try --config=experiments/configs/tiny.py")
@@ -86,7 +86,7 @@ def resolve(flag_values, world=None):
         if flag_values[name].value is not None:
             config[name] = flag_values[name].value
     _check(config)
-    sizes = layout.check(config, model_config(config, "any"), world_size() if world is None else world or None)
+    sizes = layout.check(config, cfg or model_config(config, "any"), world_size() if world is None else world or None)
     config.parallel.update(sizes)
     return FrozenConfigDict(config)
 

@@ -46,6 +46,13 @@ def mesh_peak_flops(mesh):
     return float(collectives.host_sum(mesh, tuple(mesh.sizes), [peak_flops()])[0])
 
 
+def held_out(nats, bytes_per_target=None):
+    """The metrics of a loss in nats per target: eval_loss, perplexity, and bits_per_byte where it is known how many bytes a target stands
+    for."""
+    values = {"eval_loss": nats, "perplexity": math.exp(min(nats, 700.0))}  # beyond, a float has no room
+    return {**values, "bits_per_byte": nats / math.log(2) / bytes_per_target} if bytes_per_target else values
+
+
 class Writer:
     """A run's metrics: one JSON object a line in `metrics.jsonl`, numbers also in `tensorboard/`, all of them in `records`.
 

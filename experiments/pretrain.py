@@ -62,7 +62,9 @@ def run(config, cfg, data, workdir, mesh):
         batches = opened.enter_context(loader.Loader(data.train, train_.batch_size, train_.seed, place, dp, micro, start.loader))
         begun = start.step, start.tokens
         saving = opened.enter_context(checkpoints.Saving(workdir, cfg, config, mesh, program, batches, writer, begun))
-        state = train(program, state, batches, eval_batches, config, writer, lambda speed: speed * cost / peak, begun, saving.after_step)
+        of_bytes = corpus.bytes_per_target(data.tokenizer, held)
+        mfu_of = lambda speed: speed * cost / peak
+        state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, saving.after_step, of_bytes)
         saving.end(state)
         if not saving.stopped:
             finish(program, state, cfg, config, data, writer, workdir, mesh)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import optim as optimizer
+from experiments.metrics import held_out
 from parallel import collectives, zero
 from parallel.checkpoint import Held
 from parallel.placement import Spread, load, local_shape, place, reader, stacked
@@ -149,6 +150,11 @@ def placements(cfg, sharding, scan):
     """The tree of Placed of a model; with scan, one for each leaf of the stacked layers."""
     tree = place(sharding, param_specs(cfg))
     return {**tree, "layers": tree_map(lambda p: stacked(p, cfg.num_layers), tree["layers"][0])} if scan else tree
+
+
+def parameters(cfg, sharding, scan, read):
+    """This rank's part of a model's parameters, as qwen3.model.build(cfg, sharding, scan) takes them, from read(path, slices)."""
+    return _load(sharding.mesh, placements(cfg, sharding, scan), read, cfg.num_layers if scan else 0)
 
 
 def _load(mesh, placed, read, num_layers, axes="stored"):
@@ -322,8 +328,9 @@ def _number(value):
     return (value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)).tolist()
 
 
-def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(0, 0.0), after_step=None):
-    """Up to train.steps steps, logged to `writer`; returns the last state. mfu_of: tokens per second -> MFU.
+def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(0, 0.0), after_step=None, bytes_per_target=None):
+    """Up to train.steps steps, logged to `writer`; returns the last state. mfu_of: tokens per second -> MFU. bytes_per_target: of the
+    held-out rows, for their bits per byte.
 
     batches: an iterator over dicts of [rows, S], a data rank's part of each batch; eval_batches: a list of such. begun: the steps that are
     done, and the targets they saw. after_step(state, steps done, targets seen) -> whether to stop there.
@@ -335,7 +342,7 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(
     # Also compiles it now: MindSpore reads the source when it compiles, so a file edited during the run would go into the result.
     eval_loss = program.evaluate(state, eval_batches)
     if first == 0:
-        writer.write(0, {"eval_loss": eval_loss})
+        writer.write(0, held_out(eval_loss, bytes_per_target))
     timer = Timer()
     with tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=writer.silent) as bar:
         for done in range(first + 1, steps + 1):
@@ -353,7 +360,7 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(
                 writer.write(done, {**metrics, "tokens_seen": targets, **times})
             if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
                 with timer.paused():
-                    writer.write(done, {"eval_loss": program.evaluate(state, eval_batches)})
+                    writer.write(done, held_out(program.evaluate(state, eval_batches), bytes_per_target))
             if after_step and after_step(state, done, targets):
                 break
     return state

@@ -10,20 +10,31 @@ from ops.registry import pick
 
 def build(vocab_size, sharding, kernels):
     """nll(logits_RV, targets_BS) -> nats [R, 1] float32."""
+    both = build_with_gap(vocab_size, sharding, kernels)
+
+    def nll(logits, targets):
+        return both(logits, targets)[0]
+
+    return nll
+
+
+def build_with_gap(vocab_size, sharding, kernels):
+    """f(logits_RV, targets_BS) -> (nats, gap), both [R, 1] float32: gap is how far the target's logit is below the largest, and 0 where it
+    is the largest."""
     dims, sizes = "tokens vocab, tokens -> " + ", ".join(["tokens vocab_parts"] * 3), {"vocab_parts": sharding.shards("vocab")}
     part = ("vocab", vocab_size, _of_part)
     measure = sharding.op(pick(kernels, "cross_entropy")(), dims, kind="kernel", call=_of_all, part=part, sizes=sizes, dtype=ms.float32)
     join = _join(sharding)
     reshape = ops.Reshape()
 
-    def nll(logits, targets):
+    def both(logits, targets):
         return join(*measure(logits, reshape(targets, (-1,))))
 
-    return nll
+    return both
 
 
 def _join(sharding):
-    """join(the largest logit, the sum of exp(logit - largest), the target's logit or 0), each of one rank, -> nats."""
+    """join(the largest logit, the sum of exp(logit - largest), the target's logit or 0), each of one rank, -> (nats, gap)."""
     reduce, kept = partial(sharding.op, kind="reduction"), partial(ops.ReduceSum, keep_dims=True)
     largest = reduce(ops.ReduceMax(keep_dims=True), "tokens vocab_parts -> tokens one", reduce="max")
     sum_exp, sum_picked = (reduce(kept(), "tokens vocab_parts -> tokens one") for _ in range(2))
@@ -38,7 +49,8 @@ def _join(sharding):
         total = sum_exp(mul(total, exp(shift(top, highest))), 1)
         # total is at least 1. MindSpore's Log rounds an element by its place among those of a thread, and so by how often it has run.
         log_total = log1p(sub(total, ones_like(total)))
-        return add(log_total, sub(highest, sum_picked(picked, 1)))  # so that huge logits cancel exactly
+        gap = sub(highest, sum_picked(picked, 1))
+        return add(log_total, gap), gap  # so that huge logits cancel exactly
 
     return join
 

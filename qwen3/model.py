@@ -62,7 +62,10 @@ def loss_fn(params, batch, cfg):
 
 @functools.lru_cache(maxsize=32)
 def build(cfg, sharding=None, scan=False, kernels=None):
-    """The model's functions, closed over their annotated ops: forward, loss_fn and extend, as attributes.
+    """The model's functions, closed over their annotated ops: forward, loss_fn, score and extend, as attributes.
+
+    score(params, tokens, targets, positions, segment_ids), all [B, S] -> (nats [B, S] of each target, gap [B, S]): how far its logit is
+    below the largest, so 0 where it is the greedy choice.
 
     scan: `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list (see stack_layers), run as a loop.
     kernels: the ops' implementations, an ops.registry.Kernels; by default the fastest that this device has.
@@ -98,9 +101,16 @@ def build(cfg, sharding=None, scan=False, kernels=None):
         logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
         return reshape(whole_vocab(logits), (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
 
+    nll_and_gap = loss.build_with_gap(cfg.vocab_size, sharding, kernels)
+
+    def score(params, tokens, targets, positions, segment_ids):
+        B, S = tokens.shape
+        nats, gap = nll_and_gap(logits_and_stats(params, tokens, positions, segment_ids)[0], targets)
+        return reshape(nats, (B, S)), reshape(gap, (B, S))
+
     loss_of = _loss(cfg, sharding, kernels, logits_and_stats, router_losses)
     extend = _extend(cfg, take, head, angles, blocks, final_norm, head_key)
-    return SimpleNamespace(forward=forward, loss_fn=loss_of, extend=extend)
+    return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend)
 
 
 def choose_kernels(asked, cfg, sharding=None):

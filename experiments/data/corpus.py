@@ -40,7 +40,38 @@ class Corpus(NamedTuple):
 
 def load(config, vocab_size):
     """The corpus of a run. vocab_size is the model's; a tokenizer with more tokens is a ValueError."""
+    prefixes = _checked_prefixes(config)
+    if prefixes:
+        corpus = _pairs(config, vocab_size, prefixes)
+    else:
+        corpus = (_stream if config.data.stream else _text)(config, vocab_size)
+    for rows, name in ((corpus.held_out, "held-out"), (getattr(corpus.train, "arrays", None), "train")):
+        if rows and not rows["loss_weights"].sum():
+            raise ValueError(f"data.path={config.data.path!r}: the {name} part has no pair of tokens to learn from; give more text")
+    return corpus
+
+
+def whole(config, vocab_size):
+    """(tokenizer, source) of all that data.path has, for evaluation; data.tokenizer has to be set."""
+    data, seq_len = config.data, config.train.seq_len
+    prefixes, tokenizer = _checked_prefixes(config), _loaded(data, vocab_size)
+    if data.stream:
+        return tokenizer, _text_stream(data, tokenizer, seq_len, held_out=0.0)
+    if not prefixes:
+        _refuse_table(data.path)
+        documents = _capped(sources.find_documents(data.path), data.max_bytes)
+        rows = packing.pack(tokenizer.encode_batch([d.text for d in documents]), seq_len, tokenizer.eod_id, data.reset_at_eod)
+        return tokenizer, PackedRows(rows, os.path.basename(data.path) or "library")
+    pairs_ = [IndexedDataset(prefix) for _, prefix in prefixes]
+    found = [_pair_rows(indexed, (0, len(indexed)), "whole", config, tokenizer) for indexed in pairs_]
+    return tokenizer, Blend(found, [weight for weight, _ in prefixes]) if len(found) > 1 else found[0]
+
+
+def _checked_prefixes(config):
+    """_prefixes of data.path. Raises ValueError for a key of data that is not for what is there."""
     prefixes = _prefixes(config.data.path)
+    if config.data.stream and not config.data.path:
+        raise ValueError("data.stream=true needs data.path, a file of records or a folder of them; use --config.data.path=texts.jsonl")
     if config.data.stream and prefixes:
         raise ValueError(f"data.stream=true reads text, and data.path={config.data.path!r} is a .bin/.idx pair; leave data.stream out")
     if config.data.conversations and not prefixes:
@@ -50,14 +81,7 @@ def load(config, vocab_size):
     for key, kinds in ONLY_FOR.items():
         if kind not in kinds and config.data[key] != common.get_config().data[key]:
             raise ValueError(f"data.{key}={config.data[key]!r} is for {' or '.join(kinds)}, and data.path={config.data.path!r} is {kind}")
-    if prefixes:
-        corpus = _pairs(config, vocab_size, prefixes)
-    else:
-        corpus = (_stream if config.data.stream else _text)(config, vocab_size)
-    for rows, name in ((corpus.held_out, "held-out"), (getattr(corpus.train, "arrays", None), "train")):
-        if rows and not rows["loss_weights"].sum():
-            raise ValueError(f"data.path={config.data.path!r}: the {name} part has no pair of tokens to learn from; give more text")
-    return corpus
+    return prefixes
 
 
 def _prefixes(path):
@@ -140,21 +164,14 @@ def _pair_rows(indexed, span, name, config, tokenizer):
 
 
 def _stream(config, vocab_size):
-    data = config.data
-    if not data.path:
-        raise ValueError("data.stream=true needs data.path, a file of records or a folder of them; use --config.data.path=texts.jsonl")
-    tokenizer = _loaded(data, vocab_size)
-    stream = TextStream(
-        data.path,
-        tokenizer,
-        config.train.seq_len,
-        key=data.json_key,
-        reset=data.reset_at_eod,
-        held_out=data.held_out,
-        shuffle_buffer=data.shuffle_buffer,
-        skip_bad=data.skip_bad,
-    )
+    tokenizer = _loaded(config.data, vocab_size)
+    stream = _text_stream(config.data, tokenizer, config.train.seq_len, config.data.held_out)
     return Corpus(tokenizer, stream, *stream.held_rows(_held_rows(config)))
+
+
+def _text_stream(data, tokenizer, seq_len, held_out):
+    options = {"key": data.json_key, "reset": data.reset_at_eod, "shuffle_buffer": data.shuffle_buffer, "skip_bad": data.skip_bad}
+    return TextStream(data.path, tokenizer, seq_len, held_out=held_out, **options)
 
 
 def _held_rows(config):

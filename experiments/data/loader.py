@@ -6,6 +6,7 @@ sample(number, seed) puts itself in order instead, and one with rows(seed, state
 """
 
 import functools
+import itertools
 import queue
 import threading
 
@@ -144,6 +145,14 @@ def first_rows(source, count, seed):
     if hasattr(source, "rows"):
         return _stack([row for (row, _), _ in zip(source.rows(seed), range(count))])
     return _stack([take(source, number, seed) for number in range(count)])
+
+
+def one_epoch(source, seed):
+    """The rows of a source's first epoch, one after another."""
+    if hasattr(source, "rows"):
+        yield from (row for row, _ in itertools.takewhile(lambda item: item[1]["epoch"] == 0, source.rows(seed)))
+    else:
+        yield from (take(source, number, seed) for number in range(len(source)))
 
 
 def _stack(rows):

@@ -59,6 +59,11 @@ def test_a_run_leaves_its_config_metrics_curve_weights_and_sample(finished):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6]
     assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s", "mfu"} <= set(lines[1])
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] and {"bits_per_byte", "bigram_loss"} <= set(lines[-1])
+    assert all(
+        line["perplexity"] == pytest.approx(np.exp(line["eval_loss"])) and line["bits_per_byte"] > 0
+        for line in lines
+        if "eval_loss" in line
+    )
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert any("tfevents" in name for name in os.listdir(run / "tensorboard"))
     assert "def " in (run / "sample.txt").read_text()
@@ -211,3 +216,15 @@ def test_a_shipped_config_beats_the_bigram_model(name, steps, margin, tmp_path):
     subprocess.run([*command, f"--config.train.steps={steps}"], cwd=ROOT, check=True, capture_output=True)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval_loss"] < last["bigram_loss"] - margin
+
+
+def test_evaluating_a_run_gives_the_held_out_loss_that_it_ended_with(finished, tmp_path):
+    _, run = finished
+    command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={run}", f"--json={tmp_path}/out.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    found = json.loads((tmp_path / "out.json").read_text())["results"]["data"]
+    names = {"loss": "eval_loss", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"}
+    assert found["values"] == {ours: pytest.approx(last[theirs], rel=1e-5) for ours, theirs in names.items()}
+    assert "data  bits_per_byte" in done.stdout and "held out" in done.stdout
