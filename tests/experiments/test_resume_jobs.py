@@ -102,10 +102,9 @@ def test_a_job_stopped_by_sigterm_goes_on_in_another_layout(layout, nproc, throu
     assert f"stopped    after step {stopped}, by SIGTERM; saved in" in Path(f"{run}.out").read_text()
     assert records(run)[-1]["step"] == stopped < STEPS
     finish(start(folder, run, *layout, nproc=nproc), run)
-    got, want = (([r for r in records(r_) if "loss" in r and r["step"] <= stopped + 20]) for r_ in (run, through))
-    assert [r["step"] for r in got] == list(range(1, stopped + 21))
+    got, want = (([r for r in records(r_) if "loss" in r]) for r_ in (run, through))
+    assert [r["step"] for r in got] == list(range(1, STEPS + 1))
     for a, b in zip(got, want, strict=True):
         assert a["lr"] == b["lr"] and a["tokens"] == b["tokens"] and a["tokens_seen"] == b["tokens_seen"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    assert len([r for r in records(run) if "loss" in r]) == STEPS
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
     assert json.loads((run / "finished.json").read_text()) == {"step": STEPS}
