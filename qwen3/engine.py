@@ -135,6 +135,19 @@ class Engine:
         self._widths = sorted({min(NARROW, prefill_chunk), prefill_chunk})
         self._rows, self._waiting, self._next = [None] * slots, deque(), 0
 
+    def warm_up(self, sizes=None):
+        """Compiles what prompts of these sizes need, by default of any, so that no step has to. Ranks of one job call it together: one that
+        compiles alone keeps the others waiting for longer than they do."""
+        chunk = self._widths[-1]
+        left = {n for size in sizes for n in (min(size, chunk), (size - 1) % chunk + 1)} if sizes else self._widths
+        for width in {self._fitting(n) for n in left}:
+            self._read(width, [])
+        if self._on_device:
+            self._decode_on_device(1, [])
+        else:
+            token, at = self._inputs()
+            self._extended(self.cache.arrays, token[:, None], at[:, None], np.zeros_like(at))
+
     def submit(self, request):
         """Queues a Request. Returns its id, which no other request of this engine ever has. Raises ValueError for a prompt that is empty,
         has ids that are none, or does not fit the cache, and for options out of range."""
@@ -220,7 +233,11 @@ class Engine:
         """Of the chunk to read next; 0 for none."""
         found = self._reading()
         left = len(found[1].request.prompt) - found[1].read if found else 0
-        return left and next((width for width in self._widths if width >= left), self._widths[-1])
+        return left and self._fitting(left)
+
+    def _fitting(self, left):
+        """The narrowest width for so many tokens; the widest where none holds them."""
+        return next((width for width in self._widths if width >= left), self._widths[-1])
 
     def _steps(self, most):
         """How many decode steps to take: while others wait, until the first row is done, else until the last is."""
