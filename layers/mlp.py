@@ -1,8 +1,12 @@
 """The dense feed-forward layer: down(silu(gate(x)) * up(x))."""
 
+from mindspore import ops
+
 from layers import linear
 from ops.registry import pick
 from parallel.spec import ParamSpec, normal
+
+cast = ops.Cast()
 
 
 def specs(cfg):
@@ -24,3 +28,13 @@ def build(cfg, sharding, kernels):
         return down(act(gate, up), p["w_down"])
 
     return mlp
+
+
+def build_decode(cfg, kernels):
+    """decode(norm_D, p, x_BD) -> x + mlp(norm(x)), as one op on one device: for one token a row."""
+    op = pick(kernels, "decode_mlp")(cfg.rms_norm_eps)
+
+    def decode(norm, p, x):
+        return op(x, cast(norm, x.dtype), cast(p["w_gate"], x.dtype), cast(p["w_up"], x.dtype), cast(p["w_down"], x.dtype))
+
+    return decode
