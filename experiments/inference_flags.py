@@ -59,8 +59,8 @@ class Model:
         self.tokenizer = Tokenizer.load(self.opened.tokenizer)
         if self.tokenizer.vocab_size > self.cfg.vocab_size:
             raise ValueError(
-                f"the tokenizer of {self.opened.tokenizer} has {self.tokenizer.vocab_size} ids, and the model {self.cfg.vocab_size}; are they"
-                " of one model?"
+                f"the tokenizer of {self.opened.tokenizer} has {self.tokenizer.vocab_size} ids, and the model {self.cfg.vocab_size};"
+                " are they of one model?"
             )
         self.defaults = generation_config(self.opened.folder)
 
