@@ -13,6 +13,7 @@ from qwen3.engine import Request
 from qwen3.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
+NEW_TOKENS = 128  # where neither a flag nor generation_config.json says how many
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -44,10 +45,12 @@ def define():
 
 
 class Model:
-    """What the flags ask for, opened: cfg, tokenizer, sharding, mesh; and defaults, a dict as of generation_config.json."""
+    """What the flags ask for, opened: cfg, tokenizer, sharding, mesh; defaults, a dict as of generation_config.json; new_tokens: how many where
+    nothing says so."""
 
     def __init__(self):
         rank, _ = collectives.start()
+        self.new_tokens = NEW_TOKENS
         self.opened = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
         self.cfg = self.opened.cfg
         asked = {axis: FLAGS[axis].value for axis in AXES}
@@ -84,7 +87,8 @@ class Model:
 
     @property
     def max_new_tokens(self):
-        return FLAGS.max_new_tokens or self.defaults.get("max_new_tokens") or 128
+        given = FLAGS.max_new_tokens
+        return given if given is not None else self.defaults.get("max_new_tokens") or self.new_tokens
 
 
 def generation_config(folder):

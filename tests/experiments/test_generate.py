@@ -111,6 +111,8 @@ def test_a_run_generates_what_its_model_does_and_mistakes_are_named(folder, run,
         ),
         ((f"--hf_dir={folder}", "--prompt=a", "--pp=2"), "pp=2 is 2 ranks, and the job has 1"),
         ((f"--hf_dir={folder}", "--prompt=a", "--top_p=2"), "top_p=2"),
+        ((f"--hf_dir={folder}", "--prompt=a", "--logprobs=2"), "--logprobs=2 are written to --output_jsonl"),
+        ((f"--hf_dir={folder}", "--prompt=a", "--enable_thinking"), "--enable_thinking=True is for the chat template"),
     ]
     for args, message in wrong:
         assert message in ended(main(tmp_path, *args), 2)[1]
