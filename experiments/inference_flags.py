@@ -26,10 +26,14 @@ def define():
         flags.DEFINE_integer(
             axis, None, f"ranks of {axis}, under experiments.launch; default 1" if axis != "dp" else "ranks that share out prompts"
         )
-    flags.DEFINE_integer("batch_size", None, "rows that decode together on a data rank; default: as many as there are prompts, up to 8")
-    flags.DEFINE_integer("max_length", None, "tokens of a row of the cache, prompt and new ones; default: what the longest prompt needs")
-    flags.DEFINE_integer("prefill_chunk", 256, "tokens of a prompt that are read at a time")
-    flags.DEFINE_integer("max_new_tokens", None, "at most; default: generation_config.json's, else 128")
+    flags.DEFINE_integer(
+        "batch_size", None, "rows that decode together on a data rank; default: as many as there are prompts, up to 8", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "max_length", None, "tokens of a row of the cache, prompt and new ones; default: what the longest prompt needs", lower_bound=1
+    )
+    flags.DEFINE_integer("prefill_chunk", 256, "tokens of a prompt that are read at a time", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", None, "at most; default: generation_config.json's, else 128", lower_bound=1)
     flags.DEFINE_float(
         "temperature", None, "0: the likeliest token. This and what follows by default as generation_config.json says, else off"
     )
@@ -45,8 +49,8 @@ def define():
 
 
 class Model:
-    """What the flags ask for, opened: cfg, tokenizer, sharding, mesh; defaults, a dict as of generation_config.json; new_tokens: how many where
-    nothing says so."""
+    """What the flags ask for, opened: cfg, tokenizer, sharding, mesh; defaults, a dict as of generation_config.json; new_tokens: how many
+    where nothing says so."""
 
     def __init__(self):
         rank, _ = collectives.start()
