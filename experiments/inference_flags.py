@@ -23,9 +23,7 @@ def define():
     flags.DEFINE_string("hf_dir", None, "a Hugging Face folder: config.json, safetensors, the tokenizer's files")
     flags.DEFINE_string("workdir", None, "instead, the folder of a training run: its newest checkpoint and its tokenizer")
     for axis in AXES:
-        flags.DEFINE_integer(
-            axis, None, f"ranks of {axis}, under experiments.launch; default 1" if axis != "dp" else "ranks that share out prompts"
-        )
+        flags.DEFINE_integer(axis, None, f"ranks of {axis}, under experiments.launch; default 1; dp ranks share out the prompts")
     flags.DEFINE_integer(
         "batch_size", None, "rows that decode together on a data rank; default: as many as there are prompts, up to 8", lower_bound=1
     )
