@@ -15,7 +15,7 @@ from absl import flags
 from experiments import exchange, generate_batch, generate_chat, inference_flags, prompts
 from experiments import flags as command_line
 from parallel.checkpoint_files import write_text
-from qwen3.engine import Engine
+from qwen3.engine import Engine, check
 
 FLAGS = flags.FLAGS
 inference_flags.define()
@@ -30,12 +30,13 @@ CHAT_LENGTH, BATCH, SHOWN = 4096, 8, 8
 
 
 def main(_):
+    if FLAGS.logprobs is not None and not FLAGS.output_jsonl:
+        raise ValueError(f"--logprobs={FLAGS.logprobs} are written to --output_jsonl=FILE; give one")
     model = inference_flags.Model()
     if FLAGS.chat and FLAGS.prompt is None and FLAGS.prompts_file is None:
         return converse(model)
     given = prompts.read(FLAGS.prompt, FLAGS.prompts_file) if model.mesh.rank == 0 else []
-    ids = [prompts.encode(model.tokenizer, one, FLAGS.chat, FLAGS.enable_thinking).tolist() for one in given]
-    ids = exchange.shared(model.mesh, ids)
+    ids = exchange.shared(model.mesh, prompts.encode_all(model.tokenizer, given, FLAGS.chat, FLAGS.enable_thinking) if given else [])
     engine = make_engine(model, ids)
     place, dp = model.mesh.index(("dp",)), model.mesh.dp
     samples = [(i, s) for i in range(len(ids)) for s in range(FLAGS.num_samples)][place::dp]
@@ -48,6 +49,7 @@ def main(_):
 
 def make_engine(model, ids):
     """The Engine for these prompts. Raises ValueError for one that does not fit."""
+    check(model.request(ids[0], logprobs=FLAGS.logprobs))
     longest = max(map(len, ids))
     length = FLAGS.max_length or min(longest + model.max_new_tokens, model.cfg.max_position)
     if longest > length:
@@ -76,7 +78,7 @@ def converse(model):
         raise ValueError(
             f"--chat without a prompt is a conversation on one process, and the job has {model.mesh.world}; give --prompts_file"
         )
-    length = FLAGS.max_length or min(CHAT_LENGTH, model.cfg.max_position)
+    length = model.new_tokens = FLAGS.max_length or min(CHAT_LENGTH, model.cfg.max_position)
     generate_chat.chat(build(model, 1, length, None), model, FLAGS.enable_thinking, FLAGS.stop)
 
 

@@ -14,7 +14,7 @@ def chat(engine, model, enable_thinking=None, stop=(), lines=sys.stdin, out=sys.
     messages = []
 
     def show(text):
-        out.write(text)
+        out.write("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))  # no text of a model's moves the cursor
         out.flush()
 
     show(f"{HELP}\n\n> ")

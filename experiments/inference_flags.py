@@ -13,6 +13,7 @@ from qwen3.engine import Request
 from qwen3.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
+NEW_TOKENS = 128  # where neither a flag nor generation_config.json says how many
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -22,13 +23,15 @@ def define():
     flags.DEFINE_string("hf_dir", None, "a Hugging Face folder: config.json, safetensors, the tokenizer's files")
     flags.DEFINE_string("workdir", None, "instead, the folder of a training run: its newest checkpoint and its tokenizer")
     for axis in AXES:
-        flags.DEFINE_integer(
-            axis, None, f"ranks of {axis}, under experiments.launch; default 1" if axis != "dp" else "ranks that share out prompts"
-        )
-    flags.DEFINE_integer("batch_size", None, "rows that decode together on a data rank; default: as many as there are prompts, up to 8")
-    flags.DEFINE_integer("max_length", None, "tokens of a row of the cache, prompt and new ones; default: what the longest prompt needs")
-    flags.DEFINE_integer("prefill_chunk", 256, "tokens of a prompt that are read at a time")
-    flags.DEFINE_integer("max_new_tokens", None, "at most; default: generation_config.json's, else 128")
+        flags.DEFINE_integer(axis, None, f"ranks of {axis}, under experiments.launch; default 1; dp ranks share out the prompts")
+    flags.DEFINE_integer(
+        "batch_size", None, "rows that decode together on a data rank; default: as many as there are prompts, up to 8", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "max_length", None, "tokens of a row of the cache, prompt and new ones; default: what the longest prompt needs", lower_bound=1
+    )
+    flags.DEFINE_integer("prefill_chunk", 256, "tokens of a prompt that are read at a time", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", None, "at most; default: generation_config.json's, else 128", lower_bound=1)
     flags.DEFINE_float(
         "temperature", None, "0: the likeliest token. This and what follows by default as generation_config.json says, else off"
     )
@@ -44,10 +47,12 @@ def define():
 
 
 class Model:
-    """What the flags ask for, opened: cfg, tokenizer, sharding, mesh; and defaults, a dict as of generation_config.json."""
+    """What the flags ask for, opened: cfg, tokenizer, sharding, mesh; defaults, a dict as of generation_config.json; new_tokens: how many
+    where nothing says so."""
 
     def __init__(self):
         rank, _ = collectives.start()
+        self.new_tokens = NEW_TOKENS
         self.opened = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
         self.cfg = self.opened.cfg
         asked = {axis: FLAGS[axis].value for axis in AXES}
@@ -59,8 +64,8 @@ class Model:
         self.tokenizer = Tokenizer.load(self.opened.tokenizer)
         if self.tokenizer.vocab_size > self.cfg.vocab_size:
             raise ValueError(
-                f"the tokenizer of {self.opened.tokenizer} has {self.tokenizer.vocab_size} ids, and the model {self.cfg.vocab_size}; are they"
-                " of one model?"
+                f"the tokenizer of {self.opened.tokenizer} has {self.tokenizer.vocab_size} ids, and the model {self.cfg.vocab_size};"
+                " are they of one model?"
             )
         self.defaults = generation_config(self.opened.folder)
 
@@ -84,7 +89,8 @@ class Model:
 
     @property
     def max_new_tokens(self):
-        return FLAGS.max_new_tokens or self.defaults.get("max_new_tokens") or 128
+        given = FLAGS.max_new_tokens
+        return given if given is not None else self.defaults.get("max_new_tokens") or self.new_tokens
 
 
 def generation_config(folder):

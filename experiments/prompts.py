@@ -57,6 +57,8 @@ def encode(tokenizer, prompt, chat=False, enable_thinking=None):
     return np.array(ids, np.int32)
 
 
-def show(prompt):
-    """A prompt as one line."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt["messages"], ensure_ascii=False)
+def encode_all(tokenizer, prompts, chat, enable_thinking):
+    """A list of ids for each prompt. Raises ValueError, also for enable_thinking where no prompt goes through the template."""
+    if enable_thinking is not None and not chat and all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"--enable_thinking={enable_thinking} is for the chat template, which plain text does not go through; add --chat")
+    return [encode(tokenizer, prompt, chat, enable_thinking).tolist() for prompt in prompts]
