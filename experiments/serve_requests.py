@@ -143,11 +143,8 @@ def _include_usage(body, stream):
 def _stop(body):
     stop = body.get("stop")
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if (
-        not isinstance(stop, list)
-        or len(stop) > MAX_STOPS
-        or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARACTERS for s in stop)
-    ):
+    right = isinstance(stop, list) and all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_CHARACTERS for s in stop)
+    if not right or len(stop) > MAX_STOPS:
         raise Refused(f"stop must be up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters", "stop")
     return tuple(stop)
 

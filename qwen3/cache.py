@@ -2,19 +2,59 @@
 
 import mindspore as ms
 import numpy as np
+from mindspore import ops
 
 
-def init_cache(cfg, batch_size, length):
+def init_cache(cfg, batch_size, length, kv_heads=None):
     """An empty cache for sequences of up to `length` tokens, prompt and continuation together, in the compute dtype.
 
-    Each array is one of its own: the C++ kernel writes into them.
+    Each array is one of its own: the C++ kernel writes into them. kv_heads: those of this rank; default: all of the model.
     """
-    shape = (batch_size, length, cfg.num_kv_heads, cfg.head_dim)
+    shape = (batch_size, length, kv_heads or cfg.num_kv_heads, cfg.head_dim)
 
     def empty():
         return ms.Tensor(np.zeros(shape, np.float32), getattr(ms, cfg.compute_dtype))
 
     return tuple((empty(), empty()) for _ in range(cfg.num_layers))
+
+
+class RowsCache:
+    """A cache of which one row can be taken alone, so that a prompt is read into it while the others stay as they are.
+
+    arrays: all rows, as of init_cache. in_place: the ops write into the arrays that they are given (ops.cache_write=cpu). Then a row's
+    arrays are the same memory as its part of `arrays`, and nothing is copied or made anew, ever.
+    """
+
+    def __init__(self, cfg, batch_size, length, kv_heads, in_place):
+        self.length = length
+        if not in_place:
+            self.arrays, self._rows = init_cache(cfg, batch_size, length, kv_heads), None
+            return
+        shape = (batch_size, length, kv_heads, cfg.head_dim)
+        memory = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(cfg.num_layers)]
+        self.arrays = _shared(memory, slice(None))
+        self._rows = [_shared(memory, slice(b, b + 1)) for b in range(batch_size)]
+
+    @property
+    def nbytes(self):
+        return sum(array.nbytes for pair in self.arrays for array in pair)
+
+    def row(self, b):
+        """The cache of row b alone, [1, T, K, H]."""
+        return self._rows[b] if self._rows else tuple((k[b : b + 1], v[b : b + 1]) for k, v in self.arrays)
+
+    def put(self, b, row):
+        """Takes the row back, as a step returned it."""
+        if self._rows is None:
+            at = ms.Tensor([[b]], ms.int32)
+            self.arrays = tuple(
+                tuple(ops.tensor_scatter_update(whole, at, part) for whole, part in zip(*pair)) for pair in zip(self.arrays, row)
+            )
+
+
+def _shared(memory, rows):
+    """Tensors of the same memory as some rows of numpy arrays."""
+    return tuple((ms.Tensor.from_numpy(k[rows]), ms.Tensor.from_numpy(v[rows])) for k, v in memory)
 
 
 def round_up(length, step=64):

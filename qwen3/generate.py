@@ -38,12 +38,12 @@ def prefill(params, prompts, cfg, length, kernels=None):
         row[: len(prompt)] = prompt
     positions = np.tile(np.arange(width, dtype=np.int32), (len(prompts), 1))
     cache = init_cache(cfg, len(prompts), length)
-    return _extended(params, cache, tokens, positions, sizes - 1, cfg, kernels)
+    return extended(params, cache, tokens, positions, sizes - 1, cfg, kernels)
 
 
 def decode_step(params, cache, tokens, positions, cfg, kernels=None):
     """tokens_B at positions_B (numpy int32) -> (logits_BV float32, cache)."""
-    return _extended(params, cache, tokens[:, None], positions[:, None], np.zeros(len(tokens), np.int32), cfg, kernels)
+    return extended(params, cache, tokens[:, None], positions[:, None], np.zeros(len(tokens), np.int32), cfg, kernels)
 
 
 def sample(logits, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0):
@@ -94,7 +94,8 @@ def _chunks(params, logits, cache, at, cfg, kernels, count, stop_ids, *, seed=0,
     while done < count:
         ids, steps = ms.Tensor(np.zeros((1, CHUNK, 1, B), np.int32)), ms.Tensor(min(CHUNK, count - done), ms.int32)
         draws = ms.Tensor(_draws(seed, done, CHUNK, B))
-        token, at, running, taken = _decode(cfg, kernels)(params, cache, token, at, running, draws, options, stop, ids, steps)
+        one = ms.Tensor(1, ms.int32)
+        token, at, running, taken = decode_loop(cfg, kernels)(params, cache, token, at, running, one, draws, options, stop, ids, steps)
         taken = int(taken)
         yield from ids.asnumpy()[0, :taken, 0]
         done += taken
@@ -110,16 +111,18 @@ def _default_kernels(cfg):
     return choose_kernels({}, cfg)
 
 
-def _extended(params, cache, tokens, positions, last, cfg, kernels):
+def extended(params, cache, tokens, positions, last, cfg, kernels=None, sharding=None):
+    """tokens_BS at positions_BS (numpy int32) -> (logits_BV float32 after column last_B of each row, cache). Positions beyond the cache
+    are dropped. sharding: params and cache are a rank's parts; every rank has the same logits, bit for bit."""
     kernels = kernels or _default_kernels(cfg)
-    out = _extend(cfg, kernels)(params, cache, *map(ms.Tensor, (tokens, positions, last)))
+    out = _extend(cfg, kernels, sharding)(params, cache, *map(ms.Tensor, (tokens, positions, last)))
     return (out, cache) if kernels.cache_write == "cpu" else out
 
 
 @functools.lru_cache(maxsize=8)
-def _extend(cfg, kernels):
+def _extend(cfg, kernels, sharding):
     """The model's extend, compiled. Where it writes into the cache, only the logits are returned: a graph copies what it returns."""
-    extend = build(cfg, kernels=kernels).extend
+    extend = build(cfg, sharding, kernels=kernels).extend
 
     def logits_alone(params, cache, tokens, positions, last):
         return extend(params, cache, tokens, positions, last)[0]
@@ -128,22 +131,23 @@ def _extend(cfg, kernels):
 
 
 @functools.lru_cache(maxsize=8)
-def _decode(cfg, kernels):
-    """decode(params, cache, token_B, at_B, running_B int32, draws [CHUNK, B], options, stop [1, M] or None, ids [1, CHUNK, 1, B], steps)
-    -> (token_B, at_B, running_B, the number of steps taken), writing into the cache, and into ids one row a step.
+def decode_loop(cfg, kernels, sharding=None):
+    """decode(params, cache, token_B, at_B, running_B int32, least int32, draws [n, B], options, stop [1 or B, M] or None,
+    ids [1, n, 1, B], steps) -> (token_B, at_B, running_B, the number of steps taken), writing into the cache, and into ids one row a step.
 
-    It takes `steps` steps, or fewer where before that no row runs any more: running_B is 1 for rows that have not come upon a stop id.
+    It takes `steps` steps, or fewer where after one of them less than `least` rows run: running_B is 1 for rows that have not come upon a
+    stop id of theirs. Needs the C++ kernels of cache_write and sampling.
     """
-    extend = build(cfg, kernels=kernels).extend
+    extend = build(cfg, sharding, kernels=kernels).extend
     choose, write = registry.pick(kernels, "sampling")(), registry.pick(kernels, "cache_write")()
-    reshape, gather, zeros_like, different = ops.Reshape(), ops.Gather(), ops.ZerosLike(), ops.NotEqual()
-    cast, lowest, highest = ops.Cast(), ops.ReduceMin(), ops.ReduceMax()
+    reshape, gather, zeros_like, different, enough = ops.Reshape(), ops.Gather(), ops.ZerosLike(), ops.NotEqual(), ops.GreaterEqual()
+    cast, lowest, total = ops.Cast(), ops.ReduceMin(), ops.ReduceSum()
 
     def goes_on(token, stop):
         """1 for the rows whose token is no stop id; reductions are of float32, which every device has."""
         return cast(lowest(cast(different(reshape(token, (-1, 1)), stop), ms.float32), 1), ms.int32)
 
-    def decode(params, cache, token, at, running, draws, options, stop, ids, steps):
+    def decode(params, cache, token, at, running, least, draws, options, stop, ids, steps):
         i = zeros_like(steps)
         while i < steps:
             logits, _ = extend(params, cache, reshape(token, (-1, 1)), reshape(at, (-1, 1)), zeros_like(token))
@@ -151,7 +155,7 @@ def _decode(cfg, kernels):
             token = ops.depend(token, write(ids, reshape(token, (1, 1, 1, -1)), reshape(i, (1, 1))))
             if stop is not None:
                 running = running * goes_on(token, stop)
-                steps = steps * cast(highest(cast(running, ms.float32)), ms.int32)
+                steps = steps * cast(enough(cast(total(cast(running, ms.float32)), ms.int32), least), ms.int32)
             at = at + 1
             i = i + 1
         return token, at, running, i

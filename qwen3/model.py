@@ -109,7 +109,8 @@ def build(cfg, sharding=None, scan=False, kernels=None):
         return reshape(nats, (B, S)), reshape(gap, (B, S))
 
     loss_of = _loss(cfg, sharding, kernels, logits_and_stats, router_losses)
-    extend = _extend(cfg, take, head, angles, blocks, final_norm, head_key)
+    whole_logits = whole_vocab if sharding.shards("vocab") > 1 else zero.same
+    extend = _extend(cfg, take, head, whole_logits, angles, blocks, final_norm, head_key)
     return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend)
 
 
@@ -263,10 +264,12 @@ def _scanned(cfg, blocks):
     return trunk
 
 
-def _extend(cfg, take, head, angles, blocks, final_norm, head_key):
+def _extend(cfg, take, head, whole_logits, angles, blocks, final_norm, head_key):
     """extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV at column last_B of each row, cache).
 
-    cache: per layer (k_BTKH, v_BTKH); slot t of a row holds position t. Positions beyond T are dropped.
+    cache: per layer (k_BTKH, v_BTKH); slot t of a row holds position t. Positions beyond T are dropped. In a layout without sequence
+    parallel: B are a data rank's rows, K its kv heads, and V is the whole vocabulary, of which each part is one rank's work, so that all
+    ranks have the same bits.
     """
     run, n = tuple(cached for _, cached in blocks), cfg.num_layers
     gather, iota, pack, cast = ops.Gather(), iota_op.reference(), _consts(cfg), ops.Cast()
@@ -284,7 +287,7 @@ def _extend(cfg, take, head, angles, blocks, final_norm, head_key):
             x, k, v = run[i](params["layers"][i], x, consts, cache[i][0], cache[i][1], key_segments, slots)
             updated += ((k, v),)
         x = gather(x, iota(B) * S + last, 0)
-        return head(params[head_key], final_norm(params["final_norm"], x)), updated
+        return whole_logits(head(params[head_key], final_norm(params["final_norm"], x))), updated
 
     return extend
 

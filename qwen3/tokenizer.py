@@ -33,6 +33,16 @@ CHAT_TEMPLATE = """\
 """
 
 
+def _byte_alphabet():
+    """{character: byte} of the byte-level alphabet: printable bytes stand for themselves, the others are counted up from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+BYTES = _byte_alphabet()
+
+
 class Tokenizer:
     """Text to token ids and back. Nothing in it changes after it is made.
 
@@ -49,6 +59,7 @@ class Tokenizer:
         if spec["model"]["type"] != "BPE" or (spec["decoder"] or {}).get("type") != "ByteLevel":
             raise ValueError(f"tokenizer.json: model type {spec['model']['type']!r} is not supported; only byte-level BPE is")
         self._added = frozenset(t["id"] for t in spec["added_tokens"])
+        self._special = frozenset(t["id"] for t in spec["added_tokens"] if t["special"])
         # `encode_special_tokens` would still match the added tokens not marked special, such as <think>.
         self._plain = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
         self._can_cut = json.dumps(SPLIT) in json.dumps(spec["pre_tokenizer"])
@@ -134,6 +145,15 @@ class Tokenizer:
     def decode(self, ids, skip_special=False):
         """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary become nothing."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def bytes_of(self, i, skip_special=False):
+        """The bytes that decode() joins for id i; none for an id outside the vocabulary."""
+        token = None if skip_special and i in self._special else self._backend.id_to_token(int(i))
+        if token is None:
+            return b""
+        if any(c not in BYTES for c in token):  # an added token, as it is
+            return token.encode()
+        return bytes(BYTES[c] for c in token)
 
     def token_bytes(self):
         """int32 [vocab_size]: bytes of UTF-8 that each id stands for, 0 for added tokens. Their sum is the NFC text's length."""

@@ -45,7 +45,7 @@ def test_the_device_loop_ends_when_the_last_row_has_stopped(monkeypatch):
     every = generate.generate(params, prompts(cfg), cfg, 30, **DRAWN)
     stop = tuple(row[13] for row in every)
     last = max(next(i for i, token in enumerate(row) if token in stop) for row in every)
-    taken, plain = [], generate._decode
+    taken, plain = [], generate.decode_loop
 
     def noted(*args):
         decode = plain(*args)
@@ -57,7 +57,7 @@ def test_the_device_loop_ends_when_the_last_row_has_stopped(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr(generate, "_decode", noted)
+    monkeypatch.setattr(generate, "decode_loop", noted)
     generate.generate(params, prompts(cfg), cfg, 30, stop_ids=stop, **DRAWN)
     assert sum(taken) == last and 0 < last % 4 and 4 < last < 26  # within a chunk, and not in the first
 
