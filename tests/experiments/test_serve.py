@@ -261,7 +261,7 @@ def test_sigterm_lets_what_is_at_work_end(many, server, model):
 
     async def go():
         await many.completions.create(model="tiny", prompt=SECRET, max_tokens=2)
-        stream = await many.completions.create(model="tiny", prompt="def f", max_tokens=300, temperature=0, stream=True)
+        stream = await many.completions.create(model="tiny", prompt="def f", max_tokens=150, temperature=0, stream=True)
         text = ""
         async for part in stream:
             if not text:
@@ -273,7 +273,7 @@ def test_sigterm_lets_what_is_at_work_end(many, server, model):
                         await many.completions.create(model="tiny", prompt="x", max_tokens=1)
         return text
 
-    assert asyncio.run(go()) == greedy(model, ["def f"], 300)[0]
+    assert asyncio.run(go()) == greedy(model, ["def f"], 150)[0]
     assert server["process"].wait(timeout=20) == 0
     log = server["log"].read_text()
     assert SECRET.split()[0] not in log and "Traceback" not in log and "error" not in log, log
