@@ -27,7 +27,7 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_boolean("moe", False, "train, decode: 16 experts of ffn 256, 4 a token, instead of an ffn of 768")
-flags.DEFINE_integer("batch", 1, "decode: prompts at a time", lower_bound=1)
+flags.DEFINE_multi_integer("batch", [1, 16], "decode: prompts at a time; repeat the flag for several", lower_bound=1)
 flags.DEFINE_multi_enum("peer", [], list(PEERS), "train, decode: another contestant; repeat the flag for several")
 flags.DEFINE_string("peer_python", None, "interpreter for the peers whose package is not in this one")
 flags.DEFINE_enum("kernels", "auto", ["auto", "reference", "cpu"], "train, decode: implementation of our ops")

@@ -5,15 +5,18 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from experiments.bench_turns import serve, timed, warmed_up
+from experiments.bench_turns import mem_mib, serve, timed, warmed_up
 from experiments.configs import common
 from experiments.train import build_program, uses_scan
 from ops import registry
 from parallel import runtime
 from parallel.spec import init_params, tree_map
 from qwen3.config import Qwen3Config
+from qwen3.engine import Engine, Request
 from qwen3.generate import generate, prefill
 from qwen3.model import param_specs
+
+REQUESTS = 400  # short ones, for the engine's memory
 
 
 def load(job):
@@ -47,6 +50,8 @@ def decode(job):
     (cfg, params), prompts, count = load(job), job["prompts"], job["new_tokens"]
     kernels = registry.choose({op: job["kernels"] for op in registry.OPS}, "CPU", cfg.compute_dtype)
     length = len(prompts[0]) + count
+    if job.get("engine"):
+        return _engine(Engine(params, cfg, slots=len(prompts), length=length, kernels=kernels), prompts, count)
 
     def read():
         logits, _ = prefill(params, prompts, cfg, length, kernels)
@@ -62,6 +67,29 @@ def decode(job):
 
     ids = write()
     return {"ids": ids}, step
+
+
+def _engine(engine, prompts, count):
+    """The same by continuous batching; and what many requests leave of memory."""
+
+    def write(prompts, count):
+        numbers = [engine.submit(Request(prompt, count)) for prompt in prompts]
+        ids = {number: [] for number in numbers}
+        while engine.busy():
+            for event in engine.step():
+                ids[event.id].append(event.token)
+        return [ids[number] for number in numbers]
+
+    def step():
+        first, _ = timed(write, prompts, 1)
+        every, _ = timed(write, prompts, count)
+        return {"prefill_s": first, "total_s": every}
+
+    ids, short = write(prompts, count), [prompts[i % len(prompts)][: 1 + i % 16] for i in range(REQUESTS)]
+    write(short[: REQUESTS // 4], 4)
+    before = mem_mib()
+    write(short, 4)
+    return {"ids": ids, "served": {"requests": REQUESTS, "grown_mib": mem_mib() - before}}, step
 
 
 if __name__ == "__main__":

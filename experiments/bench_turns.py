@@ -37,6 +37,12 @@ def peak_mem_gib():
         return next(int(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM"))
 
 
+def mem_mib():
+    """The memory that this process has now."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) / 2**10 for line in file if line.startswith("VmRSS"))
+
+
 def timed(call, *args):
     """(seconds, what the call returned)"""
     start = time.perf_counter()

@@ -4,6 +4,8 @@ It does not import MindSpore, so that the launcher can check a layout in no time
 to every parameter.
 """
 
+from types import SimpleNamespace
+
 from parallel.hints import divisors
 from parallel.mesh import AXES, Mesh, axis_sizes
 
@@ -22,6 +24,24 @@ def check(config, cfg, world=None):
     _check_model(cfg, config, sizes)
     _check_batch(config, sizes)
     mesh(cfg, sizes).size(("tp",))  # raises where the parts of an axis do not fit
+    return sizes
+
+
+def for_inference(asked, cfg, model, world):
+    """The sizes of the axes for a main that only computes with a model, on `world` ranks. asked: {axis: size or None}. model: its name.
+    Raises ValueError naming key, value and fix."""
+    sizes = axis_sizes({axis: asked.get(axis) or 1 for axis in AXES}, world)
+    for axis in ("pp", "cp"):
+        if sizes[axis] > 1:
+            raise ValueError(f"parallel.{axis}={sizes[axis]} does not generate; use --{axis}=1, and --tp, --ep or --dp")
+    of_tp = Mesh(**sizes).size(("tp/ep",))
+    if of_tp > 1:
+        raise ValueError(
+            f"parallel.ep={sizes['ep']} takes {of_tp} of the tp={sizes['tp']} ranks, which hold the same tokens when they generate;"
+            f" experts are then spread over data ranks alone, so use --dp={sizes['ep']}, or a smaller --ep"
+        )
+    _check_model(cfg, SimpleNamespace(model=model, parallel=SimpleNamespace(seq_parallel=False)), sizes)
+    mesh(cfg, sizes).size(("tp",))
     return sizes
 
 

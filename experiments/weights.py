@@ -1,11 +1,20 @@
-"""Where a run's state comes from: its own newest checkpoint, another run's, weights alone, or random numbers."""
+"""Where a run's state comes from: its own newest checkpoint, another run's, weights alone, or random numbers. And a main's that only
+computes with a model: inference()."""
 
+import os
+from pathlib import Path
 from typing import NamedTuple
 
+import mindspore as ms
+
+from experiments.convert_weights import open_weights
+from experiments.run_folder import TOKENIZER
 from parallel.checkpoint import match, wanted
 from parallel.checkpoint_read import Reader, find
+from parallel.placement import load, place
 from parallel.spec import init_array, tree_paths
 from qwen3 import hf
+from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
 
 
@@ -82,3 +91,38 @@ def _native(folder, cfg, partial, fresh):
         return saved.read(name, slices).astype("float32") if name in found else fresh(path, slices)
 
     return read, f"the weights of {folder}", other
+
+
+class Inference(NamedTuple):
+    """A model to compute with. params(sharding) -> this rank's parts of its parameters. tokenizer: the folder of its files, or None. text:
+    where it comes from, for who watches. folder: of the Hugging Face files, or of the checkpoint."""
+
+    cfg: Qwen3Config
+    params: object
+    tokenizer: Path | None
+    folder: Path
+    text: str
+
+
+def inference(hf_dir=None, workdir=None):
+    """The Inference of a Hugging Face folder, or of a run: its newest checkpoint, of any layout, else the model in its hf/. On CPU in
+    float32, elsewhere in the dtype that the embedding has there. Raises ValueError or FileNotFoundError that name the flag.
+
+    Whatever changes the weights on their way into a model, such as an adapter, belongs here."""
+    if bool(hf_dir) == bool(workdir):
+        raise ValueError("give --hf_dir=FOLDER, a Hugging Face folder, or --workdir=RUN, the folder of a training run; one of them")
+    key, path = ("hf_dir", hf_dir) if hf_dir else ("workdir", workdir)
+    path = os.path.expanduser(path)
+    final = os.path.join(path, "hf")
+    weights = open_weights(key, final if workdir and os.path.isdir(final) and not find(path) else path)
+    dtype = "float32" if ms.get_context("device_target") == "CPU" else weights.config.param_dtype
+    cfg = weights.config.replace(param_dtype=dtype, compute_dtype=dtype)
+    beside = Path(path, TOKENIZER)
+    tokenizer = weights.tokenizer or (beside if workdir and beside.is_dir() else None)
+
+    def read(path, slices):
+        return hf.cast(weights.read(path, slices), dtype, path)
+
+    return Inference(
+        cfg, lambda sharding: load(sharding.mesh, place(sharding, param_specs(cfg)), read, "used"), tokenizer, weights.folder, str(weights)
+    )

@@ -135,6 +135,19 @@ class Engine:
         self._widths = sorted({min(NARROW, prefill_chunk), prefill_chunk})
         self._rows, self._waiting, self._next = [None] * slots, deque(), 0
 
+    def warm_up(self, sizes=None):
+        """Compiles what prompts of these sizes need, by default of any, so that no step has to. Ranks of one job call it together: one that
+        compiles alone keeps the others waiting for longer than they do."""
+        chunk = self._widths[-1]
+        left = {n for size in sizes for n in (min(size, chunk), (size - 1) % chunk + 1)} if sizes else self._widths
+        for width in {self._fitting(n) for n in left}:
+            self._read(width, [])
+        if self._on_device:
+            self._decode_on_device(1, [])
+        else:
+            token, at = self._inputs()
+            self._extended(self.cache.arrays, token[:, None], at[:, None], np.zeros_like(at))
+
     def submit(self, request):
         """Queues a Request. Returns its id, which no other request of this engine ever has. Raises ValueError for a prompt that is empty,
         has ids that are none, or does not fit the cache, and for options out of range."""
@@ -170,20 +183,14 @@ class Engine:
 
     def _checked(self, request):
         """The sampling options [1, 4] of a request that can be served."""
-        r, size, V = request, len(request.prompt), self.cfg.vocab_size
-        if not size:
-            raise ValueError("prompt is empty; give at least one token")
+        options, size, V = check(request), len(request.prompt), self.cfg.vocab_size
         if size > self.length:
             raise ValueError(f"prompt of {size} tokens is longer than the cache of {self.length}; shorten it, or make the cache longer")
-        if min(r.prompt) < 0 or max(r.prompt) >= V:
+        if min(request.prompt) < 0 or max(request.prompt) >= V:
             raise ValueError(f"prompt has ids outside the vocabulary of {V}; was it made by another tokenizer?")
-        if r.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={r.max_new_tokens} must be 1 or more")
-        if not 0 < r.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty={r.repetition_penalty} must be above 0; 1 is none")
-        if r.logprobs is not None and not 0 <= r.logprobs <= V:
-            raise ValueError(f"logprobs={r.logprobs} must be from 0 to the vocabulary's {V}")
-        return sampling_op.options(1, r.temperature, r.top_k, r.top_p, r.min_p)
+        if (request.logprobs or 0) > V:
+            raise ValueError(f"logprobs={request.logprobs} is more than the {V} tokens of the vocabulary")
+        return options
 
     def _agreed(self, *numbers):
         """The largest of each number over ranks that must do the same; what it is here where there are none."""
@@ -220,7 +227,11 @@ class Engine:
         """Of the chunk to read next; 0 for none."""
         found = self._reading()
         left = len(found[1].request.prompt) - found[1].read if found else 0
-        return left and next((width for width in self._widths if width >= left), self._widths[-1])
+        return left and self._fitting(left)
+
+    def _fitting(self, left):
+        """The narrowest width for so many tokens; the widest where none holds them."""
+        return next((width for width in self._widths if width >= left), self._widths[-1])
 
     def _steps(self, most):
         """How many decode steps to take: while others wait, until the first row is done, else until the last is."""
@@ -316,6 +327,20 @@ class Engine:
         if reason:
             self._rows[b] = None
         events.append(Event(row.id, token, logprob, top, reason))
+
+
+def check(request):
+    """The sampling options [1, 4] of a Request. Raises ValueError for what no engine could serve."""
+    r = request
+    if not len(r.prompt):
+        raise ValueError("prompt is empty; give at least one token")
+    if r.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={r.max_new_tokens} must be 1 or more")
+    if not 0 < r.repetition_penalty < float("inf"):
+        raise ValueError(f"repetition_penalty={r.repetition_penalty} must be above 0; 1 is none")
+    if r.logprobs is not None and r.logprobs < 0:
+        raise ValueError(f"logprobs={r.logprobs} must be 0 or more")
+    return sampling_op.options(1, r.temperature, r.top_k, r.top_p, r.min_p)
 
 
 def _draws(row, count):

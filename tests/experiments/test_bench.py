@@ -39,7 +39,7 @@ serve({{"test": job}})
 
 
 def options(**changes):
-    defaults = dict(moe=False, steps=1, layer_loop="auto", kernels="auto", check=False, peer=[], peer_python=PEER_PYTHON, batch=2, ops=[])
+    defaults = dict(moe=False, steps=1, layer_loop="auto", kernels="auto", check=False, peer=[], peer_python=PEER_PYTHON, batch=[2], ops=[])
     return SimpleNamespace(**{**defaults, **changes})
 
 
@@ -149,15 +149,17 @@ def test_peers_train_to_the_same_loss(name, peer):
 def test_transformers_generates_the_same_tokens(name):
     need("transformers")
     found = bench_decode(options(peer=["transformers"]), SIZES[name], 8, 8)
-    assert found["transformers_same_ids"] == 1.0
+    assert found["transformers_same_ids"] == found["engine_same_ids"] == 1.0
     for part in ("", "prefill_", "total_"):
-        assert found[f"{part}over_transformers"] > 0
+        assert found[f"{part}over_transformers"] > 0 and found[f"engine_{part}over_transformers"] > 0
 
 
 def test_decoding_with_default_and_reference_ops_gives_the_same_tokens():
     found = bench_decode(options(check=True), SMALL, 8, 8)
-    assert found["reference_same_ids"] == 1.0
+    assert found["reference_same_ids"] == found["engine_same_ids"] == 1.0
+    assert found["engine_requests"] == 400 and found["engine_grown_mib"] < 20  # of some 400
     assert all(found[key] > 0 for key in ("decode_tokens_per_s", "tokens_per_s", "prefill_tokens_per_s", "prefill_s", "peak_mem_gib"))
+    assert found["engine_prefill_tokens_per_s"] > 0 and found["engine_decode_tokens_per_s"] > 0
 
 
 def test_peers_that_do_not_generate_are_refused():

@@ -199,7 +199,8 @@ WRONG = [
     (dict(temperature=-1), "temperature=-1"),
     (dict(top_p=0), "top_p=0"),
     (dict(repetition_penalty=0), "repetition_penalty=0 must be above 0"),
-    (dict(logprobs=99), "logprobs=99 must be from 0 to the vocabulary's 61"),
+    (dict(logprobs=-1), "logprobs=-1 must be 0 or more"),
+    (dict(logprobs=99), "logprobs=99 is more than the 61 tokens"),
 ]
 
 

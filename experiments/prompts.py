@@ -1,0 +1,64 @@
+"""Prompts to go on from: one of the command line, or those of a file, as token ids."""
+
+import json
+import os
+
+import numpy as np
+
+
+def read(text=None, path=None):
+    """[prompt], each text, or {"messages": [...], "tools": [...]}. Of a file one a line; blank lines are none. In a .jsonl a line is a
+    string, a list of messages, or an object with `prompt` or `messages`, and `tools`. Raises ValueError naming the line."""
+    if (text is None) == (path is None):
+        raise ValueError("give --prompt=TEXT or --prompts_file=FILE; one of them")
+    if path is None:
+        return [text]
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--prompts_file={path} is not a file")
+    with open(path, encoding="utf-8") as file:
+        try:
+            lines = [(number, line.rstrip("\n")) for number, line in enumerate(file, 1) if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts_file={path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    if not lines:
+        raise ValueError(f"--prompts_file={path} has no prompt")
+    return [_record(line, f"{path}, line {number}") if path.endswith(".jsonl") else line for number, line in lines]
+
+
+def _record(line, where):
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if isinstance(found, dict) and isinstance(found.get("prompt"), str):
+        return found["prompt"]
+    if isinstance(found, list):
+        found = {"messages": found}
+    if isinstance(found, str):
+        return found
+    messages = found.get("messages") if isinstance(found, dict) else None
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
+        raise ValueError(f'{where}: give a string, a list of messages with a role, or an object with "prompt" or "messages"')
+    return {"messages": messages, "tools": found.get("tools")}
+
+
+def encode(tokenizer, prompt, chat=False, enable_thinking=None):
+    """The ids (int32 [n]) of a prompt of read(): text as it is, or with `chat` as what a user says; messages by the chat template, up to
+    where the assistant's turn begins. Raises ValueError for an empty one, or what the template refuses."""
+    if isinstance(prompt, str) and not chat:
+        ids = tokenizer.encode(prompt)  # text that spells a special token stays text
+    else:
+        given = {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(**given, add_generation_prompt=True, enable_thinking=enable_thinking)
+        ids = tokenizer.encode(text, allow_special=True)
+    if not ids:
+        raise ValueError(f"prompt {prompt!r} has no tokens; give some text")
+    return np.array(ids, np.int32)
+
+
+def encode_all(tokenizer, prompts, chat, enable_thinking):
+    """A list of ids for each prompt. Raises ValueError, also for enable_thinking where no prompt goes through the template."""
+    if enable_thinking is not None and not chat and all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"--enable_thinking={enable_thinking} is for the chat template, which plain text does not go through; add --chat")
+    return [encode(tokenizer, prompt, chat, enable_thinking).tolist() for prompt in prompts]

@@ -1,0 +1,265 @@
+"""experiments.generate: prompts in, results out in their order; where weights and defaults come from; a conversation; many processes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from experiments import convert_weights, generate_batch, generate_chat, layout, prompts, weights
+from experiments.inference_flags import sampling_defaults
+from parallel.mesh import Mesh
+from parallel.placement import cut, place, reader
+from parallel.sharding import Sharding
+from parallel.spec import tree_leaves, tree_paths
+from qwen3 import hf
+from qwen3.engine import Engine, Request
+from qwen3.generate import generate
+from qwen3.model import param_specs
+from qwen3.tokenizer import train_bpe
+from tests.parallel.test_launch import free_port
+from tests.tiny import DENSE, MOE, random_params
+
+ROOT = Path(__file__).parents[2]
+LINES = ["the quick", "fox jumps over the lazy dog. the quick brown fox", "你好", "lazy"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["the quick brown fox jumps over the lazy dog. 你好 "] * 4, 290)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """A Hugging Face folder of a random model."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer.save(path / "tokenizer")
+    cfg = DENSE.replace(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, max_position=512)
+    hf.save(path / "hf", cfg, random_params(cfg), tokenizer_dir=path / "tokenizer")
+    return path / "hf"
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """The same as the folder of a run with a checkpoint."""
+    path = tmp_path_factory.mktemp("run") / "native"
+    convert_weights.to_native(convert_weights.open_weights("input", str(folder)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    cfg, params = hf.load(folder)
+    return Engine(params, cfg, slots=2, length=64, prefill_chunk=16)
+
+
+def main(cwd, *args, launch=()):
+    command = [sys.executable, "-m", *launch, "experiments.generate", *map(str, args)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, text=True, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def ended(process, code=0):
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == code, out[-3000:] + err[-3000:]
+    return out, err
+
+
+def written(path):
+    return path.read_text().splitlines()
+
+
+def expected(folder, tokenizer, count, lines=LINES):
+    """The greedy text of each line, on one line."""
+    cfg, params = hf.load(folder)
+    ids = [generate(params, [tokenizer.encode(line)], cfg, count, stop_ids=(cfg.eos_id,))[0] for line in lines]
+    return [generate_batch.line(SimpleNamespace(text=tokenizer.decode(row, skip_special=True))) for row in ids]
+
+
+def test_a_file_of_prompts_gives_a_line_for_each_in_their_order(folder, tokenizer, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n\n".join(LINES) + "\n")
+    options = ["--max_new_tokens=9", "--batch_size=2", "--output_jsonl=out.jsonl", "--num_samples=2", "--logprobs=1"]
+    out, _ = ended(main(tmp_path, f"--hf_dir={folder}", "--prompts_file=prompts.txt", *options))
+    want = [line for line in expected(folder, tokenizer, 9) for _ in range(2)]  # greedy: both samples
+    assert written(tmp_path / "text_generation_result.txt") == want
+    found = [json.loads(line) for line in written(tmp_path / "out.jsonl")]
+    assert [(r["prompt"], r["sample"]) for r in found] == [(i, s) for i in range(4) for s in range(2)]
+    for r, text in zip(found, want):
+        assert generate_batch.line(SimpleNamespace(text=r["text"])) == text and r["prompt_tokens"] == len(
+            tokenizer.encode(LINES[r["prompt"]])
+        )
+        assert len(r["tokens"]) == len(r["logprobs"]) == 9 and r["finish_reason"] == "length" and 0 < r["queued_s"] <= r["total_s"]
+        assert all(token == top[0][0] and logprob == top[0][1] for token, (logprob, top) in zip(r["tokens"], r["logprobs"]))
+    assert "prefill " in out and "decode " in out and "tokens/s" in out
+
+
+@pytest.mark.slow
+def test_a_run_generates_what_its_model_does_and_mistakes_are_named(folder, run, tokenizer, tmp_path):
+    ended(main(tmp_path, f"--workdir={run}", f"--prompt={LINES[0]}", "--max_new_tokens=9", "--output=here"))
+    assert written(tmp_path / "here" / "text_generation_result.txt") == expected(folder, tokenizer, 9, LINES[:1])
+    wrong = [
+        ((f"--hf_dir={folder}", f"--workdir={run}", "--prompt=a"), "give --hf_dir=FOLDER"),
+        ((f"--hf_dir={folder}",), "give --prompt=TEXT or --prompts_file=FILE"),
+        (
+            (f"--hf_dir={folder}", "--prompt=the quick", "--max_length=1"),
+            "prompt 1 of 2 tokens is longer than a row of the cache, 1 tokens",
+        ),
+        ((f"--hf_dir={folder}", "--prompt=a", "--pp=2"), "pp=2 is 2 ranks, and the job has 1"),
+        ((f"--hf_dir={folder}", "--prompt=a", "--top_p=2"), "top_p=2"),
+        ((f"--hf_dir={folder}", "--prompt=a", "--logprobs=2"), "--logprobs=2 are written to --output_jsonl"),
+        ((f"--hf_dir={folder}", "--prompt=a", "--enable_thinking"), "--enable_thinking=True is for the chat template"),
+    ]
+    for args, message in wrong:
+        assert message in ended(main(tmp_path, *args), 2)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["--tp=2", "--dp=2"])
+def test_launched_processes_write_the_same(folder, tokenizer, tmp_path, layout):
+    (tmp_path / "prompts.txt").write_text("\n".join(LINES))
+    launch = ["experiments.launch", "--nproc=2", f"--log_dir={tmp_path}/logs", "--"]
+    ended(main(tmp_path, f"--hf_dir={folder}", "--prompts_file=prompts.txt", "--max_new_tokens=9", layout, launch=launch))
+    assert written(tmp_path / "text_generation_result.txt") == expected(folder, tokenizer, 9)
+
+
+@pytest.mark.slow
+def test_two_launchers_generate_together(folder, tokenizer, tmp_path):
+    """As two nodes, which share the machine here. Rank 0 alone reads the prompts and writes."""
+    port, nodes = free_port(), []
+    for rank in range(2):
+        cwd = tmp_path / f"node{rank}"
+        cwd.mkdir()
+        launch = [
+            "experiments.launch",
+            "--nproc=1",
+            "--nnodes=2",
+            f"--node_rank={rank}",
+            "--master_addr=127.0.0.1",
+            f"--master_port={port}",
+        ]
+        if rank == 0:
+            (cwd / "prompts.txt").write_text("\n".join(LINES))
+        args = [f"--hf_dir={folder}", "--prompts_file=prompts.txt", "--max_new_tokens=9", "--tp=2"]
+        nodes.append(main(cwd, *args, launch=[*launch, "--log_dir=logs", "--"]))
+    for node in nodes:
+        ended(node)
+    assert written(tmp_path / "node0" / "text_generation_result.txt") == expected(folder, tokenizer, 9)
+    assert os.listdir(tmp_path / "node1") == ["logs"]
+
+
+def test_weights_are_the_same_from_a_folder_and_a_run_in_any_layout(folder, run):
+    cfg, params = hf.load(folder)
+    for layout_ in (Mesh(), Mesh(tp=2, rank=1), Mesh(dp=2, rank=1)):
+        sharding = Sharding(layout_)
+        placed = tree_leaves(place(sharding, param_specs(cfg)))
+        for opened in (weights.inference(hf_dir=str(folder)), weights.inference(workdir=str(run))):
+            assert opened.cfg.replace(eos_id=cfg.eos_id) == cfg and (opened.tokenizer / "tokenizer.json").is_file()
+            for p, (path, leaf) in zip(placed, tree_paths(opened.params(sharding))):
+                want = cut(layout_, p.spec, p.used, lambda slices, path=path: reader(params)(path, slices))
+                np.testing.assert_array_equal(leaf.asnumpy(), want, err_msg=path)
+    for wrong in ({}, {"hf_dir": str(folder), "workdir": str(run)}):
+        with pytest.raises(ValueError, match="give --hf_dir=FOLDER.*or --workdir=RUN"):
+            weights.inference(**wrong)
+    with pytest.raises(ValueError, match="--workdir=.*nowhere does not exist"):
+        weights.inference(workdir=str(run / "nowhere"))
+
+
+def test_a_run_without_a_checkpoint_has_its_final_model(folder, tmp_path):
+    (tmp_path / "hf").symlink_to(folder)
+    assert weights.inference(workdir=str(tmp_path)).folder == tmp_path / "hf"
+
+
+def test_results_keep_to_stop_strings_and_reasons(engine, tokenizer):
+    """A stop string frees the row, for the next request."""
+    ids = [tokenizer.encode(line) for line in LINES]
+    plain = generate_batch.run(engine, tokenizer, [(i, Request(row, 30)) for i, row in enumerate(ids)])
+    plain.sort(key=lambda r: r.prompt)
+    stop = plain[0].text[7:9]
+    shown = []
+    found = generate_batch.run(engine, tokenizer, [(i, Request(row, 30)) for i, row in enumerate(ids)], (stop,), shown=shown.append, most=3)
+    assert sorted("".join(shown)) == sorted("".join(r.text for r in found))
+    for r in found:
+        text = plain[r.prompt].text
+        at = text.find(stop)
+        assert r.text == (text[:at] if at >= 0 else text) and r.finish_reason == ("stop" if at >= 0 else "length")
+        assert r.tokens == plain[r.prompt].tokens[: len(r.tokens)] and not engine.busy()
+    assert any(r.finish_reason == "stop" for r in found)
+
+
+def test_the_text_of_a_line_can_be_read_back():
+    text = "a\\n\nb\r\t\x1b[31m\u2028 é 你 🙂"
+    line = generate_batch.line(SimpleNamespace(text=text))
+    assert len(line.splitlines()) == 1 and "\x1b" not in line and "é 你 🙂" in line
+    assert line.encode("latin-1", "backslashreplace").decode("unicode_escape") == text
+
+
+def test_prompts_of_every_kind_of_line(tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "the fox"}]
+    lines = ["text", {"prompt": "more"}, messages, {"messages": messages, "tools": None}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    read = prompts.read(path=str(tmp_path / "p.jsonl"))
+    assert read == ["text", "more", {"messages": messages, "tools": None}, {"messages": messages, "tools": None}]
+    chat = tokenizer.encode("<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n", allow_special=True)
+    assert prompts.encode(tokenizer, read[2]).tolist() == prompts.encode(tokenizer, "the fox", chat=True).tolist() == chat
+    assert prompts.encode(tokenizer, "<|im_end|>").tolist() == tokenizer.encode("<|im_end|>") != [tokenizer.eos_id]
+    for text, message in (
+        ("{", "line 1 is not JSON"),
+        ("3", "line 1: give a string, a list"),
+        ('{"messages": [1]}', "line 1: give a string"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            prompts.read(path=str(tmp_path / "bad.jsonl"))
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="has no prompt"):
+        prompts.read(path=str(tmp_path / "empty.txt"))
+    with pytest.raises(ValueError, match="one of them"):
+        prompts.read("a", "b")
+    with pytest.raises(FileNotFoundError, match="--prompts_file=.*is not a file"):
+        prompts.read(path=str(tmp_path / "none"))
+
+
+def test_defaults_are_those_of_generation_config():
+    file = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "eos_token_id": [1, 2]}
+    assert sampling_defaults(file) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
+    assert sampling_defaults({**file, "do_sample": False}) == {"repetition_penalty": 1.05}  # then transformers is greedy
+    assert sampling_defaults({"do_sample": True}) == {"temperature": 1.0} and sampling_defaults({}) == {}
+
+
+def test_a_conversation_goes_on_from_all_of_it(engine, tokenizer):
+    asked = []
+
+    def request(prompt):
+        asked.append(tokenizer.decode(prompt))
+        return Request(prompt, 5)
+
+    out, model = io.StringIO(), SimpleNamespace(tokenizer=tokenizer, request=request)
+    lines = io.StringIO("the fox\n\nlazy\n/reset\nquick\n" + "dog " * 99 + "\n/exit\nnever\n")
+    generate_chat.chat(engine, model, lines=lines, out=out)
+    first, second, third, _ = asked
+    assert first == "<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n"
+    answer = second[len(first) : second.index("<|im_end|>\n<|im_start|>user\nlazy")]
+    assert answer and answer in out.getvalue()
+    assert third == "<|im_start|>user\nquick<|im_end|>\n<|im_start|>assistant\n"
+    assert "is longer than the cache of 64" in out.getvalue() and "never" not in out.getvalue()
+
+
+WRONG = [
+    (DENSE, dict(pp=2), "parallel.pp=2 does not generate; use --pp=1"),
+    (DENSE, dict(cp=2), "parallel.cp=2 does not generate"),
+    (DENSE, dict(tp=8), "parallel.tp=8 must divide num_heads=4"),
+    (DENSE, dict(dp=2, ep=2), "parallel.ep=2 splits experts, and model=m is dense"),
+    (MOE, dict(tp=2, ep=2), "parallel.ep=2 takes 2 of the tp=2 ranks.*use --dp=2"),
+    (MOE, dict(dp=4, ep=4), "parallel.ep=4 must divide num_experts=6"),
+]
+
+
+@pytest.mark.parametrize("cfg, asked, message", WRONG)
+def test_layouts_that_do_not_generate_are_refused(cfg, asked, message):
+    with pytest.raises(ValueError, match=message):
+        layout.for_inference(asked, cfg, "m", None)

@@ -1,0 +1,58 @@
+"""What runs in each process of test_engine_layouts.py: engines in layouts, and data ranks that end at different times."""
+
+import json
+
+from experiments.generate_batch import Together, gathered, run
+from parallel import collectives
+from parallel.mesh import Mesh
+from parallel.placement import load, place, reader
+from parallel.sharding import Sharding
+from qwen3 import hf
+from qwen3.engine import Engine, Request
+from qwen3.model import param_specs
+from qwen3.tokenizer import train_bpe
+from tests.qwen3.test_engine import CONTINUATIONS, GOLDEN
+
+DRAWN = {"temperature": 1.0, "top_p": 0.9, "seed": 5}
+# name -> the golden model, sizes of the mesh, options of the requests
+LAYOUTS = {
+    "tp2": ("dense_tied", dict(tp=2), {}),
+    "dp2 ep2": ("moe_norm", dict(dp=2, ep=2), {}),
+    "tp2, drawn": ("dense_tied", dict(tp=2), DRAWN),
+    "tp2, biases": ("qwen2_bias", dict(tp=2), {}),
+    "tp2, experts": ("moe_norm", dict(tp=2), {}),
+    "dp2": ("dense_tied", dict(dp=2), {}),
+    "tp4 of 2 kv heads": ("dense_tied", dict(tp=4), {}),
+    "dp2 tp2 ep2": ("moe_mixed", dict(dp=2, tp=2, ep=2), {}),
+    "dp2 tp2": ("qwen2_bias", dict(dp=2, tp=2), {}),
+}
+
+
+def requests(name, options):
+    cases = CONTINUATIONS[name]
+    return [(i, Request(case["prompt"], len(case["greedy"]), **options)) for i, case in enumerate(cases)]
+
+
+def tokens(name, sizes, options, rank=0):
+    """The tokens of each prompt, in one process without a mesh, or as every rank gathers them. Data rank 0 has all but two prompts."""
+    cfg, params = hf.load(GOLDEN / "hf" / name)
+    mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
+    sharding = Sharding(mesh) if mesh.world > 1 else None
+    if sharding:
+        params = load(mesh, place(sharding, param_specs(cfg)), reader(params), "used")
+    engine = Engine(params, cfg, slots=3, length=64, prefill_chunk=8, sharding=sharding)
+    engine.warm_up()
+    mine = requests(name, options)
+    if mesh.dp > 1:
+        mine = mine[2:] if mesh.index(("dp",)) == 0 else mine[:2]
+    results, _ = gathered(mesh, run(engine, TOKENIZER, mine, (), Together(sharding)), engine.totals)
+    return [result.tokens for result in results]
+
+
+TOKENIZER = train_bpe(["a b c"], 259)
+
+
+def main(names):
+    """In each process: {layout: tokens} of a JSON list of names."""
+    rank, _ = collectives.start()
+    return {name: tokens(*LAYOUTS[name], rank) for name in json.loads(names)}

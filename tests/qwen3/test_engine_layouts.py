@@ -1,0 +1,34 @@
+"""Generation on several processes: the tokens of transformers and of one process, the same on every rank."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.processes import run
+from tests.qwen3.engine_layouts import LAYOUTS, tokens
+from tests.qwen3.test_engine import CONTINUATIONS
+
+USUAL = ("tp2", "dp2 ep2")
+GROUPS = [
+    (2, USUAL),
+    pytest.param((2, ("tp2, drawn", "tp2, biases", "tp2, experts", "dp2")), marks=pytest.mark.slow),
+    pytest.param((4, ("tp4 of 2 kv heads", "dp2 tp2 ep2", "dp2 tp2")), marks=pytest.mark.slow),
+]
+
+
+def test_every_layout_is_in_a_group():
+    assert sorted(LAYOUTS) == sorted(
+        name for group in GROUPS for name in (group[1] if isinstance(group, tuple) and group[0] == 2 else group.values[0][1])
+    )
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+def test_tokens_are_those_of_transformers_on_every_rank(group):
+    nproc, names = group
+    ranks = run("tests.qwen3.engine_layouts:main", nproc, json.dumps(names))
+    for name in names:
+        model, _, options = LAYOUTS[name]
+        want = tokens(model, {}, options) if options else [case["greedy"] for case in CONTINUATIONS[model]]
+        for rank in ranks:
+            np.testing.assert_array_equal(rank[name], want, err_msg=name)
