@@ -59,10 +59,10 @@ def build_program(cfg, config, sharding=None):
     placed = placements(cfg, sharding, scan)
     kernels = choose_kernels(config.ops, cfg, sharding)
     model, specs = build(cfg, sharding, scan, kernels), stacked_specs(cfg) if scan else param_specs(cfg)
-    names, parts = metric_names(cfg), Parts(*(select(placed, keep) for keep in (_trains, _is_frozen)))
+    names, parts = metric_names(cfg), Parts.of(placed)
     if parts.moving is None:
         raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
-    trained = select(specs, _spec_trains)
+    trained = select(specs, _trains)
     update, gradient = _update(trained, parts.moving, sharding, config.optim, kernels), _gradient(model, specs, names)
     if config.parallel.micro_batches == 1:
         run_step = _one_batch(gradient, update)
@@ -101,7 +101,7 @@ def build_program(cfg, config, sharding=None):
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 
-    held, restore = partial(held_arrays, parts, layers, cfg.lora is None), partial(restored, sharding.mesh, parts, layers)
+    held, restore = partial(held_arrays, placed, layers, with_frozen=cfg.lora is None), partial(restored, sharding.mesh, placed, layers)
     return Program(init, params_of, step, evaluate, held, restore, spread)
 
 
@@ -111,16 +111,12 @@ class Parts(NamedTuple):
     moving: object
     fixed: object
 
-
-def _trains(placed):
-    return placed.spec.trains
-
-
-def _is_frozen(placed):
-    return not placed.spec.trains
+    @classmethod
+    def of(cls, placed):
+        return cls(select(placed, lambda p: p.spec.trains), select(placed, lambda p: not p.spec.trains))
 
 
-def _spec_trains(spec):
+def _trains(spec):
     return spec.trains
 
 
@@ -146,7 +142,7 @@ def _noise(cfg, config, mesh):
 
 def _gradient(model, specs, names):
     """gradient(params, frozen, batch) -> ((loss, aux), grads of params), for use in a graph; params, frozen: nested tuples, or None."""
-    fixed = select(specs, _spec_is_frozen)
+    fixed = select(specs, _is_frozen)
     if fixed is None:
         of_all = grad_in_graph(model.loss_fn, specs, names)
 
@@ -154,7 +150,7 @@ def _gradient(model, specs, names):
             return of_all(params, batch)
 
         return gradient
-    join = joined(specs, select(specs, _spec_trains), fixed)
+    join = joined(specs, select(specs, _trains), fixed)
 
     def loss(params, frozen, batch):
         return model.loss_fn(join(params, frozen), batch)
@@ -162,7 +158,7 @@ def _gradient(model, specs, names):
     return grad_of_nested(loss, names)
 
 
-def _spec_is_frozen(spec):
+def _is_frozen(spec):
     return not spec.trains
 
 
@@ -186,26 +182,29 @@ def spread_arrays(sharding, cfg, tree, scan):
 STATE = {"params": "stored", "m": "state", "v": "state"}  # what is saved of a state, and how each is placed
 
 
-def held_arrays(parts, num_layers, with_frozen, state=None):
+def held_arrays(placed, num_layers, state=None, with_frozen=True):
     """[Held] of what a rank has of each array of a state, for parallel.checkpoint; without a state, of the sizes alone.
 
     num_layers: of the stacked layers, 0 where none are. with_frozen: whether what does not train is saved too.
     """
+    parts = Parts.of(placed)
     kinds = [(name, name, axes, parts.moving) for name, axes in STATE.items()]
     if parts.fixed and with_frozen:
         kinds.append(("params", "frozen", "stored", parts.fixed))
     return [
         Held(_names(kind, p.path, num_layers), p.spec, getattr(p, axes), w)
-        for kind, name, axes, placed in kinds
-        for p, w in zip(tree_leaves(placed), tree_leaves(state[name]) if state else [None] * len(tree_leaves(placed)))
+        for kind, name, axes, part in kinds
+        for p, w in zip(tree_leaves(part), tree_leaves(state[name]) if state else [None] * len(tree_leaves(part)))
     ]
 
 
-def restored(mesh, parts, num_layers, read, norm):
+def restored(mesh, placed, num_layers, read, norm):
     """The state of which read(name, slices) gives the arrays; those that are frozen, too, by their name as parameters."""
 
-    def tree(kind, placed, axes):
-        return to_tuple(_load(mesh, placed, lambda path, slices: read(f"{kind}/{path}", slices), num_layers, axes))
+    parts = Parts.of(placed)
+
+    def tree(kind, part, axes):
+        return to_tuple(_load(mesh, part, lambda path, slices: read(f"{kind}/{path}", slices), num_layers, axes))
 
     state = {kind: tree(kind, parts.moving, axes) for kind, axes in STATE.items()}
     frozen = tree("params", parts.fixed, "stored") if parts.fixed else None

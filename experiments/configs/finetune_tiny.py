@@ -13,10 +13,10 @@ def get_config():
     c.model = "tiny"
     c.data.format = "messages"
     c.data.vocab_size = 320
-    c.train.steps = 600
+    c.train.steps = 1000
     c.train.batch_size = 8
-    c.train.seq_len = 256
-    c.train.eval_every = 100
+    c.train.seq_len = 128
+    c.train.eval_every = 200
     c.optim.lr = 3e-3
     c.optim.warmup_steps = 50
     c.optim.weight_decay = 0.01

@@ -23,12 +23,12 @@ def _letters(rng, n):
 
 
 def _reverse(rng):
-    letters = _letters(rng, rng.integers(3, 7))
+    letters = _letters(rng, rng.integers(3, 6))
     return f"reverse {' '.join(letters)}", " ".join(reversed(letters))
 
 
 def _sort(rng):
-    letters = _letters(rng, rng.integers(3, 7))
+    letters = _letters(rng, rng.integers(3, 6))
     return f"sort {' '.join(letters)}", " ".join(sorted(letters))
 
 
