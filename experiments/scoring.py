@@ -41,15 +41,15 @@ class Scorer:
     prefix_id: int
 
 
-def build(params, cfg, tokenizer, *, sharding=None, scan=False, kernels=None, batch_size=8, length=None, prefix_id=None):
-    """A Scorer of `params`, a rank's parts as qwen3.model.build(cfg, sharding, scan) takes them, over batches of batch_size rows.
+def build(params, cfg, tokenizer, *, sharding=None, kernels=None, batch_size=8, length=None, prefix_id=None):
+    """A Scorer of `params`, a rank's parts as qwen3.model.build(cfg, sharding) takes them, over batches of batch_size rows.
 
     length: by default the model's longest. prefix_id: by default the tokenizer's eos_id, as in lm-evaluation-harness.
     """
     sharding, cfg = sharding or Sharding(), cfg.replace(moe_capacity_factor=None)  # so that no token is without a place
     if batch_size % sharding.mesh.dp:
         raise ValueError(f"batch_size={batch_size} must be a multiple of parallel.dp={sharding.mesh.dp}")
-    score = jit(model.build(cfg, sharding, scan, kernels).score)
+    score = jit(model.build(cfg, sharding, kernels=kernels).score)
     prefix_id = tokenizer.eos_id if prefix_id is None else prefix_id
     length = min(length or cfg.max_position, cfg.max_position)
     return Scorer(params, cfg, tokenizer, score, sharding, kernels, batch_size, length, prefix_id)
@@ -154,7 +154,8 @@ def generate_until(scorer, requests):
 
     A context that leaves no room for the answer loses its start. The draws of a request depend on its number alone.
     """
-    tokenizer, stop, asked = scorer.tokenizer, _stop_ids(scorer), []
+    tokenizer, asked = scorer.tokenizer, []
+    stop = tuple(sorted(stop_ids(scorer.cfg, tokenizer)))
     contexts = tokenizer.encode_batch([context for context, _ in requests], allow_special=True)
     for number, (ids, (_, options)) in enumerate(zip(contexts, requests)):
         most, until, sampling = _options(scorer, options)
@@ -163,9 +164,9 @@ def generate_until(scorer, requests):
     return [cut_at(tokenizer.decode(ids, skip_special=True), until) for ids, (_, until) in zip(_generated(scorer, asked), asked)]
 
 
-def _stop_ids(scorer):
-    ids = scorer.cfg.eos_id
-    return tuple(sorted({scorer.tokenizer.eos_id, *((ids,) if isinstance(ids, int) else ids or ())}))
+def stop_ids(cfg, tokenizer):
+    """The set of ids that end an answer: the tokenizer's eos_token and the model's own."""
+    return {tokenizer.eos_id, *((cfg.eos_id,) if isinstance(cfg.eos_id, int) else cfg.eos_id or ())}
 
 
 def _options(scorer, options):
@@ -186,8 +187,8 @@ def _options(scorer, options):
 def _generated(scorer, asked):
     """The new ids of each (Request, texts to stop at); data parallel ranks share the requests among them."""
     mesh, sharding = scorer.sharding.mesh, scorer.sharding
-    if sharding.shards("rows") > sharding.shards("tokens") or sharding.zero or isinstance(scorer.params["layers"], dict):
-        raise ValueError("generation works without --seq_parallel, --zero and --config.train.layer_loop=scan; leave them out")
+    if sharding.shards("rows") > sharding.shards("tokens"):
+        raise ValueError("generation works without sequence parallelism; leave out --seq_parallel")
     if not asked:
         return []
     length = max(len(request.prompt) + request.max_new_tokens for request, _ in asked)

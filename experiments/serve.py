@@ -10,13 +10,12 @@ import os
 
 from absl import flags
 
-from experiments import evaluation, train
+from experiments import evaluation, scoring
 from experiments import flags as command_line
 from parallel import collectives
 from parallel.mesh import world_size
 from parallel.sharding import Sharding
 from qwen3.engine import Engine
-from qwen3.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("hf_dir", None, "folder of a Hugging Face model")
@@ -33,23 +32,24 @@ flags.DEFINE_float("drain_s", 30, "after SIGTERM, seconds for what is at work to
 
 
 def main(_):
-    if bool(FLAGS.hf_dir) == bool(FLAGS.workdir):
-        raise ValueError("give --hf_dir, the folder of a Hugging Face model, or --workdir, that of a run; one of the two")
     if world_size() > 1:
         raise ValueError("experiments.serve runs on one process; start it without experiments.launch")
     try:
         from experiments import serve_run
     except ImportError as error:
         raise ValueError(f"experiments.serve needs {error.name}: pip install -e '.[serve]'") from error
-    weights = evaluation.open_model("hf_dir" if FLAGS.hf_dir else "workdir", FLAGS.hf_dir or FLAGS.workdir)
-    keys, cfg, tokenizer = serve_run.read_keys(FLAGS.api_key_file), weights.config, Tokenizer.load(weights.tokenizer)
+    keys = serve_run.read_keys(FLAGS.api_key_file)
     collectives.start()
-    params, length = train.parameters(cfg, Sharding(), False, weights.read), min(FLAGS.length, cfg.max_position)
+    model, tokenizer = evaluation.open_model(FLAGS.hf_dir, FLAGS.workdir)
+    params, length = model.params(Sharding()), min(FLAGS.length, model.cfg.max_position)
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
-    stop_ids = {tokenizer.eos_id, tokenizer.eod_id, *([cfg.eos_id] if isinstance(cfg.eos_id, int) else cfg.eos_id or ())}
+    stop_ids = scoring.stop_ids(model.cfg, tokenizer) | {tokenizer.eod_id}
     settings = serve_run.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys)
-    print(f"weights    {weights}", flush=True)
-    make = lambda: serve_run.warm(Engine(params, cfg, slots=FLAGS.slots, length=length))
+    print(f"weights    {model.text}", flush=True)
+
+    def make():
+        return serve_run.warm(Engine(params, model.cfg, slots=FLAGS.slots, length=length))
+
     serve_run.run(settings, make, FLAGS.slots + FLAGS.max_waiting, FLAGS.host, FLAGS.port, FLAGS.drain_s)
 
 
