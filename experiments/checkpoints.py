@@ -1,11 +1,12 @@
 """A run's checkpoints: how it begins, what is saved and when, and how a signal ends it."""
 
+import dataclasses
 import os
 import signal
 import threading
 from functools import partial
 
-from experiments import run_folder, weights
+from experiments import adapter, run_folder, weights
 from parallel import collectives
 from parallel.checkpoint import pieces
 from parallel.checkpoint_files import step_folder, steps
@@ -19,12 +20,13 @@ def start(workdir, cfg, config, mesh, program):
     """The weights.Start of a run: its own folder's newest checkpoint, else that of --resume_from, else the weights of --init_from, else
     random ones. All ranks call it. Raises ValueError for a folder that does not fit; see run_folder.own_step."""
     own = run_folder.agreed(mesh, run_folder.own_step(workdir, config) if mesh.rank == 0 else 0)
-    fresh = weights.random(cfg, config)
-    if own:
-        return weights.from_checkpoint(step_folder(workdir, own), program, False, fresh)
-    if config.resume_from:
-        return weights.from_checkpoint(_other(config, mesh), program, config.partial, fresh)
-    return weights.initial(cfg, config)
+    if not own and not config.resume_from:
+        return weights.initial(cfg, config)
+    folder, partial_ = (step_folder(workdir, own), False) if own else (_other(config, mesh), config.partial)
+    fresh = weights.initial_params(cfg, config)[0] if cfg.lora else weights.random(cfg, config)
+    if cfg.lora:
+        adapter.check_base(Reader(folder).meta.get("base"), adapter.base_of(cfg, config, fresh), folder)
+    return weights.from_checkpoint(folder, program, partial_, fresh)
 
 
 def _other(config, mesh):
@@ -53,6 +55,9 @@ class Saving:
         self.done, self.tokens = begun
         self.settings, self.stopped, self._asked, self._before = config.checkpoint, False, False, {}
         self.kept = {"config": run_folder.to_dict(config), "model": cfg.to_hf()}
+        if cfg.lora:
+            self.kept["lora"] = dataclasses.asdict(cfg.lora)
+            self.kept["base"] = adapter.base_of(cfg, config, weights.initial_params(cfg, config)[0])
         c, token = config.checkpoint, run_folder.agreed(mesh, int.from_bytes(os.urandom(3), "big"))
         settings = Settings(c.keep_last, c.keep_every, c.compression, c.async_save, c.on_error, c.timeout_s)
         self.saver = Saver(workdir, mesh.rank, mesh.world, f"{token:06x}", settings, self._sums, begun[0] or None)

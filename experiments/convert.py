@@ -4,6 +4,8 @@ hf-to-native --input=HF_FOLDER --output=NEW       a checkpoint of the weights al
 native-to-hf --input=RUN --output=NEW             a folder that transformers opens; of a run its newest checkpoint, or give
                                                   RUN/checkpoints/step_000100. Both: --dtype=float32|bfloat16|float16
 inspect      --input=A [--state] [--nonorms]      arrays, shapes, dtypes, sizes, norms
+merge-lora   --input=ADAPTER --output=NEW         a plain Hugging Face folder from an adapter, in PEFT's format or of a run, and its base;
+                                                  --base=DIR where the base is not at the path that the adapter notes
 diff         A B [--dtype] [--max_diff=1e-6]      the largest differences by array, of either format; fails above --max_diff
 verify       --input=A [--sha256=FILE]            a checkpoint against its checksums; a folder's headers, sizes, index, and a list of
                                                   sha256sum
@@ -16,12 +18,14 @@ from absl import flags
 from experiments import convert_look as look
 from experiments import convert_weights as convert
 from experiments import flags as command_line
+from experiments.convert_lora import merge
 from parallel.hints import nearest
 from qwen3.config import DTYPES
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "folder of a Hugging Face model, of a run (its newest checkpoint), or of a checkpoint")
 flags.DEFINE_string("output", None, "the folder to write, which must not exist yet; of diff: the second of the two")
+flags.DEFINE_string("base", None, "of merge-lora: folder of the base, a Hugging Face model, a run or a checkpoint")
 flags.DEFINE_enum("dtype", None, list(DTYPES), "of what is written, else as it is; of diff: both are rounded to it first")
 flags.DEFINE_boolean("state", False, "the optimizer state of a checkpoint, m and v, too")
 flags.DEFINE_boolean("norms", True, "read the arrays, for their norms and largest values")
@@ -31,6 +35,7 @@ flags.DEFINE_string("sha256", None, "of verify: a file as `sha256sum *` writes i
 COMMANDS = {  # and the flags of each
     "hf-to-native": ("input", "output", "dtype"),
     "native-to-hf": ("input", "output", "dtype"),
+    "merge-lora": ("input", "output", "base", "dtype"),
     "inspect": ("input", "state", "norms"),
     "diff": ("input", "output", "dtype", "state", "top", "max_diff"),
     "verify": ("input", "sha256"),
@@ -56,8 +61,11 @@ def main(_):
 
 
 def write(name):
-    for line in convert.write(name, FLAGS.input, FLAGS.output, FLAGS.dtype):
-        print(line)
+    if name == "merge-lora":
+        lines = merge(FLAGS.input, FLAGS.output, FLAGS.base, FLAGS.dtype)
+    else:
+        lines = convert.write(name, FLAGS.input, FLAGS.output, FLAGS.dtype)
+    print(*lines, sep="\n")
 
 
 def inspect(_):

@@ -105,6 +105,8 @@ def _native(folder, state):
     saved = Reader(str(folder))
     if not isinstance(saved.meta.get("model"), dict):
         raise ValueError(f"{folder} does not say of which model it is; it was not saved by a run or by hf-to-native")
+    if base := saved.meta.get("base"):
+        raise ValueError(f"{folder} holds adapters alone, for the base {base['path']}; join them by experiments.convert merge-lora first")
     config = Qwen3Config.from_hf(saved.meta["model"])
     shapes = {f"params/{path}": spec.shape for path, spec in tree_paths(param_specs(config))}
     match(saved, shapes, kinds=("params",))

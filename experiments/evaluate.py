@@ -28,27 +28,25 @@ flags.DEFINE_string("json", None, "file to write the results to")
 
 
 def main(_):
-    if bool(FLAGS.hf_dir) == bool(FLAGS.workdir):
-        raise ValueError("give --hf_dir, the folder of a Hugging Face model, or --workdir, that of a run; one of the two")
-    for name in ("init_from", "resume_from", "partial"):
+    for name in ("init_from", "resume_from", "partial", "zero", "micro_batches"):
         if FLAGS[name].present:
-            raise ValueError(f"--{name} has no use here; give the weights as --hf_dir or --workdir")
-    weights = evaluation.open_model("hf_dir" if FLAGS.hf_dir else "workdir", FLAGS.hf_dir or FLAGS.workdir)
+            raise ValueError(f"--{name} has no use here; leave it out")
+    model, tokenizer = evaluation.open_model(FLAGS.hf_dir, FLAGS.workdir)
     files, names = evaluation.split_tasks(FLAGS.tasks, FLAGS.task_folder)
     data, part = FLAGS.data, FLAGS.part
     if data is None and not FLAGS.tasks:
         data, part = evaluation.own_data(FLAGS.config, FLAGS.workdir), "held_out"
     FLAGS.config.data.path = data or ""
-    FLAGS.config.data.tokenizer = FLAGS.config.data.tokenizer or str(weights.tokenizer)
-    config = command_line.resolve(FLAGS, cfg=weights.config)
+    FLAGS.config.data.tokenizer = FLAGS.config.data.tokenizer or str(model.tokenizer)
+    config = command_line.resolve(FLAGS, cfg=model.cfg)
     rank, _ = collectives.start()
-    scorer = evaluation.load(weights, config, rank, FLAGS.max_length)
+    scorer = evaluation.load(model, tokenizer, config, rank, FLAGS.max_length)
     results = {}
     if data is not None:
         results["data"] = evaluation.data_set(scorer, config, part, FLAGS.rows)
     results.update(evaluation.run_tasks(scorer, files, names, FLAGS.task_folder, FLAGS.limit))
     if rank == 0:
-        report = {"weights": str(weights), "data": data, "part": part if data is not None else None, "results": results}
+        report = {"weights": model.text, "data": data, "part": part if data is not None else None, "results": results}
         print("\n".join(evaluation.table(report)), flush=True)
         if FLAGS.json:
             write_json(os.path.expanduser(FLAGS.json), report)

@@ -6,8 +6,7 @@ import os
 
 import numpy as np
 
-from experiments import harness, layout, scoring, tasks, train
-from experiments.convert_weights import open_weights
+from experiments import harness, layout, scoring, tasks, weights
 from experiments.data import corpus, loader
 from experiments.metrics import held_out
 from experiments.run_folder import CONFIG
@@ -16,12 +15,16 @@ from qwen3.model import choose_kernels
 from qwen3.tokenizer import Tokenizer
 
 
-def open_model(key, path):
-    """The convert_weights.Weights in the folder that the flag `key` gives. Raises ValueError where it has no tokenizer."""
-    weights = open_weights(key, path)
-    if weights.tokenizer is None:
-        raise ValueError(f"--{key}={path} has no tokenizer beside its weights; copy tokenizer.json and tokenizer_config.json there")
-    return weights
+def open_model(hf_dir, workdir):
+    """(weights.Inference, Tokenizer) of a Hugging Face folder, or of a run. Raises ValueError where there is no tokenizer that fits."""
+    model = weights.inference(hf_dir, workdir)
+    if model.tokenizer is None:
+        raise ValueError(f"{model.text} has no tokenizer beside its weights; put tokenizer.json and tokenizer_config.json there")
+    tokenizer = Tokenizer.load(model.tokenizer)
+    if tokenizer.vocab_size > model.cfg.vocab_size:
+        have = f"{tokenizer.vocab_size} ids, and the model {model.cfg.vocab_size}"
+        raise ValueError(f"the tokenizer of {model.tokenizer} has {have}; are they of one model?")
+    return model, tokenizer
 
 
 def own_data(config, workdir):
@@ -38,17 +41,12 @@ def own_data(config, workdir):
     return config.data.path
 
 
-def load(weights, config, rank, length=None):
-    """The scoring.Scorer of opened weights in the layout of config.parallel, each rank reading its own part."""
-    cfg = weights.config
-    if config.model_args.compute_dtype:
-        cfg = cfg.replace(compute_dtype=config.model_args.compute_dtype)
-    sharding = Sharding(layout.mesh(cfg, config.parallel, rank), seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
-    scan = config.train.layer_loop == "scan"
-    params, tokenizer = train.parameters(cfg, sharding, scan, weights.read), Tokenizer.load(weights.tokenizer)
-    kernels = choose_kernels(config.ops, cfg, sharding)
-    options = {"batch_size": config.train.batch_size, "length": length}
-    return scoring.build(params, cfg, tokenizer, sharding=sharding, scan=scan, kernels=kernels, **options)
+def load(model, tokenizer, config, rank, length=None):
+    """The scoring.Scorer of an opened model in the layout of config.parallel, each rank reading its own part."""
+    cfg, seq_parallel = model.cfg, config.parallel.seq_parallel
+    sharding = Sharding(layout.mesh(cfg, config.parallel, rank), seq_parallel=seq_parallel)
+    options = {"kernels": choose_kernels(config.ops, cfg, sharding), "batch_size": config.train.batch_size, "length": length}
+    return scoring.build(model.params(sharding), cfg, tokenizer, sharding=sharding, **options)
 
 
 def data_set(scorer, config, part, most=0):

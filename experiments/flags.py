@@ -3,6 +3,7 @@
 A main calls `define()` at import, `resolve(FLAGS)` in `main(argv)`, and ends with `flags.run(main)`.
 """
 
+import fnmatch
 import glob
 import json
 import os
@@ -19,11 +20,14 @@ from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
 from ops.registry import IMPLEMENTATIONS, OPS
 from parallel.checkpoint_files import COMPRESSIONS
+from parallel.checkpoint_read import Reader, find
 from parallel.hints import nearest
 from parallel.mesh import AXES, world_size
-from qwen3.config import SIZES, Qwen3Config, check_compute_dtype
+from qwen3.chat import FORMATS
+from qwen3.config import SIZES, Lora, Qwen3Config, check_compute_dtype
 
-MAINS = {"experiments.pretrain": "experiments/configs/tiny.py"}  # mains that run on many ranks, and their default config
+# Mains that run on many ranks, and their default config
+MAINS = {"experiments.pretrain": "experiments/configs/tiny.py", "experiments.finetune": "experiments/configs/finetune_tiny.py"}
 
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 
@@ -39,6 +43,9 @@ def define(default_config=None, flag_values=flags.FLAGS):
     flags.DEFINE_string("lowering", None, "overrides config.parallel.lowering: manual or shard", flag_values=flag_values)
     flags.DEFINE_string("resume_from", None, "overrides config.resume_from: a run to go on from", flag_values=flag_values)
     flags.DEFINE_string("init_from", None, "overrides config.init_from: weights to begin with", flag_values=flag_values)
+    flags.DEFINE_string(
+        "hf_dir", None, "folder of a Hugging Face model or of a run: its sizes, weights and tokenizer", flag_values=flag_values
+    )
     flags.DEFINE_boolean("partial", None, "overrides config.partial: load what fits of another model", flag_values=flag_values)
 
 
@@ -85,10 +92,19 @@ def resolve(flag_values, world=None, cfg=None):
     for name in ("resume_from", "init_from", "partial"):
         if flag_values[name].value is not None:
             config[name] = flag_values[name].value
+    if flag_values.hf_dir is not None:
+        _start_from(config, flag_values.hf_dir)
     _check(config)
     sizes = layout.check(config, cfg or model_config(config, "any"), world_size() if world is None else world or None)
     config.parallel.update(sizes)
     return FrozenConfigDict(config)
+
+
+def _start_from(config, folder):
+    """The config of a run that starts from the model of a folder: a Hugging Face one, or a run of ours."""
+    config.model = config.init_from = folder
+    own = os.path.join(folder, "tokenizer")  # of a run
+    config.data.tokenizer = config.data.tokenizer or (own if os.path.isdir(own) else folder)
 
 
 def check_layout(argv, world):
@@ -123,14 +139,44 @@ def model_config(config, device="CPU"):
     base = _base_model(config.model)
     if args.get("vocab_size", base.vocab_size) != base.vocab_size:  # another tokenizer, with other ids
         args = {"bos_id": None, "eos_id": None, "pad_id": None, **args}
-    cfg = base.replace(**args)
+    cfg = _what_trains(base.replace(**args), config)
     check_compute_dtype(cfg, device)
     return cfg
+
+
+def _what_trains(cfg, config):
+    """cfg with config.lora and train.freeze_*. Raises ValueError for patterns that nothing matches."""
+    include, exclude = (_patterns(config.train[key]) for key in ("freeze_include", "freeze_exclude"))
+    if not config.lora.rank:
+        return cfg.replace(frozen=(include, exclude))
+    if include or exclude:
+        raise ValueError(
+            f"train.freeze_*={','.join(include + exclude)!r}: with lora.rank={config.lora.rank} all but adapters is frozen; leave it out"
+        )
+    known, chosen = cfg.lora_targets, set()
+    for pattern in _patterns(config.lora.targets):
+        found = {name for name in known if fnmatch.fnmatchcase(name, pattern)}
+        if not found:
+            raise ValueError(
+                f"lora.targets: {pattern!r} matches none of {', '.join(known)}, which model={config.model} has{nearest(pattern, known)}"
+            )
+        chosen |= found
+    targets = tuple(name for name in known if name in chosen)
+    if not targets:
+        raise ValueError(f"lora.targets is empty; use some of {', '.join(known)}")
+    options = {key: config.lora[key] for key in ("rank", "alpha", "dropout", "init", "rslora")}
+    return cfg.replace(lora=Lora(targets=targets, **options))
+
+
+def _patterns(text):
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _base_model(model):
     if model in SIZES:
         return SIZES[model]
+    if saved := find(model):
+        return _saved_model(saved)
     path = os.path.join(model, "config.json")
     if not os.path.isdir(model):
         near = nearest(os.path.basename(model).lower(), SIZES)
@@ -143,6 +189,14 @@ def _base_model(model):
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     return Qwen3Config.from_hf(hf)
+
+
+def _saved_model(folder):
+    """The Qwen3Config of a checkpoint of ours."""
+    meta = Reader(folder).meta
+    if not isinstance(meta.get("model"), dict):
+        raise ValueError(f"model={folder!r} does not say of which model it is; it was not saved by a run or by hf-to-native")
+    return Qwen3Config.from_hf(meta["model"])
 
 
 def _with_config(argv, default):
@@ -226,12 +280,22 @@ FRACTION = (lambda value: 0 <= value <= 1), "must be from 0 to 1"
 BELOW_ONE = (lambda value: 0 <= value < 1), "must be from 0 to below 1"
 CHECKS = {
     **dict.fromkeys(("train.steps", "train.batch_size", "train.seq_len", "train.log_every", "parallel.micro_batches"), POSITIVE),
-    **dict.fromkeys(("train.eval_every", "train.eval_rows", "train.seed", "train.sample_tokens", "data.max_bytes"), NOT_NEGATIVE),
+    **dict.fromkeys(
+        ("train.eval_every", "train.eval_rows", "train.seed", "train.sample_tokens", "train.exact_match_rows", "data.max_bytes"),
+        NOT_NEGATIVE,
+    ),
     **dict.fromkeys(("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"), NOT_NEGATIVE),
     "checkpoint.compression": _one_of(*COMPRESSIONS),
     "checkpoint.on_error": _one_of("stop", "continue"),
     "checkpoint.timeout_s": POSITIVE,
+    "lora.rank": NOT_NEGATIVE,
+    "lora.alpha": POSITIVE,
+    "lora.dropout": BELOW_ONE,
+    "lora.init": _one_of("kaiming", "gaussian"),
     "train.layer_loop": _one_of("auto", "unroll", "scan"),
+    "data.format": _one_of("", *FORMATS),
+    "data.enable_thinking": _one_of("none", "true", "false"),
+    "data.packing": _one_of("packed", "padded"),
     **{f"ops.{op}": _one_of("auto", *IMPLEMENTATIONS) for op in OPS},
     "optim.schedule": _one_of("constant", "linear", "cosine", "wsd"),
     **dict.fromkeys(("optim.lr", "optim.eps", "data.vocab_size"), POSITIVE),

@@ -22,7 +22,8 @@ def describe(config):
     sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
     placed = tree_leaves(place(sharding, param_specs(cfg)))
     lines = [summary(config), "", *_table([COLUMNS, *_rows(sharding, placed)]), ""]
-    totals = [(name, sum(nbytes(mesh, p, axes) for p in placed) * times) for name, axes, times in TOTALS]
+    trained = [p for p in placed if p.spec.trains]
+    totals = [(name, sum(nbytes(mesh, p, axes) for p in (placed if axes == "stored" else trained)) * times) for name, axes, times in TOTALS]
     lines += [f"{name:<16} {_gib(size)} a rank" for name, size in [*totals, ("together", sum(size for _, size in totals))]]
     if mesh.world > 1:
         lines += ["", *_table(layout_traffic.table(config, cfg, sharding)), *layout_traffic.notes(config, cfg)]

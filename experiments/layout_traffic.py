@@ -48,7 +48,7 @@ def step_calls(config, cfg, sharding):
     rest, layers = model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
     if scan:
         layers = layers + traffic.again(layers)
-    update = traffic.of_update(sharding, tree_leaves(placements(cfg, sharding, scan)), micro)
+    update = traffic.of_update(sharding, [p for p in tree_leaves(placements(cfg, sharding, scan)) if p.spec.trains], micro)
     return traffic.times(rest + layers, micro) + update
 
 
@@ -97,6 +97,7 @@ def _loss(model):
 
 def _batch():
     ints = {key: ms.Tensor(np.ones((1, 4)), ms.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
+    ints["noise"] = ints["tokens"]  # of dropout
     return {**ints, "loss_weights": ms.Tensor(np.ones((1, 4)), ms.float32)}
 
 
@@ -105,6 +106,8 @@ def _sizes(cfg, sharding, batch_size, seq_len):
     rows = batch_size * seq_len
     sizes = {"one": 1, "batch": batch_size, "seq": seq_len, **dict.fromkeys(("rows", "tokens", "expert_rows"), rows)}
     sizes.update(embed=cfg.hidden_size, head_dim=cfg.head_dim, kv=cfg.num_kv_heads * cfg.head_dim, vocab=cfg.vocab_size)
+    if cfg.lora:
+        sizes["rank"] = cfg.lora.rank
     if cfg.num_experts:
         shards, E, k = sharding.shards("experts"), cfg.num_experts, cfg.experts_per_token
         slots = shard_capacity(rows // sharding.shards("expert_rows"), k, E, shards, cfg.moe_capacity_factor)

@@ -18,16 +18,18 @@ from qwen3.model import param_specs
 
 
 def flops_per_token(cfg, seq_len):
-    """Training FLOPs per token, recompute not counted: 6 x (active non-embedding parameters + head) + causal attention."""
-    active = 0
+    """Training FLOPs per token, recompute not counted: 6 x (active non-embedding parameters + head) + causal attention; of frozen
+    parameters 4, as they have no gradients."""
+    flops, head = 0, None
     for path, spec in tree_paths(param_specs(cfg)):
+        each = 6 if spec.trains else 4
         if path in ("embed", "lm_head"):
+            head = each * cfg.vocab_size * cfg.hidden_size
             continue
         share = cfg.experts_per_token / cfg.num_experts if "experts" in spec.dims else 1
-        active += math.prod(spec.shape) * share
-    head = cfg.vocab_size * cfg.hidden_size
+        flops += each * math.prod(spec.shape) * share
     attention = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len  # scores and mix, half of them masked
-    return 6 * (active + head) + 6 * attention
+    return flops + head + 6 * attention
 
 
 def peak_flops(size=1536, repeats=5):

@@ -20,7 +20,6 @@ from qwen3.chat import FORMATS
 from qwen3.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
-THINKING = {"none": None, "true": True, "false": False}
 flags.DEFINE_string("input", None, "a file or a folder of files: jsonl, json, csv, parquet, arrow, txt, WikiText; .gz and .zst of them")
 flags.DEFINE_string("output_prefix", None, "start of the names of what is written")
 flags.DEFINE_string("tokenizer", None, "folder with tokenizer.json and tokenizer_config.json")
@@ -33,7 +32,7 @@ flags.DEFINE_boolean("skip_bad", False, "count, report and leave out records tha
 flags.DEFINE_boolean("per_line", False, "of .txt: each line is a document")
 flags.DEFINE_boolean("detokenize", False, "of WikiText: undo @-@, @,@, @.@ and the spaces around marks")
 flags.DEFINE_enum("format", None, list(FORMATS), "records are conversations of this format")
-flags.DEFINE_enum("enable_thinking", "none", list(THINKING), "given to the chat template")
+flags.DEFINE_enum("enable_thinking", "none", list(encode.THINKING), "given to the chat template")
 flags.DEFINE_integer("document", 0, "the document that inspect shows")
 INSPECTED = []  # the prefix that `inspect` gives, taken out of the command line
 
@@ -51,7 +50,7 @@ def main(_):
         raise ValueError(f"--enable_thinking={FLAGS.enable_thinking} needs --format={'|'.join(FORMATS)}")
     if FLAGS.max_samples < 0:
         raise ValueError(f"--max_samples={FLAGS.max_samples} must be 0 or more")
-    job = encode.Job(folder, _keys(), FLAGS.append_eod, _mapping(), FLAGS.format, THINKING[FLAGS.enable_thinking])
+    job = encode.Job(folder, _keys(), FLAGS.append_eod, _mapping(), FLAGS.format, encode.THINKING[FLAGS.enable_thinking])
     preprocess(FLAGS.input, os.path.expanduser(FLAGS.output_prefix), job)
 
 

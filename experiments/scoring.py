@@ -14,7 +14,9 @@ from experiments.data import loader, packing
 from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.step import jit
-from qwen3 import generate, model
+from qwen3 import model
+from qwen3.engine import Engine, Request
+from qwen3.text_stream import TextStream
 
 NARROWEST = 64  # tokens of a row; rows are this times a power of two
 MAX_NEW, TOKEN_LIMITS = 256, ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -39,15 +41,15 @@ class Scorer:
     prefix_id: int
 
 
-def build(params, cfg, tokenizer, *, sharding=None, scan=False, kernels=None, batch_size=8, length=None, prefix_id=None):
-    """A Scorer of `params`, a rank's parts as qwen3.model.build(cfg, sharding, scan) takes them, over batches of batch_size rows.
+def build(params, cfg, tokenizer, *, sharding=None, kernels=None, batch_size=8, length=None, prefix_id=None):
+    """A Scorer of `params`, a rank's parts as qwen3.model.build(cfg, sharding) takes them, over batches of batch_size rows.
 
     length: by default the model's longest. prefix_id: by default the tokenizer's eos_id, as in lm-evaluation-harness.
     """
     sharding, cfg = sharding or Sharding(), cfg.replace(moe_capacity_factor=None)  # so that no token is without a place
     if batch_size % sharding.mesh.dp:
         raise ValueError(f"batch_size={batch_size} must be a multiple of parallel.dp={sharding.mesh.dp}")
-    score = jit(model.build(cfg, sharding, scan, kernels).score)
+    score = jit(model.build(cfg, sharding, kernels=kernels).score)
     prefix_id = tokenizer.eos_id if prefix_id is None else prefix_id
     length = min(length or cfg.max_position, cfg.max_position)
     return Scorer(params, cfg, tokenizer, score, sharding, kernels, batch_size, length, prefix_id)
@@ -150,21 +152,21 @@ def generate_until(scorer, requests):
     """[(context, options)] -> [the text that follows]. options: until, a text or a list of texts before the first of which the answer ends;
     max_gen_toks (256); do_sample, temperature, top_k, top_p, min_p, without which it is greedy. Raises ValueError for any other.
 
-    A context that leaves no room for the answer loses its start.
+    A context that leaves no room for the answer loses its start. The draws of a request depend on its number alone.
     """
-    mesh, groups = scorer.sharding.mesh, {}
-    if mesh.world > mesh.dp:
-        raise ValueError(f"generation runs on data parallel ranks alone, and the layout has {mesh.world} ranks with --dp={mesh.dp}")
-    for i, (_, options) in enumerate(requests):
+    tokenizer, asked = scorer.tokenizer, []
+    stop = tuple(sorted(stop_ids(scorer.cfg, tokenizer)))
+    contexts = tokenizer.encode_batch([context for context, _ in requests], allow_special=True)
+    for number, (ids, (_, options)) in enumerate(zip(contexts, requests)):
         most, until, sampling = _options(scorer, options)
-        groups.setdefault((most, tuple(sampling.items())), []).append((i, until))
-    out = [None] * len(requests)
-    for (most, sampling), members in groups.items():
-        contexts = [requests[i][0] for i, _ in members]
-        prompts = [ids[-(scorer.length - most) :] for ids in scorer.tokenizer.encode_batch(contexts, allow_special=True)]
-        for (i, until), new in zip(members, _generated(scorer, prompts, most, dict(sampling))):
-            out[i] = cut_at(scorer.tokenizer.decode(new, skip_special=True), until)
-    return out
+        ids = ids[-(scorer.length - most) :] or [scorer.prefix_id]
+        asked.append((Request(prompt=ids, max_new_tokens=most, stop_ids=stop, seed=number, **sampling), until))
+    return [cut_at(tokenizer.decode(ids, skip_special=True), until) for ids, (_, until) in zip(_generated(scorer, asked), asked)]
+
+
+def stop_ids(cfg, tokenizer):
+    """The set of ids that end an answer: the tokenizer's eos_token and the model's own."""
+    return {tokenizer.eos_id, *((cfg.eos_id,) if isinstance(cfg.eos_id, int) else cfg.eos_id or ())}
 
 
 def _options(scorer, options):
@@ -182,20 +184,37 @@ def _options(scorer, options):
     return most, [until] if isinstance(until, str) else list(until), {} if greedy else sampling
 
 
-def _generated(scorer, prompts, most, sampling):
-    """The new ids after each prompt; data parallel ranks share the batches among them."""
-    mesh, ids = scorer.sharding.mesh, np.zeros((len(prompts), most + 1), np.float32)  # exact for every vocabulary; first how many
-    size, order = scorer.batch_size // mesh.dp, sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    stop = {scorer.tokenizer.eos_id, *np.ravel([] if scorer.cfg.eos_id is None else scorer.cfg.eos_id).astype(int).tolist()}
-    for number, start in enumerate(range(0, len(order), size)):
-        batch = order[start : start + size]
-        if number % mesh.dp == mesh.index(("dp",)):
-            asked = [prompts[i] or [scorer.prefix_id] for i in batch]
-            found = generate.generate(scorer.params, asked, scorer.cfg, most, stop_ids=stop, kernels=scorer.kernels, **sampling)
-            for i, new in zip(batch, found):
-                ids[i, 0], ids[i, 1 : len(new) + 1] = len(new), new
-    ids = collectives.host_sum(mesh, ("dp",), ids) if mesh.dp > 1 else ids
-    return [row[1 : int(row[0]) + 1].astype(np.int64).tolist() for row in ids]
+def _generated(scorer, asked):
+    """The new ids of each (Request, texts to stop at); data parallel ranks share the requests among them."""
+    mesh, sharding = scorer.sharding.mesh, scorer.sharding
+    if sharding.shards("rows") > sharding.shards("tokens"):
+        raise ValueError("generation works without sequence parallelism; leave out --seq_parallel")
+    if not asked:
+        return []
+    length = max(len(request.prompt) + request.max_new_tokens for request, _ in asked)
+    slots = scorer.batch_size // mesh.dp
+    engine = Engine(scorer.params, scorer.cfg, slots=slots, length=length, sharding=sharding, kernels=scorer.kernels)
+    out = np.zeros((len(asked), 1 + max(request.max_new_tokens for request, _ in asked)), np.float32)  # first how many; ids are exact in it
+    running = {}
+    for number in range(mesh.index(("dp",)), len(asked), mesh.dp):
+        running[engine.submit(asked[number][0])] = number, TextStream(scorer.tokenizer, filter(None, asked[number][1]))
+    while _any(mesh, engine.busy()):  # as often on every rank, for experts may be spread over them
+        for event in engine.step():
+            number, stream = running[event.id]
+            if stream.stopped or event.finish_reason == "stop":
+                continue
+            count = out[number, 0] = out[number, 0] + 1
+            out[number, int(count)] = event.token
+            stream.push(event.token)
+            if stream.stopped:
+                engine.cancel(event.id)
+    out = collectives.host_sum(mesh, ("dp",), out) if mesh.dp > 1 else out
+    return [row[1 : int(row[0]) + 1].astype(int).tolist() for row in out]
+
+
+def _any(mesh, flag):
+    """Whether it is true on any data parallel rank."""
+    return flag if mesh.dp == 1 else bool(collectives.host_sum(mesh, ("dp",), [float(flag)])[0])
 
 
 def cut_at(text, until):

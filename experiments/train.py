@@ -13,15 +13,16 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import optim as optimizer
+from experiments.data.loader import rank_rows
 from experiments.metrics import held_out
 from parallel import collectives, zero
 from parallel.checkpoint import Held
 from parallel.placement import Spread, load, local_shape, place, reader, stacked
 from parallel.sharding import DATA, Sharding
 from parallel.source import function
-from parallel.spec import tree_leaves, tree_map, unflatten
-from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, rebuild_flat, subscripts, to_tuple
-from qwen3.model import build, choose_kernels, metric_names, param_specs, stacked_specs
+from parallel.spec import hash_bits, merge, select, tree_leaves, tree_map, unflatten
+from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, grad_of_nested, jit, joined, rebuild_flat, subscripts, to_tuple
+from qwen3.model import build, choose_kernels, drops, metric_names, param_specs, stacked_specs
 
 SUMS = ("tokens", "expert_overflow")  # metrics that add up over micro-batches; the others are weighted means
 SCAN_ABOVE_LAYERS = 8  # a scanned layer compiles once, and takes less memory; unrolled ones compute no forward twice
@@ -59,27 +60,35 @@ def build_program(cfg, config, sharding=None):
     placed = placements(cfg, sharding, scan)
     kernels = choose_kernels(config.ops, cfg, sharding)
     model, specs = build(cfg, sharding, scan, kernels), stacked_specs(cfg) if scan else param_specs(cfg)
-    names = metric_names(cfg)
-    update = _update(specs, placed, sharding, config.optim, kernels)
+    names, parts = metric_names(cfg), Parts.of(placed)
+    if parts.moving is None:
+        raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
+    trained = select(specs, _trains)
+    update, gradient = _update(trained, parts.moving, sharding, config.optim, kernels), _gradient(model, specs, names)
     if config.parallel.micro_batches == 1:
-        run_step = _one_batch(model, specs, names, update)
+        run_step = _one_batch(gradient, update)
     else:
-        run_step = _accumulated(model, specs, names, update, sharding, placed, config.parallel.micro_batches)
-    eval_loss, layers = jit(_eval_loss(model)), cfg.num_layers if scan else 0
+        run_step = _accumulated(gradient, trained, names, update, sharding, parts.moving, config.parallel.micro_batches)
+    eval_loss, layers = jit(_eval_loss(build(without_dropout(cfg), sharding, scan, kernels))), cfg.num_layers if scan else 0
+    noisy = _noise(cfg, config, sharding.mesh)
 
     def init(params):
         read = params if callable(params) else reader(params)
-        nested = to_tuple(_load(sharding.mesh, placed, read, layers))
-        return {"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))}
+        moving, fixed = (to_tuple(_load(sharding.mesh, part, read, layers)) if part else None for part in parts)
+        return {"params": moving, "frozen": fixed, **optimizer.init_state(to_tuple(shapes(sharding.mesh, parts.moving, "state")))}
+
+    def whole(state):
+        fixed = from_tuple(parts.fixed, state["frozen"]) if parts.fixed else None
+        return merge(specs, from_tuple(trained, state["params"]), fixed)
 
     def spread(state):
-        return spread_arrays(sharding, cfg, from_tuple(specs, state["params"]), scan)
+        return spread_arrays(sharding, cfg, whole(state), scan)
 
     def params_of(state):
         return tree_map(lambda leaf: _copy(leaf.asnumpy(everywhere=True)), spread(state))
 
     def step(state, batch, lr, at):
-        state, (objective, aux, norm, skipped) = run_step(state, batch, optimizer.scalars(config.optim, lr, at))
+        state, (objective, aux, norm, skipped) = run_step(state, noisy(batch, at), optimizer.scalars(config.optim, lr, at))
         metrics = {name: _number(value) for name, value in zip(names, aux)}
         metrics.update(objective=_number(objective), grad_norm=_number(norm), lr=lr)
         if cfg.moe_layers:
@@ -87,14 +96,71 @@ def build_program(cfg, config, sharding=None):
         return state, {**metrics, "skipped": _number(skipped)} if config.optim.skip_spikes else metrics
 
     def evaluate(state, batches):
-        tree, nats, targets = from_tuple(specs, state["params"]), 0.0, 0.0
+        tree, nats, targets = whole(state), 0.0, 0.0
         for batch in batches:
             loss, tokens = map(_number, eval_loss(tree, _tensors(batch)))
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 
-    held, restore = partial(held_arrays, placed, layers), partial(restored, sharding.mesh, placed, layers)
+    held, restore = partial(held_arrays, placed, layers, with_frozen=cfg.lora is None), partial(restored, sharding.mesh, placed, layers)
     return Program(init, params_of, step, evaluate, held, restore, spread)
+
+
+class Parts(NamedTuple):
+    """Of a tree of Placed what trains, and what is frozen, None where nothing is; see parallel.spec.select."""
+
+    moving: object
+    fixed: object
+
+    @classmethod
+    def of(cls, placed):
+        return cls(select(placed, lambda p: p.spec.trains), select(placed, lambda p: not p.spec.trains))
+
+
+def _trains(spec):
+    return spec.trains
+
+
+def without_dropout(cfg):
+    return cfg.replace(lora=dataclasses.replace(cfg.lora, dropout=0.0)) if drops(cfg) else cfg
+
+
+def _noise(cfg, config, mesh):
+    """f(batch, step) -> the batch with the integers of which dropout draws, of the run's seed, the step and the token's place in the global
+    batch."""
+
+    def noisy(batch, at):
+        rows, length = batch["tokens"].shape
+        mine = np.array(rank_rows(rows * mesh.dp, mesh.index(("dp",)), mesh.dp, config.parallel.micro_batches), np.uint64)
+        place = mine[:, None] * np.uint64(length) + np.arange(length, dtype=np.uint64)
+        return {**batch, "noise": hash_bits(config.train.seed, at, place).view(np.int32)}
+
+    def as_it_is(batch, at):
+        return batch
+
+    return noisy if drops(cfg) else as_it_is
+
+
+def _gradient(model, specs, names):
+    """gradient(params, frozen, batch) -> ((loss, aux), grads of params), for use in a graph; params, frozen: nested tuples, or None."""
+    fixed = select(specs, _is_frozen)
+    if fixed is None:
+        of_all = grad_in_graph(model.loss_fn, specs, names)
+
+        def gradient(params, frozen, batch):
+            return of_all(params, batch)
+
+        return gradient
+    join = joined(specs, select(specs, _trains), fixed)
+
+    def loss(params, frozen, batch):
+        return model.loss_fn(join(params, frozen), batch)
+
+    return grad_of_nested(loss, names)
+
+
+def _is_frozen(spec):
+    return not spec.trains
 
 
 def _check_dtype(cfg):
@@ -117,26 +183,33 @@ def spread_arrays(sharding, cfg, tree, scan):
 STATE = {"params": "stored", "m": "state", "v": "state"}  # what is saved of a state, and how each is placed
 
 
-def held_arrays(placed, num_layers, state=None):
+def held_arrays(placed, num_layers, state=None, with_frozen=True):
     """[Held] of what a rank has of each array of a state, for parallel.checkpoint; without a state, of the sizes alone.
 
-    num_layers: of the stacked layers, 0 where none are.
+    num_layers: of the stacked layers, 0 where none are. with_frozen: whether what does not train is saved too.
     """
-    leaves = tree_leaves(placed)
+    parts = Parts.of(placed)
+    kinds = [(name, name, axes, parts.moving) for name, axes in STATE.items()]
+    if parts.fixed and with_frozen:
+        kinds.append(("params", "frozen", "stored", parts.fixed))
     return [
         Held(_names(kind, p.path, num_layers), p.spec, getattr(p, axes), w)
-        for kind, axes in STATE.items()
-        for p, w in zip(leaves, tree_leaves(state[kind]) if state else [None] * len(leaves))
+        for kind, name, axes, part in kinds
+        for p, w in zip(tree_leaves(part), tree_leaves(state[name]) if state else [None] * len(tree_leaves(part)))
     ]
 
 
 def restored(mesh, placed, num_layers, read, norm):
-    """The state of which read(name, slices) gives the arrays."""
+    """The state of which read(name, slices) gives the arrays; those that are frozen, too, by their name as parameters."""
 
-    def tree(kind, axes):
-        return to_tuple(_load(mesh, placed, lambda path, slices: read(f"{kind}/{path}", slices), num_layers, axes))
+    parts = Parts.of(placed)
 
-    return {**{kind: tree(kind, axes) for kind, axes in STATE.items()}, "norm": ms.Tensor(norm, ms.float32)}
+    def tree(kind, part, axes):
+        return to_tuple(_load(mesh, part, lambda path, slices: read(f"{kind}/{path}", slices), num_layers, axes))
+
+    state = {kind: tree(kind, parts.moving, axes) for kind, axes in STATE.items()}
+    frozen = tree("params", parts.fixed, "stored") if parts.fixed else None
+    return {**state, "frozen": frozen, "norm": ms.Tensor(norm, ms.float32)}
 
 
 def _names(kind, path, num_layers):
@@ -152,11 +225,6 @@ def placements(cfg, sharding, scan):
     return {**tree, "layers": tree_map(lambda p: stacked(p, cfg.num_layers), tree["layers"][0])} if scan else tree
 
 
-def parameters(cfg, sharding, scan, read):
-    """This rank's part of a model's parameters, as qwen3.model.build(cfg, sharding, scan) takes them, from read(path, slices)."""
-    return _load(sharding.mesh, placements(cfg, sharding, scan), read, cfg.num_layers if scan else 0)
-
-
 def _load(mesh, placed, read, num_layers, axes="stored"):
     """The tensors of a tree of Placed; of `num_layers` stacked layers, where that is not 0."""
     if not num_layers:
@@ -170,9 +238,7 @@ def _load(mesh, placed, read, num_layers, axes="stored"):
             out[i] = layer
         return out
 
-    flat = {key: value for key, value in placed.items() if key != "layers"}
-    loaded = {**load(mesh, flat, read, axes), "layers": load(mesh, placed["layers"], of_layers, axes)}
-    return {key: loaded[key] for key in placed}
+    return {key: load(mesh, {key: value}, of_layers if key == "layers" else read, axes)[key] for key, value in placed.items()}
 
 
 def shapes(mesh, placed, axes):
@@ -182,8 +248,14 @@ def shapes(mesh, placed, axes):
 
 def uses_scan(cfg, layer_loop):
     """Whether train.layer_loop makes one compiled layer run in a loop instead of unrolling all."""
-    one_kind = len({cfg.is_moe_layer(i) for i in range(cfg.num_layers)}) == 1
+    one_kind = len({cfg.is_moe_layer(i) for i in range(cfg.num_layers)}) == 1 and _train_alike(cfg)
     return layer_loop == "scan" or (layer_loop == "auto" and one_kind and cfg.num_layers > SCAN_ABOVE_LAYERS)
+
+
+def _train_alike(cfg):
+    """Whether the same of every layer is frozen."""
+    layers = param_specs(cfg)["layers"]
+    return len({tuple(spec.trains for spec in tree_leaves(layer)) for layer in layers}) == 1
 
 
 def _eval_loss(model):
@@ -253,30 +325,30 @@ def _column(like, i):
     return function("column(new)", [f"return ({''.join(f'new{at}[{i}], ' for at in subscripts(like))})"])
 
 
-def _one_batch(model, specs, names, update):
+def _one_batch(grad, update):
     """Gradients and update in one graph."""
-    grad, sum_gradients, flatten, apply = grad_in_graph(model.loss_fn, specs, names), update.sum_gradients, update.flatten, update.apply
+    sum_gradients, flatten, apply = update.sum_gradients, update.flatten, update.apply
 
-    def fused(params, m, v, mean_norm, values, batch):
-        (loss, aux), grads = grad(params, batch)
+    def fused(params, frozen, m, v, mean_norm, values, batch):
+        (loss, aux), grads = grad(params, frozen, batch)
         norm, skipped, changed = apply(params, sum_gradients(flatten(grads)), m, v, mean_norm, values, (loss, aux))
         return (loss, aux, norm, skipped), changed
 
     fused = jit(fused)
 
     def run(state, batch, values):
-        out, changed = fused(state["params"], state["m"], state["v"], state["norm"], values, _tensors(batch))
+        out, changed = fused(state["params"], state["frozen"], state["m"], state["v"], state["norm"], values, _tensors(batch))
         return update.merge(state, changed), out
 
     return run
 
 
-def _accumulated(model, specs, names, update, sharding, placed, count):
+def _accumulated(grad, specs, names, update, sharding, placed, count):
     """Gradients of micro-batches, each weighted by its share of the targets, and one update: two graphs.
 
     From ZeRO stage 2 on they are summed over the data ranks as they come, and a rank keeps its part of the sum; before, once at the end.
     """
-    grad, sum_gradients, flatten, apply = grad_in_graph(model.loss_fn, specs, names), update.sum_gradients, update.flatten, update.apply
+    sum_gradients, flatten, apply = update.sum_gradients, update.flatten, update.apply
     early, late = (sum_gradients, zero.same) if sharding.zero >= 2 else (zero.same, sum_gradients)
     parts = tuple(tree_leaves(shapes(sharding.mesh, placed, "state" if sharding.zero >= 2 else "used")))
 
@@ -285,8 +357,8 @@ def _accumulated(model, specs, names, update, sharding, placed, count):
 
     add_all = ms.ops.HyperMap()
 
-    def accumulate(params, total, share, batch):
-        (loss, aux), grads = grad(params, batch)
+    def accumulate(params, frozen, total, share, batch):
+        (loss, aux), grads = grad(params, frozen, batch)
         return loss, aux, add_all(partial(add_share, share), total, early(flatten(grads)))
 
     def finish(params, total, m, v, mean_norm, values):
@@ -298,7 +370,7 @@ def _accumulated(model, specs, names, update, sharding, placed, count):
         total, loss, aux = optimizer.zeros_like(parts), 0.0, [0.0] * len(names)
         slices, weights = micro_batches(batch, count)
         for share, part in zip(shares(collectives.host_sum(sharding.mesh, DATA, weights)), slices):
-            part_loss, part_aux, total = accumulate(state["params"], total, ms.Tensor(share, ms.float32), _tensors(part))
+            part_loss, part_aux, total = accumulate(state["params"], state["frozen"], total, ms.Tensor(share, ms.float32), _tensors(part))
             loss += share * _number(part_loss)
             aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
         norm, skipped, changed = finish(state["params"], total, state["m"], state["v"], state["norm"], values)

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import mindspore as ms
 
+from experiments import adapter
 from experiments.convert_weights import open_weights
 from experiments.run_folder import TOKENIZER
+from layers.lora import DROPOUT_LAYER
 from parallel.checkpoint import match, wanted
 from parallel.checkpoint_read import Reader, find
 from parallel.placement import load, place
@@ -31,7 +33,8 @@ class Start(NamedTuple):
 
 
 def from_checkpoint(folder, program, partial, fresh):
-    """The Start that goes on where a checkpoint was saved, in any layout. fresh(path, slices): parameters that it does not have.
+    """The Start that goes on where a checkpoint was saved, in any layout. fresh(path, slices): parameters that it does not have, such
+    as the base of adapters.
 
     Raises CheckpointError for a damaged one, and without `partial` for one of another model.
     """
@@ -52,7 +55,7 @@ def from_checkpoint(folder, program, partial, fresh):
 
 
 def random(cfg, config):
-    """read(path, slices) of the random parameters of train.seed."""
+    """read(path, slices) of the random parameters of train.seed; adapters' too."""
     specs = dict(tree_paths(param_specs(cfg)))
     return lambda path, slices: init_array(specs[path], path, config.train.seed, index=slices)
 
@@ -65,7 +68,30 @@ def initial(cfg, config):
 
 def initial_params(cfg, config):
     """The weights of config.init_from, else random ones: (read(path, slices), what they are, what did not match, with --partial)."""
-    path, fresh = config.init_from, random(cfg, config)
+    fresh = random(cfg, config)
+    read, text, other = _base(cfg.base, config, fresh)
+    if cfg.lora is None:
+        return read, text, other
+    adapters, how = fresh, f"new adapters of rank {cfg.lora.rank}"
+    if config.lora.adapter:
+        given = adapter.open_adapter(config.lora.adapter, cfg.base, read)
+        adapter.check_same(given, cfg, config.lora.adapter)
+        adapters, how = given.read, f"the adapter of {config.lora.adapter}"
+
+    def either(path, slices):
+        return (adapters if is_adapter(path) else fresh if path.endswith(DROPOUT_LAYER) else read)(path, slices)
+
+    return either, f"{text}, {how}", other
+
+
+def is_adapter(path):
+    """Whether a parameter is of an adapter."""
+    return ".lora." in f".{path}"
+
+
+def _base(cfg, config, fresh):
+    """What initial_params says, of a model without adapters."""
+    path = config.init_from
     if not path:
         return fresh, f"random weights of train.seed={config.train.seed}", ""
     if native := find(path):
@@ -84,6 +110,11 @@ def _hugging_face(path, cfg, config):
 def _native(folder, cfg, partial, fresh):
     """The parameters alone of a checkpoint."""
     saved, specs = Reader(folder), tree_paths(param_specs(cfg))
+    if base := saved.meta.get("base"):
+        raise ValueError(
+            f"init_from={folder} holds adapters alone, for the base {base['path']}; join them by"
+            f" `python -m experiments.convert merge-lora --input={folder} --output=NEW` and use --init_from=NEW"
+        )
     found, other = match(saved, {f"params/{path}": spec.shape for path, spec in specs}, partial, kinds=("params",))
 
     def read(path, slices):

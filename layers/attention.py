@@ -1,12 +1,17 @@
 """Grouped-query attention: QK-norm (Qwen3) or q, k, v biases (Qwen2), rotary embedding, document mask or KV cache."""
 
+from functools import partial
+
 from mindspore import ops
 
-from layers import linear
+from layers import linear, lora
 from ops.registry import pick
 from parallel.spec import ParamSpec, normal, ones, zeros
 
 cast = ops.Cast()
+
+
+ADAPTED = {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
 
 
 def specs(cfg):
@@ -23,7 +28,7 @@ def specs(cfg):
     if cfg.qkv_bias:
         p["bq"] = ParamSpec((q,), ("heads",), zeros(), parts=(N,))
         p["bk"] = p["bv"] = ParamSpec((kv,), ("kv",), zeros(), parts=(K,))
-    return p
+    return lora.specs(cfg, p, ADAPTED)
 
 
 def build(cfg, sharding, kernels):
@@ -37,10 +42,12 @@ def build(cfg, sharding, kernels):
     make = pick(kernels, "attention")
     attend, attend_cache = (sharding.op(make(cfg.head_dim**-0.5, in_order=known), dims, kind="kernel") for known in (True, False))
     out, reshape = linear.row(sharding, kernels, "heads"), ops.Reshape()
+    more_out = lora.beside(cfg, sharding, kernels, "o", "wo", cfg.num_heads * cfg.head_dim, inner="heads")
 
     def merge(p, o):
         B, S, N, H = o.shape
-        return out(reshape(o, (B * S, N * H)), p["wo"])
+        o = reshape(o, (B * S, N * H))
+        return more_out(p, o, out(o, p["wo"]))
 
     def attention(p, x, cos, sin, segments, order):
         q, k, v = project(p, x, cos, sin)
@@ -80,11 +87,15 @@ def _projection(cfg, sharding, kernels):
     def split(x, cos):
         return reshape(x, (cos.shape[0], cos.shape[1], -1, head_dim))
 
+    beside, D = partial(lora.beside, cfg, sharding, kernels), cfg.hidden_size
+    more_q, more_k, more_v = (beside(name, ADAPTED[name], D, into=dim) for name, dim in (("q", "heads"), ("k", "kv"), ("v", "kv")))
+
     def plain(p, x):
-        return to_qkv(x, p["wq"], p["wk"], p["wv"])
+        q, k, v = to_qkv(x, p["wq"], p["wk"], p["wv"])
+        return more_q(p, x, q), more_k(p, x, k), more_v(p, x, v)
 
     def biased(p, x):
-        q, k, v = to_qkv(x, p["wq"], p["wk"], p["wv"])
+        q, k, v = plain(p, x)
         return bias_q(q, p["bq"]), bias_kv(k, p["bk"]), bias_kv(v, p["bv"])
 
     def turned(p, q, k, cos, sin):

@@ -23,8 +23,7 @@ def build(cfg, sharding, kernels):
     """
     dtype, V = getattr(ms, cfg.compute_dtype), cfg.vocab_size
     reshape = ops.Reshape()
-    dims, take, part = "vocab embed, tokens -> tokens>rows embed", pick(kernels, "embedding")(), pick(kernels, "embedding", "part")()
-    take = sharding.op(take, dims, kind="contraction", call=_take, part=("vocab", V, _take_part(part)), dtype=ms.float32)
+    take = lookup(cfg, sharding, kernels, "embed")
     dims = "rows>tokens embed, vocab embed -> tokens vocab"
     project = pick(kernels, "matmul")(transpose_b=True)
     project = sharding.op(project, dims, kind="contraction", call=_project, part=("vocab", V, _project_part(V)), dtype=ms.float32)
@@ -36,6 +35,12 @@ def build(cfg, sharding, kernels):
         return project(x, w)
 
     return embed, head
+
+
+def lookup(cfg, sharding, kernels, width):
+    """take(w [V, width], ids_R) -> float32 [rows, width]"""
+    dims, take, part = f"vocab {width}, tokens -> tokens>rows {width}", pick(kernels, "embedding")(), pick(kernels, "embedding", "part")()
+    return sharding.op(take, dims, kind="contraction", call=_take, part=("vocab", cfg.vocab_size, _take_part(part)), dtype=ms.float32)
 
 
 def _take(take, w, ids):

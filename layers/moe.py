@@ -6,10 +6,14 @@ from functools import partial
 import mindspore as ms
 from mindspore import nn, ops
 
+from layers import lora
 from ops.registry import pick
 from parallel.spec import ParamSpec, normal, zeros
 
 cast = ops.Cast()
+
+
+ADAPTED = {"router": "router", "experts.gate": "w_gate", "experts.up": "w_up", "experts.down": "w_down"}
 
 
 def specs(cfg):
@@ -22,7 +26,7 @@ def specs(cfg):
     }
     if cfg.router_bias:
         p["router_bias"] = ParamSpec((E,), ("router",), zeros(), optimizer="sign")
-    return p
+    return lora.specs(cfg, p, ADAPTED)
 
 
 def stats_size(cfg):
@@ -37,11 +41,12 @@ def build(cfg, sharding, kernels):
     build_experts = partial(_experts if sharding.shards("experts") == 1 else _experts_elsewhere, cfg, kernels)
     route = _router(cfg, sharding, kernels)
     dims = "rows embed, rows choice, rows choice, experts embed expert_ffn, experts embed expert_ffn, experts expert_ffn embed"
-    experts = sharding.region(build_experts, dims + " -> rows embed, one", dtype=(None, ms.float32))
+    adapters, more_dims = lora.expert_weights(cfg)
+    experts = sharding.region(build_experts, f"{dims}{more_dims} -> rows embed, one", dtype=(None, ms.float32))
 
     def moe(p, x, valid):
         expert, weight, stats = route(p, x, valid)
-        y, overflow = experts(x, expert, weight, p["w_gate"], p["w_up"], p["w_down"])
+        y, overflow = experts(x, expert, weight, p["w_gate"], p["w_up"], p["w_down"], *adapters(p))
         return y, concat(stats, overflow)
 
     return moe
@@ -58,8 +63,10 @@ def _router(cfg, sharding, kernels):
     dims, sizes = "rows router, rows router, rows choice, rows -> router_stats", {"router_stats": 2 * cfg.num_experts + 2}
     statistics = sharding.op(_statistics(cfg), dims, kind="contraction", sizes=sizes, dtype=ms.float32)
 
+    more = lora.beside(cfg, sharding, kernels, "router", "router", cfg.hidden_size, into="router", float32=True)
+
     def route(p, x, valid):
-        logits = matmul(x, p["router"])
+        logits = more(p, x, matmul(x, p["router"]))
         probs, expert, weight = choose(p, logits, valid)
         return expert, weight, statistics(logits, probs, expert, valid)
 
@@ -178,23 +185,23 @@ def losses(cfg, sharding):
 
 def _experts(cfg, kernels, sharding):
     """experts(x_RD, expert_Rk, weight_Rk, w_gate, w_up, w_down) -> y_RD, overflow [1], with every expert on this rank."""
-    feed_forward, no_overflow = _feed_forward(sharding, kernels), ms.Tensor([0.0], ms.float32)
+    feed_forward, no_overflow = _feed_forward(cfg, sharding, kernels), ms.Tensor([0.0], ms.float32)
     permute = pick(kernels, "routing", "permute")(cfg.num_experts, _block_limit(cfg, kernels))
     dims = "rows>expert_rows embed, rows>expert_rows choice -> blocks block_rows embed, assignments, blocks"
     permute = sharding.op(permute, dims, kind="kernel")
     dims = "blocks block_rows embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
     combine = sharding.op(pick(kernels, "routing", "combine")(), dims, kind="contraction")
 
-    def experts(x, expert, weight, w_gate, w_up, w_down):
+    def experts(x, expert, weight, w_gate, w_up, w_down, *adapters):
         rows, slot, group = permute(x, expert)
-        return combine(feed_forward(rows, group, w_gate, w_up, w_down), slot, weight), no_overflow
+        return combine(feed_forward(rows, group, w_gate, w_up, w_down, adapters), slot, weight), no_overflow
 
     return experts
 
 
 def _experts_elsewhere(cfg, kernels, sharding):
     """The same where experts are split over ranks: tokens are sent to them, as many slots to each rank, and their results back."""
-    feed_forward, shards = _feed_forward(sharding, kernels), sharding.shards("experts")
+    feed_forward, shards = _feed_forward(cfg, sharding, kernels), sharding.shards("experts")
     send_plan = pick(kernels, "routing", "send_plan")(cfg.num_experts, shards, cfg.moe_capacity_factor)
     dims = "rows>expert_rows choice -> assignments, to_shard sent, to_shard>shard sent>received, expert_rows choice"
     send_plan = sharding.op(send_plan, dims, kind="kernel")
@@ -209,11 +216,11 @@ def _experts_elsewhere(cfg, kernels, sharding):
     dims = "to_shard sent embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
     combine = sharding.op(pick(kernels, "routing", "combine")(), dims, kind="contraction")
 
-    def experts(x, expert, weight, w_gate, w_up, w_down):
+    def experts(x, expert, weight, w_gate, w_up, w_down, *adapters):
         place, source, received, lost = send_plan(expert)
         sent = send(x, source)
         slot, source, group = plan(received)
-        y = feed_forward(dispatch(sent, source), group, w_gate, w_up, w_down)
+        y = feed_forward(dispatch(sent, source), group, w_gate, w_up, w_down, adapters)
         return combine(send_back(y, slot), place, weight), reshape(total(lost, (0, 1)), (1,))
 
     return experts
@@ -234,8 +241,9 @@ def _plan_received(plan):
     return plan_received
 
 
-def _feed_forward(sharding, kernels):
-    """feed_forward(x [blocks, b, D], group [blocks], w_gate, w_up, w_down) -> [blocks, b, D], partial sums where expert_ffn is split."""
+def _feed_forward(cfg, sharding, kernels):
+    """feed_forward(x [blocks, b, D], group [blocks], w_gate, w_up, w_down, adapters) -> [blocks, b, D], partial sums where expert_ffn is
+    split. adapters: the tuple of lora.expert_weights."""
     matmul, act = pick(kernels, "grouped_matmul"), pick(kernels, "swiglu")()
     into = "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows part_ffn"
     expand = sharding.op(matmul(), into, kind="kernel")
@@ -243,7 +251,12 @@ def _feed_forward(sharding, kernels):
     reduce = sharding.op(matmul(), out_of, kind="kernel")
     act = sharding.op(act, "blocks block_rows part_ffn", kind="elementwise")
 
-    def feed_forward(x, group, w_gate, w_up, w_down):
-        return reduce(act(expand(x, w_gate, group), expand(x, w_up, group)), w_down, group)
+    more = lora.experts(cfg, sharding, kernels)
+    more_gate, more_up, more_down = more["w_gate"], more["w_up"], more["w_down"]
+
+    def feed_forward(x, group, w_gate, w_up, w_down, adapters):
+        gate, up = more_gate(x, group, expand(x, w_gate, group), adapters), more_up(x, group, expand(x, w_up, group), adapters)
+        h = act(gate, up)
+        return more_down(h, group, reduce(h, w_down, group), adapters)
 
     return feed_forward

@@ -7,67 +7,95 @@ having. This cell runs one `while` loop forward, which keeps each layer's input,
 import mindspore as ms
 from mindspore import nn, ops
 
-from parallel.step import flatten_in_graph, rebuild_flat
+from parallel.source import function
+from parallel.spec import select, tree_paths, unflatten
+from parallel.step import expression, flatten_in_graph
 
 
 def scan(body, like, num_layers, stats_shape):
     """f(x, stacked, consts) -> x, stats [L, *stats_shape], for body(p, x, consts) -> x, stats of one layer.
 
-    p: a tree of `like`'s structure; stacked: the same with every leaf [L, ...]. consts: a tuple of tensors without gradients.
+    p: a tree of `like`'s structure, whose leaves may be ParamSpecs; stacked: the same with every leaf [L, ...], of which those that do not
+    train have no gradients. consts: a tuple of tensors without gradients.
     body must be straight-line, as MindSpore cannot parse a function with branches in a backward, and must use every const:
     it replaces elements of a tuple that nothing reads by the integer 0.
     """
-    flatten, loop = flatten_in_graph(like), _Scan(body, like, num_layers, stats_shape)
+    moving, fixed = (select(like, keep) for keep in (_trains, _is_frozen))
+    loop = _Scan(body, like, num_layers, stats_shape, moving, fixed)
+    trained, frozen = (flatten_in_graph(part) if part else _none for part in (moving, fixed))
 
     def run(x, stacked, consts):
-        x, stats, _ = loop(x, flatten(stacked), consts)
+        x, stats, _ = loop(x, trained(stacked), frozen(stacked), consts)
         return x, stats
 
     return run
 
 
+def _trains(spec):
+    return getattr(spec, "trains", True)
+
+
+def _is_frozen(spec):
+    return not _trains(spec)
+
+
+def _none(stacked):
+    return ()
+
+
 class _Scan(nn.Cell):
-    def __init__(self, body, like, num_layers, stats_shape):
+    def __init__(self, body, like, num_layers, stats_shape, moving, fixed):
         super().__init__()
         self.num_layers, self.stats_shape = num_layers, (num_layers, *stats_shape)
-        self.put, self.pick, build = _put(), _pick, rebuild_flat(like)
+        self.put, self.pick, build = _put(), _pick, _rebuild_both(like, moving, fixed)
 
-        def of_leaves(leaves, x, consts):
-            return body(build(leaves), x, consts)
+        def of_leaves(leaves, x, frozen, consts):
+            return body(build(leaves, frozen), x, consts)
 
         self.body = of_leaves
         self.vjp = ops.GradOperation(get_all=True, sens_param=True)
         self.zeros_like = ops.ZerosLike()
 
-    def construct(self, x, stacked, consts):
+    def construct(self, x, stacked, frozen, consts):
         i = ms.Tensor(0, ms.int32)
         stats = ops.zeros(self.stats_shape, ms.float32)
         inputs = ops.zeros((self.num_layers,) + x.shape, x.dtype)
         while i < self.num_layers:
             inputs = self.put(inputs, i, x)
-            x, s = self.body(self.pick(stacked, i), x, consts)
+            x, s = self.body(self.pick(stacked, i), x, self.pick(frozen, i), consts)
             stats = self.put(stats, i, s)
             i = i + 1
         return x, stats, inputs
 
-    def bprop(self, x, stacked, consts, out, dout):
+    def bprop(self, x, stacked, frozen, consts, out, dout):
         inputs, dx, dstats = out[2], dout[0], dout[1]
         none = ()
         for c in consts:
             none += (self.zeros_like(c),)
+        still = ()
+        for w in frozen:
+            still += (self.zeros_like(w),)
         j = ms.Tensor(self.num_layers - 1, ms.int32)
         grads = (j,)  # first, as a loop cannot carry a tuple of arrays that are all of one shape
         for w in stacked:
             grads += (self.zeros_like(w),)
         while j >= 0:
-            back = self.vjp(self.body)(self.pick(stacked, j), inputs[j], consts, (dx, dstats[j]))
+            back = self.vjp(self.body)(self.pick(stacked, j), inputs[j], self.pick(frozen, j), consts, (dx, dstats[j]))
             dx = back[1]
             written = (j,)
             for k in range(1, len(grads)):
                 written += (self.put(grads[k], j, back[0][k - 1]),)
             grads = written
             j = j - 1
-        return dx, grads[1:], none
+        return dx, grads[1:], still, none
+
+
+def _rebuild_both(like, moving, fixed):
+    """f(the leaves of `moving`, those of `fixed`) -> a tree of `like`'s structure, for use in a graph."""
+    places = {"moving": [path for path, _ in tree_paths(moving or {})], "fixed": [path for path, _ in tree_paths(fixed or {})]}
+    found = {path: f"{name}[{i}]" for name, paths in places.items() for i, path in enumerate(paths)}
+    literal = expression(unflatten(like, [found[path] for path, _ in tree_paths(like)]))
+    return function("tree_of(moving, fixed)", [f"return {literal}"])
 
 
 def _pick(stacked, i):

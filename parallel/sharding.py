@@ -57,6 +57,7 @@ RULES = {
     "part_ffn": (),
     "router": (),
     "choice": (),
+    "rank": (),
     "stats": (),
     "router_stats": (),
     "one": (),

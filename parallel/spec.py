@@ -12,9 +12,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """shape: global sizes. dims: the logical name of each dim. init: normal(std), ones() or zeros().
+    """shape: global sizes. dims: the logical name of each dim. init: normal(std), uniform(bound), constant(value), ones() or zeros().
 
-    optimizer: "adamw", or "sign" for a value moved by a fixed step against the sign of its gradient (the router's bias).
+    optimizer: "adamw", or "sign" for a value moved by a fixed step against the sign of its gradient (the router's bias), or "none" for a
+    frozen one, which has no gradient and no optimizer state.
     parts: for each dim, into how many equal parts it can be cut, such as heads; None where every element is one. Default: all None.
     """
 
@@ -31,9 +32,22 @@ class ParamSpec:
         """Into how many parts dim i can be cut."""
         return (self.parts[i] if self.parts else None) or self.shape[i]
 
+    @property
+    def trains(self):
+        return self.optimizer != "none"
+
 
 def normal(std):
     return ("normal", std)
+
+
+def uniform(bound):
+    """Between -bound and bound."""
+    return ("uniform", bound)
+
+
+def constant(value):
+    return ("constant", value)
 
 
 def ones():
@@ -70,6 +84,26 @@ def tree_leaves(tree):
     return [leaf for _, leaf in tree_paths(tree)]
 
 
+def select(tree, keep):
+    """The part of a tree whose leaves keep(leaf) says, with the same paths; None where there are none.
+
+    A list that loses an element becomes a dict by number.
+    """
+    if is_leaf(tree):
+        return tree if keep(tree) else None
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    kept = {str(k): part for k, v in items if (part := select(v, keep)) is not None}
+    if not isinstance(tree, dict) and len(kept) == len(tree):
+        return type(tree)(kept.values())
+    return kept or None
+
+
+def merge(like, *trees):
+    """The tree of `like`'s structure of which trees, which may be None, have the leaves, by path."""
+    found = {path: leaf for tree in trees if tree is not None for path, leaf in tree_paths(tree)}
+    return unflatten(like, [found[path] for path, _ in tree_paths(like)])
+
+
 def unflatten(like, leaves):
     """The tree of `like`'s structure whose leaves are taken from the sequence `leaves` in order."""
     it = iter(leaves)
@@ -91,15 +125,16 @@ def init_array(spec, path, seed, dtype=np.float32, index=None):
     index = index or tuple(slice(0, n) for n in spec.shape)
     shape = tuple(s.stop - s.start for s in index)
     kind = spec.init[0]
-    if kind != "normal":
-        return np.full(shape, 1 if kind == "ones" else 0, dtype)
+    if kind not in ("normal", "uniform"):
+        return np.full(shape, {"ones": 1, "zeros": 0}.get(kind, spec.init[-1]), dtype)
+    draw = hash_normal if kind == "normal" else _hash_symmetric
     key = np.uint32(zlib.crc32(path.encode()))
     out = np.empty(shape, dtype)
     rows = max(1, (1 << 20) // max(1, int(np.prod(shape[1:]))))  # bounds the working memory at a few MB
     for first in range(0, shape[0], rows):
         part = (slice(index[0].start + first, min(index[0].start + first + rows, index[0].stop)),) + index[1:]
         place = _places(spec.shape, part)
-        out[first : first + rows] = hash_normal(seed, key, place) * spec.init[1]
+        out[first : first + rows] = draw(seed, key, place) * spec.init[1]
     return out
 
 
@@ -126,12 +161,21 @@ def pcg(x):
 
 def hash_uniform(seed, key, place):
     """Floats in (0, 1) from a seed, a uint32 key and uint64 positions; 24 bits each."""
+    bits = hash_bits(seed, key, place)
+    return ((bits >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
+
+
+def hash_bits(seed, key, place):
+    """uint32 from a seed, a uint32 key and uint64 positions."""
     place = np.asarray(place, np.uint64)
     with np.errstate(over="ignore"):
         start = pcg(np.asarray(seed & 0xFFFFFFFF, np.uint32) ^ pcg(np.asarray(key, np.uint32)))
         low = pcg((place & np.uint64(0xFFFFFFFF)).astype(np.uint32) + start)
-        bits = pcg(low ^ pcg((place >> np.uint64(32)).astype(np.uint32) + np.uint32(0x9E3779B9)))
-    return ((bits >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
+        return pcg(low ^ pcg((place >> np.uint64(32)).astype(np.uint32) + np.uint32(0x9E3779B9)))
+
+
+def _hash_symmetric(seed, key, place):
+    return 2 * hash_uniform(seed, key, place) - 1
 
 
 def hash_normal(seed, key, place):

@@ -9,7 +9,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, mutable
 
 from parallel.source import function
-from parallel.spec import is_leaf, tree_leaves, tree_map, unflatten
+from parallel.spec import is_leaf, tree_leaves, tree_map, tree_paths, unflatten
 
 ms.set_recursion_limit(100000)  # room for deep unrolled models; the default is 1000
 
@@ -40,6 +40,28 @@ def rebuild_flat(like):
     """The same from the flat tuple of the leaves."""
     places = iter(range(len(tree_leaves(like))))
     return _tree_function("flat", expression(tree_map(lambda _: f"flat[{next(places)}]", like)))
+
+
+def joined(like, *parts):
+    """f(*nested) -> the tree of `like`'s structure, for use inside a compiled function; nested: to_tuple of each of the trees `parts`,
+    which have its leaves between them, by path."""
+    lines, found = [], {}
+    for number, part in enumerate(parts):
+        found.update(_sources(part, f"nested{number}", lines))
+    tree = unflatten(like, [found[path] for path, _ in tree_paths(like)])
+    arguments = ", ".join(f"nested{i}" for i in range(len(parts)))
+    return function(f"tree_of({arguments})", [*lines, f"return {expression(tree)}"])
+
+
+def _sources(tree, at, lines, path=()):
+    """{path: source of the leaf}, taken from nested tuples at `at`; lines: as in expression."""
+    if is_leaf(tree):
+        return {".".join(path): at}
+    name, out = f"t{len(lines)}", {}
+    lines.append(f"{name} = {at}")
+    for i, key in enumerate(tree if isinstance(tree, dict) else range(len(tree))):
+        out.update(_sources(tree[key], f"{name}[{i}]", lines, (*path, str(key))))
+    return out
 
 
 def flatten_in_graph(like):
@@ -156,12 +178,17 @@ def grad_in_graph(fn, like, aux=None):
 
     nested is to_tuple of params, whose structure `like` has.
     """
-    build, fn = rebuild(like), _with_aux_tuple(fn, aux)
+    build = rebuild(like)
 
     def of_nested(nested, *args):
         return fn(build(nested), *args)
 
-    vg = ms.value_and_grad(of_nested, 0, has_aux=aux is not None)
+    return grad_of_nested(of_nested, aux)
+
+
+def grad_of_nested(fn, aux=None):
+    """The same for a function whose first argument is nested tuples; of its other arguments there are no gradients."""
+    vg = ms.value_and_grad(_with_aux_tuple(fn, aux), 0, has_aux=aux is not None)
     return _paired(vg, aux)
 
 

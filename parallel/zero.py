@@ -109,7 +109,10 @@ def buckets(mesh, placed):
         if not p.partial:
             continue
         key, size = (p.partial, p.zero_dim is not None), math.prod(local_shape(mesh, p.spec, p.used))
-        fits = [k for k, bucket in enumerate(out) if bucket[:2] == key and sizes[k] + size <= BUCKET_ELEMENTS]
+        trains = p.spec.trains  # frozen parameters travel by themselves, so that the backward can leave them out
+        fits = [
+            k for k, b in enumerate(out) if b[:2] == key and placed[b[2][0]].spec.trains == trains and sizes[k] + size <= BUCKET_ELEMENTS
+        ]
         if fits:
             out[fits[-1]][2].append(i)
             sizes[fits[-1]] += size

@@ -25,6 +25,49 @@ class RopeScaling:
     truncate: bool = True
 
 
+TARGETS = {  # what LoRA may adapt: our path, in a layer but for the embedding, and Hugging Face's name of the module
+    "embed": ("embed", "embed_tokens"),
+    "q": ("attention.wq", "q_proj"),
+    "k": ("attention.wk", "k_proj"),
+    "v": ("attention.wv", "v_proj"),
+    "o": ("attention.wo", "o_proj"),
+    "gate": ("mlp.w_gate", "gate_proj"),
+    "up": ("mlp.w_up", "up_proj"),
+    "down": ("mlp.w_down", "down_proj"),
+    "router": ("moe.router", "gate"),
+    "experts.gate": ("moe.w_gate", "gate_proj"),
+    "experts.up": ("moe.w_up", "up_proj"),
+    "experts.down": ("moe.w_down", "down_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of a model: rank, alpha and dropout as of PEFT, targets of TARGETS. init: kaiming or gaussian. rslora: the scale is
+    alpha / sqrt(rank) (Kalajdzievski 2023) instead of alpha / rank. Raises ValueError for values that cannot be built."""
+
+    rank: int
+    alpha: float
+    targets: tuple
+    dropout: float = 0.0
+    init: str = "kaiming"
+    rslora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank} must be 1 or more")
+        undropped = [name for name in self.targets if name == "router" or name.startswith("experts.")]
+        if self.dropout and undropped:
+            raise ValueError(
+                f"lora.dropout={self.dropout} has no place before {', '.join(undropped)}, as PEFT has none there: use"
+                " --config.lora.dropout=0, or other lora.targets"
+            )
+
+    @property
+    def scale(self):
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
 @dataclass(frozen=True)
 class Qwen3Config:
     """Shapes and constants of one model. Sizes are counts of elements; `ffn_size` is that of a dense layer.
@@ -67,6 +110,10 @@ class Qwen3Config:
     pad_id: int | None = None
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
+    # What trains: with LoRA its adapters alone, else what `frozen` leaves: parameters whose path matches a pattern of the first tuple and
+    # none of the second do not.
+    lora: Lora | None = None
+    frozen: tuple = ((), ())
 
     def __post_init__(self):
         _check(self)
@@ -87,6 +134,17 @@ class Qwen3Config:
             if key not in known:
                 raise ValueError(f"model config has no field {key!r}{nearest(key, known)}")
         return dataclasses.replace(self, **changes)
+
+    @property
+    def base(self):
+        """The same model without adapters and with nothing frozen, as files have it."""
+        return dataclasses.replace(self, lora=None, frozen=((), ()))
+
+    @property
+    def lora_targets(self):
+        """The names of TARGETS that this model has."""
+        kinds = {"moe" if self.is_moe_layer(i) else "mlp" for i in range(self.num_layers)}
+        return tuple(name for name, (path, _) in TARGETS.items() if path.split(".")[0] in {"embed", "attention", *kinds})
 
     def is_moe_layer(self, i):
         """Whether layer i (from 0) holds experts instead of one dense MLP."""

@@ -46,11 +46,11 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """One safetensors file. Opening reads the header alone: `entries`, name -> Entry. ValueError for a damaged file."""
+    """One safetensors file. Opening reads the header alone: `entries`, name -> Entry, and `metadata`. ValueError for a damaged file."""
 
     def __init__(self, path):
         self.path = Path(path)
-        self.entries = _read_header(self.path)
+        self.entries, self.metadata = _read_header(self.path)
 
     def array(self, name):
         """A read-only view of one tensor through a memory map of its own: only the pages that are touched are read, and they count as this
@@ -74,7 +74,7 @@ def _read_header(path):
         if len(head) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; no safetensors file, or damaged: fetch it again")
         header = parse_json(path, f.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     entries = {name: _entry(path, name, item, 8 + length) for name, item in header.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -85,7 +85,7 @@ def _read_header(path):
         end = entry.stop
     if end != size:
         raise ValueError(f"{path}: the header accounts for {end} bytes of {size}; the file is damaged: fetch it again")
-    return entries
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
 def _entry(path, name, item, base):
@@ -155,9 +155,10 @@ def inside(folder, name):
     return path
 
 
-def write_tensors(path, entries, arrays):
-    """Write a safetensors file. entries: [(name, code, shape)]; arrays: an iterable of as many numpy arrays, held one at a time."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+def write_tensors(path, entries, arrays, metadata=None):
+    """Write a safetensors file. entries: [(name, code, shape)]; arrays: an iterable of as many numpy arrays, held one at a time.
+    metadata: texts by name, for its header."""
+    header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, code, shape in entries:
         end = at + math.prod(shape) * DTYPES[code].itemsize
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, end]}

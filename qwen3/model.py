@@ -4,35 +4,54 @@ Dims: B batch, S query length, T key length, D model, N heads, K kv heads, H hea
 R = B * S rows. `build(cfg, sharding)` binds the layers' annotated ops; `forward` and `loss_fn` here are that on one device.
 """
 
+import fnmatch
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from layers import attention, embed, linear, loss, mlp, moe, norm, rope
+from layers import attention, embed, linear, lora, loss, mlp, moe, norm, rope
 from ops import iota as iota_op
 from ops import registry
 from parallel import zero
 from parallel.mesh import ONE_DEVICE
 from parallel.scan import scan as scan_layers
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves, unflatten
+from parallel.spec import tree_leaves, tree_paths, unflatten
 from qwen3.config import check_compute_dtype
 
 
 def param_specs(cfg):
-    """The tree of ParamSpecs: embed, layers[i].{attention_norm, attention, mlp_norm, mlp | moe}, final_norm, lm_head if untied."""
-    tree = {"embed": embed.specs(cfg), "layers": [layer_specs(cfg, i) for i in range(cfg.num_layers)], "final_norm": norm.specs(cfg)}
+    """The tree of ParamSpecs: embed, layers[i].{attention_norm, attention, mlp_norm, mlp | moe}, final_norm, lm_head if untied; and lora,
+    the adapters of the embedding, as those of a layer's weights are in its parts."""
+    outside = {"embed": embed.specs(cfg), "final_norm": norm.specs(cfg)}
     if not cfg.tie_embeddings:
-        tree["lm_head"] = embed.specs(cfg)
-    return tree
+        outside["lm_head"] = embed.specs(cfg)
+    outside = _frozen(cfg, lora.specs(cfg, outside, lora.EMBED))
+    return {"embed": outside.pop("embed"), "layers": [layer_specs(cfg, i) for i in range(cfg.num_layers)], **outside}
 
 
 def layer_specs(cfg, i):
     ffn = {"moe": moe.specs(cfg)} if cfg.is_moe_layer(i) else {"mlp": mlp.specs(cfg)}
-    return {"attention_norm": norm.specs(cfg), "attention": attention.specs(cfg), "mlp_norm": norm.specs(cfg), **ffn}
+    tree = {"attention_norm": norm.specs(cfg), "attention": attention.specs(cfg), "mlp_norm": norm.specs(cfg), **ffn}
+    return _frozen(cfg, lora.layer_specs(cfg, i, tree), f"layers.{i}.")
+
+
+def _frozen(cfg, tree, prefix=""):
+    """The tree, in which the specs say which parameters do not train."""
+    (include, exclude), leaves = cfg.frozen, []
+    for path, spec in tree_paths(tree):
+        path = prefix + path
+        frozen = cfg.lora and ".lora." not in f".{path}" or _matches(path, include) and not _matches(path, exclude)
+        leaves.append(replace(spec, optimizer="none") if frozen else spec)
+    return unflatten(tree, leaves)
+
+
+def _matches(path, patterns):
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def stacked_specs(cfg):
@@ -84,13 +103,14 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     order = sharding.op(_order(), "batch seq -> batch seq", kind="kernel")
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     whole_vocab = embed.whole(cfg, sharding)
-    reshape, consts = ops.Reshape(), _consts(cfg)
+    reshape, consts, more_embed = ops.Reshape(), _consts(cfg), lora.embedding(cfg, sharding, kernels)
+    with_noise = _noise(cfg, sharding)
 
-    def logits_and_stats(params, tokens, positions, segment_ids):
+    def logits_and_stats(params, tokens, positions, segment_ids, noise=None):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
-        x = take(whole_table(params["embed"]), tokens)
-        x, stats = trunk(params["layers"], x, consts(cos, sin, segment_ids, order(segment_ids), valid))
+        x = more_embed(params, tokens, take(whole_table(params["embed"]), tokens))
+        x, stats = trunk(params["layers"], x, with_noise(consts(cos, sin, segment_ids, order(segment_ids), valid), noise))
         return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x)), stats
 
     router_losses = moe.losses(cfg, sharding)
@@ -111,7 +131,7 @@ def build(cfg, sharding=None, scan=False, kernels=None):
 
     loss_of = _loss(cfg, sharding, kernels, logits_and_stats, router_losses)
     whole_logits = whole_vocab if sharding.shards("vocab") > 1 else zero.same
-    extend = _extend(cfg, take, head, whole_logits, angles, blocks, final_norm, head_key)
+    extend = _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_norm, head_key)
     return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend)
 
 
@@ -132,13 +152,15 @@ def _loss(cfg, sharding, kernels, logits_and_stats, router_losses):
     mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding, kernels)
     aux_coef, z_coef = cfg.router_aux_coef, cfg.router_z_coef
 
+    noise = _noise_of(cfg)
+
     def dense(params, batch):
-        logits, _ = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+        logits, _ = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise(batch))
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         return ce, {"loss": ce, "tokens": tokens}
 
     def with_experts(params, batch):
-        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise(batch))
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         balance, z, load, overflow = router_losses(stats)
         metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z}
@@ -146,6 +168,45 @@ def _loss(cfg, sharding, kernels, logits_and_stats, router_losses):
         return ce + aux_coef * balance + z_coef * z, metrics
 
     return with_experts if cfg.moe_layers else dense
+
+
+def drops(cfg):
+    """Whether a model has dropout; then loss_fn wants batch["noise"], int32 [B, S], of which each token's draws come."""
+    return bool(lora.noises(cfg))
+
+
+def _noise_of(cfg):
+    def given(batch):
+        return batch["noise"]
+
+    def none(batch):
+        return None
+
+    return given if drops(cfg) else none
+
+
+def _noise(cfg, sharding):
+    """f(consts, noise_BS) -> consts with the noise of rows, of tokens, or both, at their end, as lora.noises says."""
+    to_rows, reshape = sharding.op(_same_integers, "tokens -> tokens>rows", kind="kernel"), ops.Reshape()
+
+    def both(consts, noise):
+        noise = reshape(noise, (-1,))
+        return consts + (to_rows(noise), noise)
+
+    def of_rows(consts, noise):
+        return consts + (to_rows(reshape(noise, (-1,))),)
+
+    def of_tokens(consts, noise):
+        return consts + (reshape(noise, (-1,)),)
+
+    def none(consts, noise):
+        return consts
+
+    return {("rows", "tokens"): both, ("rows",): of_rows, ("tokens",): of_tokens, (): none}[lora.noises(cfg)]
+
+
+def _same_integers(x):
+    return x + 0
 
 
 def _is_real():
@@ -204,10 +265,11 @@ def _blocks(cfg, sharding, kernels):
     attend_token, mlp_token = attention.build_decode(cfg, kernels), mlp.build_decode(cfg, kernels)
 
     def block_of(i, is_moe):
-        whole, ffn, is_dense = zero.gathered(sharding, layer_specs(cfg, i)), sparse if is_moe else dense, not is_moe
+        whole, noisy = zero.gathered(sharding, layer_specs(cfg, i)), lora.noisy(cfg, layer_specs(cfg, i))
+        ffn, is_dense = sparse if is_moe else dense, not is_moe
 
         def block(p, x, consts):
-            p = whole(p)
+            p = noisy(whole(p), consts)
             y = attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2], consts[3])
             x, normed = add_rms(p["mlp_norm"], x, y)
             y, stats = ffn(p, normed, consts)
@@ -230,17 +292,18 @@ def _blocks(cfg, sharding, kernels):
 
         return block, cached, decode if _decodes_in_few_ops(cfg, sharding, kernels) else None
 
-    first = {cfg.is_moe_layer(i): i for i in reversed(range(cfg.num_layers))}  # one block for all layers of a kind
-    kinds = {is_moe: block_of(i, is_moe) for is_moe, i in first.items()}
-    return tuple(kinds[cfg.is_moe_layer(i)] for i in range(cfg.num_layers))
+    kind_of = [(cfg.is_moe_layer(i), tuple(s.optimizer for s in tree_leaves(layer_specs(cfg, i)))) for i in range(cfg.num_layers)]
+    first = {kind: i for i, kind in reversed(list(enumerate(kind_of)))}  # one block for all layers of a kind
+    kinds = {kind: block_of(i, kind[0]) for kind, i in first.items()}
+    return tuple(kinds[kind] for kind in kind_of)
 
 
 def _decodes_in_few_ops(cfg, sharding, kernels):
     """Whether a token's step runs in ops that do half a layer each. They hold for one device, as ranks have collectives within a layer, and
-    for attention as Qwen3 has it; a check of annotations wants the annotated ops."""
+    for attention as Qwen3 has it, without adapters; a check of annotations wants the annotated ops."""
     one_device = sharding.mesh == ONE_DEVICE and sharding.lowering == "manual" and not sharding.check
     chosen = "reference" not in (kernels.decode_attention, kernels.decode_mlp)
-    return one_device and chosen and cfg.qk_norm and not cfg.qkv_bias
+    return one_device and chosen and cfg.qk_norm and not cfg.qkv_bias and not cfg.lora
 
 
 def _unrolled(cfg, sharding, blocks):
@@ -275,6 +338,8 @@ def _scanned(cfg, blocks):
     """The same over one tree of stacked layers."""
     if len({cfg.is_moe_layer(i) for i in range(cfg.num_layers)}) > 1:
         raise ValueError("train.layer_loop=scan needs layers of one kind, and this model mixes dense and MoE layers; use unroll")
+    if len(set(blocks)) > 1:
+        raise ValueError("train.layer_loop=scan needs layers that train alike, and train.freeze_include tells them apart; use unroll")
     loop = scan_layers(blocks[0][0], layer_specs(cfg, 0), cfg.num_layers, (moe.stats_size(cfg) if cfg.moe_layers else 1,))
 
     def trunk(layers, x, consts):
@@ -283,7 +348,7 @@ def _scanned(cfg, blocks):
     return trunk
 
 
-def _extend(cfg, take, head, whole_logits, angles, blocks, final_norm, head_key):
+def _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_norm, head_key):
     """extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV at column last_B of each row, cache).
 
     cache: per layer (k_BTKH, v_BTKH); slot t of a row holds position t. Positions beyond T are dropped. In a layout without sequence
@@ -300,7 +365,7 @@ def _extend(cfg, take, head, whole_logits, angles, blocks, final_norm, head_key)
         cos, sin = angles(positions)
         valid = cast(ones_like(reshape(tokens, (-1,))), ms.float32)
         consts = pack(cos, sin, ones_like(positions), positions, valid)
-        x, updated = take(params["embed"], tokens), ()
+        x, updated = more_embed(params, tokens, take(params["embed"], tokens)), ()
         if in_few_ops and S == 1:
             for i in range(n):
                 x, k, v = run_token[i](params["layers"][i], x, consts, cache[i][0], cache[i][1])

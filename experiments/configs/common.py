@@ -36,7 +36,15 @@ def get_config():
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text
     c.train.save_hf = True  # write the final weights as a Hugging Face folder
+    c.train.exact_match_rows = (
+        200  # fine-tuning: held-out questions answered at the end, greedily, for the share of exact matches; 0 = none
+    )
 
+    # Patterns of parameter paths, separated by commas: what the first match and the second do not stays as it is, without gradients
+    c.train.freeze_include = ""  # such as "embed,layers.0.*,*norm"
+    c.train.freeze_exclude = ""
+
+    c.lora = _lora()
     c.optim = ConfigDict()  # AdamW
     c.optim.lr = 3e-4  # highest learning rate
     c.optim.schedule = "cosine"  # constant, linear, cosine, or wsd (warm up, stay, decay)
@@ -69,6 +77,19 @@ def get_config():
     return c.lock()
 
 
+def _lora():
+    a = ConfigDict()  # adapters beside frozen weights
+    a.rank = 0  # 0 = no adapters
+    a.alpha = 16.0  # the scale is alpha / rank
+    a.rslora = False  # it is alpha / sqrt(rank) instead
+    a.dropout = 0.0  # of what goes into an adapter
+    a.init = "kaiming"  # of A, as PEFT's default, or gaussian; B is 0
+    # patterns of embed, q, k, v, o, gate, up, down, router, experts.gate, experts.up, experts.down, separated by commas
+    a.targets = "q,k,v,o,gate,up,down"
+    a.adapter = ""  # folder of an adapter in PEFT's format to begin with
+    return a
+
+
 def _checkpoint():
     k = ConfigDict()
     k.every = 500  # steps between checkpoints; 0 = none on the way
@@ -86,7 +107,8 @@ def _data():
     d = ConfigDict()
     # a text file, or a folder of them; the prefix of a .bin/.idx pair; a blend [weight, prefix, ...], or "weight,prefix,..."; or, with
     # data.stream, a jsonl, parquet or other file of records, a folder of them, or hf:FOLDER, a dataset of Hugging Face's `datasets`
-    # (hf:FOLDER#SPLIT, hf:FOLDER#CONFIG/SPLIT); empty = Python's own library
+    # (hf:FOLDER#SPLIT, hf:FOLDER#CONFIG/SPLIT); with data.format, a file or folder of conversations; empty = Python's own library, and with
+    # data.format made-up instructions
     d.path = FieldReference("", field_type=object)
     d.tokenizer = ""  # folder with tokenizer.json; empty = train a byte-level BPE on the data, if that is plain text
     d.vocab_size = 512  # tokens of the trained BPE
@@ -96,6 +118,10 @@ def _data():
     d.reset_at_eod = True  # each document of a row has its own attention and positions; false = a row is read as one text
     # a pair is of conversations, as preprocess --format makes them: whole in a row, loss where the pair of loss masks beside it says
     d.conversations = False
+    # records are conversations, to be tokenised at the start: alpaca, sharegpt or messages (OpenAI's); "" = none. For experiments.finetune
+    d.format = ""
+    d.enable_thinking = "none"  # given to the chat template with those: none, true or false
+    d.packing = "packed"  # those conversations: packed = several to a row, masked from each other; padded = one a row
     d.too_long = "truncate"  # conversations longer than a row: truncate, drop, or error
     d.stream = False  # read and tokenise while training
     d.json_key = "text"  # where a stream's records have their text
@@ -106,6 +132,6 @@ def _data():
 
 
 def _model_args():
-    """An empty place, typed, for each field of Qwen3Config but rope_scaling, which comes with a config.json."""
-    hints = {f.name: f.type for f in dataclasses.fields(Qwen3Config) if f.name != "rope_scaling"}
+    """An empty place, typed, for each field of Qwen3Config but rope_scaling, which comes with a config.json, and what trains."""
+    hints = {f.name: f.type for f in dataclasses.fields(Qwen3Config) if f.name not in ("rope_scaling", "lora", "frozen")}
     return ConfigDict({name: placeholder(next(iter(typing.get_args(hint)), hint)) for name, hint in hints.items()})

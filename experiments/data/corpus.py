@@ -1,12 +1,13 @@
 """From config.data to a source of training rows, held-out rows and the tokenizer: text packed in memory, .bin/.idx pairs, or a stream."""
 
 import os
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.configs import common
-from experiments.data import gpt_index, loader, packing, pairs, parts, readers, sources
+from experiments.data import conversations, gpt_index, loader, packing, pairs, parts, readers, sources
 from experiments.data.megatron import IndexedDataset
 from experiments.data.rows import Blend, ExampleRows, PackedRows, PairRows
 from experiments.data.stream import TextStream
@@ -15,27 +16,34 @@ from qwen3.tokenizer import Tokenizer, train_bpe
 HELD_ROWS = 512  # held-out rows kept of a pair or a stream, if train.eval_rows asks for no more
 BASELINE_TOKENS = 1 << 23  # a bigram model counted on more of them is hardly better
 CONVERSATIONS = "conversations (data.conversations=true)"
+RECORDS = "conversations (data.format)"
 ONLY_FOR = {
     "split": ("a .bin/.idx pair", CONVERSATIONS),
     "cache_dir": ("a .bin/.idx pair",),
-    "too_long": (CONVERSATIONS,),
+    "too_long": (CONVERSATIONS, RECORDS),
+    "enable_thinking": (RECORDS,),
+    "packing": (RECORDS,),
     "reset_at_eod": ("text", "a .bin/.idx pair", "a stream"),
     "json_key": ("a stream",),
     "shuffle_buffer": ("a stream",),
-    "skip_bad": ("a stream",),
-    "held_out": ("text", "a stream"),
+    "skip_bad": ("a stream", RECORDS),
+    "held_out": ("text", "a stream", RECORDS),
     "max_bytes": ("text",),
 }
 TABLES = ("jsonl", "json", "csv", "parquet", "arrow")
 
 
 class Corpus(NamedTuple):
-    """train: a source for loader.Loader. held_out: packed rows (see packing.pack). held_text: text of the first held-out document."""
+    """train: a source for loader.Loader. held_out: packed rows (see packing.pack). held_text: text of the first held-out document.
+
+    held_questions: of conversations.questions, where the data are conversations of data.format.
+    """
 
     tokenizer: Tokenizer
     train: object
     held_out: dict
     held_text: str
+    held_questions: tuple = ()
 
 
 def load(config, vocab_size):
@@ -44,7 +52,7 @@ def load(config, vocab_size):
     if prefixes:
         corpus = _pairs(config, vocab_size, prefixes)
     else:
-        corpus = (_stream if config.data.stream else _text)(config, vocab_size)
+        corpus = (_records if config.data.format else _stream if config.data.stream else _text)(config, vocab_size)
     for rows, name in ((corpus.held_out, "held-out"), (getattr(corpus.train, "arrays", None), "train")):
         if rows and not rows["loss_weights"].sum():
             raise ValueError(f"data.path={config.data.path!r}: the {name} part has no pair of tokens to learn from; give more text")
@@ -57,6 +65,10 @@ def whole(config, vocab_size):
     prefixes, tokenizer = _checked_prefixes(config), _loaded(data, vocab_size)
     if data.stream:
         return tokenizer, _text_stream(data, tokenizer, seq_len, held_out=0.0)
+    if data.format:
+        return tokenizer, _conversation_rows(config, tokenizer, {"whole": conversations.load(data, os.path.expanduser(data.tokenizer))})[
+            "whole"
+        ]
     if not prefixes:
         _refuse_table(data.path)
         documents = _capped(sources.find_documents(data.path), data.max_bytes)
@@ -69,7 +81,7 @@ def whole(config, vocab_size):
 
 def _checked_prefixes(config):
     """_prefixes of data.path. Raises ValueError for a key of data that is not for what is there."""
-    prefixes = _prefixes(config.data.path)
+    prefixes = None if config.data.format else _prefixes(config.data.path)
     if config.data.stream and not config.data.path:
         raise ValueError("data.stream=true needs data.path, a file of records or a folder of them; use --config.data.path=texts.jsonl")
     if config.data.stream and prefixes:
@@ -77,7 +89,9 @@ def _checked_prefixes(config):
     if config.data.conversations and not prefixes:
         raise ValueError(f"data.conversations=true reads a .bin/.idx pair, and data.path={config.data.path!r} is none; leave it out")
     pair = CONVERSATIONS if config.data.conversations else "a .bin/.idx pair"
-    kind = pair if prefixes else "a stream" if config.data.stream else "text"
+    kind = RECORDS if config.data.format else pair if prefixes else "a stream" if config.data.stream else "text"
+    if config.data.format and config.data.stream:
+        raise ValueError("data.stream=true reads text, and data.format asks for conversations, which are read at the start; leave one out")
     for key, kinds in ONLY_FOR.items():
         if kind not in kinds and config.data[key] != common.get_config().data[key]:
             raise ValueError(f"data.{key}={config.data[key]!r} is for {' or '.join(kinds)}, and data.path={config.data.path!r} is {kind}")
@@ -161,6 +175,28 @@ def _pair_rows(indexed, span, name, config, tokenizer):
     rows = ExampleRows(indexed, IndexedDataset(masks), span, seq_len, tokenizer.eod_id, too_long=data.too_long, **options)
     print(f"data       {indexed.prefix}, {name}: {packing.describe(rows.report)}", flush=True)
     return rows
+
+
+def _records(config, vocab_size):
+    """Conversations of data.format, tokenised here; by a tokenizer that is trained on them where data.tokenizer names none."""
+    data = config.data
+    tokenizer = _loaded(data, vocab_size) if data.tokenizer else train_bpe(list(conversations.texts(data)), data.vocab_size)
+    _check_vocabulary(tokenizer, f"data.vocab_size={data.vocab_size}", vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        found = conversations.load(data, folder)
+    parts_ = dict(zip(("train", "held-out"), conversations.split(found, data.held_out)))
+    rows = _conversation_rows(config, tokenizer, parts_)
+    print(f"data       {packing.describe(rows['train'].report)}", flush=True)
+    held = loader.first_rows(rows["held-out"], min(len(rows["held-out"]), _held_rows(config)), config.train.seed)
+    questions = conversations.questions(parts_["held-out"], max(config.train.exact_match_rows, 1))
+    return Corpus(tokenizer, rows["train"], held, tokenizer.decode(questions[0][0]), tuple(questions))
+
+
+def _conversation_rows(config, tokenizer, found):
+    """The ConversationRows of each of {name: Conversations}."""
+    seq_len, options = config.train.seq_len, {"too_long": config.data.too_long, "packed": config.data.packing == "packed"}
+    return {name: conversations.ConversationRows(part, seq_len, tokenizer.eod_id, name=name, **options) for name, part in found.items()}
 
 
 def _stream(config, vocab_size):

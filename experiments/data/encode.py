@@ -17,6 +17,7 @@ from qwen3 import chat
 from qwen3.tokenizer import Tokenizer
 
 BATCH_RECORDS, BATCH_CHARACTERS = 512, 1 << 19
+THINKING = {"none": None, "true": True, "false": False}  # a setting -> the chat template's enable_thinking
 THREADS = "TOKENIZERS_PARALLELISM"  # the environment variable of the tokenizers library
 
 

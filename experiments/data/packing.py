@@ -82,12 +82,13 @@ class Plan(NamedTuple):
     first: np.ndarray
 
 
-def plan_examples(examples, seq_len, too_long="truncate"):
+def plan_examples(examples, seq_len, too_long="truncate", packed=True):
     """(Plan, report) of examples, a sequence of (ids, loss mask), both [n]: whole into as few rows as best fit finds.
 
     An example takes n - 1 places, its tokens but the last, and its first token is never a target; a target's weight is its own mask.
     One with n - 1 > S is cut to its first S + 1 tokens, dropped, or an error, as too_long says. One without a target that counts
     is left out. Best fit: longest first, each into the fullest row that has room; O(n log n), and S / 64 words a step.
+    With packed=False each has a row of its own, in the order of the examples.
 
     The report: examples, packed, rows, truncated, dropped, cut_tokens (of both), no_target, and fill, the share of places in use.
     """
@@ -97,7 +98,7 @@ def plan_examples(examples, seq_len, too_long="truncate"):
         raise ValueError(f"train.seq_len={seq_len} must be 1 or more")
     report = dict.fromkeys(("examples", "packed", "rows", "truncated", "dropped", "cut_tokens", "no_target"), 0)
     kept = np.array(list(_fitting(examples, seq_len, too_long, report)), np.int64).reshape(-1, 2)
-    row, start, rows = _best_fit(kept[:, 1], seq_len)
+    row, start, rows = _best_fit(kept[:, 1], seq_len) if packed else (np.arange(len(kept)), np.zeros(len(kept), np.int64), len(kept))
     order = np.lexsort((start, row))
     plan = Plan(*kept[order].T, start[order], np.searchsorted(row[order], np.arange(rows + 1)))
     report.update(packed=len(kept), rows=rows, fill=float(kept[:, 1].sum() / (rows * seq_len)) if rows else 0.0)

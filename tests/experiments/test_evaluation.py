@@ -56,6 +56,8 @@ def test_pairs_blends_conversations_and_folders_of_text(folder, scorer, tmp_path
     masks = [encode_chat(scorer.tokenizer, *alpaca(chat(j)))[1] for j in range(60)]
     path, changes = CHATS
     assert whole(path, **changes)["count"] == sum(int(mask[1:49].sum()) for mask in masks)
+    changes = {"data.format": "alpaca", "train.seq_len": 48}
+    assert whole("{}/chats.jsonl", **changes)["count"] == sum(int(mask[1:49].sum()) for mask in masks)
     for i, text in enumerate(texts(folder / "one.jsonl")):
         (tmp_path / f"{i:03}.txt").write_text(text)
     assert whole(str(tmp_path))["count"] == tokens
@@ -74,4 +76,4 @@ def test_what_cannot_be_evaluated_is_named(tmp_path):
         evaluation.split_tasks([], "x")
     hf.save(tmp_path / "hf", DENSE, random_params(DENSE))
     with pytest.raises(ValueError, match="has no tokenizer beside its weights"):
-        evaluation.open_model("hf_dir", str(tmp_path / "hf"))
+        evaluation.open_model(str(tmp_path / "hf"), None)

@@ -2,22 +2,32 @@
 
 import json
 
+import mindspore as ms
 import numpy as np
 
 from experiments import train
 from experiments.configs import common
 from experiments.data.loader import rank_rows
+from layers.lora import DROPOUT_LAYER
 from parallel import collectives
 from parallel.mesh import Mesh
 from parallel.placement import whole
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves, tree_map, tree_paths
+from parallel.spec import select, tree_leaves, tree_map, tree_paths
 from parallel.step import from_tuple
+from qwen3.config import Lora
 from qwen3.model import param_specs, stacked_specs
 from tests.experiments.test_train import make_batch
 from tests.tiny import DENSE, MIXED, MOE, QWEN2, random_params
 
 STEPS, ROWS, LR = 5, 8, 3e-3
+
+
+def _adapted(cfg, dropout=0.0):
+    targets = [name for name in cfg.lora_targets if not dropout or name != "router"]
+    return cfg.replace(lora=Lora(3, 5.0, tuple(targets), dropout))
+
+
 MODELS = {
     "dense": DENSE,  # tied, vocabulary of 61, 4 heads on 2 kv heads
     "untied": DENSE.replace(tie_embeddings=False),
@@ -27,6 +37,10 @@ MODELS = {
     "capacity": MOE.replace(moe_capacity_factor=4.0),
     "tight": MOE.replace(moe_capacity_factor=0.5),
     "mixed": MIXED,
+    "adapters": _adapted(DENSE.replace(tie_embeddings=False), dropout=0.2),
+    "adapters, qwen2": _adapted(QWEN2),
+    "adapters, moe": _adapted(MOE),
+    "frozen": DENSE.replace(frozen=(("embed", "layers.0.*", "*norm"), ("*w_up",))),
 }
 
 # name -> (model, options); dp, tp, ep: of the mesh, others of the run. In order of the number of processes.
@@ -37,6 +51,14 @@ LAYOUTS = {
     "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
     "tp2 of 1 kv head, biases": ("qwen2", dict(tp=2, seq=True)),
     "dp2 ep2": ("moe", dict(dp=2, ep=2)),
+    "adapters, tp2, sequence parallel, scan": ("adapters", dict(tp=2, seq=True, loop="scan")),
+    "adapters, dp2, ZeRO 3, scan, 2 micro-batches": ("adapters", dict(dp=2, zero=3, loop="scan", micro=2)),
+    "adapters, dp2 ep2, ZeRO 1": ("adapters, moe", dict(dp=2, ep=2, zero=1)),
+    "frozen, dp2, ZeRO 3": ("frozen", dict(dp=2, zero=3)),
+    "adapters, tp2 of 1 kv head": ("adapters, qwen2", dict(tp=2)),
+    "adapters, dp2, ZeRO 1": ("adapters", dict(dp=2, zero=1)),
+    "adapters, dp2, ZeRO 2": ("adapters", dict(dp=2, zero=2)),
+    "adapters, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan": ("adapters, moe", dict(dp=2, tp=2, ep=2, seq=True, zero=1, loop="scan")),
     "tp4 of 2 kv heads": ("dense", dict(tp=4)),
     "tp4 of 1 kv head, sequence parallel, scan": ("qwen2", dict(tp=4, seq=True, loop="scan")),
     "dp2 tp2": ("untied", dict(dp=2, tp=2)),
@@ -62,6 +84,10 @@ LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
 
 # Left out of the default tests: more of the same, at 20 seconds of two cores each.
 SLOW = (
+    "adapters, tp2 of 1 kv head",
+    "adapters, dp2, ZeRO 1",
+    "adapters, dp2, ZeRO 2",
+    "adapters, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan",
     "tp2",
     "tp4 of 1 kv head, sequence parallel, scan",
     "dp2 tp2",
@@ -88,7 +114,7 @@ def run(model, options, rank=0):
     mesh = sharding.mesh
     config, micro = run_config(options), options.get("micro", 1)
     program = train.build_program(cfg, config, sharding)
-    state = program.init(tree_map(lambda w: w.asnumpy(), random_params(cfg)))
+    state = program.init(tree_map(lambda w: w.asnumpy(), parameters(cfg)))
     mine, out = rank_rows(ROWS, mesh.index(("dp",)), mesh.dp, micro), {}
     for at in range(STEPS):
         batch = {key: value[mine] for key, value in make_batch(at, rows=ROWS, vocab=cfg.vocab_size).items()}
@@ -98,8 +124,19 @@ def run(model, options, rank=0):
         if at == 0:
             out.update({f"gradient.{path}": m / (1 - config.optim.b1) for path, m in moments(cfg, program, state, sharding, options)})
     out.update({f"parameter.{path}": w.asnumpy() for path, w in tree_paths(program.params(state))})
-    out["state bytes"] = sum(w.nbytes for name in ("params", "m", "v") for w in tree_leaves(state[name]))
-    return {**out, **{f"shape.{path}": w.shape for path, w in tree_paths(from_tuple(structure(cfg, options), state["m"]))}}
+    kinds = [name for name in ("params", "frozen", "m", "v") if state[name] is not None]
+    out["state bytes"] = sum(w.nbytes for name in kinds for w in tree_leaves(state[name]))
+    trained = select(structure(cfg, options), lambda spec: spec.trains)
+    return {**out, **{f"shape.{path}": w.shape for path, w in tree_paths(from_tuple(trained, state["m"]))}}
+
+
+def parameters(cfg):
+    """tests.tiny's, but for the numbers of layers, which are what they are."""
+    params = random_params(cfg)
+    for i, layer in enumerate(params["layers"]):
+        if DROPOUT_LAYER in layer:
+            layer[DROPOUT_LAYER] = ms.Tensor([float(i)], ms.float32)
+    return params
 
 
 def sharding_of(cfg, options, rank=0):
@@ -123,7 +160,7 @@ def structure(cfg, options):
 
 def moments(cfg, program, state, sharding, options):
     """(path, first moment), whole: after one step that is the clipped gradient times 1 - b1."""
-    placed = train.placements(cfg, sharding, options.get("loop") == "scan")
+    placed = select(train.placements(cfg, sharding, options.get("loop") == "scan"), lambda p: p.spec.trains)
     for (path, p), m in zip(tree_paths(placed), tree_leaves(state["m"])):
         if p.spec.optimizer == "adamw":
             yield path, whole(sharding.mesh, p.spec, p.state, m)

@@ -1,0 +1,45 @@
+"""Instructions made up by rule, with one right answer each: to reverse, add, sort and look up. For demonstrations and tests."""
+
+import numpy as np
+
+TASKS = ("reverse", "add", "sort", "look up")
+LETTERS = "abcdefghij"
+TABLE = dict(zip(LETTERS, (4, 9, 1, 7, 0, 3, 8, 2, 6, 5)))  # what is looked up; the model has to learn it
+
+
+def records(count, seed=0, tasks=TASKS):
+    """`count` different conversations in OpenAI's form, {"messages": [...]}, as many of each task as of any other, in mixed order."""
+    rng, seen, out = np.random.default_rng(seed), set(), []
+    while len(out) < count:
+        question, answer = _MAKERS[tasks[len(out) % len(tasks)]](rng)
+        if question not in seen:
+            seen.add(question)
+            out.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return [out[i] for i in rng.permutation(count)]
+
+
+def _letters(rng, n):
+    return [LETTERS[i] for i in rng.integers(0, len(LETTERS), n)]
+
+
+def _reverse(rng):
+    letters = _letters(rng, rng.integers(3, 6))
+    return f"reverse {' '.join(letters)}", " ".join(reversed(letters))
+
+
+def _sort(rng):
+    letters = _letters(rng, rng.integers(3, 6))
+    return f"sort {' '.join(letters)}", " ".join(sorted(letters))
+
+
+def _add(rng):
+    a, b = int(rng.integers(0, 90)), int(rng.integers(0, 10))
+    return f"add {a // 10} {a % 10} and {b}", f"{(a + b) // 10} {(a + b) % 10}"
+
+
+def _look_up(rng):
+    letters = _letters(rng, rng.integers(3, 6))
+    return f"look up {' '.join(letters)}", " ".join(str(TABLE[letter]) for letter in letters)
+
+
+_MAKERS = {"reverse": _reverse, "add": _add, "sort": _sort, "look up": _look_up}

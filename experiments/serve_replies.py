@@ -1,0 +1,100 @@
+"""Answers as the OpenAI API has them, whole and as chunks of a stream, from the engine's events."""
+
+import json
+import secrets
+import time
+
+from qwen3.text_stream import TextStream
+
+NAMES = {"chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"), "completion": ("cmpl", "text_completion", "text_completion")}
+
+
+class Choice:
+    """One text as it grows. reason: None, or why it has ended."""
+
+    def __init__(self, tokenizer, asked):
+        self.tokenizer, self.asked = tokenizer, asked
+        self.stream, self.text, self.entries, self.reason = TextStream(tokenizer, asked.stop), "", [], None
+        self.tokens, self.offset = 0, 0  # offset: characters of the tokens so far
+
+    def push(self, event):
+        """(new text, its logprobs entries) after one more event of the engine."""
+        self.tokens += 1
+        text, entries, ends = "", [], event.finish_reason == "stop"  # at a stop id, which is not of the text
+        if not ends:
+            text = self.stream.push(event.token)
+            entries = [] if self.asked.logprobs is None else [self._entry(event)]
+        self.reason = "stop" if self.stream.stopped else event.finish_reason
+        if self.reason:
+            text += self.stream.finish()
+        self.text, self.entries = self.text + text, self.entries + entries
+        return text, entries
+
+    def _entry(self, event):
+        top = [self._token(token, logprob) for token, logprob in event.top_logprobs]
+        entry = {**self._token(event.token, event.logprob), "top_logprobs": top, "offset": self.offset}
+        self.offset += len(entry["token"])
+        return entry
+
+    def _token(self, token, logprob):
+        data = self.tokenizer.bytes_of(token)
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+
+
+class Reply:
+    """The JSON of the answers to one request."""
+
+    def __init__(self, kind, model, asked):
+        prefix, self.whole_name, self.chunk_name = NAMES[kind]
+        self.kind, self.asked = kind, asked
+        self.head = {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+
+    def whole(self, choices):
+        found = [self._choice(i, {"role": "assistant", "content": c.text}, c.text, c.entries, c.reason) for i, c in enumerate(choices)]
+        if self.kind == "chat":
+            for choice in found:
+                choice["message"] = choice.pop("delta")
+        return {**self.head, "object": self.whole_name, "choices": found, "usage": self.usage(choices)}
+
+    def usage(self, choices):
+        new = sum(choice.tokens for choice in choices)
+        before = self.asked.prompt_tokens
+        return {"prompt_tokens": before, "completion_tokens": new, "total_tokens": before + new}
+
+    def opening(self, index):
+        """The first chunk of a choice, None where there is none."""
+        return self._chunk([self._choice(index, {"role": "assistant", "content": ""}, "", [], None)]) if self.kind == "chat" else None
+
+    def chunk(self, index, text, entries, reason):
+        return self._chunk([self._choice(index, {"content": text} if text or entries else {}, text, entries, reason)])
+
+    def last(self, choices):
+        """The chunk with the usage of all."""
+        return {**self._chunk([]), "usage": self.usage(choices)}
+
+    def _chunk(self, choices):
+        return {**self.head, "object": self.chunk_name, "choices": choices}
+
+    def _choice(self, index, delta, text, entries, reason):
+        logprobs = None if self.asked.logprobs is None else self._logprobs(entries)
+        said = {"delta": delta} if self.kind == "chat" else {"text": text}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, entries):
+        if self.kind == "chat":
+            return {"content": [{key: value for key, value in entry.items() if key != "offset"} for entry in entries]}
+        columns = {"tokens": "token", "token_logprobs": "logprob", "text_offset": "offset"}
+        top = [{t["token"]: t["logprob"] for t in entry["top_logprobs"]} for entry in entries]
+        return {**{name: [entry[key] for entry in entries] for name, key in columns.items()}, "top_logprobs": top}
+
+
+def event(value):
+    """A server-sent event of a JSON value."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def error(message, param=None, code=None, status=400):
+    """OpenAI's error object."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

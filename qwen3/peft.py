@@ -1,0 +1,204 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, as PEFT 0.21 writes and reads them.
+
+An adapter of experts is in the form of one a module, `experts.0.gate_proj`, which PEFT turns into its own for transformers 5 as it loads.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from parallel.spec import tree_paths
+from qwen3 import hf, hf_files
+from qwen3.config import TARGETS, Lora
+from qwen3.model import param_specs
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, FINGERPRINT = "base_model.model.", "base_fingerprint"
+INITS = {"kaiming": True, "gaussian": "gaussian"}
+READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "base_model_name_or_path")
+# Keys of adapter_config.json whose value changes nothing here; of others only an empty value is taken.
+WITHOUT_EFFECT = (
+    *("peft_type", "task_type", "target_modules", "inference_mode", "revision", "auto_mapping", "peft_version", "exclude_modules"),
+    *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "ephemeral_gpu_offload"),
+)
+KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base's weights alone
+
+
+class Adapter(NamedTuple):
+    """An opened adapter. lora: its Lora. read(path, slices) -> float32 numpy of a parameter of param_specs(cfg with that lora).
+    base: the path or name of its base. fingerprint: see experiments/adapter.py; None where nobody noted it."""
+
+    lora: Lora
+    read: object
+    base: str
+    fingerprint: str | None
+
+
+def is_adapter(folder):
+    return (Path(folder) / CONFIG).is_file()
+
+
+def adapters(cfg):
+    """{path: spec} of the adapters' parameters."""
+    return {path: spec for path, spec in tree_paths(param_specs(cfg)) if ".lora." in f".{path}"}
+
+
+def base_path(path):
+    """(the path of the weight that an adapter's parameter is beside, "a" or "b")."""
+    part, _, rest = f".{path}".rpartition(".lora.")
+    key, which = rest.rsplit(".", 1)
+    return f"{part}.{key}".strip("."), which
+
+
+def names(path, shape):
+    """PEFT's names of a parameter of ours: one, or one an expert. Each tensor is the transpose."""
+    weight, which = base_path(path)
+    if weight == "embed":
+        return [f"{PREFIX}model.embed_tokens.lora_embedding_{which.upper()}"]
+    found = hf.source(weight, shape).names
+    return [f"{PREFIX}{name.removesuffix('.weight')}.lora_{which.upper()}.weight" for name in found]
+
+
+def refuse_what_peft_cannot(cfg):
+    """ValueError, with the reason, for adapters that PEFT does not reproduce."""
+    targets = set(cfg.lora.targets)
+    experts = {name.removeprefix("experts.") for name in targets if name.startswith("experts.")}
+    mixed = 0 < len(cfg.moe_layers) < cfg.num_layers
+    if mixed and targets & {"gate", "up", "down", "experts.gate", "experts.up", "experts.down"}:
+        why = "PEFT names modules of dense layers and of experts alike (gate_proj, up_proj, down_proj), and this model has both"
+    elif len(experts & {"gate", "up"}) == 1:
+        why = "transformers fuses the experts' gate and up, and PEFT adapts both or neither; put both in lora.targets"
+    elif experts & {"gate", "up"} and cfg.lora.rslora:
+        why = "PEFT fuses the experts' gate and up into one adapter of twice the rank, which changes the scale that lora.rslora=true gives"
+    elif cfg.router_bias and targets & {"router"}:
+        why = "transformers does not know the router's bias (model_args.router_bias)"
+    else:
+        return
+    raise ValueError(f"lora.targets={','.join(cfg.lora.targets)}: no adapter in PEFT's format: {why}")
+
+
+def save(folder, cfg, leaves, base, fingerprint):
+    """Writes an adapter that PEFT loads, in place of one that is there. leaves: {path: an array, or anything
+    with asnumpy(), which is asked once each, in order}.
+
+    base: the path of the base. Raises ValueError for adapters that PEFT does not reproduce, or a folder with anything else in it.
+    """
+    refuse_what_peft_cannot(cfg)
+    found = adapters(cfg)
+    modules = sorted({TARGETS[name][1] for name in cfg.lora.targets})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": cfg.lora.rank,
+        "lora_alpha": cfg.lora.alpha,
+        "lora_dropout": cfg.lora.dropout,
+        "use_rslora": cfg.lora.rslora,
+        "init_lora_weights": INITS[cfg.lora.init],
+        "target_modules": modules,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    entries = []
+    for path, spec in found.items():
+        shape = spec.shape[-2:][::-1]
+        entries += [(name, "F32", shape) for name in names(path, spec.shape)]
+    with hf_files.replacing(Path(folder), _check_replaceable) as new:
+        hf_files.write_tensors(new / WEIGHTS, entries, _arrays(found, leaves), {FINGERPRINT: fingerprint})
+        hf_files.write_json(new / CONFIG, config)
+
+
+def _arrays(found, leaves):
+    for path, spec in found.items():
+        leaf = leaves[path]
+        value = (leaf.asnumpy() if hasattr(leaf, "asnumpy") else np.asarray(leaf)).astype(np.float32, copy=False)
+        for part in value if len(spec.shape) > 2 else [value]:
+            yield part.T
+
+
+def _check_replaceable(folder):
+    other = (
+        [] if not folder.exists() else [p.name for p in folder.iterdir() if p.name not in (CONFIG, WEIGHTS)] if folder.is_dir() else [""]
+    )
+    if other:
+        raise ValueError(f"{folder} holds something other than an adapter ({', '.join(sorted(other)[:4])}); give another name")
+
+
+def open_adapter(folder, cfg):
+    """The Adapter in a folder, for the base of Qwen3Config cfg. Raises ValueError or FileNotFoundError naming what does not fit."""
+    folder = Path(folder)
+    config = hf_files.read_json(folder / CONFIG)
+    _check_config(folder / CONFIG, config)
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder / WEIGHTS} is missing; pickle files (adapter_model.bin) are not read, save it as safetensors")
+    file = hf_files.TensorFile(folder / WEIGHTS)
+    lora = _lora(folder, config, file, cfg)
+    specs = adapters(cfg.base.replace(lora=lora))
+    where = {path: names(path, spec.shape) for path, spec in specs.items()}
+    _check_tensors(folder, file, specs, where)
+
+    def read(path, slices):
+        each = [file.array(name).T.astype(np.float32) for name in where[path]]
+        return np.ascontiguousarray((np.stack(each) if len(specs[path].shape) > 2 else each[0])[slices])
+
+    return Adapter(lora, read, str(config.get("base_model_name_or_path") or ""), file.metadata.get(FINGERPRINT))
+
+
+def _check_config(path, config):
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type={config.get('peft_type')!r} is not supported; only LORA is")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias={config['bias']!r} is not supported; train the adapter with bias='none'")
+    if config.get("init_lora_weights", True) not in KEEP_BASE:
+        raise ValueError(
+            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base's weights; convert it with PEFT first"
+        )
+    for key, value in config.items():
+        if key not in (*READ, *WITHOUT_EFFECT, "bias") and value not in (None, False, "", [], {}):
+            raise ValueError(f"{path}: {key}={value!r} is not supported; leave it out")
+
+
+def _lora(folder, config, file, cfg):
+    """The Lora of an adapter's config, its targets by the names of its tensors."""
+    module = {}  # of PEFT's modules, the name of the target
+    for name in cfg.lora_targets:
+        kind = "experts" if name.startswith("experts.") else ""
+        module[(kind, TARGETS[name][1])] = name
+    found = set()
+    for name in file.entries:
+        match = re.fullmatch(rf"{re.escape(PREFIX)}model\.(.+)\.lora_(embedding_)?[AB](\.weight)?", name)
+        parts = match[1].split(".") if match else [""]
+        target = module.get(("experts" if "experts" in parts else "", parts[-1]))
+        if target is None:
+            raise ValueError(
+                f"{folder}: tensor {name} is of no module that an adapter of this model has here: {', '.join(cfg.lora_targets)}"
+            )
+        found.add(target)
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout") or 0.0
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"{folder / CONFIG}: r={rank!r} must be an integer above 0")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
+        raise ValueError(f"{folder / CONFIG}: lora_alpha={alpha!r} must be a number above 0")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{folder / CONFIG}: lora_dropout={dropout!r} must be from 0 to below 1")
+    init = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
+    targets = tuple(name for name in cfg.lora_targets if name in found)
+    return Lora(rank, float(alpha), targets, float(dropout), init, bool(config.get("use_rslora")))
+
+
+def _check_tensors(folder, file, specs, where):
+    wanted = {name: spec.shape[-2:][::-1] for (path, spec) in specs.items() for name in where[path]}
+    missing, extra = sorted(wanted.keys() - file.entries.keys()), sorted(file.entries.keys() - wanted.keys())
+    if missing or extra:
+        what = "; ".join(f"{word} {', '.join(found[:3])}" for word, found in (("missing", missing), ("unexpected", extra)) if found)
+        raise ValueError(f"{folder}: {what}. All layers have to have the same adapters; was it made for a base of this size?")
+    for name, shape in wanted.items():
+        entry = file.entries[name]
+        if entry.shape != shape:
+            raise ValueError(
+                f"{folder}: tensor {name} has shape {list(entry.shape)}, and the base makes it {list(shape)}; is it for another base?"
+            )
+        if entry.code not in hf_files.DTYPES:
+            raise ValueError(f"{folder}: tensor {name} is {entry.code}; convert it to one of {', '.join(hf_files.DTYPES)}")

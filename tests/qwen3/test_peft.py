@@ -1,0 +1,137 @@
+"""Adapters in PEFT's format: what PEFT computes with them, both ways; what is refused, and why."""
+
+import json
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from experiments import adapter
+from parallel.spec import init_params, tree_map, tree_paths
+from qwen3 import hf, hf_files, peft
+from qwen3.config import Lora
+from qwen3.model import build, param_specs
+from tests.tiny import DENSE, KINDS, MIXED, MOE, assert_close, random_params
+
+
+def adapted(cfg, **changes):
+    return cfg.replace(lora=Lora(**{"rank": 3, "alpha": 5.0, "targets": cfg.lora_targets, **changes}))
+
+
+def saved(folder, cfg, **changes):
+    """A base in folder/base, an adapter of it in folder/adapter: (cfg with the adapter, its params as a tree)."""
+    cfg = adapted(cfg, **changes)
+    params = tree_map(lambda w: w.asnumpy(), random_params(cfg, 3))
+    leaves, base = dict(tree_paths(params)), tree_map(ms.Tensor, init_params(param_specs(cfg.base), 0))
+    for path, _ in tree_paths(param_specs(cfg.base)):
+        leaves[path][...] = dict(tree_paths(base))[path].asnumpy()
+    hf.save(folder / "base", cfg.base, base)
+    mark = adapter.fingerprint(cfg, lambda path, slices: leaves[path][slices])
+    peft.save(folder / "adapter", cfg, {path: leaves[path] for path in peft.adapters(cfg)}, str(folder / "base"), mark)
+    return cfg, tree_map(ms.Tensor, params)
+
+
+PEERS = {
+    "dense, untied": (DENSE.replace(tie_embeddings=False), {"rslora": True}),
+    "dense, tied": (DENSE, {}),
+    "qwen2": (KINDS["qwen2"], {"targets": ("q", "v", "down")}),
+    "moe": (MOE, {}),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peft_computes_the_same_with_a_saved_adapter(name, tmp_path):
+    torch, transformers, theirs = (pytest.importorskip(module) for module in ("torch", "transformers", "peft"))
+    cfg, params = saved(tmp_path, PEERS[name][0], **PEERS[name][1])
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager", dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9)).astype(np.int32)
+    model = theirs.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        want = model(torch.from_numpy(tokens).long()).logits.numpy()
+    logits, _ = build(cfg).forward(params, ms.Tensor(tokens))
+    assert_close(want, logits, 2e-5)
+    with_it, joined = (adapter.with_adapter(*hf.load(tmp_path / "base"), tmp_path / "adapter", merge=merge) for merge in (False, True))
+    for given in (with_it, joined):
+        got, _ = build(given[0]).forward(given[1], ms.Tensor(tokens))
+        assert_close(logits, got, 1e-5)
+
+
+def test_what_peft_saves_is_read(tmp_path):
+    """Random A and B of PEFT's own, saved by PEFT."""
+    torch, transformers, theirs = (pytest.importorskip(module) for module in ("torch", "transformers", "peft"))
+    cfg, _ = saved(tmp_path, DENSE.replace(tie_embeddings=False))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager", dtype=torch.float32)
+    options = {"target_modules": ["q_proj", "o_proj", "up_proj", "embed_tokens"], "init_lora_weights": False, "lora_dropout": 0.1}
+    model = theirs.get_peft_model(base, theirs.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)).eval()
+    model.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9)).astype(np.int32)
+    with torch.no_grad():
+        want = model(torch.from_numpy(tokens).long()).logits.numpy()
+    found, params = adapter.with_adapter(*hf.load(tmp_path / "base"), tmp_path / "theirs", merge=False)
+    assert found.lora.targets == ("embed", "q", "o", "up") and (found.lora.rank, found.lora.alpha) == (4, 6.0)
+    assert_close(want, build(found).forward(params, ms.Tensor(tokens))[0], 2e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_an_adapter_comes_back_bit_for_bit(kind, tmp_path):
+    cfg, params = saved(tmp_path, KINDS[kind], rslora=False)
+    found = peft.open_adapter(tmp_path / "adapter", cfg.base)
+    assert found.lora == cfg.lora and found.base == str(tmp_path / "base")
+    leaves = dict(tree_paths(params))
+    for path, spec in peft.adapters(cfg).items():
+        part = tuple(slice(0, max(1, n // 2)) for n in spec.shape)
+        assert np.array_equal(found.read(path, part), leaves[path].asnumpy()[part]), path
+
+
+REFUSED = {
+    "use_dora=True is not supported": {"use_dora": True},
+    "bias='all' is not supported": {"bias": "all"},
+    r"modules_to_save=\['lm_head'\] is not supported": {"modules_to_save": ["lm_head"]},
+    r"rank_pattern=\{'q_proj': 4\} is not supported": {"rank_pattern": {"q_proj": 4}},
+    "peft_type='IA3' is not supported": {"peft_type": "IA3"},
+    "init_lora_weights='pissa' changes the base's weights": {"init_lora_weights": "pissa"},
+    "r=0 must be an integer above 0": {"r": 0},
+    "lora_alpha=None must be a number above 0": {"lora_alpha": None},
+    r"lora_A.weight has shape \[3, 24\], and the base makes it \[5, 24\]": {"r": 5},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(said, tmp_path):
+    cfg, _ = saved(tmp_path, DENSE, targets=("q",))
+    path = tmp_path / "adapter" / peft.CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **REFUSED[said]}))
+    with pytest.raises(ValueError, match=said):
+        peft.open_adapter(tmp_path / "adapter", cfg.base)
+
+
+def test_tensors_that_are_missing_or_of_another_module_are_named(tmp_path):
+    cfg, _ = saved(tmp_path, DENSE, targets=("q",))
+    with pytest.raises(ValueError, match="missing base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"):
+        peft.open_adapter(tmp_path / "adapter", cfg.base.replace(num_layers=3))
+    file = hf_files.TensorFile(tmp_path / "adapter" / peft.WEIGHTS)
+    entries = [(name.replace("q_proj", "c_proj"), entry.code, entry.shape) for name, entry in file.entries.items()]
+    hf_files.write_tensors(tmp_path / "adapter" / peft.WEIGHTS, entries, [np.array(file.array(name)) for name in file.entries])
+    with pytest.raises(ValueError, match="c_proj.lora_A.weight is of no module that an adapter of this model has here: embed, q, k"):
+        peft.open_adapter(tmp_path / "adapter", cfg.base)
+
+
+def test_an_adapter_of_another_base_is_refused_by_name(tmp_path):
+    cfg, _ = saved(tmp_path, DENSE, targets=("q",))
+    other = tree_map(ms.Tensor, init_params(param_specs(cfg.base), 1))
+    with pytest.raises(ValueError, match=f"holds adapters for the base {tmp_path}/base .*another one"):
+        adapter.with_adapter(cfg.base, other, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "cfg, changes, said",
+    [
+        (MOE, {"targets": ("experts.gate",)}, "PEFT adapts both or neither"),
+        (MOE, {"rslora": True}, "changes the scale that lora.rslora=true gives"),
+        (MIXED, {"targets": ("down",)}, "this model has both"),
+    ],
+)
+def test_an_adapter_that_peft_does_not_reproduce_is_not_written(cfg, changes, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        peft.save(tmp_path / "adapter", adapted(cfg, **changes), {}, "", "")
+    assert not (tmp_path / "adapter").exists()
