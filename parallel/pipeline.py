@@ -67,8 +67,8 @@ def stage_ranges(num_layers, ranks, virtual_stages=1, layers=()):
     for stage, count in enumerate(counts):
         if not count and 0 < stage < stages - 1:
             raise ValueError(
-                f"parallel.pp={ranks} x virtual_stages={virtual_stages}: stage {stage} of {counts} has no layer; only the first, which has the"
-                f" embedding, and the last, which has the head, may. Use at most {num_layers + 2} stages"
+                f"parallel.pp={ranks} x virtual_stages={virtual_stages}: stage {stage} of {counts} has no layer; only the first, which has"
+                f" the embedding, and the last, which has the head, may. Use at most {num_layers + 2} stages"
             )
         out.append(range(first, first + count))
         first += count
