@@ -62,7 +62,8 @@ def loss_fn(params, batch, cfg):
 
 @functools.lru_cache(maxsize=32)
 def build(cfg, sharding=None, scan=False, kernels=None):
-    """The model's functions, closed over their annotated ops: forward, loss_fn and extend, as attributes.
+    """The model's functions, closed over their annotated ops: forward, loss_fn and extend, as attributes, and what pipeline stages are made
+    of: parts (see qwen3/stages.py).
 
     scan: `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list (see stack_layers), run as a loop.
     kernels: the ops' implementations, an ops.registry.Kernels; by default the fastest that this device has.
@@ -82,12 +83,20 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     whole_vocab = embed.whole(cfg, sharding)
     reshape, consts = ops.Reshape(), _consts(cfg)
 
-    def logits_and_stats(params, tokens, positions, segment_ids):
+    def begin(params, tokens):
+        return take(whole_table(params["embed"]), tokens)
+
+    def beside(positions, segment_ids):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
-        x = take(whole_table(params["embed"]), tokens)
-        x, stats = trunk(params["layers"], x, consts(cos, sin, segment_ids, order(segment_ids), valid))
-        return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x)), stats
+        return consts(cos, sin, segment_ids, order(segment_ids), valid)
+
+    def end(params, x):
+        return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x))
+
+    def logits_and_stats(params, tokens, positions, segment_ids):
+        x, stats = trunk(params["layers"], begin(params, tokens), beside(positions, segment_ids))
+        return end(params, x), stats
 
     router_losses = moe.losses(cfg, sharding)
 
@@ -98,9 +107,15 @@ def build(cfg, sharding=None, scan=False, kernels=None):
         logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
         return reshape(whole_vocab(logits), (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
 
-    loss_of = _loss(cfg, sharding, kernels, logits_and_stats, router_losses)
+    loss_of_logits = _loss(cfg, sharding, kernels, router_losses)
+
+    def loss_of(params, batch):
+        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+        return loss_of_logits(logits, stats, batch)
+
     extend = _extend(cfg, take, head, angles, blocks, final_norm, head_key)
-    return SimpleNamespace(forward=forward, loss_fn=loss_of, extend=extend)
+    parts = SimpleNamespace(begin=begin, beside=beside, blocks=tuple(block for block, _ in blocks), end=end, loss=loss_of_logits)
+    return SimpleNamespace(forward=forward, loss_fn=loss_of, extend=extend, parts=parts)
 
 
 def choose_kernels(asked, cfg, sharding=None):
@@ -115,18 +130,16 @@ def _aux(losses):
     return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
 
 
-def _loss(cfg, sharding, kernels, logits_and_stats, router_losses):
-    """loss_fn(params, batch), see above."""
+def _loss(cfg, sharding, kernels, router_losses):
+    """loss(logits, stats, batch) -> (loss, metrics), as loss_fn above."""
     mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding, kernels)
     aux_coef, z_coef = cfg.router_aux_coef, cfg.router_z_coef
 
-    def dense(params, batch):
-        logits, _ = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+    def dense(logits, stats, batch):
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         return ce, {"loss": ce, "tokens": tokens}
 
-    def with_experts(params, batch):
-        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+    def with_experts(logits, stats, batch):
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         balance, z, load, overflow = router_losses(stats)
         metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z}
@@ -218,7 +231,7 @@ def _unrolled(cfg, sharding, blocks):
     run, n = tuple(block for block, _ in blocks), cfg.num_layers
     counted = tuple(cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(n))
     dims = ", ".join(["stats"] * sum(counted)) + " -> layers stats"
-    stack = sharding.op(_stack(), dims, kind="kernel", sizes={"layers": sum(counted)})
+    stack = sharding.op(stack_rows(), dims, kind="kernel", sizes={"layers": sum(counted)})
 
     def trunk(layers, x, consts):
         every = ()
@@ -231,7 +244,7 @@ def _unrolled(cfg, sharding, blocks):
     return trunk
 
 
-def _stack():
+def stack_rows():
     """Not ops.Stack, which, given one tensor, returned in eager mode the shape that it had in an earlier compiled graph."""
     concat, reshape = ops.Concat(0), ops.Reshape()
 
