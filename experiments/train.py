@@ -37,6 +37,7 @@ class Program:
     held: object = None
     restore: object = None
     spread: object = None
+    executor: object = None  # of a pipeline: its parallel.pipeline_run.Executor
 
 
 def build_program(cfg, config, sharding=None):
@@ -54,12 +55,16 @@ def build_program(cfg, config, sharding=None):
     restore(read, norm) -> state, from read(name, slices) of those arrays.
     """
     _check_dtype(cfg)
+    if sharding and sharding.mesh.pp > 1:
+        from experiments import train_pipeline  # which is made of this module's parts
+
+        return train_pipeline.build_program(cfg, config, sharding)
     sharding, scan = sharding or Sharding(), uses_scan(cfg, config.train.layer_loop)
     placed = placements(cfg, sharding, scan)
     kernels = choose_kernels(config.ops, cfg, sharding)
     model, specs = build(cfg, sharding, scan, kernels), stacked_specs(cfg) if scan else param_specs(cfg)
     names = metric_names(cfg)
-    update = _update(specs, placed, sharding, config.optim, kernels)
+    update = update_of(specs, placed, sharding, config.optim, kernels)
     if config.parallel.micro_batches == 1:
         run_step = _one_batch(model, specs, names, update)
     else:
@@ -78,22 +83,28 @@ def build_program(cfg, config, sharding=None):
         return tree_map(lambda leaf: _copy(leaf.asnumpy(everywhere=True)), spread(state))
 
     def step(state, batch, lr, at):
-        state, (objective, aux, norm, skipped) = run_step(state, batch, optimizer.scalars(config.optim, lr, at))
-        metrics = {name: _number(value) for name, value in zip(names, aux)}
-        metrics.update(objective=_number(objective), grad_norm=_number(norm), lr=lr)
-        if cfg.moe_layers:
-            metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # of any expert, over the mean
-        return state, {**metrics, "skipped": _number(skipped)} if config.optim.skip_spikes else metrics
+        state, out = run_step(state, batch, optimizer.scalars(config.optim, lr, at))
+        return state, metrics_of(cfg, config, out, lr)
 
     def evaluate(state, batches):
         tree, nats, targets = from_tuple(specs, state["params"]), 0.0, 0.0
         for batch in batches:
-            loss, tokens = map(_number, eval_loss(tree, _tensors(batch)))
+            loss, tokens = map(_number, eval_loss(tree, tensors(batch)))
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 
     held, restore = partial(held_arrays, placed, layers), partial(restored, sharding.mesh, placed, layers)
     return Program(init, params_of, step, evaluate, held, restore, spread)
+
+
+def metrics_of(cfg, config, out, lr):
+    """A step's metrics. out: the objective, the values of metric_names, the gradient's norm, and 1 where the update was skipped."""
+    objective, aux, norm, skipped = out
+    metrics = {name: _number(value) for name, value in zip(metric_names(cfg), aux)}
+    metrics.update(objective=_number(objective), grad_norm=_number(norm), lr=lr)
+    if cfg.moe_layers:
+        metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # of any expert, over the mean
+    return {**metrics, "skipped": _number(skipped)} if config.optim.skip_spikes else metrics
 
 
 def _check_dtype(cfg):
@@ -123,7 +134,7 @@ def held_arrays(placed, num_layers, state=None):
     """
     leaves = tree_leaves(placed)
     return [
-        Held(_names(kind, p.path, num_layers), p.spec, getattr(p, axes), w)
+        Held(_names(kind, p.path, num_layers), p.spec, getattr(p, axes), w, p.holders)
         for kind, axes in STATE.items()
         for p, w in zip(leaves, tree_leaves(state[kind]) if state else [None] * len(leaves))
     ]
@@ -200,7 +211,7 @@ class Update(NamedTuple):
     merge: object
 
 
-def _update(specs, placed, sharding, optim, kernels):
+def update_of(specs, placed, sharding, optim, kernels):
     """The Update of a model in a layout."""
     flat, like = tree_leaves(placed), to_tuple(specs)
     norm = zero.global_norm_squared(sharding, flat, optimizer.in_norm(specs)) if sharding.mesh.world > 1 else None
@@ -259,7 +270,7 @@ def _one_batch(model, specs, names, update):
     fused = jit(fused)
 
     def run(state, batch, values):
-        out, changed = fused(state["params"], state["m"], state["v"], state["norm"], values, _tensors(batch))
+        out, changed = fused(state["params"], state["m"], state["v"], state["norm"], values, tensors(batch))
         return update.merge(state, changed), out
 
     return run
@@ -292,7 +303,7 @@ def _accumulated(model, specs, names, update, sharding, placed, count):
         total, loss, aux = optimizer.zeros_like(parts), 0.0, [0.0] * len(names)
         slices, weights = micro_batches(batch, count)
         for share, part in zip(shares(collectives.host_sum(sharding.mesh, DATA, weights)), slices):
-            part_loss, part_aux, total = accumulate(state["params"], total, ms.Tensor(share, ms.float32), _tensors(part))
+            part_loss, part_aux, total = accumulate(state["params"], total, ms.Tensor(share, ms.float32), tensors(part))
             loss += share * _number(part_loss)
             aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
         norm, skipped, changed = finish(state["params"], total, state["m"], state["v"], state["norm"], values)
@@ -314,7 +325,7 @@ def shares(weights):
     return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / len(weights))
 
 
-def _tensors(batch):
+def tensors(batch):
     return {key: ms.Tensor(np.ascontiguousarray(value)) for key, value in batch.items()}
 
 

@@ -59,7 +59,10 @@ def get_config():
     c.parallel = ConfigDict()  # also --dp, --tp, ... on the command line
     c.parallel.dp = 1  # data parallel ranks
     c.parallel.tp = 1  # tensor parallel ranks
-    c.parallel.pp = 1  # pipeline stages
+    c.parallel.pp = 1  # pipeline parallel ranks
+    c.parallel.pp_schedule = "1f1b"  # gpipe, 1f1b, or interleaved, which goes with virtual stages
+    c.parallel.virtual_stages = 1  # pipeline stages of a rank
+    c.parallel.stage_layers = ()  # layers of each pipeline stage, such as (7,9); empty = as even as can be
     c.parallel.cp = 1  # context parallel ranks
     c.parallel.ep = 1  # expert parallel ranks, cut from dp x cp x tp
     c.parallel.micro_batches = 1  # slices each data rank cuts its rows into: gradient accumulation, pipeline micro-batches
