@@ -71,7 +71,10 @@ def _parallel():
     p = ConfigDict()
     p.dp = 1  # data parallel ranks
     p.tp = 1  # tensor parallel ranks
-    p.pp = 1  # pipeline stages
+    p.pp = 1  # pipeline parallel ranks
+    p.pp_schedule = "1f1b"  # gpipe, 1f1b, or interleaved, which goes with virtual stages
+    p.virtual_stages = 1  # pipeline stages of a rank
+    p.stage_layers = ()  # layers of each pipeline stage, such as (7,9); empty = as even as can be
     p.cp = 1  # context parallel ranks
     p.ep = 1  # expert parallel ranks, cut from dp x cp x tp
     p.micro_batches = 1  # slices each data rank cuts its rows into: gradient accumulation, pipeline micro-batches
