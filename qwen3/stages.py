@@ -61,7 +61,7 @@ def build_stage(cfg, sharding, kernels, layers, first, last):
 def _trunk(cfg, sharding, kernels, layers):
     """trunk(params, carried, batch) -> carried."""
     parts = build(cfg, sharding, False, kernels).parts
-    run, names, n = tuple(parts.blocks[i] for i in layers), tuple(map(str, layers)), len(layers)
+    run, names, n = tuple(parts.layers[i][0] for i in layers), tuple(map(str, layers)), len(layers)
     counted = tuple(cfg.is_moe_layer(i) for i in layers)
     join = _joined(sharding, _moe_layers(cfg, range(layers.start)), sum(counted))
 
