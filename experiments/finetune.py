@@ -14,7 +14,6 @@ from experiments.training import train_in
 
 FLAGS = flags.FLAGS
 command_line.define(command_line.MAINS["experiments.finetune"])
-flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
 
 
 def main(_):
