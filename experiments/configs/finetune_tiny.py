@@ -3,6 +3,8 @@
     python -m experiments.finetune --config=experiments/configs/finetune_tiny.py --workdir=runs/sft
 
 Hardware: one CPU process.
+Expected time and loss: not measured in this form. Rows of 256 tokens and longer questions took 3 minutes for 600 steps on 2 cores, and
+reversed and sorted 0.99 of held-out questions right.
 """
 
 from experiments.configs import common

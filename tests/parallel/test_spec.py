@@ -101,3 +101,18 @@ def test_trees_keep_their_structure():
     assert spec.count({"a": WIDE, "b": [np.zeros((2, 3))]}) == 6 * 5 * 7 + 6
     with pytest.raises(AssertionError, match="more leaves"):
         unflatten(TREE, range(5))
+
+
+def test_uniform_values_fill_their_range_and_constants_are_what_they_say():
+    values = init_array(ParamSpec((400, 50), ("embed", "rank"), spec.uniform(0.25)), "w", 1)
+    assert -0.25 < values.min() < -0.24 and 0.24 < values.max() < 0.25 and abs(values.mean()) < 0.01
+    assert np.array_equal(init_array(ParamSpec((2,), ("one",), spec.constant(3.0)), "w", 1), [3, 3])
+
+
+def test_the_parts_of_a_tree_keep_their_paths_and_make_it_up_again():
+    tree = {"a": 1, "layers": [{"w": 2, "b": 13}, {"w": 14, "b": 15}, {"w": 3, "b": 4}], "z": 12}
+    small, large = spec.select(tree, lambda leaf: leaf < 10), spec.select(tree, lambda leaf: leaf >= 10)
+    assert small == {"a": 1, "layers": {"0": {"w": 2}, "2": {"w": 3, "b": 4}}}
+    assert dict(tree_paths(small)) | dict(tree_paths(large)) == dict(tree_paths(tree))
+    assert spec.merge(tree, small, large) == spec.merge(tree, large, small) == tree
+    assert spec.select(tree, lambda leaf: leaf > 99) is None and spec.merge(tree, tree, None) == tree
