@@ -155,7 +155,7 @@ def _what_trains(cfg, config):
         )
     known, chosen = cfg.lora_targets, set()
     for pattern in _patterns(config.lora.targets):
-        found = {name for name in known if fnmatch.fnmatchcase(name, pattern)}
+        found = {name for name in known if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")}
         if not found:
             raise ValueError(
                 f"lora.targets: {pattern!r} matches none of {', '.join(known)}, which model={config.model} has{nearest(pattern, known)}"

@@ -297,7 +297,8 @@ def _update(specs, placed, sharding, optim, kernels):
 
     def merge(state, changed):
         names = ("params", "m", "v")
-        return {**{name: _replaced(state[name], *each) for name, *each in zip(names, places, changed)}, "norm": changed[3]}
+        new = {name: _replaced(state[name], *each) for name, *each in zip(names, places, changed)}
+        return {**state, **new, "norm": changed[3]}
 
     return Update(zero.sum_gradients(sharding, flat), flatten, update, merge)
 

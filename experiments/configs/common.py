@@ -84,7 +84,7 @@ def _lora():
     a.rslora = False  # it is alpha / sqrt(rank) instead
     a.dropout = 0.0  # of what goes into an adapter
     a.init = "kaiming"  # of A, as PEFT's default, or gaussian; B is 0
-    # patterns of embed, q, k, v, o, gate, up, down, router, experts.gate, experts.up, experts.down, separated by commas
+    # patterns of embed, q, k, v, o, gate, up, down, router, experts.gate, experts.up, experts.down (experts: all three), by commas
     a.targets = "q,k,v,o,gate,up,down"
     a.adapter = ""  # folder of an adapter in PEFT's format to begin with
     return a
