@@ -40,7 +40,7 @@ class Case:
 
 def cases():
     """{name: Case}"""
-    return {**_of_rows(), **_of_attention(), **_of_vocabulary(), **_of_experts(), **_of_updates()}
+    return {**_of_rows(), **_of_attention(), **_of_vocabulary(), **_of_experts(), **_of_updates(), **_of_decoding()}
 
 
 def normal(*shape):
@@ -187,4 +187,17 @@ def _of_updates():
         "adamw": Case("adamw", adam, (15 * w.size, None), make=make, bytes=(7 * w.nbytes, None), in_place=True),
         "adamw_squares": Case("adamw", fixed((), (w,)), (2 * w.size, None), "squares"),
         "cache_write": Case("cache_write", fixed((), (cache, new, last)), (0, None), bytes=(2 * new.nbytes, None), in_place=True),
+    }
+
+
+def _of_decoding():
+    """A token of one row, after CACHE_T - 1 others."""
+    x, w, weights = normal(1, D), normal(D), (normal(D, N * H), normal(D, K * H), normal(D, K * H), normal(N * H, D))
+    angles, last, mlp = normal(1, 1, 1, H // 2), np.full((1, 1), CACHE_T - 1, np.int32), (normal(D, F), normal(D, F), normal(F, D))
+    caches = normal(1, CACHE_T, K, H), normal(1, CACHE_T, K, H) + 1
+    attend = (x, w, *weights, normal(H), normal(H), np.cos(angles), np.sin(angles), last, *caches)
+    flop = 2 * D * (2 * N + 2 * K) * H + 4 * N * H * CACHE_T
+    return {
+        "decode_attention": Case("decode_attention", fixed((), attend), (flop, None), make=partial(_call, EPS, H**-0.5), in_place=True),
+        "decode_mlp": Case("decode_mlp", fixed((), (x, w, *mlp)), (6 * D * F, None), make=partial(_call, EPS)),
     }

@@ -15,16 +15,18 @@ from parallel import collectives
 from parallel.checkpoint_files import write_json
 
 FLAGS = flags.FLAGS
-command_line.define("experiments/configs/common.py")
-flags.DEFINE_string("hf_dir", None, "folder of a Hugging Face model")
-flags.DEFINE_string("data", None, "a text file or folder, the prefix of a pair, weight,prefix,..., or what a stream reads")
-flags.DEFINE_enum("part", "all", ["all", "held_out"], "of --data: all of it, or what a training run holds out of it")
-flags.DEFINE_integer("rows", 0, "rows of data at most; 0 for all")
-flags.DEFINE_list("tasks", "", "files of tasks, or names of tasks of lm-evaluation-harness")
-flags.DEFINE_string("task_folder", None, "folder of YAML files of more tasks for the harness")
-flags.DEFINE_integer("limit", None, "documents of each task of the harness at most")
-flags.DEFINE_integer("max_length", None, "tokens of a task's text at most; by default the model's own")
-flags.DEFINE_string("json", None, "file to write the results to")
+
+
+def define_flags():
+    command_line.define("experiments/configs/common.py")
+    flags.DEFINE_string("data", None, "a text file or folder, the prefix of a pair, weight,prefix,..., or what a stream reads")
+    flags.DEFINE_enum("part", "all", ["all", "held_out"], "of --data: all of it, or what a training run holds out of it")
+    flags.DEFINE_integer("rows", 0, "rows of data at most; 0 for all")
+    flags.DEFINE_list("tasks", "", "files of tasks, or names of tasks of lm-evaluation-harness")
+    flags.DEFINE_string("task_folder", None, "folder of YAML files of more tasks for the harness")
+    flags.DEFINE_integer("limit", None, "documents of each task of the harness at most")
+    flags.DEFINE_integer("max_length", None, "tokens of a task's text at most; by default the model's own")
+    flags.DEFINE_string("json", None, "file to write the results to")
 
 
 def main(_):
@@ -53,4 +55,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, define_flags)

@@ -13,8 +13,11 @@ from experiments import layout_table
 from experiments.training import train_in
 
 FLAGS = flags.FLAGS
-command_line.define(command_line.MAINS["experiments.finetune"])
-flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
+
+
+def define_flags():
+    command_line.define(command_line.MAINS["experiments.finetune"])
+    flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
 
 
 def main(_):
@@ -32,4 +35,4 @@ def finetune(config, workdir):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, define_flags)

@@ -49,11 +49,14 @@ def define(default_config=None, flag_values=flags.FLAGS):
     flags.DEFINE_boolean("partial", None, "overrides config.partial: load what fits of another model", flag_values=flag_values)
 
 
-def run(main):
-    """Parses sys.argv and calls main([program]). A user's mistake prints `error: ...` and exits with status 2.
+def run(main, define_flags=None):
+    """Parses sys.argv and calls main([program]), after define_flags(), so that a main that is imported defines none. A user's mistake
+    prints `error: ...` and exits with status 2.
 
     --traceback shows where it was raised instead.
     """
+    if define_flags:
+        define_flags()
     if "traceback" not in flags.FLAGS:
         flags.DEFINE_boolean("traceback", False, "show the whole traceback of an error")
     try:

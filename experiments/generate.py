@@ -8,25 +8,27 @@ Writes text_generation_result.txt, a line for each result, in the order of the p
 python -m experiments.launch --nproc=4 -- experiments.generate --hf_dir=DIR --prompts_file=F --dp=2 --tp=2. See docs/generation.md.
 """
 
-import os
-
 from absl import flags
 
 from experiments import exchange, generate_batch, generate_chat, inference_flags, prompts
 from experiments import flags as command_line
-from parallel.checkpoint_files import write_text
 from qwen3.engine import Engine, check
 
 FLAGS = flags.FLAGS
-inference_flags.define()
-flags.DEFINE_string("prompt", None, "text to go on from")
-flags.DEFINE_string("prompts_file", None, "a file of them: text, one a line, or .jsonl")
-flags.DEFINE_boolean("chat", False, "prompts are a user's turns, by the chat template; without a prompt, a conversation on the terminal")
-flags.DEFINE_integer("num_samples", 1, "results for each prompt", lower_bound=1)
-flags.DEFINE_integer("logprobs", None, "in --output_jsonl, the log-probability of each token and of so many of the likeliest")
-flags.DEFINE_string("output", ".", "folder of text_generation_result.txt, or a file that ends in .txt")
-flags.DEFINE_string("output_jsonl", None, "a file for tokens, reasons and timings too, one object a result")
-CHAT_LENGTH, BATCH, SHOWN = 4096, 8, 8
+CHAT_LENGTH, BATCH = 4096, 8
+
+
+def define_flags():
+    inference_flags.define()
+    flags.DEFINE_string("prompt", None, "text to go on from")
+    flags.DEFINE_string("prompts_file", None, "a file of them: text, one a line, or .jsonl")
+    flags.DEFINE_boolean(
+        "chat", False, "prompts are a user's turns, by the chat template; without a prompt, a conversation on the terminal"
+    )
+    flags.DEFINE_integer("num_samples", 1, "results for each prompt", lower_bound=1)
+    flags.DEFINE_integer("logprobs", None, "in --output_jsonl, the log-probability of each token and of so many of the likeliest")
+    flags.DEFINE_string("output", ".", "folder of text_generation_result.txt, or a file that ends in .txt")
+    flags.DEFINE_string("output_jsonl", None, "a file for tokens, reasons and timings too, one object a result")
 
 
 def main(_):
@@ -44,7 +46,7 @@ def main(_):
     results = generate_batch.run(engine, model.tokenizer, requests, FLAGS.stop, generate_batch.Together(model.sharding))
     results, totals = generate_batch.gathered(model.mesh, results, engine.totals)
     if model.mesh.rank == 0:
-        write(results, totals)
+        generate_batch.write(results, totals, FLAGS.output, FLAGS.output_jsonl)
 
 
 def make_engine(model, ids):
@@ -82,18 +84,5 @@ def converse(model):
     generate_chat.chat(build(model, 1, length, None), model, FLAGS.enable_thinking, FLAGS.stop)
 
 
-def write(results, totals):
-    path = FLAGS.output if FLAGS.output.endswith(".txt") else os.path.join(FLAGS.output, "text_generation_result.txt")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    write_text(path, "".join(f"{generate_batch.line(result)}\n" for result in results))
-    if FLAGS.output_jsonl:
-        write_text(FLAGS.output_jsonl, "".join(f"{generate_batch.json_line(result)}\n" for result in results))
-    for result in results[:SHOWN]:
-        print(f"result     {generate_batch.line(result)}")
-    prefill, decode = generate_batch.speeds(totals)
-    print(f"speed      prefill {prefill:,.1f} tokens/s, decode {decode:,.1f} tokens/s")
-    print(f"saved      {path}: {len(results)} results", flush=True)
-
-
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, define_flags)

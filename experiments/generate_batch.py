@@ -1,13 +1,16 @@
 """Many prompts through an engine, and through those of several data ranks at once: results in the order of the prompts."""
 
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 
 from experiments import exchange
 from parallel import collectives
+from parallel.checkpoint_files import write_text
 from qwen3.text_stream import TextStream
 
+SHOWN = 8  # results that are printed
 FIRST_LOOK_S, LAST_LOOK_S = 0.5, 4.0  # between two looks of data ranks at each other: doubled from the first to the last
 
 
@@ -134,3 +137,17 @@ def json_line(result):
 def speeds(totals):
     """(prefill tokens/s, decode tokens/s), of data ranks that work side by side."""
     return tuple(sum(t[f"{what}_tokens"] / t[f"{what}_s"] for t in totals if t[f"{what}_s"]) for what in ("prefill", "decode"))
+
+
+def write(results, totals, output, output_jsonl=None):
+    """text_generation_result.txt in the folder `output`, or that file itself if it ends in .txt, and output_jsonl; and what is printed."""
+    path = output if output.endswith(".txt") else os.path.join(output, "text_generation_result.txt")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    write_text(path, "".join(f"{line(result)}\n" for result in results))
+    if output_jsonl:
+        write_text(output_jsonl, "".join(f"{json_line(result)}\n" for result in results))
+    for result in results[:SHOWN]:
+        print(f"result     {line(result)}")
+    prefill, decode = speeds(totals)
+    print(f"speed      prefill {prefill:,.1f} tokens/s, decode {decode:,.1f} tokens/s")
+    print(f"saved      {path}: {len(results)} results", flush=True)

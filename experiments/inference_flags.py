@@ -22,6 +22,7 @@ def define():
     """Registers them."""
     flags.DEFINE_string("hf_dir", None, "a Hugging Face folder: config.json, safetensors, the tokenizer's files")
     flags.DEFINE_string("workdir", None, "instead, the folder of a training run: its newest checkpoint and its tokenizer")
+    flags.DEFINE_string("adapter", None, "of LoRA, in PEFT's format or a run of finetune, to join to the weights")
     for axis in AXES:
         flags.DEFINE_integer(axis, None, f"ranks of {axis}, under experiments.launch; default 1; dp ranks share out the prompts")
     flags.DEFINE_integer(
@@ -53,7 +54,7 @@ class Model:
     def __init__(self):
         rank, _ = collectives.start()
         self.new_tokens = NEW_TOKENS
-        self.opened = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
+        self.opened = weights.inference(FLAGS.hf_dir, FLAGS.workdir, FLAGS.adapter)
         self.cfg = self.opened.cfg
         asked = {axis: FLAGS[axis].value for axis in AXES}
         sizes = layout.for_inference(asked, self.cfg, FLAGS.hf_dir or FLAGS.workdir, world_size())

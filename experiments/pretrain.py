@@ -10,8 +10,11 @@ from experiments import layout_table
 from experiments.training import train_in
 
 FLAGS = flags.FLAGS
-command_line.define(command_line.MAINS["experiments.pretrain"])
-flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
+
+
+def define_flags():
+    command_line.define(command_line.MAINS["experiments.pretrain"])
+    flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
 
 
 def main(_):
@@ -29,4 +32,4 @@ def pretrain(config, workdir):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, define_flags)

@@ -135,25 +135,41 @@ class Inference(NamedTuple):
     text: str
 
 
-def inference(hf_dir=None, workdir=None):
+def inference(hf_dir=None, workdir=None, adapter_dir=None):
     """The Inference of a Hugging Face folder, or of a run: its newest checkpoint, of any layout, else the model in its hf/. On CPU in
     float32, elsewhere in the dtype that the embedding has there. Raises ValueError or FileNotFoundError that name the flag.
 
-    Whatever changes the weights on their way into a model, such as an adapter, belongs here."""
+    adapter_dir: of an adapter, which is joined to the weights as they are read: in PEFT's format, or a run of LoRA. Such a run may be the
+    workdir itself; its base is then the one that it notes. Whatever else changes the weights on their way into a model belongs here."""
     if bool(hf_dir) == bool(workdir):
         raise ValueError("give --hf_dir=FOLDER, a Hugging Face folder, or --workdir=RUN, the folder of a training run; one of them")
     key, path = ("hf_dir", hf_dir) if hf_dir else ("workdir", workdir)
     path = os.path.expanduser(path)
-    final = os.path.join(path, "hf")
-    weights = open_weights(key, final if workdir and os.path.isdir(final) and not find(path) else path)
+    beside, final = Path(path, TOKENIZER), os.path.join(path, "hf")
+    if workdir and not adapter_dir and (base := adapter.base_name(path)):
+        adapter_dir, path = path, _noted_base(workdir, base)
+    elif workdir and os.path.isdir(final) and not find(path):
+        path = final
+    weights = open_weights(key, path)
     dtype = "float32" if ms.get_context("device_target") == "CPU" else weights.config.param_dtype
-    cfg = weights.config.replace(param_dtype=dtype, compute_dtype=dtype)
-    beside = Path(path, TOKENIZER)
-    tokenizer = weights.tokenizer or (beside if workdir and beside.is_dir() else None)
+    cfg, read, text = weights.config.replace(param_dtype=dtype, compute_dtype=dtype), weights.read, str(weights)
+    if adapter_dir:
+        cfg, read = adapter.merged(cfg, read, adapter.open_adapter(os.path.expanduser(adapter_dir), cfg, read, path))
+        text += f", with the adapter of {adapter_dir}"
+    tokenizer = beside if workdir and beside.is_dir() else weights.tokenizer
 
-    def read(path, slices):
-        return hf.cast(weights.read(path, slices), dtype, path)
+    def read_cast(path, slices):
+        return hf.cast(read(path, slices), dtype, path)
 
-    return Inference(
-        cfg, lambda sharding: load(sharding.mesh, place(sharding, param_specs(cfg)), read, "used"), tokenizer, weights.folder, str(weights)
-    )
+    def params(sharding):
+        return load(sharding.mesh, place(sharding, param_specs(cfg)), read_cast, "used")
+
+    return Inference(cfg, params, tokenizer, weights.folder, text)
+
+
+def _noted_base(workdir, base):
+    if not os.path.isdir(base):
+        raise ValueError(
+            f"--workdir={workdir} holds adapters alone, for the base {base}, which is not there; use --hf_dir=BASE --adapter={workdir}"
+        )
+    return base

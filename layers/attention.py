@@ -61,6 +61,19 @@ def build(cfg, sharding, kernels):
     return attention, cached
 
 
+def build_decode(cfg, kernels):
+    """decode(norm_D, p, x_BD, cos, sin, positions_B1, k_BTKH, v_BTKH) -> x + attention(norm(x)), k_BTKH, v_BTKH, as one op on one device:
+    what rms, `cached` and the residual sum do for one token a row."""
+    op = pick(kernels, "decode_attention")(cfg.rms_norm_eps, cfg.head_dim**-0.5)
+
+    def decode(norm, p, x, cos, sin, positions, k, v):
+        wq, wk, wv, wo = cast(p["wq"], x.dtype), cast(p["wk"], x.dtype), cast(p["wv"], x.dtype), cast(p["wo"], x.dtype)
+        norm, q_norm, k_norm = cast(norm, x.dtype), cast(p["q_norm"], x.dtype), cast(p["k_norm"], x.dtype)
+        return op(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, positions, k, v)
+
+    return decode
+
+
 def _projection(cfg, sharding, kernels):
     """project(p, x_RD, cos, sin) -> q_BSNH, k_BSKH, v_BSKH"""
     to_qkv = linear.columns(sharding, kernels, "heads", "kv", "kv")

@@ -40,14 +40,17 @@ def _join(sharding):
     sum_exp, sum_picked = (reduce(kept(), "tokens vocab_parts -> tokens one") for _ in range(2))
     shift = sharding.op(ops.Sub(), "tokens vocab_parts, tokens one -> tokens vocab_parts", kind="kernel")
     exp, mul = (sharding.op(op(), "tokens vocab_parts", kind="elementwise") for op in (ops.Exp, ops.Mul))
-    log, add, sub = (sharding.op(op(), "tokens one", kind="elementwise") for op in (ops.Log, ops.Add, ops.Sub))
+    log1p, add, sub = (sharding.op(op(), "tokens one", kind="elementwise") for op in (ops.Log1p, ops.Add, ops.Sub))
+    ones_like = sharding.op(ops.OnesLike(), "tokens one", kind="elementwise")
 
     def join(top, total, picked):
         top = ops.stop_gradient(top)  # its gradient is 0, as what is taken from one logarithm is added again
         highest = largest(top, 1)
         total = sum_exp(mul(total, exp(shift(top, highest))), 1)
+        # total is at least 1. MindSpore's Log rounds an element by its place among those of a thread, and so by how often it has run.
+        log_total = log1p(sub(total, ones_like(total)))
         gap = sub(highest, sum_picked(picked, 1))
-        return add(log(total), gap), gap  # so that huge logits cancel exactly
+        return add(log_total, gap), gap  # so that huge logits cancel exactly
 
     return join
 

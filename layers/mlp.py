@@ -2,11 +2,14 @@
 
 from functools import partial
 
+from mindspore import ops
+
 from layers import linear, lora
 from ops.registry import pick
 from parallel.spec import ParamSpec, normal
 
 ADAPTED = {"gate": "w_gate", "up": "w_up", "down": "w_down"}
+cast = ops.Cast()
 
 
 def specs(cfg):
@@ -34,3 +37,13 @@ def build(cfg, sharding, kernels):
         return more_down(p, h, down(h, p["w_down"]))
 
     return mlp
+
+
+def build_decode(cfg, kernels):
+    """decode(norm_D, p, x_BD) -> x + mlp(norm(x)), as one op on one device: for one token a row."""
+    op = pick(kernels, "decode_mlp")(cfg.rms_norm_eps)
+
+    def decode(norm, p, x):
+        return op(x, cast(norm, x.dtype), cast(p["w_gate"], x.dtype), cast(p["w_up"], x.dtype), cast(p["w_down"], x.dtype))
+
+    return decode

@@ -150,12 +150,12 @@ def _load():
 
 def _statistics(cfg):
     count, total, concat = _load(), ops.ReduceSum(), ops.Concat(0)
-    log, exp, expand, reshape = ops.Log(), ops.Exp(), ops.ExpandDims(), ops.Reshape()
+    log1p, exp, expand, reshape = ops.Log1p(), ops.Exp(), ops.ExpandDims(), ops.Reshape()
     largest, total_kept = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
 
     def statistics(logits, probs, expert, valid):
         top = ops.stop_gradient(largest(logits, 1))
-        lse = reshape(top + log(total_kept(exp(logits - top), 1)), (-1,))
+        lse = reshape(top + log1p(total_kept(exp(logits - top), 1) - 1), (-1,))  # not Log: see layers/loss.py
         z = reshape(total(lse * lse * valid, 0), (1,))
         load = ops.stop_gradient(count(expert, valid, cfg.num_experts))
         return concat((load, total(probs * expand(valid, 1), 0), z, reshape(total(valid, 0), (1,))))

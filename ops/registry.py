@@ -25,6 +25,8 @@ class Kernels:
     attention: str = "reference"
     cache_write: str = "reference"
     cross_entropy: str = "reference"
+    decode_attention: str = "reference"
+    decode_mlp: str = "reference"
     embedding: str = "reference"
     grouped_matmul: str = "reference"
     matmul: str = "reference"
@@ -52,6 +54,10 @@ class Use:
 
 
 OPS = tuple(field.name for field in fields(Kernels))
+PARTS = {  # ops that do what others do one after another: they are chosen where all of these are
+    "decode_attention": ("attention", "cache_write", "matmul", "rms_norm", "rope"),
+    "decode_mlp": ("matmul", "rms_norm", "swiglu"),
+}
 ANY_DTYPE = ("adamw", "sampling")  # not computed in the model's dtype
 
 
@@ -72,7 +78,15 @@ def choose(asked, device, dtype, **more):
         raise ValueError(f"ops.{unknown[0]}: there is no such op; they are {', '.join(OPS)}")
     use = Use(device, dtype, **more)
     use = replace(use, padded=_choose("grouped_matmul", asked, use) == "reference")
-    return Kernels(**{op: _choose(op, asked, use) for op in OPS})
+    chosen = {op: _choose(op, asked, use) for op in OPS}
+    for op, parts in PARTS.items():
+        others = [part for part in parts if chosen[part] != chosen[op]]
+        if chosen[op] != "reference" and others:
+            if asked.get(op, "auto") != "auto":
+                part = others[0]
+                raise ValueError(f"ops.{op}={chosen[op]} does what ops.{part} does too, which is {chosen[part]}; leave out one of the two")
+            chosen[op] = "reference"
+    return Kernels(**chosen)
 
 
 def _choose(op, asked, use):

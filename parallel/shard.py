@@ -18,7 +18,7 @@ from mindspore.parallel import Layout
 from parallel import manual
 from parallel.source import function
 
-ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Exp", "Log", "Maximum", "Softmax")
+ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Exp", "Log1p", "Maximum", "OnesLike", "Softmax")
 COUNTED = ("ReduceSum", "ReduceMax", "GatherD", "TopK")  # refuse a Layout, and take the number of parts of each dim
 JOINS = ("Concat", "Stack")  # take one tuple of tensors
 KNOWN = ELEMENTWISE + COUNTED + JOINS + ("MatMul", "BatchMatMul", "Transpose")

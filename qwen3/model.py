@@ -17,6 +17,7 @@ from layers import attention, embed, linear, lora, loss, mlp, moe, norm, rope
 from ops import iota as iota_op
 from ops import registry
 from parallel import zero
+from parallel.mesh import ONE_DEVICE
 from parallel.scan import scan as scan_layers
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves, tree_paths, unflatten
@@ -246,7 +247,8 @@ def _consts(cfg):
 
 
 def _blocks(cfg, sharding, kernels):
-    """Per layer, (block(p, x_RD, consts) -> x_RD, stats; the same over a cache, for generation)."""
+    """Per layer, (block(p, x_RD, consts) -> x_RD, stats; the same over a cache, for generation; that for one token a row, in few ops, or
+    None)."""
     (rms, add_rms), add = norm.build(cfg, sharding, kernels), linear.residual(sharding)
     attend, attend_cached = attention.build(cfg, sharding, kernels)
     dense_ffn = mlp.build(cfg, sharding, kernels)
@@ -260,8 +262,11 @@ def _blocks(cfg, sharding, kernels):
     def sparse(p, x, consts):
         return sparse_ffn(p["moe"], x, consts[4])
 
-    def block_of(i, ffn):
+    attend_token, mlp_token = attention.build_decode(cfg, kernels), mlp.build_decode(cfg, kernels)
+
+    def block_of(i, is_moe):
         whole, noisy = zero.gathered(sharding, layer_specs(cfg, i)), lora.noisy(cfg, layer_specs(cfg, i))
+        ffn, is_dense = sparse if is_moe else dense, not is_moe
 
         def block(p, x, consts):
             p = noisy(whole(p), consts)
@@ -278,17 +283,32 @@ def _blocks(cfg, sharding, kernels):
             y, _ = ffn(p, normed, consts)
             return add(x, y), k, v
 
-        return block, cached
+        def decode(p, x, consts, k, v):
+            x, k, v = attend_token(p["attention_norm"], p["attention"], x, consts[0], consts[1], consts[3], k, v)
+            if is_dense:
+                return mlp_token(p["mlp_norm"], p["mlp"], x), k, v
+            y, _ = ffn(p, rms(p["mlp_norm"], x), consts)
+            return add(x, y), k, v
+
+        return block, cached, decode if _decodes_in_few_ops(cfg, sharding, kernels) else None
 
     kind_of = [(cfg.is_moe_layer(i), tuple(s.optimizer for s in tree_leaves(layer_specs(cfg, i)))) for i in range(cfg.num_layers)]
     first = {kind: i for i, kind in reversed(list(enumerate(kind_of)))}  # one block for all layers of a kind
-    kinds = {kind: block_of(i, sparse if kind[0] else dense) for kind, i in first.items()}
+    kinds = {kind: block_of(i, kind[0]) for kind, i in first.items()}
     return tuple(kinds[kind] for kind in kind_of)
+
+
+def _decodes_in_few_ops(cfg, sharding, kernels):
+    """Whether a token's step runs in ops that do half a layer each. They hold for one device, as ranks have collectives within a layer, and
+    for attention as Qwen3 has it, without adapters; a check of annotations wants the annotated ops."""
+    one_device = sharding.mesh == ONE_DEVICE and sharding.lowering == "manual" and not sharding.check
+    chosen = "reference" not in (kernels.decode_attention, kernels.decode_mlp)
+    return one_device and chosen and cfg.qk_norm and not cfg.qkv_bias and not cfg.lora
 
 
 def _unrolled(cfg, sharding, blocks):
     """trunk(layers, x_RD, consts) -> x_RD, stats [MoE layers, 2E + 3] (of a dense model, [1, 1])."""
-    run, n = tuple(block for block, _ in blocks), cfg.num_layers
+    run, n = tuple(block for block, _, _ in blocks), cfg.num_layers
     counted = tuple(cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(n))
     dims = ", ".join(["stats"] * sum(counted)) + " -> layers stats"
     stack = sharding.op(_stack(), dims, kind="kernel", sizes={"layers": sum(counted)})
@@ -335,7 +355,8 @@ def _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_nor
     parallel: B are a data rank's rows, K its kv heads, and V is the whole vocabulary, of which each part is one rank's work, so that all
     ranks have the same bits.
     """
-    run, n = tuple(cached for _, cached in blocks), cfg.num_layers
+    run, run_token, n = tuple(cached for _, cached, _ in blocks), tuple(decode for _, _, decode in blocks), cfg.num_layers
+    in_few_ops = all(run_token)
     gather, iota, pack, cast = ops.Gather(), iota_op.reference(), _consts(cfg), ops.Cast()
     reshape, ones_like, expand, tile = ops.Reshape(), ops.OnesLike(), ops.ExpandDims(), ops.Tile()
 
@@ -344,13 +365,18 @@ def _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_nor
         cos, sin = angles(positions)
         valid = cast(ones_like(reshape(tokens, (-1,))), ms.float32)
         consts = pack(cos, sin, ones_like(positions), positions, valid)
-        slots = tile(expand(iota(cache[0][0].shape[1]), 0), (B, 1))
-        key_segments = ones_like(slots)
         x, updated = more_embed(params, tokens, take(params["embed"], tokens)), ()
-        for i in range(n):
-            x, k, v = run[i](params["layers"][i], x, consts, cache[i][0], cache[i][1], key_segments, slots)
-            updated += ((k, v),)
-        x = gather(x, iota(B) * S + last, 0)
+        if in_few_ops and S == 1:
+            for i in range(n):
+                x, k, v = run_token[i](params["layers"][i], x, consts, cache[i][0], cache[i][1])
+                updated += ((k, v),)
+        else:
+            slots = tile(expand(iota(cache[0][0].shape[1]), 0), (B, 1))
+            key_segments = ones_like(slots)
+            for i in range(n):
+                x, k, v = run[i](params["layers"][i], x, consts, cache[i][0], cache[i][1], key_segments, slots)
+                updated += ((k, v),)
+            x = gather(x, iota(B) * S + last, 0)
         return whole_logits(head(params[head_key], final_norm(params["final_norm"], x))), updated
 
     return extend

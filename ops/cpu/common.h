@@ -75,6 +75,8 @@ static inline float exp_float(float x) {
   return x > high ? INFINITY : y;
 }
 
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_float(-x)); }
+
 // An array [..., n] as rows.
 struct Rows {
   int64_t n, rows;

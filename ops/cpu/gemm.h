@@ -94,7 +94,7 @@ static inline Vec sums_of_lanes(Vec *x) {
 
 // to[columns, rows] = from[rows, columns], both numbers multiples of LANES. Weaving the halves of a list of rows into each other, as often
 // as LANES has factors of two, turns a square.
-static void transpose(int64_t rows, int64_t columns, const float *from, int64_t ld_from, float *to, int64_t ld_to) {
+static inline void transpose(int64_t rows, int64_t columns, const float *from, int64_t ld_from, float *to, int64_t ld_to) {
   for (int64_t r = 0; r < rows; r += LANES) {
     for (int64_t c = 0; c < columns; c += LANES) {
       Vec x[LANES], y[LANES];

@@ -2,6 +2,7 @@
 // changes nothing.
 #include "blas.h"
 #include "common.h"
+#include "few_rows.h"
 
 static const int64_t SMALL = 1 << 18;  // multiplications below which threads cost more than they save
 
@@ -18,51 +19,13 @@ struct Tiles {
   int64_t count(int64_t m, int64_t n) const { return (m + tall - 1) / tall * across(n); }
 };
 
-// Few rows, as of decoding: the matrix b is read once, in order, which takes longer than the products.
-static const int64_t FEW = 4;
-static const int64_t STRIP = 1024;  // columns of c, whose sums and whose DEEP rows of b stay in the L1 cache
-static const int64_t DEEP = 8;
-static const int64_t WORTH_READING = 1 << 19;  // elements of b; below, one thread reads them as fast
-
-// c [m, n] = a [m, k] b [k, n]
-static void few_rows(int64_t m, int64_t n, int64_t k, const float *a, const float *b, float *c) {
-#pragma omp parallel for schedule(static) if (n * k >= WORTH_READING)
-  for (int64_t at = 0; at < n; at += STRIP) {
-    const int64_t width = std::min(STRIP, n - at);
-    for (int64_t r = 0; r < m; r++) std::fill_n(c + r * n + at, width, 0.0f);
-    for (int64_t d = 0; d < k; d += DEEP) {
-      for (int64_t r = 0; r < m; r++) {
-        float x[DEEP] = {};
-        std::copy_n(a + r * k + d, std::min(DEEP, k - d), x);
-        float *sum = c + r * n + at;
-        const float *row = b + d * n + at;
-        if (d + DEEP <= k) {
-#pragma omp simd
-          for (int64_t i = 0; i < width; i++) {
-            sum[i] += x[0] * row[i] + x[1] * row[n + i] + x[2] * row[2 * n + i] + x[3] * row[3 * n + i] + x[4] * row[4 * n + i] +
-                      x[5] * row[5 * n + i] + x[6] * row[6 * n + i] + x[7] * row[7 * n + i];
-          }
-        } else {
-          for (int64_t j = 0; j < k - d; j++)
-#pragma omp simd
-            for (int64_t i = 0; i < width; i++) sum[i] += x[j] * row[j * n + i];
-        }
-      }
-    }
-  }
-}
-
-// c [m, n] = a [m, k] b^T, where b is [n, k]
-static void few_rows_turned(int64_t m, int64_t n, int64_t k, const float *a, const float *b, float *c) {
-#pragma omp parallel for schedule(static) if (n * k >= WORTH_READING)
-  for (int64_t o = 0; o < n; o++) {
-    for (int64_t r = 0; r < m; r++) {
-      const float *x = a + r * k, *w = b + o * k;
-      float sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < k; i++) sum += x[i] * w[i];
-      c[r * n + o] = sum;
-    }
+// c [m, n] = a [m, k] b, of few rows
+static void few_rows(int64_t m, int64_t n, int64_t k, const float *a, const float *b, blas::Side of_b, float *c) {
+  const int threads = few::threads_for(m, n * k);
+  const int64_t piece = few::piece(n, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t at = 0; at < n; at += piece) {
+    (of_b == blas::TURNED ? few::columns_turned : few::columns)(m, n, k, a, b, at, std::min(n, at + piece), c);
   }
 }
 
@@ -70,7 +33,7 @@ static void few_rows_turned(int64_t m, int64_t n, int64_t k, const float *a, con
 static void multiply(int64_t m, int64_t n, int64_t k, const float *a, blas::Side of_a, const float *b, blas::Side of_b, float *c) {
   if (m == 0 || n == 0) return;
   if (k == 0) return void(std::fill_n(c, m * n, 0.0f));
-  if (m <= FEW && of_a == blas::AS_IS) return (of_b == blas::TURNED ? few_rows_turned : few_rows)(m, n, k, a, b, c);
+  if (m <= few::MOST_ROWS && of_a == blas::AS_IS) return few_rows(m, n, k, a, b, of_b, c);
   const Tiles tiles(m, n);
   const int64_t across = tiles.across(n), lda = of_a == blas::TURNED ? m : k, ldb = of_b == blas::TURNED ? k : n;
 #pragma omp parallel for schedule(dynamic, 1) if (m * n * k > SMALL)

@@ -1,21 +1,6 @@
 // RMS norm of rows, with the sum of a residual stream in the same pass, and their gradients.
 #include "common.h"
-
-// One row; `y`, where it is not null, is added to x first, and the sum kept in `h`.
-template <bool ADD>
-static inline void norm_row(const float *x, const float *y, const float *w, float *h, float *out, int64_t n, float eps) {
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; i++) {
-    float v = ADD ? x[i] + y[i] : x[i];
-    if (ADD) h[i] = v;
-    squares += v * v;
-  }
-  const float *from = ADD ? h : x;
-  const float scale = inverse_rms(squares, n, eps);
-#pragma omp simd
-  for (int64_t i = 0; i < n; i++) out[i] = from[i] * scale * w[i];
-}
+#include "norm.h"
 
 template <bool ADD>
 static void norm_rows(const float *x, const float *y, const float *w, float *h, float *out, Rows size, float eps) {

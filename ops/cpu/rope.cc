@@ -1,5 +1,6 @@
 // Rotary embedding of half-split pairs, alone and after an RMS norm of each head, and their gradients.
 #include "common.h"
+#include "norm.h"
 
 // x [B, S, N, H]; cos and sin hold a row of H / 2 for each (b, s).
 struct Heads {
@@ -17,17 +18,6 @@ struct Heads {
   }
   Rows rows() const { return Rows(tokens * heads, 2 * half); }
 };
-
-// f(H / 2 as a constant) for the usual sizes, so that the compiler unrolls the loops over a head; f(0) for others.
-template <typename F>
-static void with_constant_half(int64_t half, F f) {
-  switch (half) {
-    case 16: return f(std::integral_constant<int64_t, 16>());
-    case 32: return f(std::integral_constant<int64_t, 32>());
-    case 64: return f(std::integral_constant<int64_t, 64>());
-    default: return f(std::integral_constant<int64_t, 0>());
-  }
-}
 
 // y = x turned by the angle, or, with SIGN = -1, back.
 template <int SIGN>
@@ -82,17 +72,7 @@ KERNEL(rope_norm) {
     for (int64_t t = 0; t < size.tokens; t++) {
       const float *c = cos + t * half, *s = sin + t * half;
       for (int64_t r = t * size.heads; r < (t + 1) * size.heads; r++) {
-        const float *from = x + r * 2 * half;
-        float *to = y + r * 2 * half, squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < 2 * half; i++) squares += from[i] * from[i];
-        const float scale = inverse_rms(squares, 2 * half, eps);
-#pragma omp simd
-        for (int64_t i = 0; i < half; i++) {
-          float p = from[i] * scale * w[i], q = from[i + half] * scale * w[i + half];
-          to[i] = p * c[i] - q * s[i];
-          to[i + half] = q * c[i] + p * s[i];
-        }
+        norm_turn_head(x + r * 2 * half, w, c, s, half, eps, y + r * 2 * half);
       }
     }
   });

@@ -1,8 +1,6 @@
 // silu(gate) * up, and its gradient.
 #include "common.h"
 
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_float(-x)); }
-
 // gate, up -> y, all [n]
 KERNEL(swiglu) {
   if (!a.are("fff")) return WRONG_TYPES;

@@ -5,25 +5,29 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from experiments import convert_weights, generate_batch, generate_chat, layout, prompts, weights
+from experiments import adapter, convert_weights, generate_batch, generate_chat, layout, prompts, weights
 from experiments.inference_flags import sampling_defaults
+from parallel import checkpoint_store
+from parallel.checkpoint_files import step_folder
 from parallel.mesh import Mesh
 from parallel.placement import cut, place, reader
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves, tree_paths
-from qwen3 import hf
+from qwen3 import hf, peft
 from qwen3.engine import Engine, Request
 from qwen3.generate import generate
 from qwen3.model import param_specs
 from qwen3.tokenizer import train_bpe
 from tests.parallel.test_launch import free_port
-from tests.tiny import DENSE, MOE, random_params
+from tests.qwen3.test_peft import saved
+from tests.tiny import DENSE, MOE, assert_close, random_params
 
 ROOT = Path(__file__).parents[2]
 LINES = ["the quick", "fox jumps over the lazy dog. the quick brown fox", "你好", "lazy"]
@@ -167,6 +171,32 @@ def test_weights_are_the_same_from_a_folder_and_a_run_in_any_layout(folder, run)
             weights.inference(**wrong)
     with pytest.raises(ValueError, match="--workdir=.*nowhere does not exist"):
         weights.inference(workdir=str(run / "nowhere"))
+
+
+def test_an_adapter_is_joined_to_the_weights_in_any_layout(tmp_path):
+    """In PEFT's format; and a run of LoRA, alone or on a base."""
+    cfg, _ = saved(tmp_path, DENSE.replace(tie_embeddings=False))
+    joined, params = adapter.with_adapter(*hf.load(tmp_path / "base"), tmp_path / "adapter")
+    base, given, run = (str(tmp_path / name) for name in ("base", "adapter", "run"))
+    found = adapter.open_adapter(given, cfg.base, lambda path, slices: reader(hf.load(base)[1])(path, slices))
+    pieces = []
+    for path, spec in peft.adapters(cfg).items():
+        data = found.read(path, tuple(slice(0, n) for n in spec.shape))
+        pieces.append(checkpoint_store.Piece(f"params/{path}", data.shape, data.shape, (0,) * data.ndim, data))
+    noted = {"path": base, "fingerprint": found.fingerprint}
+    checkpoint_store.save(step_folder(run, 3), pieces, {"step": 3, "model": cfg.to_hf(), "lora": asdict(cfg.lora), "base": noted})
+    for mesh in (Mesh(), Mesh(tp=2, rank=1)):
+        sharding = Sharding(mesh)
+        placed = tree_leaves(place(sharding, param_specs(joined)))
+        for opened in (weights.inference(base, None, given), weights.inference(base, None, run), weights.inference(None, run)):
+            for p, (path, leaf) in zip(placed, tree_paths(opened.params(sharding)), strict=True):
+                want = cut(mesh, p.spec, p.used, lambda slices, path=path: reader(params)(path, slices))
+                assert_close(want, leaf, 1e-6, path)
+    other = weights.inference(base).params(Sharding())
+    assert not np.array_equal(other["layers"][0]["attention"]["wq"].asnumpy(), params["layers"][0]["attention"]["wq"].asnumpy())
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="for the base .*base, which is not there; use --hf_dir=BASE --adapter="):
+        weights.inference(None, run)
 
 
 def test_a_run_without_a_checkpoint_has_its_final_model(folder, tmp_path):

@@ -13,6 +13,7 @@ from experiments.data.loader import Loader, first_rows
 from experiments.data.megatron import best_dtype
 from qwen3.chat import alpaca, encode_chat
 from qwen3.tokenizer import train_bpe
+from tests.experiments.test_resume import stopping_after
 
 SMALL = {"num_layers": 2, "hidden_size": 32, "head_dim": 16, "ffn_size": 48, "vocab_size": 320}
 
@@ -200,3 +201,22 @@ def test_bad_data_is_a_clear_error(path, changes, message, folder):
     config = make_config(folder, path, **changes)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         corpus.load(config, config.model_args.vocab_size)
+
+
+def test_a_run_stopped_within_an_epoch_of_a_blend_of_packed_documents_takes_each_sample_once(folder, tmp_path, monkeypatch):
+    config, taken, take = make_config(folder, BLEND, **{"train.steps": 6, "train.log_every": 1}), [], Loader.__next__
+
+    def spied(self):
+        taken.append(take(self))
+        return taken[-1]
+
+    monkeypatch.setattr(Loader, "__next__", spied)
+    with monkeypatch.context() as patch:
+        stopping_after(3, patch)
+        pretrain.pretrain(config, str(tmp_path / "run"))
+    assert len(taken) == 3
+    pretrain.pretrain(config, str(tmp_path / "run"))
+    expected = first_rows(corpus.load(config, 320).train, 24, config.train.seed)
+    assert len({row.tobytes() for row in expected["tokens"]}) == 24 and expected["segment_ids"].max() > 1
+    for key, rows in expected.items():
+        assert np.array_equal(np.concatenate([batch[key] for batch in taken]), rows)

@@ -64,8 +64,6 @@ def through(folder, tmp_path_factory):  # noqa: F811
     return run
 
 
-# Bit for bit before products were OpenBLAS's; since then seen once, on a busy machine, to differ by one unit in the last place of a loss.
-@pytest.mark.xfail(strict=False, reason="2 processes differed in the last bit of a loss after a resume; not explained yet")
 @pytest.mark.slow
 def test_jobs_killed_at_random_moments_end_as_one_that_was_not(through, folder, tmp_path):  # noqa: F811
     run, rng, kinds = tmp_path / "run", random.Random(5), []
@@ -104,10 +102,9 @@ def test_a_job_stopped_by_sigterm_goes_on_in_another_layout(layout, nproc, throu
     assert f"stopped    after step {stopped}, by SIGTERM; saved in" in Path(f"{run}.out").read_text()
     assert records(run)[-1]["step"] == stopped < STEPS
     finish(start(folder, run, *layout, nproc=nproc), run)
-    got, want = (([r for r in records(r_) if "loss" in r and r["step"] <= stopped + 20]) for r_ in (run, through))
-    assert [r["step"] for r in got] == list(range(1, stopped + 21))
+    got, want = (([r for r in records(r_) if "loss" in r]) for r_ in (run, through))
+    assert [r["step"] for r in got] == list(range(1, STEPS + 1))
     for a, b in zip(got, want, strict=True):
         assert a["lr"] == b["lr"] and a["tokens"] == b["tokens"] and a["tokens_seen"] == b["tokens_seen"]
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    assert len([r for r in records(run) if "loss" in r]) == STEPS
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
     assert json.loads((run / "finished.json").read_text()) == {"step": STEPS}

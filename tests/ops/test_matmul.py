@@ -9,7 +9,7 @@ from tests.ops.test_references import check, draw
 from tests.tiny import assert_close
 
 IMPLEMENTATIONS = {"reference": matmul.reference, "cpu": matmul.cpu}
-# rows, inner, out: 1 and primes; few rows, whose kernel is another; more than a tile; out above a strip of few rows
+# rows, inner, out: 1 and primes; up to 16 rows, whose kernel is another; more than a tile; out above a run of few rows
 SIZES = [
     (1, 1, 1),
     (3, 7, 5),
@@ -18,6 +18,8 @@ SIZES = [
     (4, 5, 1031),
     (5, 16, 9),
     (8, 1030, 65),
+    (16, 70, 33),
+    (17, 9, 20),
     (31, 19, 200),
     (67, 31, 131),
     (300, 17, 70),
@@ -55,11 +57,15 @@ def test_any_number_of_threads_gives_the_same_bits(kernel, sizes):
     assert_close(a64 @ b64, call("matmul", kernel, [a, b], [(m, n)], 2)[-1], 1e-6)
 
 
-def test_a_token_decodes_alike_in_batches_of_few():
-    x, w = draw(4, 131), draw(131, 517)
-    whole = call("matmul", "matmul", [x, w], [(4, 517)], 2)[-1]
-    for r in range(4):
-        np.testing.assert_array_equal(call("matmul", "matmul", [x[r : r + 1], w], [(1, 517)], 2)[-1], whole[r : r + 1])
+@pytest.mark.parametrize("kernel", ["matmul", "matmul_nt"])
+@pytest.mark.parametrize("k, n", [(131, 517), (72, 1100), (5, 3)])
+def test_a_token_decodes_alike_in_batches_of_up_to_16(kernel, k, n):
+    x, w = draw(16, k), draw(n, k) if kernel == "matmul_nt" else draw(k, n)
+    whole = call("matmul", kernel, [x, w], [(16, n)], 2)[-1]
+    for rows in range(1, 16):
+        first = 16 - rows if rows % 2 else 0
+        part = slice(first, first + rows)
+        np.testing.assert_array_equal(call("matmul", kernel, [x[part], w], [(rows, n)], 1 + rows % 2)[-1], whole[part])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -71,9 +77,9 @@ def test_nothing_to_sum_gives_zeros(kernel):
 
 
 def test_huge_and_missing_numbers_pass_through():
-    x, w = draw(6, 8), draw(8, 10)
+    x, w = draw(20, 8), draw(8, 10)
     x[2, 3], x[4, 1] = np.inf, np.nan
-    for rows in (slice(0, 6), slice(2, 5)):  # by OpenBLAS, and as few rows
+    for rows in (slice(0, 20), slice(0, 6), slice(2, 5)):  # by OpenBLAS, and as few rows
         y = call("matmul", "matmul", [x[rows], w], [(rows.stop - rows.start, 10)], 2)[-1]
         ok = np.isfinite(x[rows]).all(1)
         assert np.isinf(y[2 - rows.start]).all() and np.isnan(y[4 - rows.start]).all()

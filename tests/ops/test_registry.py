@@ -43,7 +43,15 @@ def test_auto_on_ascend_is_mindspores_kernel_where_it_serves(asked, dtype, more,
 def test_one_op_is_chosen_alone():
     kernels = choose({"attention": "reference"}, "CPU", "float32")
     assert kernels.attention == "reference" and kernels.rope == "cpu"
-    assert describe(kernels, "CPU").endswith("reference: attention")
+    assert describe(kernels, "CPU").endswith("reference: attention decode_attention")  # which does attention too
+
+
+def test_ops_that_do_what_others_do_are_chosen_where_those_are():
+    kernels = choose({"swiglu": "reference"}, "CPU", "float32")
+    assert (kernels.decode_mlp, kernels.decode_attention) == ("reference", "cpu")
+    message = "ops.decode_mlp=cpu does what ops.swiglu does too, which is reference; leave out one of the two"
+    with pytest.raises(ValueError, match=message):
+        choose({"swiglu": "reference", "decode_mlp": "cpu"}, "CPU", "float32")
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,15 @@ def test_arrays_from_asnumpy_change_with_their_parameter():
     still(snapshot[0] == 7, "a snapshot of parameters needs no copy()")
 
 
+def test_a_logarithm_is_rounded_by_how_many_it_is_taken_with():
+    """A thread's elements but for the last few go through vector code, and how many threads there are is tried out over the first calls."""
+    x = np.random.default_rng(0).uniform(1, 300, 240).astype(np.float32)
+    for op in ops.Log1p(), ops.Exp():
+        assert np.array_equal(op(Tensor(x)).asnumpy(), np.concatenate([op(Tensor(x[i : i + 3])).asnumpy() for i in range(0, 240, 3)]))
+    few = np.concatenate([ops.Log()(Tensor(x[i : i + 3])).asnumpy() for i in range(0, 240, 3)])
+    still(not np.array_equal(ops.Log()(Tensor(x)).asnumpy(), few), "layers/loss.py and layers/moe.py may take Log for Log1p of one less")
+
+
 def test_a_graph_with_a_loop_reads_a_slice_of_a_tensor_from_the_wrong_place():
     @ms.jit(fullgraph=True)
     def product(x, w):

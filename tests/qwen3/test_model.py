@@ -1,6 +1,7 @@
 """The model's behaviour: sizes, packing, cache, annotations, the layer loop, loss weights and experts."""
 
 import re
+from dataclasses import replace
 
 import mindspore as ms
 import numpy as np
@@ -162,6 +163,19 @@ def test_positions_past_the_end_of_the_cache_are_dropped():
     positions, last = np.tile(np.arange(6, dtype=np.int32), (2, 1)), ms.Tensor(np.array([3, 1], np.int32))
     caches = [extend(params, generate.init_cache(cfg, 2, 4), ms.Tensor(tokens[:, :n]), ms.Tensor(positions[:, :n]), last) for n in (4, 6)]
     assert_trees_close(caches[0], caches[1], 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixed"])
+def test_a_step_in_few_ops_is_the_step_in_many(kind):
+    """Bit for bit without experts, whose products are of as many rows as choose them. One row is past the end of the cache."""
+    cfg, params, few = KINDS[kind], random_params(KINDS[kind]), FUSED
+    many = replace(few, decode_attention="reference", decode_mlp="reference")
+    prompts = [row.tolist() for row in documents(cfg, (7, 3, 5))]
+    tokens, at, found = np.array([4, 5, 6], np.int32), np.array([7, 12, 5], np.int32), []
+    for kernels in (few, many):
+        _, cache = generate.prefill(params, prompts, cfg, 12, kernels)
+        found.append(generate.decode_step(params, cache, tokens, at, cfg, kernels))
+    assert_trees_close(found[1], found[0], 0 if kind == "dense" else 1e-6)
 
 
 LOOPED = {"dense": DENSE, "moe": MOE.replace(router_bias=True)}

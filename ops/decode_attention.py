@@ -1,0 +1,72 @@
+"""The attention half of a layer for one token a row, as one op: what a step of decoding does between two states of the residual stream."""
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from ops import attention, cache_write, iota, matmul, rms_norm, rope
+from ops.custom import kernel
+from ops.signature import check
+
+ARGUMENTS = (
+    "x B D; norm same D; wq same D Q; wk same D K*H; wv same D K*H; wo same Q D; q_norm same H; k_norm same H; "
+    "cos float32 B 1 1 H/2; sin float32 B 1 1 H/2; at int32 B 1; k same B T K H; v same B T K H"
+)
+HEADS = {"divides": ("H", "Q")}  # Q = N * H
+
+
+def reference(eps, scale):
+    """decode(x_BD, norm_D, wq, wk, wv, wo, q_norm_H, k_norm_H, cos, sin, at_B1, k_BTKH, v_BTKH) -> x + attention(norm(x)), k, v.
+
+    The row's new k and v are in slot `at` of the caches that are returned; they are dropped where there is no such slot. A row sees the
+    slots up to its own.
+    """
+    require, reshape, ones_like, tile = check("decode_attention", ARGUMENTS, **HEADS), ops.Reshape(), ops.OnesLike(), ops.Tile()
+    norm, turn, write = rms_norm.reference(eps), rope.reference_norm(eps), cache_write.reference()
+    multiply, attend, count = matmul.reference(), attention.reference(scale), iota.reference()
+
+    def decode(x, norm_w, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k_cache, v_cache):
+        require(*_given(x, norm_w, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k_cache, v_cache))
+        B, T, K, H = k_cache.shape
+        normed = norm(x, norm_w)
+        q, k, v = (reshape(multiply(normed, w), (B, 1, -1, H)) for w in (wq, wk, wv))
+        k_cache, v_cache = write(k_cache, turn(k, k_norm, cos, sin), at), write(v_cache, v, at)
+        slots = tile(reshape(count(T), (1, T)), (B, 1))
+        o = attend(turn(q, q_norm, cos, sin), k_cache, v_cache, ones_like(at), ones_like(slots), at, slots)
+        return x + multiply(reshape(o, (B, -1)), wo), k_cache, v_cache
+
+    return decode
+
+
+def _given(*args):
+    """The shapes and dtypes of the arguments."""
+    return tuple(x.shape for x in args), tuple(x.dtype for x in args)
+
+
+def cpu(eps, scale):
+    """The same, writing into the caches that it is given, under the conditions of cache_write.cpu; float32. It has no gradient.
+
+    The numbers are those of the ops that it is made of, in their C++ kernels, bit for bit up to 16 rows and 4 heads a kv head.
+    """
+    return _Decode(eps, scale)
+
+
+class _Decode(nn.Cell):
+    def __init__(self, eps, scale):
+        super().__init__()
+        self.eps, self.scale = ms.Tensor(eps, ms.float32), ms.Tensor(scale, ms.float32)
+        self.step = kernel("decode_attention", "decode_attention", f"{ARGUMENTS}; eps; scale", _x, _x, **HEADS)
+
+    def __call__(self, x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v):
+        """Eager calls: a kernel is given a copy of a view, and what it writes there would be lost."""
+        return super().__call__(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k.contiguous(), v.contiguous())
+
+    def construct(self, x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v):
+        y = self.step(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, self.eps, self.scale)
+        return y, ops.depend(k, y), ops.depend(v, y)
+
+    def bprop(self, x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, out, dout):
+        raise RuntimeError("the decode_attention kernel works in place and has no gradient; use ops.decode_attention=reference")
+
+
+def _x(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, eps, scale):
+    return x
