@@ -82,7 +82,8 @@ def loss_fn(params, batch, cfg):
 
 @functools.lru_cache(maxsize=32)
 def build(cfg, sharding=None, scan=False, kernels=None):
-    """The model's functions, closed over their annotated ops: forward, loss_fn, score and extend, as attributes.
+    """The model's functions, closed over their annotated ops: forward, loss_fn, score and extend, as attributes, and what pipeline stages
+    are made of: parts (see qwen3/stages.py).
 
     score(params, tokens, targets, positions, segment_ids), all [B, S] -> (nats [B, S] of each target, gap [B, S]): how far its logit is
     below the largest, so 0 where it is the greedy choice.
@@ -106,12 +107,20 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     reshape, consts, more_embed = ops.Reshape(), _consts(cfg), lora.embedding(cfg, sharding, kernels)
     with_noise = _noise(cfg, sharding)
 
-    def logits_and_stats(params, tokens, positions, segment_ids, noise=None):
+    def begin(params, tokens):
+        return more_embed(params, tokens, take(whole_table(params["embed"]), tokens))
+
+    def beside(positions, segment_ids):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
-        x = more_embed(params, tokens, take(whole_table(params["embed"]), tokens))
-        x, stats = trunk(params["layers"], x, with_noise(consts(cos, sin, segment_ids, order(segment_ids), valid), noise))
-        return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x)), stats
+        return consts(cos, sin, segment_ids, order(segment_ids), valid)
+
+    def end(params, x):
+        return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x))
+
+    def logits_and_stats(params, tokens, positions, segment_ids, noise=None):
+        x, stats = trunk(params["layers"], begin(params, tokens), with_noise(beside(positions, segment_ids), noise))
+        return end(params, x), stats
 
     router_losses = moe.losses(cfg, sharding)
 
@@ -129,10 +138,16 @@ def build(cfg, sharding=None, scan=False, kernels=None):
         nats, gap = nll_and_gap(logits_and_stats(params, tokens, positions, segment_ids)[0], targets)
         return reshape(nats, (B, S)), reshape(gap, (B, S))
 
-    loss_of = _loss(cfg, sharding, kernels, logits_and_stats, router_losses)
+    loss_of_logits, noise_of = _loss(cfg, sharding, kernels, router_losses), _noise_of(cfg)
+
+    def loss_of(params, batch):
+        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise_of(batch))
+        return loss_of_logits(logits, stats, batch)
+
     whole_logits = whole_vocab if sharding.shards("vocab") > 1 else zero.same
     extend = _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_norm, head_key)
-    return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend)
+    parts = SimpleNamespace(begin=begin, beside=beside, blocks=tuple(each[0] for each in blocks), end=end, loss=loss_of_logits)
+    return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend, parts=parts)
 
 
 def choose_kernels(asked, cfg, sharding=None):
@@ -147,20 +162,16 @@ def _aux(losses):
     return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
 
 
-def _loss(cfg, sharding, kernels, logits_and_stats, router_losses):
-    """loss_fn(params, batch), see above."""
+def _loss(cfg, sharding, kernels, router_losses):
+    """loss(logits, stats, batch) -> (loss, metrics), as loss_fn above."""
     mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding, kernels)
     aux_coef, z_coef = cfg.router_aux_coef, cfg.router_z_coef
 
-    noise = _noise_of(cfg)
-
-    def dense(params, batch):
-        logits, _ = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise(batch))
+    def dense(logits, stats, batch):
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         return ce, {"loss": ce, "tokens": tokens}
 
-    def with_experts(params, batch):
-        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise(batch))
+    def with_experts(logits, stats, batch):
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         balance, z, load, overflow = router_losses(stats)
         metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z}
@@ -311,7 +322,7 @@ def _unrolled(cfg, sharding, blocks):
     run, n = tuple(block for block, _, _ in blocks), cfg.num_layers
     counted = tuple(cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(n))
     dims = ", ".join(["stats"] * sum(counted)) + " -> layers stats"
-    stack = sharding.op(_stack(), dims, kind="kernel", sizes={"layers": sum(counted)})
+    stack = sharding.op(stack_rows(), dims, kind="kernel", sizes={"layers": sum(counted)})
 
     def trunk(layers, x, consts):
         every = ()
@@ -324,7 +335,7 @@ def _unrolled(cfg, sharding, blocks):
     return trunk
 
 
-def _stack():
+def stack_rows():
     """Not ops.Stack, which, given one tensor, returned in eager mode the shape that it had in an earlier compiled graph."""
     concat, reshape = ops.Concat(0), ops.Reshape()
 
