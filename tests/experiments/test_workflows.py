@@ -22,7 +22,7 @@ from tests.tiny import DENSE, MOE, random_params
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"def function_{j}(x):\n    return x + {7 * j}\n去上海的旅游攻略\n" for j in range(80)]
 SMALL = "--config.model_args.compute_dtype=float32 --config.train.seq_len=64 --config.train.batch_size=4 --config.train.log_every=1"
-SMALL += " --config.train.sample_tokens=0 --config.optim.warmup_steps=1 --config.train.layer_loop=unroll --micro_batches=1"
+SMALL += " --config.train.sample_tokens=0 --config.optim.warmup_steps=1 --config.train.layer_loop=unroll"
 FEW = "--config.train.seq_len=64 --config.train.batch_size=2"
 
 
@@ -103,7 +103,9 @@ def smaller(words, seen):
     words = [re.sub("^--(nproc|tp)=.*", r"--\1=2", word) for word in words]
     if "experiments.pretrain" in words or "experiments.finetune" in words:
         experts = any(word.startswith("--ep=") for word in words)
-        words += [*SMALL.split(), *(["--dp=2", "--tp=1", "--ep=2", "--noseq_parallel"] if experts else ["--dp=1", "--tp=2"])]
+        stages = any(re.match("--pp=[2-9]", word) for word in words) and not experts
+        layout = "--dp=2 --tp=1 --pp=1 --ep=2 --noseq_parallel" if experts else "--dp=1 --tp=1 --pp=2" if stages else "--dp=1 --tp=2 --pp=1"
+        words += [*SMALL.split(), *layout.split(), f"--micro_batches={1 + stages}"]
         if "experiments.pretrain" in words and not any(word.startswith("--config.model=") for word in words):
             words.append(f"--config.model={'Qwen3-30B-A3B' if experts else 'Qwen3-32B'}")
         workdir = next(word for word in words if word.startswith("--workdir="))
