@@ -47,7 +47,9 @@ def main(_):
     params, length = model.params(Sharding()), min(FLAGS.length, model.cfg.max_position)
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
     stop_ids = scoring.stop_ids(model.cfg, tokenizer) | {tokenizer.eod_id}
-    settings = serve_run.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys)
+    settings = serve_run.Settings(
+        name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys, serve_run.names(FLAGS.host)
+    )
     print(f"weights    {model.text}", flush=True)
 
     def make():
