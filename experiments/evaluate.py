@@ -33,6 +33,7 @@ def main(_):
     for name in ("init_from", "resume_from", "partial", "zero", "micro_batches"):
         if FLAGS[name].present:
             raise ValueError(f"--{name} has no use here; leave it out")
+    rank, _ = collectives.start()
     model, tokenizer = evaluation.open_model(FLAGS.hf_dir, FLAGS.workdir)
     files, names = evaluation.split_tasks(FLAGS.tasks, FLAGS.task_folder)
     data, part = FLAGS.data, FLAGS.part
@@ -41,7 +42,6 @@ def main(_):
     FLAGS.config.data.path = data or ""
     FLAGS.config.data.tokenizer = FLAGS.config.data.tokenizer or str(model.tokenizer)
     config = command_line.resolve(FLAGS, cfg=model.cfg)
-    rank, _ = collectives.start()
     scorer = evaluation.load(model, tokenizer, config, rank, FLAGS.max_length)
     results = {}
     if data is not None:

@@ -18,17 +18,20 @@ from parallel.sharding import Sharding
 from qwen3.engine import Engine
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("hf_dir", None, "folder of a Hugging Face model")
-flags.DEFINE_string("workdir", None, "folder of a run, of which the newest checkpoint is served")
-flags.DEFINE_string("host", "127.0.0.1", "address to listen on; another than the loopback's lets other machines in")
-flags.DEFINE_integer("port", 8000, "port to listen on; 0 for one that is free", lower_bound=0, upper_bound=65535)
-flags.DEFINE_string("model_name", None, "the name that clients give; by default that of the folder")
-flags.DEFINE_integer("slots", 8, "texts that grow at the same time", lower_bound=1)
-flags.DEFINE_integer("length", 2048, "tokens that a prompt and its answer have room for", lower_bound=2)
-flags.DEFINE_integer("max_waiting", 64, "texts that wait for a slot at most; then 429", lower_bound=0)
-flags.DEFINE_integer("max_body", 1 << 20, "bytes of a request's body at most; then 413", lower_bound=1)
-flags.DEFINE_string("api_key_file", None, "file of the keys that clients may give, one a line; without it none is needed")
-flags.DEFINE_float("drain_s", 30, "after SIGTERM, seconds for what is at work to end", lower_bound=0)
+
+
+def define_flags():
+    flags.DEFINE_string("hf_dir", None, "folder of a Hugging Face model")
+    flags.DEFINE_string("workdir", None, "folder of a run, of which the newest checkpoint is served")
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen on; another than the loopback's lets other machines in")
+    flags.DEFINE_integer("port", 8000, "port to listen on; 0 for one that is free", lower_bound=0, upper_bound=65535)
+    flags.DEFINE_string("model_name", None, "the name that clients give; by default that of the folder")
+    flags.DEFINE_integer("slots", 8, "texts that grow at the same time", lower_bound=1)
+    flags.DEFINE_integer("length", 2048, "tokens that a prompt and its answer have room for", lower_bound=2)
+    flags.DEFINE_integer("max_waiting", 64, "texts that wait for a slot at most; then 429", lower_bound=0)
+    flags.DEFINE_integer("max_body", 1 << 20, "bytes of a request's body at most; then 413", lower_bound=1)
+    flags.DEFINE_string("api_key_file", None, "file of the keys that clients may give, one a line; without it none is needed")
+    flags.DEFINE_float("drain_s", 30, "after SIGTERM, seconds for what is at work to end", lower_bound=0)
 
 
 def main(_):
@@ -44,7 +47,9 @@ def main(_):
     params, length = model.params(Sharding()), min(FLAGS.length, model.cfg.max_position)
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
     stop_ids = scoring.stop_ids(model.cfg, tokenizer) | {tokenizer.eod_id}
-    settings = serve_run.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys)
+    settings = serve_run.Settings(
+        name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys, serve_run.names(FLAGS.host)
+    )
     print(f"weights    {model.text}", flush=True)
 
     def make():
@@ -54,4 +59,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, define_flags)

@@ -56,10 +56,10 @@ class Worker:
 
     def run(self):
         """Until stop(). Raises what the engine raised where it failed FAILURES times in a row."""
-        engine, jobs, failures = self.engine, {}, 0
-        while self._take(engine, jobs):
+        jobs, failures = {}, 0
+        while self._take(jobs):
             try:
-                events = engine.step(STREAMED if any(job.streamed for job in jobs.values()) else CHUNK)
+                events = self.engine.step(STREAMED if any(job.streamed for job in jobs.values()) else CHUNK)
                 failures = 0
             except Exception as error:  # whatever it is, it must not end those that come after
                 failures += 1
@@ -67,32 +67,33 @@ class Worker:
                 self._deliver([(job, error) for job in jobs.values()])
                 if failures == FAILURES:
                     raise
-                engine, jobs = self.make(), {}
+                self.engine = None  # its cache goes before there is another
+                self.engine, jobs = self.make(), {}
                 continue
             self._deliver([(jobs[event.id], event) for event in events if event.id in jobs])
             for event in events:
                 if event.finish_reason:
                     jobs.pop(event.id, None)
 
-    def _take(self, engine, jobs):
+    def _take(self, jobs):
         """Does what has been asked for meanwhile; waits where there is nothing else to do. Returns whether to go on."""
         while not jobs or not self.inbox.empty():
             what, job = self.inbox.get()
             if what == "stop":
                 return False
-            self._submit(engine, jobs, job) if what == "submit" else self._cancel(engine, jobs, job)
+            self._submit(jobs, job) if what == "submit" else self._cancel(jobs, job)
         return True
 
-    def _submit(self, engine, jobs, job):
+    def _submit(self, jobs, job):
         try:
-            job.number = engine.submit(job.request)
+            job.number = self.engine.submit(job.request)
         except ValueError as error:
             return self._deliver([(job, error)])
         jobs[job.number] = job
 
-    def _cancel(self, engine, jobs, job):
+    def _cancel(self, jobs, job):
         if jobs.pop(job.number, None) is job:
-            engine.cancel(job.number)
+            self.engine.cancel(job.number)
 
     def _deliver(self, found):
         if found:

@@ -19,7 +19,8 @@ PARSERS = 2  # threads that tokenise
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """model: the name that clients give. length: tokens that a prompt and its answer have room for. stop_ids: of the end of an answer.
-    slots: rows of the engine. max_body: bytes. keys: the API keys, empty for none."""
+    slots: rows of the engine. max_body: bytes. keys: the API keys, empty for none. hosts: the names of this server, where only those who
+    call it by one of them may ask; None for any."""
 
     model: str
     tokenizer: object
@@ -28,6 +29,7 @@ class Settings:
     slots: int
     max_body: int
     keys: tuple = ()
+    hosts: tuple | None = None
 
 
 class Server:
@@ -40,7 +42,7 @@ class Server:
         self.parsers = ThreadPoolExecutor(PARSERS, "parse")
 
     def app(self):
-        app = web.Application(client_max_size=self.settings.max_body, middlewares=[self._as_json, self._only_with_key])
+        app = web.Application(client_max_size=self.settings.max_body, middlewares=[self._as_json, self._only_by_name, self._only_with_key])
         app.add_routes(
             [
                 web.post("/v1/chat/completions", self.chat),
@@ -70,6 +72,14 @@ class Server:
             status, words = 500, ("something failed here", None, "internal_error")
         headers = {"Retry-After": "1"} if status in (429, 503) else None
         return web.json_response(error(*words, status), status=status, headers=headers)
+
+    @web.middleware
+    async def _only_by_name(self, request, handler):
+        """A web page whose own name was made to lead here would be allowed by the browser to ask anything."""
+        hosts = self.settings.hosts
+        if hosts is not None and request.url.host not in hosts:
+            raise Refused(f"this server is called {' or '.join(hosts)}", status=403, code="wrong_host")
+        return await handler(request)
 
     @web.middleware
     async def _only_with_key(self, request, handler):

@@ -9,7 +9,8 @@ from experiments.serve_engine import Worker
 from experiments.serve_http import Server, Settings, serve
 from qwen3.engine import Request
 
-__all__ = ["Settings", "read_keys", "run", "warm"]
+__all__ = ["Settings", "names", "read_keys", "run", "warm"]
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY_CHARACTERS = 16
 WARM_TOKENS = 300  # of a prompt that needs every width of the engine's graphs
 
@@ -61,6 +62,11 @@ def run(settings, make, most, host, port, drain_s):
         raise ValueError(f"--host={host} --port={port}: {failed[0].strerror}; give another address or port") from failed[0]
     if failed:
         raise failed[0]
+
+
+def names(host):
+    """The names by which a server on the loopback may be called; None, for any, on another address."""
+    return LOOPBACK if host in LOOPBACK else None
 
 
 def read_keys(path):

@@ -1,6 +1,7 @@
 """experiments.serve as the official client sees it: one server process for all tests of this file, the last of which ends it."""
 
 import asyncio
+import gzip
 import json
 import os
 import signal
@@ -78,9 +79,9 @@ def until_idle(server, most_s=10):
         time.sleep(0.02)
 
 
-def post(server, data, path="/v1/completions", content_type="application/json"):
+def post(server, data, path="/v1/completions", content_type="application/json", **headers):
     """(status, body) of a raw request."""
-    headers = {"Content-Type": content_type}
+    headers = {"Content-Type": content_type, **headers}
     try:
         with urllib.request.urlopen(urllib.request.Request(server["url"] + path, data, headers)) as found:
             return found.status, json.load(found)
@@ -252,6 +253,8 @@ def test_bodies_that_are_no_requests_are_refused(server):
     assert post(server, json.dumps({**GOOD, "prompt": "x" * 200_000}).encode())[0] == 413
     assert post(server, json.dumps(GOOD).encode(), content_type="text/plain")[0] == 415
     assert post(server, json.dumps(GOOD).encode(), "/v1/embeddings")[0] == 404
+    assert post(server, json.dumps(GOOD).encode(), Host="rebound.example")[0] == 403  # a page whose name was made to lead here
+    assert post(server, gzip.compress(b" " * 50_000_000), **{"Content-Encoding": "gzip"})[0] == 413
     assert post(server, b"{}", "/health")[0] == 405
     assert health(server) == {"status": "ok", "requests": 0, "slots": 4, "most": MOST}
 
