@@ -34,10 +34,7 @@ flags.disclaim_key_flags()  # --help lists them under the main that calls define
 
 
 def define(default_config=None, flag_values=flags.FLAGS):
-    """Registers --config, --workdir and the layout flags, which override `config.parallel` when given. Once: where two mains are imported,
-    as by tests, the first one's are those of both."""
-    if "workdir" in flag_values:
-        return
+    """Registers --config, --workdir and the layout flags, which override `config.parallel` when given."""
     config_flags.DEFINE_config_file("config", None, "a file with get_config(); --config.KEY=VALUE overrides", flag_values=flag_values)
     flag_values["config"].default = default_config  # loaded by parse(), where errors are reported
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=flag_values)
@@ -50,8 +47,6 @@ def define(default_config=None, flag_values=flags.FLAGS):
     flags.DEFINE_string(
         "hf_dir", None, "folder of a Hugging Face model or of a run: its sizes, weights and tokenizer", flag_values=flag_values
     )
-    what = "print where every parameter lies in the layout, and what it costs; train nothing"
-    flags.DEFINE_boolean("print_layout", False, what, flag_values=flag_values)
     flags.DEFINE_boolean("partial", None, "overrides config.partial: load what fits of another model", flag_values=flag_values)
 
 

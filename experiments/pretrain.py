@@ -14,6 +14,7 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     command_line.define(command_line.MAINS["experiments.pretrain"])
+    flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
 
 
 def main(_):
