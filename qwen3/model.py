@@ -104,14 +104,14 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     whole_vocab = embed.whole(cfg, sharding)
     reshape, consts, more_embed = ops.Reshape(), _consts(cfg), lora.embedding(cfg, sharding, kernels)
-    with_noise = _noise(cfg, sharding)
+    with_noise, noise_of = _noise(cfg, sharding), _noise_of(cfg)
 
-    def logits_and_stats(params, tokens, positions, segment_ids, noise=None):
+    def states_and_stats(params, tokens, positions, segment_ids, noise=None):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
         x = more_embed(params, tokens, take(whole_table(params["embed"]), tokens))
         x, stats = trunk(params["layers"], x, with_noise(consts(cos, sin, segment_ids, order(segment_ids), valid), noise))
-        return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x)), stats
+        return final_norm(whole_norm(params["final_norm"]), x), stats
 
     router_losses = moe.losses(cfg, sharding)
 
@@ -119,17 +119,23 @@ def build(cfg, sharding=None, scan=False, kernels=None):
         B, S = tokens.shape
         positions = _default_positions(tokens) if positions is None else positions
         segment_ids = ops.ones_like(tokens) if segment_ids is None else segment_ids
-        logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
-        return reshape(whole_vocab(logits), (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
+        x, stats = states_and_stats(params, tokens, positions, segment_ids)
+        logits = whole_vocab(head(whole_table(params[head_key]), x))
+        return reshape(logits, (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
 
-    nll_and_gap = loss.build_with_gap(cfg.vocab_size, sharding, kernels)
+    nll_and_gap, nll = loss.build_with_gap(cfg.vocab_size, sharding, kernels), loss.build_with_head(cfg.vocab_size, sharding, kernels, head)
 
     def score(params, tokens, targets, positions, segment_ids):
         B, S = tokens.shape
-        nats, gap = nll_and_gap(logits_and_stats(params, tokens, positions, segment_ids)[0], targets)
+        x, _ = states_and_stats(params, tokens, positions, segment_ids)
+        nats, gap = nll_and_gap(head(whole_table(params[head_key]), x), targets)
         return reshape(nats, (B, S)), reshape(gap, (B, S))
 
-    loss_of = _loss(cfg, sharding, kernels, logits_and_stats, router_losses)
+    def nll_and_stats(params, batch):
+        x, stats = states_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise_of(batch))
+        return nll(whole_table(params[head_key]), x, batch["targets"]), stats
+
+    loss_of = _loss(cfg, sharding, nll_and_stats, router_losses)
     whole_logits = whole_vocab if sharding.shards("vocab") > 1 else zero.same
     extend = _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_norm, head_key)
     return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend)
@@ -147,21 +153,19 @@ def _aux(losses):
     return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
 
 
-def _loss(cfg, sharding, kernels, logits_and_stats, router_losses):
+def _loss(cfg, sharding, nll_and_stats, router_losses):
     """loss_fn(params, batch), see above."""
-    mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding, kernels)
+    mean = loss.weighted_mean(sharding)
     aux_coef, z_coef = cfg.router_aux_coef, cfg.router_z_coef
 
-    noise = _noise_of(cfg)
-
     def dense(params, batch):
-        logits, _ = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise(batch))
-        ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
+        nll, _ = nll_and_stats(params, batch)
+        ce, tokens = mean(nll, batch["loss_weights"])
         return ce, {"loss": ce, "tokens": tokens}
 
     def with_experts(params, batch):
-        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise(batch))
-        ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
+        nll, stats = nll_and_stats(params, batch)
+        ce, tokens = mean(nll, batch["loss_weights"])
         balance, z, load, overflow = router_losses(stats)
         metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z}
         metrics["expert_load"], metrics["expert_overflow"] = load, overflow
