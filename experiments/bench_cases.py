@@ -125,6 +125,7 @@ def _of_vocabulary():
     return {
         "cross_entropy": Case("cross_entropy", fixed((z,), (targets,)), flop, make=after_first),
         "embedding": Case("embedding", fixed((w,), (targets,)), (0, R * D), bytes=(2 * rows + 4 * R, 3 * rows + 8 * R + w.nbytes)),
+        "head_loss": Case("head_loss", fixed((normal(R, D), w), (targets,)), (2 * R * D * V + 3 * R * V, 6 * R * D * V + 6 * R * V)),
         "sampling_greedy": Case("sampling", _sampling(logits), (logits.size, None)),
         "sampling_top_p": Case("sampling", _sampling(logits, temperature=1.0, top_k=50, top_p=0.9), (3 * logits.size, None)),
     }

@@ -7,6 +7,8 @@ from mindspore import ops
 
 from ops.registry import pick
 
+cast = ops.Cast()
+
 
 def build(vocab_size, sharding, kernels):
     """nll(logits_RV, targets_BS) -> nats [R, 1] float32."""
@@ -31,6 +33,32 @@ def build_with_gap(vocab_size, sharding, kernels):
         return join(*measure(logits, reshape(targets, (-1,))))
 
     return both
+
+
+def build_with_head(vocab_size, sharding, kernels, head):
+    """nll(w_VD, x_RD, targets_BS) -> nats [R, 1] float32 of head(w, x), by one op where it is chosen and the vocabulary is in one part."""
+    if kernels.head_loss == "reference" or sharding.shards("vocab") > 1:
+        return _with_head(build(vocab_size, sharding, kernels), head)
+    join, reshape = _join(sharding), ops.Reshape()
+    dims = "rows>tokens embed, vocab embed, tokens -> " + ", ".join(["tokens vocab_parts"] * 3)
+    measure = pick(kernels, "head_loss")()
+    measure = sharding.op(measure, dims, kind="kernel", call=_of_states, sizes={"vocab_parts": 1}, dtype=ms.float32)
+
+    def of_states(w, x, targets):
+        return join(*measure(x, w, reshape(targets, (-1,))))[0]
+
+    return of_states
+
+
+def _with_head(nll, head):
+    def of_states(w, x, targets):
+        return nll(head(w, x), targets)
+
+    return of_states
+
+
+def _of_states(measure, x, w, targets):
+    return measure(x, cast(w, x.dtype), targets)
 
 
 def _join(sharding):

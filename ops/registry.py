@@ -29,6 +29,7 @@ class Kernels:
     decode_mlp: str = "reference"
     embedding: str = "reference"
     grouped_matmul: str = "reference"
+    head_loss: str = "reference"
     matmul: str = "reference"
     rms_norm: str = "reference"
     rope: str = "reference"
@@ -57,6 +58,7 @@ OPS = tuple(field.name for field in fields(Kernels))
 PARTS = {  # ops that do what others do one after another: they are chosen where all of these are
     "decode_attention": ("attention", "cache_write", "matmul", "rms_norm", "rope"),
     "decode_mlp": ("matmul", "rms_norm", "swiglu"),
+    "head_loss": ("cross_entropy", "matmul"),
 }
 ANY_DTYPE = ("adamw", "sampling")  # not computed in the model's dtype
 

@@ -101,26 +101,26 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     with_noise, noise_of = _noise(cfg, sharding), _noise_of(cfg)
     nll_and_gap = loss.build_with_gap(cfg.vocab_size, sharding, kernels)
 
-    def logits_and_stats(params, tokens, positions, segment_ids, noise=None):
-        consts = with_noise(parts.beside(positions, segment_ids), noise)
-        x, stats = trunk(params["layers"], parts.begin(params, tokens), consts)
-        return parts.end(params, x), stats
+    def states_and_stats(params, tokens, positions, segment_ids, noise=None):
+        return trunk(params["layers"], parts.begin(params, tokens), with_noise(parts.beside(positions, segment_ids), noise))
 
     def forward(params, tokens, positions=None, segment_ids=None):
         B, S = tokens.shape
         positions = _default_positions(tokens) if positions is None else positions
         segment_ids = ops.ones_like(tokens) if segment_ids is None else segment_ids
-        logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
-        return reshape(whole_vocab(logits), (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
+        x, stats = states_and_stats(params, tokens, positions, segment_ids)
+        logits = whole_vocab(parts.end(params, x))
+        return reshape(logits, (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
 
     def score(params, tokens, targets, positions, segment_ids):
         B, S = tokens.shape
-        nats, gap = nll_and_gap(logits_and_stats(params, tokens, positions, segment_ids)[0], targets)
+        x, _ = states_and_stats(params, tokens, positions, segment_ids)
+        nats, gap = nll_and_gap(parts.end(params, x), targets)
         return reshape(nats, (B, S)), reshape(gap, (B, S))
 
     def loss_of(params, batch):
-        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise_of(batch))
-        return parts.loss(logits, stats, batch)
+        x, stats = states_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise_of(batch))
+        return parts.loss(params, x, stats, batch)
 
     extend = _extend(cfg, parts, whole_vocab if sharding.shards("vocab") > 1 else zero.same)
     return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend, parts=parts)
@@ -128,14 +128,14 @@ def build(cfg, sharding=None, scan=False, kernels=None):
 
 def _parts(cfg, sharding, kernels):
     """What the model's functions are made of: begin(params, tokens_BS) -> x_RD; beside(positions_BS, segment_ids_BS) -> what each layer is
-    given beside x; layers, as _blocks gives them; end(params, x_RD) -> logits_RV; loss(logits, stats, batch), see loss_fn; and angles."""
+    given beside x; layers, as _blocks gives them; end(params, x_RD) -> logits_RV; loss(params, x_RD, stats, batch), see loss_fn; angles."""
     take, head = embed.build(cfg, sharding, kernels)
     final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
     order = sharding.op(_order(), "batch seq -> batch seq", kind="kernel")
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     angles, more_embed = rope.build(cfg, sharding), lora.embedding(cfg, sharding, kernels)
-    reshape, consts = ops.Reshape(), _consts(cfg)
+    reshape, consts, nll = ops.Reshape(), _consts(cfg), loss.build_with_head(cfg.vocab_size, sharding, kernels, head)
 
     def begin(params, tokens):
         return more_embed(params, tokens, take(whole_table(params["embed"]), tokens))
@@ -148,8 +148,11 @@ def _parts(cfg, sharding, kernels):
     def end(params, x):
         return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x))
 
-    layers, loss_of_logits = _blocks(cfg, sharding, kernels), _loss(cfg, sharding, kernels)
-    return SimpleNamespace(begin=begin, beside=beside, layers=layers, end=end, loss=loss_of_logits, angles=angles)
+    def nats(params, x, targets):
+        return nll(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x), targets)
+
+    layers, loss_of = _blocks(cfg, sharding, kernels), _loss(cfg, sharding, nats)
+    return SimpleNamespace(begin=begin, beside=beside, layers=layers, end=end, loss=loss_of, angles=angles)
 
 
 def choose_kernels(asked, cfg, sharding=None):
@@ -164,18 +167,17 @@ def _aux(losses):
     return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
 
 
-def _loss(cfg, sharding, kernels):
-    """loss(logits, stats, batch) -> (loss, metrics), as loss_fn above."""
-    mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding, kernels)
-    router_losses = moe.losses(cfg, sharding)
+def _loss(cfg, sharding, nats):
+    """loss(params, x_RD, stats, batch) -> (loss, metrics), as loss_fn above. nats(params, x_RD, targets_BS) -> [R, 1]."""
+    mean, router_losses = loss.weighted_mean(sharding), moe.losses(cfg, sharding)
     aux_coef, z_coef = cfg.router_aux_coef, cfg.router_z_coef
 
-    def dense(logits, stats, batch):
-        ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
+    def dense(params, x, stats, batch):
+        ce, tokens = mean(nats(params, x, batch["targets"]), batch["loss_weights"])
         return ce, {"loss": ce, "tokens": tokens}
 
-    def with_experts(logits, stats, batch):
-        ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
+    def with_experts(params, x, stats, batch):
+        ce, tokens = mean(nats(params, x, batch["targets"]), batch["loss_weights"])
         balance, z, load, overflow = router_losses(stats)
         metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z}
         metrics["expert_load"], metrics["expert_overflow"] = load, overflow

@@ -53,7 +53,7 @@ def build_stage(cfg, sharding, kernels, layers, first, last):
 
     def judged(params, carried, batch):
         out = run(params, carried, batch)
-        return parts.loss(parts.end(params, out[0]), out[1] if has_stats else None, batch)
+        return parts.loss(params, out[0], out[1] if has_stats else None, batch)
 
     return judged if last else run
 

@@ -1,38 +1,5 @@
-// Sums of exponentials over the rows of logits, and one picked column of each; no array of probabilities is made.
-#include "common.h"
-
-static const int64_t BLOCK = 1024;  // columns, which are read for their largest and then from L1 for the sum
-
-static inline float largest(const float *z, int64_t n) {
-  float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; i++) top = z[i] > top ? z[i] : top;
-  return top;
-}
-
-static inline float sum_exp(const float *z, int64_t n, float shift) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += exp_float(z[i] - shift);
-  return sum;
-}
-
-// Of a row: its largest, and sum(exp(z - largest)); (-inf, 0) of nothing but -inf.
-struct Sum {
-  float top = -INFINITY;
-  double total = 0;
-
-  // In one pass: where a block's largest is above those before it, the sum so far is scaled down.
-  Sum(const float *z, int64_t n) {
-    for (int64_t at = 0; at < n; at += BLOCK) {
-      const int64_t size = std::min(BLOCK, n - at);
-      const float above = std::max(top, largest(z + at, size));
-      if (above > top) total *= std::exp(static_cast<double>(top) - above);
-      total += sum_exp(z + at, size, above == -INFINITY ? 0.0f : above);  // also of a block of -inf, for it may hold a NaN
-      top = above;
-    }
-  }
-};
+// Cross-entropy's pieces of logits; see entropy.h.
+#include "entropy.h"
 
 static bool rows_and_places(const Args &a) { return a.ndims[0] == 2 && a.size(1) == a.dim(0, 0); }
 
@@ -44,12 +11,7 @@ KERNEL(cross_entropy) {
   const int32_t *at = a.get<int32_t>(1);
   float *top = a.get(2), *total = a.get(3), *picked = a.get(4);
   const int64_t R = a.dim(0, 0), V = a.dim(0, 1);
-#pragma omp parallel for schedule(static) if (R * V >= THREADS_FROM)
-  for (int64_t r = 0; r < R; r++) {
-    const Sum sum(z + r * V, V);
-    top[r] = sum.top, total[r] = static_cast<float>(sum.total);
-    picked[r] = at[r] >= 0 && at[r] < V ? z[r * V + at[r]] : 0.0f;
-  }
+  measure_rows(R, V, z, at, top, total, picked);
   return 0;
 }
 
@@ -63,17 +25,6 @@ KERNEL(cross_entropy_grad) {
   const float *z = a.get(0), *top = a.get(2), *weight = a.get(3), *dpicked = a.get(4);
   const int32_t *at = a.get<int32_t>(1);
   float *dz = a.get(5);
-#pragma omp parallel for schedule(static) if (R * V >= THREADS_FROM)
-  for (int64_t r = 0; r < R; r++) {
-    const float *from = z + r * V, most = top[r], w = weight[r];
-    float *to = dz + r * V;
-    if (most == -INFINITY) {  // the row is nothing but -inf
-      std::fill_n(to, V, 0.0f);
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < V; i++) to[i] = w * exp_float(from[i] - most);
-    }
-    if (at[r] >= 0 && at[r] < V) to[at[r]] += dpicked[r];
-  }
+  entropy_grad(R, V, z, at, top, weight, dpicked, dz);
   return 0;
 }
