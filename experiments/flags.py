@@ -232,6 +232,7 @@ CHECKS = {
     "checkpoint.on_error": _one_of("stop", "continue"),
     "checkpoint.timeout_s": POSITIVE,
     "train.layer_loop": _one_of("auto", "unroll", "scan"),
+    "train.recompute": _one_of("none", "full", "attention"),
     **{f"ops.{op}": _one_of("auto", *IMPLEMENTATIONS) for op in OPS},
     "optim.schedule": _one_of("constant", "linear", "cosine", "wsd"),
     **dict.fromkeys(("optim.lr", "optim.eps", "data.vocab_size"), POSITIVE),

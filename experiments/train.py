@@ -57,7 +57,7 @@ def build_program(cfg, config, sharding=None):
     sharding, scan = sharding or Sharding(), uses_scan(cfg, config.train.layer_loop)
     placed = placements(cfg, sharding, scan)
     kernels = choose_kernels(config.ops, cfg, sharding)
-    model, specs = build(cfg, sharding, scan, kernels), stacked_specs(cfg) if scan else param_specs(cfg)
+    model, specs = build(cfg, sharding, scan, kernels, config.train.recompute), stacked_specs(cfg) if scan else param_specs(cfg)
     names = metric_names(cfg)
     update = _update(specs, placed, sharding, config.optim, kernels)
     if config.parallel.micro_batches == 1:

@@ -15,10 +15,14 @@ from layers import attention, embed, linear, loss, mlp, moe, norm, rope
 from ops import iota as iota_op
 from ops import registry
 from parallel import zero
+from parallel.recompute import recomputed
 from parallel.scan import scan as scan_layers
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves, unflatten
 from qwen3.config import check_compute_dtype
+
+
+RECOMPUTE = ("none", "full", "attention")  # nothing, all of a layer, or its attention and the norm before it
 
 
 def param_specs(cfg):
@@ -61,11 +65,12 @@ def loss_fn(params, batch, cfg):
 
 
 @functools.lru_cache(maxsize=32)
-def build(cfg, sharding=None, scan=False, kernels=None):
+def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
     """The model's functions, closed over their annotated ops: forward, loss_fn and extend, as attributes.
 
     scan: `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list (see stack_layers), run as a loop.
     kernels: the ops' implementations, an ops.registry.Kernels; by default the fastest that this device has.
+    recompute: what of each layer the backward computes again, of RECOMPUTE, instead of keeping it.
     """
     device = ms.get_context("device_target")
     check_compute_dtype(cfg, device)
@@ -73,7 +78,7 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     kernels = kernels or choose_kernels({}, cfg, sharding)
     take, head = embed.build(cfg, sharding, kernels)
     angles = rope.build(cfg, sharding)
-    blocks = _blocks(cfg, sharding, kernels)
+    blocks = _blocks(cfg, sharding, kernels, "none" if scan and recompute == "full" else recompute)  # a scanned layer is recomputed anyway
     trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, sharding, blocks)
     final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
@@ -173,7 +178,7 @@ def _consts(cfg):
     return with_experts if cfg.moe_layers else dense
 
 
-def _blocks(cfg, sharding, kernels):
+def _blocks(cfg, sharding, kernels, recompute):
     """Per layer, (block(p, x_RD, consts) -> x_RD, stats; the same over a cache, for generation)."""
     (rms, add_rms), add = norm.build(cfg, sharding, kernels), linear.residual(sharding)
     attend, attend_cached = attention.build(cfg, sharding, kernels)
@@ -188,12 +193,18 @@ def _blocks(cfg, sharding, kernels):
     def sparse(p, x, consts):
         return sparse_ffn(p["moe"], x, consts[4])
 
+    def attended(p, x, consts):
+        return (attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2], consts[3]),)
+
+    if recompute == "attention":
+        attended = recomputed(attended, {"attention_norm": norm.specs(cfg), "attention": attention.specs(cfg)})
+
     def block_of(i, ffn):
         whole = zero.gathered(sharding, layer_specs(cfg, i))
 
         def block(p, x, consts):
             p = whole(p)
-            y = attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2], consts[3])
+            y = attended({"attention_norm": p["attention_norm"], "attention": p["attention"]}, x, consts[:4])[0]
             x, normed = add_rms(p["mlp_norm"], x, y)
             y, stats = ffn(p, normed, consts)
             return add(x, y), stats
@@ -206,7 +217,7 @@ def _blocks(cfg, sharding, kernels):
             y, _ = ffn(p, normed, consts)
             return add(x, y), k, v
 
-        return block, cached
+        return recomputed(block, layer_specs(cfg, i)) if recompute == "full" else block, cached
 
     first = {cfg.is_moe_layer(i): i for i in reversed(range(cfg.num_layers))}  # one block for all layers of a kind
     kinds = {is_moe: block_of(i, sparse if is_moe else dense) for is_moe, i in first.items()}

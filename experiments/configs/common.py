@@ -33,6 +33,8 @@ def get_config():
     c.train.seed = 0  # of the initial weights and of the order of the data
     # unroll = every layer is compiled; scan = one is, looped over and recomputed in the backward; auto = scan above 8 layers of a kind
     c.train.layer_loop = "auto"
+    # what of each layer the backward computes again instead of keeping: none, attention, or full = all of it, as scan does in any case
+    c.train.recompute = "none"
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text
     c.train.save_hf = True  # write the final weights as a Hugging Face folder
