@@ -80,7 +80,7 @@ def resolve(flag_values, world=None):
         raise ValueError("--config is missing; try --config=experiments/configs/tiny.py")
     config = flag_values.config.copy_and_resolve_references()
     for name in config.parallel:
-        if flag_values[name].value is not None:
+        if name in flag_values and flag_values[name].value is not None:
             config.parallel[name] = flag_values[name].value
     for name in ("resume_from", "init_from", "partial"):
         if flag_values[name].value is not None:
@@ -244,6 +244,8 @@ CHECKS = {
     "data.json_key": ((lambda value: value != ""), "must name a key of the records; use 'text'"),
     "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),
     "parallel.lowering": _one_of("manual", "shard"),
+    "parallel.cp_attention": _one_of("ring", "ulysses", "hybrid"),
+    "parallel.cp_ulysses": POSITIVE,
 }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import optim as optimizer
-from parallel import collectives, zero
+from parallel import collectives, context, zero
 from parallel.checkpoint import Held
 from parallel.placement import Spread, load, local_shape, place, reader, stacked
 from parallel.sharding import DATA, Sharding
@@ -46,9 +46,9 @@ def build_program(cfg, config, sharding=None):
     init(params) -> state, from a tree as qwen3.model and hf.save take it, or from read(path, slices), which gives a rank its part.
     spread(state) -> the tree as parallel.placement.Spread, of which all ranks together get whole arrays, one by one; params(state) -> it as
     whole tensors on every rank; all call it.
-    step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], this data rank's; metrics: floats and lists,
-    of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient norm is not
-    finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
+    step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], whole rows, this dp rank's; metrics: floats
+    and lists, of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient
+    norm is not finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
     held(state) -> what this rank has of each array, as parallel.checkpoint takes it, without a state the sizes alone; the running norm, a
     number, is not among them.
     restore(read, norm) -> state, from read(name, slices) of those arrays.
@@ -78,6 +78,7 @@ def build_program(cfg, config, sharding=None):
         return tree_map(lambda leaf: _copy(leaf.asnumpy(everywhere=True)), spread(state))
 
     def step(state, batch, lr, at):
+        batch = context.cut(sharding.mesh, batch)
         state, (objective, aux, norm, skipped) = run_step(state, batch, optimizer.scalars(config.optim, lr, at))
         metrics = {name: _number(value) for name, value in zip(names, aux)}
         metrics.update(objective=_number(objective), grad_norm=_number(norm), lr=lr)
@@ -88,7 +89,7 @@ def build_program(cfg, config, sharding=None):
     def evaluate(state, batches):
         tree, nats, targets = from_tuple(specs, state["params"]), 0.0, 0.0
         for batch in batches:
-            loss, tokens = map(_number, eval_loss(tree, _tensors(batch)))
+            loss, tokens = map(_number, eval_loss(tree, _tensors(context.cut(sharding.mesh, batch))))
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 

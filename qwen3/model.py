@@ -14,13 +14,12 @@ from mindspore import ops
 from layers import attention, embed, linear, loss, mlp, moe, norm, rope
 from ops import iota as iota_op
 from ops import registry
-from parallel import zero
+from parallel import context, zero
 from parallel.recompute import recomputed
 from parallel.scan import scan as scan_layers
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves, unflatten
 from qwen3.config import check_compute_dtype
-
 
 RECOMPUTE = ("none", "full", "attention")  # nothing, all of a layer, or its attention and the norm before it
 
@@ -82,7 +81,8 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
     trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, sharding, blocks)
     final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
-    order = sharding.op(_order(), "batch seq -> batch seq", kind="kernel")
+    whole_rows = sharding.op(_same, "batch seq>keys -> batch keys", kind="kernel")
+    order = sharding.op(_order(sharding.mesh.size(sharding.rules["span"])), "batch keys -> batch keys", kind="kernel")
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     whole_vocab = embed.whole(cfg, sharding)
     reshape, consts = ops.Reshape(), _consts(cfg)
@@ -91,13 +91,16 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
         x = take(whole_table(params["embed"]), tokens)
-        x, stats = trunk(params["layers"], x, consts(cos, sin, segment_ids, order(segment_ids), valid))
+        segments = whole_rows(segment_ids)
+        x, stats = trunk(params["layers"], x, consts(cos, sin, segments, order(segments), valid))
         return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x)), stats
 
     router_losses = moe.losses(cfg, sharding)
 
     def forward(params, tokens, positions=None, segment_ids=None):
         B, S = tokens.shape
+        if positions is None and sharding.shards("seq") > 1:
+            raise ValueError("forward: a rank has parts of rows, so it needs positions; see parallel.context.cut")
         positions = _default_positions(tokens) if positions is None else positions
         segment_ids = ops.ones_like(tokens) if segment_ids is None else segment_ids
         logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
@@ -112,6 +115,7 @@ def choose_kernels(asked, cfg, sharding=None):
     """The implementations of ops, an ops.registry.Kernels, for a model on this device in a layout. asked: as in ops.registry.choose."""
     shards = sharding.shards("experts") if sharding else 1
     more = {"head_dim": cfg.head_dim, "router_bias": cfg.router_bias, "expert_shards": shards}
+    more["spans"] = sharding.shards("span") if sharding else 1
     return registry.choose(asked, ms.get_context("device_target"), cfg.compute_dtype, **more)
 
 
@@ -151,14 +155,28 @@ def _is_real():
     return real
 
 
-def _order():
-    """segment_ids_BS -> 0, 1, ... S - 1 in each row: what a token may see of its document ends with itself."""
+def _order(ring):
+    """segments_BT -> the place of each token in its row, 0, 1, ... T - 1 but for a ring of ranks: what a token may see of its document
+    ends with itself."""
     count, zeros_like = iota_op.reference(), ops.ZerosLike()
+    if ring > 1:
+        count = _order_of_ring(ring)
 
-    def order(segment_ids):
-        return zeros_like(segment_ids) + count(segment_ids.shape[1])
+    def order(segments):
+        return zeros_like(segments) + count(segments.shape[1])
 
     return order
+
+
+def _order_of_ring(ring):
+    def order_of_ring(length):
+        return ms.Tensor(context.order(length, ring))
+
+    return ops.constexpr(order_of_ring, name=f"order_of_ring_{ring}")
+
+
+def _same(x):
+    return x
 
 
 def _default_positions(tokens):
@@ -167,7 +185,7 @@ def _default_positions(tokens):
 
 
 def _consts(cfg):
-    """What every layer is given beside x: cos, sin, segments_BS, order_BS, and for experts valid_R; scan wants no more than is used."""
+    """What every layer is given beside x: cos, sin, segments_BT, order_BT, and for experts valid_R; scan wants no more than is used."""
 
     def dense(cos, sin, segments, order, valid):
         return cos, sin, segments, order

@@ -63,6 +63,8 @@ def get_config():
     c.parallel.tp = 1  # tensor parallel ranks
     c.parallel.pp = 1  # pipeline stages
     c.parallel.cp = 1  # context parallel ranks
+    c.parallel.cp_attention = "ring"  # ring, ulysses, or hybrid = rings of the cp_ulysses ranks that exchange heads
+    c.parallel.cp_ulysses = 1  # of hybrid: neighbouring cp ranks that exchange heads for tokens
     c.parallel.ep = 1  # expert parallel ranks, cut from dp x cp x tp
     c.parallel.micro_batches = 1  # slices each data rank cuts its rows into: gradient accumulation, pipeline micro-batches
     c.parallel.zero = 0  # ZeRO stage; 0 = every data rank holds all

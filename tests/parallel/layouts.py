@@ -29,7 +29,8 @@ MODELS = {
     "mixed": MIXED,
 }
 
-# name -> (model, options); dp, tp, ep: of the mesh, others of the run. In order of the number of processes.
+# name -> (model, options); dp, tp, cp, ep, ulysses: of the mesh, others of the run; packed: documents of odd lengths, in rows of an odd
+# length. In order of the number of processes.
 LAYOUTS = {
     "dp2": ("dense", dict(dp=2)),
     "dp2, scan, 2 micro-batches, ZeRO 2": ("dense", dict(dp=2, loop="scan", micro=2, zero=2)),
@@ -37,12 +38,24 @@ LAYOUTS = {
     "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
     "tp2 of 1 kv head, biases": ("qwen2", dict(tp=2, seq=True)),
     "dp2 ep2": ("moe", dict(dp=2, ep=2)),
+    "cp2, ring": ("untied", dict(cp=2, micro=2)),
+    "cp2, Ulysses": ("dense", dict(cp=2, ulysses=2)),
+    "cp2, ring, packed, scan": ("dense", dict(cp=2, packed=True, loop="scan")),
+    "moe, cp2 ep2": ("moe", dict(cp=2, ep=2, packed=True)),
     "tp4 of 2 kv heads": ("dense", dict(tp=4)),
     "tp4 of 1 kv head, sequence parallel, scan": ("qwen2", dict(tp=4, seq=True, loop="scan")),
     "dp2 tp2": ("untied", dict(dp=2, tp=2)),
     "dp2 tp2, sequence parallel, ZeRO 1": ("dense", dict(dp=2, tp=2, seq=True, zero=1)),
     "dp2 tp2, ZeRO 2, 2 micro-batches": ("dense", dict(dp=2, tp=2, zero=2, micro=2)),
     "dp2 tp2, ZeRO 3": ("dense", dict(dp=2, tp=2, zero=3)),
+    "cp4, ring": ("dense", dict(cp=4)),
+    "cp4, ring, packed": ("dense", dict(cp=4, packed=True)),
+    "cp4, Ulysses of 2 kv heads, packed, ZeRO 2": ("dense", dict(cp=4, ulysses=4, packed=True, zero=2)),
+    "cp4, hybrid, packed": ("dense", dict(cp=4, ulysses=2, packed=True)),
+    "cp2 tp2, packed, sequence parallel": ("dense", dict(cp=2, tp=2, packed=True, seq=True)),
+    "cp2 tp2, Ulysses of 1 kv head, packed": ("qwen2", dict(cp=2, tp=2, ulysses=2, packed=True)),
+    "dp2 cp2, ZeRO 3, scan": ("untied", dict(dp=2, cp=2, zero=3, loop="scan")),
+    "moe, cp2 tp2 ep4, sequence parallel, packed, bias": ("moe8", dict(cp=2, tp=2, ep=4, seq=True, packed=True)),
     "dp4, ZeRO 3, scan": ("untied", dict(dp=4, zero=3, loop="scan")),
     "dp4, ZeRO 1, 2 micro-batches": ("dense", dict(dp=4, zero=1, micro=2)),
     "moe, dp2 tp2": ("moe", dict(dp=2, tp=2)),
@@ -65,6 +78,11 @@ SLOW = (
     "tp2",
     "tp4 of 1 kv head, sequence parallel, scan",
     "dp2 tp2",
+    "cp2, ring",
+    "cp4, ring",
+    "cp2 tp2, Ulysses of 1 kv head, packed",
+    "dp2 cp2, ZeRO 3, scan",
+    "moe, cp2 tp2 ep4, sequence parallel, packed, bias",
     "dp4, ZeRO 3, scan",
     "dp4, ZeRO 1, 2 micro-batches",
     "moe, dp2 tp2",
@@ -78,7 +96,7 @@ SLOW = (
 
 
 def processes(options):
-    return options.get("dp", 1) * options.get("tp", 1)
+    return options.get("dp", 1) * options.get("tp", 1) * options.get("cp", 1)
 
 
 def run(model, options, rank=0):
@@ -91,7 +109,7 @@ def run(model, options, rank=0):
     state = program.init(tree_map(lambda w: w.asnumpy(), random_params(cfg)))
     mine, out = rank_rows(ROWS, mesh.index(("dp",)), mesh.dp, micro), {}
     for at in range(STEPS):
-        batch = {key: value[mine] for key, value in make_batch(at, rows=ROWS, vocab=cfg.vocab_size).items()}
+        batch = {key: value[mine] for key, value in rows_of(cfg, options, at).items()}
         state, metrics = program.step(state, batch, LR, at)
         out[f"loss.{at}"], out[f"grad_norm.{at}"] = metrics["objective"], metrics["grad_norm"]
         out[f"expert_overflow.{at}"] = metrics.get("expert_overflow", 0.0)
@@ -102,8 +120,20 @@ def run(model, options, rank=0):
     return {**out, **{f"shape.{path}": w.shape for path, w in tree_paths(from_tuple(structure(cfg, options), state["m"]))}}
 
 
+def rows_of(cfg, options, at):
+    """The global batch of a step."""
+    if not options.get("packed"):
+        return make_batch(at, rows=ROWS, vocab=cfg.vocab_size)
+    batch = make_batch(at, rows=ROWS, seq_len=15, vocab=cfg.vocab_size)
+    starts = np.array([[0, 1 + i % 3, 6, 9 + i % 2] for i in range(ROWS)])  # of documents in each row
+    place = np.broadcast_to(np.arange(15, dtype=np.int32), (ROWS, 15))
+    document = (place[:, :, None] >= starts[:, None]).sum(2)
+    positions = place - np.take_along_axis(starts, document - 1, 1)
+    return {**batch, "segment_ids": document.astype(np.int32), "positions": positions.astype(np.int32)}
+
+
 def sharding_of(cfg, options, rank=0):
-    sizes = {axis: options[axis] for axis in ("dp", "tp", "ep") if axis in options}
+    sizes = {axis: options[axis] for axis in ("dp", "tp", "cp", "ep", "ulysses") if axis in options}
     mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
     return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0))
 

@@ -18,8 +18,8 @@ TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-5, "gradient": 1e-4, "parameter": 1e-
 
 
 @functools.lru_cache
-def one_process(model, loop, micro):
-    return layouts.run(model, dict(loop=loop, micro=micro))
+def one_process(model, loop, micro, packed):
+    return layouts.run(model, dict(loop=loop, micro=micro, packed=packed))
 
 
 @functools.lru_cache
@@ -43,7 +43,7 @@ def found(name):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS])
 def test_a_layout_equals_one_process(name):
     model, options = LAYOUTS[name]
-    want, ranks = one_process(model, options.get("loop"), options.get("micro", 1)), found(name)
+    want, ranks = one_process(model, options.get("loop"), options.get("micro", 1), options.get("packed")), found(name)
     checked = dict.fromkeys(TOLERANCE, 0)
     for key, value in want.items():
         kind = key.split(".")[0]
