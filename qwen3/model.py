@@ -81,7 +81,7 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
     trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, sharding, blocks)
     final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
-    whole_rows = sharding.op(_same, "batch seq>keys -> batch keys", kind="kernel")
+    whole_rows = sharding.op(_same, "batch seq>keys -> batch keys", kind="kernel") if sharding.shards("seq") > 1 else _same
     order = sharding.op(_order(sharding.mesh.size(sharding.rules["span"])), "batch keys -> batch keys", kind="kernel")
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     whole_vocab = embed.whole(cfg, sharding)

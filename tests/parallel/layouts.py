@@ -37,6 +37,7 @@ LAYOUTS = {
     "tp2": ("untied", dict(tp=2)),
     "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
     "tp2 of 1 kv head, biases": ("qwen2", dict(tp=2, seq=True)),
+    "tp2, sequence parallel, full recompute": ("dense", dict(tp=2, seq=True, recompute="full")),
     "dp2 ep2": ("moe", dict(dp=2, ep=2)),
     "cp2, ring": ("untied", dict(cp=2, micro=2)),
     "cp2, Ulysses": ("dense", dict(cp=2, ulysses=2)),
@@ -55,6 +56,9 @@ LAYOUTS = {
     "cp2 tp2, packed, sequence parallel": ("dense", dict(cp=2, tp=2, packed=True, seq=True)),
     "cp2 tp2, Ulysses of 1 kv head, packed": ("qwen2", dict(cp=2, tp=2, ulysses=2, packed=True)),
     "dp2 cp2, ZeRO 3, scan": ("untied", dict(dp=2, cp=2, zero=3, loop="scan")),
+    "dp2 tp2, ZeRO 3, full recompute": ("dense", dict(dp=2, tp=2, zero=3, recompute="full")),
+    "cp4, hybrid, packed, attention recompute": ("dense", dict(cp=4, ulysses=2, packed=True, recompute="attention")),
+    "moe, dp2 tp2 ep2, full recompute": ("moe", dict(dp=2, tp=2, ep=2, recompute="full")),
     "moe, cp2 tp2 ep4, sequence parallel, packed, bias": ("moe8", dict(cp=2, tp=2, ep=4, seq=True, packed=True)),
     "dp4, ZeRO 3, scan": ("untied", dict(dp=4, zero=3, loop="scan")),
     "dp4, ZeRO 1, 2 micro-batches": ("dense", dict(dp=4, zero=1, micro=2)),
@@ -69,6 +73,14 @@ LAYOUTS = {
     "moe, dp4 tp2 ep4, sequence parallel, ZeRO 2": ("moe8", dict(dp=4, tp=2, ep=4, seq=True, zero=2, loop="scan")),
 }
 
+# Layouts that are to the bit what others are.
+RECOMPUTED = {
+    "tp2, sequence parallel, full recompute": "tp2, sequence parallel",
+    "dp2 tp2, ZeRO 3, full recompute": "dp2 tp2, ZeRO 3",
+    "cp4, hybrid, packed, attention recompute": "cp4, hybrid, packed",
+    "moe, dp2 tp2 ep2, full recompute": "moe, dp2 tp2 ep2",
+}
+
 # Its buffers are too small, so it equals nothing.
 OVERFLOWING = "moe, dp2 ep2, half the capacity"
 LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
@@ -78,8 +90,16 @@ SLOW = (
     "tp2",
     "tp4 of 1 kv head, sequence parallel, scan",
     "dp2 tp2",
+    "tp2, sequence parallel, full recompute",
     "cp2, ring",
+    "cp2, ring, packed, scan",
+    "cp2 tp2, packed, sequence parallel",
     "cp4, ring",
+    "cp4, ring, packed",
+    "cp4, Ulysses of 2 kv heads, packed, ZeRO 2",
+    "dp2 tp2, ZeRO 3, full recompute",
+    "cp4, hybrid, packed, attention recompute",
+    "moe, dp2 tp2 ep2, full recompute",
     "cp2 tp2, Ulysses of 1 kv head, packed",
     "dp2 cp2, ZeRO 3, scan",
     "moe, cp2 tp2 ep4, sequence parallel, packed, bias",
@@ -141,6 +161,7 @@ def sharding_of(cfg, options, rank=0):
 def run_config(options):
     config = common.get_config()
     config.train.layer_loop = options.get("loop", "unroll")
+    config.train.recompute = options.get("recompute", "none")
     config.parallel.micro_batches = options.get("micro", 1)
     config.optim.eps = 1e-5  # at 1e-8 rounding alone moves parameters
     config.optim.clip_norm = 0.5  # acts in every step, so that the norm enters the gradients
