@@ -5,7 +5,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 
-from experiments.bench_turns import mem_mib, serve, timed, warmed_up
+from experiments.bench_turns import held_mem_gib, mem_mib, serve, timed, warmed_up
 from experiments.configs import common
 from experiments.train import build_program, uses_scan
 from ops import registry
@@ -27,7 +27,7 @@ def load(job):
 def train(job):
     """A step is forward, backward, clipping and AdamW on one batch."""
     (cfg, params), config = load(job), common.get_config()
-    config.train.layer_loop = job["layer_loop"]
+    config.train.layer_loop, config.train.recompute = job["layer_loop"], job.get("recompute", "none")
     config.optim.update(job["optim"])
     config.ops.update({op: job["kernels"] for op in registry.OPS})
     program, batch = build_program(cfg, config), dict(np.load(Path(job["folder"]) / "batch.npz"))
@@ -40,7 +40,9 @@ def train(job):
         at += 1
         return metrics["loss"]
 
+    held = held_mem_gib()
     facts = warmed_up(step, job["warmup_steps"])
+    facts["held_mem_gib"] = held
     facts["layer_loop"] = "scan" if uses_scan(cfg, job["layer_loop"]) else "unroll"
     return facts, lambda: {"step_time_s": timed(step)[0]}
 

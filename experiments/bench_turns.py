@@ -33,8 +33,17 @@ def _send(out, answer):
 
 def peak_mem_gib():
     """The most memory that this process has had. Not getrusage's: that starts from what the process that started this one had."""
+    return _status_gib("VmHWM")
+
+
+def held_mem_gib():
+    """The memory that this process has now."""
+    return _status_gib("VmRSS")
+
+
+def _status_gib(key):
     with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) / 2**20 for line in file if line.startswith("VmHWM"))
+        return next(int(line.split()[1]) / 2**20 for line in file if line.startswith(key))
 
 
 def mem_mib():

@@ -9,7 +9,7 @@ import numpy as np
 from experiments import adapter, metrics, run_folder
 from experiments import weights as weights_of
 from experiments.data import bigram, corpus, loader
-from experiments.train import without_dropout
+from layers.lora import without_dropout
 from parallel.spec import tree_map, tree_paths
 from qwen3 import generate, hf, peft
 from qwen3.model import choose_kernels

@@ -300,6 +300,7 @@ CHECKS = {
     "data.format": _one_of("", *FORMATS),
     "data.enable_thinking": _one_of("none", "true", "false"),
     "data.packing": _one_of("packed", "padded"),
+    "train.recompute": _one_of("none", "full", "attention"),
     **{f"ops.{op}": _one_of("auto", *IMPLEMENTATIONS) for op in OPS},
     "optim.schedule": _one_of("constant", "linear", "cosine", "wsd"),
     **dict.fromkeys(("optim.lr", "optim.eps", "data.vocab_size"), POSITIVE),
@@ -313,6 +314,8 @@ CHECKS = {
     "parallel.lowering": _one_of("manual", "shard"),
     "parallel.pp_schedule": _one_of(*SCHEDULES),
     "parallel.virtual_stages": POSITIVE,
+    "parallel.cp_attention": _one_of("ring", "ulysses", "hybrid"),
+    "parallel.cp_ulysses": POSITIVE,
 }
 
 

@@ -6,6 +6,7 @@ to every parameter.
 
 from types import SimpleNamespace
 
+from parallel import context
 from parallel.hints import divisors
 from parallel.mesh import AXES, Mesh, axis_sizes
 from parallel.pipeline import check as check_schedule
@@ -16,16 +17,18 @@ def check(config, cfg, world=None):
     """The sizes of the axes for a job of `world` ranks (None: as many as asked). Raises ValueError naming key, value and fix."""
     parallel = config.parallel
     sizes = axis_sizes(parallel, world)
-    if sizes["cp"] > 1:
-        raise ValueError(f"parallel.cp={sizes['cp']} is not built yet; use --cp=1")
+    if sizes["pp"] > 1 and sizes["cp"] > 1:
+        raise ValueError(f"parallel.pp={sizes['pp']} with parallel.cp={sizes['cp']} is not built; use --pp=1 or --cp=1")
     if parallel.lowering == "shard":
         raise ValueError("parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual")
     if parallel.zero not in (0, 1, 2, 3):
         raise ValueError(f"parallel.zero={parallel.zero} must be 0, 1, 2 or 3")
     _check_model(cfg, config, sizes)
-    _check_batch(config, sizes)
+    _check_context(cfg, config, sizes)
+    of = mesh(cfg, {**parallel, **sizes})
+    _check_batch(config, sizes, of)
     _check_pipeline(config, cfg, sizes)
-    mesh(cfg, sizes).size(("tp",))  # raises where the parts of an axis do not fit
+    of.size(("tp", "cp"))  # raises where the parts of an axis do not fit
     return sizes
 
 
@@ -43,6 +46,7 @@ def for_inference(asked, cfg, model, world):
             f" experts are then spread over data ranks alone, so use --dp={sizes['ep']}, or a smaller --ep"
         )
     _check_model(cfg, SimpleNamespace(model=model, parallel=SimpleNamespace(seq_parallel=False)), sizes)
+    sizes.update(cp_attention="ring", cp_ulysses=1)
     mesh(cfg, sizes).size(("tp",))
     return sizes
 
@@ -56,7 +60,7 @@ def _check_pipeline(config, cfg, sizes):
         return
     check_schedule(parallel.pp_schedule, pp, parallel.micro_batches, parallel.virtual_stages)
     stage_ranges(cfg.num_layers, pp, parallel.virtual_stages, tuple(parallel.stage_layers))
-    if cfg.lora or cfg.frozen:
+    if cfg.lora or any(cfg.frozen):
         raise ValueError(f"parallel.pp={pp}: a pipeline trains every parameter, without adapters; use --pp=1 with --tp, --dp or --zero")
     if config.train.layer_loop == "scan":
         raise ValueError("train.layer_loop=scan: the layers of a pipeline stage are unrolled; use --config.train.layer_loop=auto")
@@ -65,7 +69,8 @@ def _check_pipeline(config, cfg, sizes):
 def mesh(cfg, parallel, rank=0):
     """The Mesh of a rank, for axes that check() has filled in."""
     sizes = {axis: parallel[axis] for axis in AXES}
-    return Mesh(**sizes, kv_repeat=max(1, sizes["tp"] // cfg.num_kv_heads), rank=rank)
+    ulysses = {"ring": 1, "ulysses": sizes["cp"], "hybrid": parallel["cp_ulysses"]}[parallel["cp_attention"]]
+    return Mesh(**sizes, kv_repeat=max(1, sizes["tp"] // cfg.num_kv_heads), ulysses=ulysses, rank=rank)
 
 
 def _check_model(cfg, config, sizes):
@@ -97,16 +102,37 @@ def _check_model(cfg, config, sizes):
     need(cfg.moe_ffn_size % left == 0, "tp", what, divisors(cfg.moe_ffn_size))
 
 
-def _check_batch(config, sizes):
+def _check_context(cfg, config, sizes):
+    parallel, tp, cp = config.parallel, sizes["tp"], sizes["cp"]
+    ulysses, how = parallel.cp_ulysses, f"parallel.cp_attention={parallel.cp_attention}"
+    if parallel.cp_attention != "hybrid":
+        if ulysses != 1:
+            raise ValueError(f"parallel.cp_ulysses={ulysses} is of parallel.cp_attention=hybrid, and {how}; leave it out")
+        ulysses = cp if parallel.cp_attention == "ulysses" else 1
+    elif cp % ulysses or ulysses in (1, cp):
+        fits = [n for n in range(2, cp) if cp % n == 0]
+        fix = f"use {', '.join(map(str, fits))}" if fits else f"parallel.cp={cp} has no such; use parallel.cp_attention=ring or ulysses"
+        raise ValueError(f"parallel.cp_ulysses={ulysses} must divide parallel.cp={cp}, and be neither 1 nor {cp}, for {how}; {fix}")
+    heads, kv = cfg.num_heads // tp, max(1, cfg.num_kv_heads // tp)
+    if heads % ulysses or (kv % ulysses and ulysses % kv):
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0))
+        raise ValueError(
+            f"{how} shares {heads} heads over {ulysses} ranks of cp, which must divide them, and divide {kv} kv heads or be a multiple"
+            f" (num_heads={cfg.num_heads} and num_kv_heads={cfg.num_kv_heads} of model={config.model}, tp={tp}); share them over {fits},"
+            " or use parallel.cp_attention=ring"
+        )
+
+
+def _check_batch(config, sizes, of):
     train, micro, dp, tp = config.train, config.parallel.micro_batches, sizes["dp"], sizes["tp"]
     if train.batch_size % (dp * micro):
         raise ValueError(
             f"train.batch_size={train.batch_size} must be a multiple of parallel.dp={dp} times parallel.micro_batches={micro};"
             f" use --config.train.batch_size={dp * micro * (train.batch_size // (dp * micro) + 1)}"
         )
-    rows = train.batch_size // (dp * micro) * train.seq_len
+    rows = train.batch_size // (dp * micro) * context.padded(of, train.seq_len) // sizes["cp"]
     if config.parallel.seq_parallel and rows % tp:
         raise ValueError(
             f"parallel.seq_parallel splits the {rows} tokens of a data rank's micro-batch over tp={tp} ranks, which does not divide them;"
-            f" use --config.train.seq_len={tp * -(-train.seq_len // tp)}"
+            f" use --config.train.seq_len={sizes['cp'] * tp * -(-train.seq_len // (sizes['cp'] * tp))}"
         )

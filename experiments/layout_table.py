@@ -44,6 +44,7 @@ def summary(config):
     world = math.prod(n for axis, n in sizes.items() if axis != "ep")
     axes = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1 and axis != "ep") or "one device"
     extra = [f"{sizes['pp'] * parallel.virtual_stages} stages, {parallel.pp_schedule}"] * (sizes["pp"] > 1)
+    extra += [f"{parallel.cp_attention} attention"] * (sizes["cp"] > 1)
     extra += [f"experts over {sizes['ep']}"] * (sizes["ep"] > 1) + ["sequence parallel"] * parallel.seq_parallel
     extra += [f"ZeRO {parallel.zero}"] * (parallel.zero > 0) + [f"{parallel.micro_batches} micro-batches"] * (parallel.micro_batches > 1)
     return f"{world} rank{'s' * (world > 1)}: " + ", ".join([axes, *extra])

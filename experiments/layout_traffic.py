@@ -9,7 +9,7 @@ import numpy as np
 from experiments.train import placements, uses_scan
 from layers import embed, norm
 from ops.routing import shard_capacity
-from parallel import traffic
+from parallel import context, traffic
 from parallel.placement import place
 from parallel.spec import init_params, tree_leaves, tree_map
 from parallel.step import value_and_grad
@@ -38,6 +38,10 @@ def notes(config, cfg):
     yield "A ring passes on all parts of a tensor but one, and does so twice to sum it on every rank; a rank receives as much as it sends."
     if uses_scan(cfg, config.train.layer_loop):
         yield "The backward of looped layers makes their forward calls again, twice. All are counted; a few go unused and are left out."
+    elif config.train.recompute != "none":
+        yield "The backward makes the forward calls of what is recomputed again. All are counted; a few go unused and are left out."
+    if config.parallel.cp > 1 and config.parallel.cp_attention != "ulysses":
+        yield "What goes round a ring of ranks does so by gathers here, of which each rank keeps its neighbour's part."
     if cfg.num_experts and cfg.moe_capacity_factor is None:
         yield "AlltoAll sends buffers for the worst case, all tokens to one rank's experts; see model_args.moe_capacity_factor."
 
@@ -45,17 +49,23 @@ def notes(config, cfg):
 def step_calls(config, cfg, sharding):
     """Counter of traffic.Call for one optimizer step of the trainer."""
     micro, scan = config.parallel.micro_batches, uses_scan(cfg, config.train.layer_loop)
-    rest, layers = model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
+    sizes, recompute = (config.train.batch_size // micro, config.train.seq_len), config.train.recompute
+    rest, layers = model_calls(cfg, sharding, *sizes)
+    if recompute == "attention":
+        _, twice = model_calls(cfg, sharding, *sizes, recompute)  # whose recomputed ops run twice
+        layers = layers + traffic.again(twice - layers, 1)
+    elif recompute == "full" and not scan:
+        layers = layers + traffic.again(layers, 1)
     if scan:
         layers = layers + traffic.again(layers)
     update = traffic.of_update(sharding, [p for p in tree_leaves(placements(cfg, sharding, scan)) if p.spec.trains], micro)
     return traffic.times(rest + layers, micro) + update
 
 
-def model_calls(cfg, sharding, batch_size, seq_len):
+def model_calls(cfg, sharding, batch_size, seq_len, recompute="none"):
     """(Counter of the calls outside the layers, of those in them) for forward and backward of one global micro-batch."""
     kinds = sorted({cfg.is_moe_layer(i) for i in range(cfg.num_layers)})
-    of = partial(_watched, cfg, sharding, _sizes(cfg, sharding, batch_size, seq_len))
+    of = partial(_watched, cfg, sharding, _sizes(cfg, sharding, batch_size, seq_len), recompute)
     each_once = of(kinds)
     layers, rest = Counter(), Counter(each_once)
     for kind in kinds:
@@ -74,7 +84,7 @@ def _gathered(sharding, specs):
     return traffic.of_gathered(sharding, tree_leaves(place(sharding, specs)))
 
 
-def _watched(cfg, sharding, sizes, kinds):
+def _watched(cfg, sharding, sizes, recompute, kinds):
     """The calls of a model with these kinds of layers (True: of experts), as seen in a small one."""
     small = dict(SMALL, num_layers=len(kinds), tie_embeddings=cfg.tie_embeddings)
     if cfg.num_experts:
@@ -83,7 +93,7 @@ def _watched(cfg, sharding, sizes, kinds):
         small.update(num_experts=experts, moe_ffn_size=4, mlp_only_layers=dense, decoder_sparse_step=1)
     small, watched = cfg.replace(**small), traffic.Watched(sharding)
     params = tree_map(ms.Tensor, init_params(param_specs(small), 0))
-    model = build(small, watched)
+    model = build(small, watched, recompute=recompute)
     value_and_grad(_loss(model))(params, _batch())
     return traffic.of_ops(sharding, watched.bound, watched.seen, sizes, BYTES[cfg.compute_dtype])
 
@@ -103,8 +113,12 @@ def _batch():
 
 def _sizes(cfg, sharding, batch_size, seq_len):
     """{dim: global size} of the dims of what travels, for a batch of all data ranks. Dims that mean several sizes are not here."""
+    seq_len = context.padded(sharding.mesh, seq_len)
     rows = batch_size * seq_len
-    sizes = {"one": 1, "batch": batch_size, "seq": seq_len, **dict.fromkeys(("rows", "tokens", "expert_rows"), rows)}
+    kv_heads = max(cfg.num_kv_heads, sharding.shards("kv_heads"), sharding.shards("span_kv_heads"))
+    sizes = {"heads": cfg.num_heads, "span_heads": cfg.num_heads, "span": seq_len, "keys": seq_len}
+    sizes |= dict.fromkeys(("kv_heads", "span_kv_heads"), kv_heads)
+    sizes |= {"one": 1, "batch": batch_size, "seq": seq_len, **dict.fromkeys(("rows", "tokens", "expert_rows"), rows)}
     sizes.update(embed=cfg.hidden_size, head_dim=cfg.head_dim, kv=cfg.num_kv_heads * cfg.head_dim, vocab=cfg.vocab_size)
     if cfg.lora:
         sizes["rank"] = cfg.lora.rank

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from experiments import optim as optimizer
 from experiments.data.loader import rank_rows
 from experiments.metrics import held_out
-from parallel import collectives, zero
+from layers import lora
+from parallel import collectives, context, zero
 from parallel.checkpoint import Held
 from parallel.placement import Spread, load, local_shape, place, reader, stacked
 from parallel.sharding import DATA, Sharding
@@ -49,9 +50,9 @@ def build_program(cfg, config, sharding=None):
     init(params) -> state, from a tree as qwen3.model and hf.save take it, or from read(path, slices), which gives a rank its part.
     spread(state) -> the tree as parallel.placement.Spread, of which all ranks together get whole arrays, one by one; params(state) -> it as
     whole tensors on every rank; all call it.
-    step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], this data rank's; metrics: floats and lists,
-    of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient norm is not
-    finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
+    step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], whole rows, this dp rank's; metrics: floats
+    and lists, of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient
+    norm is not finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
     held(state) -> what this rank has of each array, as parallel.checkpoint takes it, without a state the sizes alone; the running norm, a
     number, is not among them.
     restore(read, norm) -> state, from read(name, slices) of those arrays.
@@ -64,18 +65,12 @@ def build_program(cfg, config, sharding=None):
     sharding, scan = sharding or Sharding(), uses_scan(cfg, config.train.layer_loop)
     placed = placements(cfg, sharding, scan)
     kernels = choose_kernels(config.ops, cfg, sharding)
-    model, specs = build(cfg, sharding, scan, kernels), stacked_specs(cfg) if scan else param_specs(cfg)
-    names, parts = metric_names(cfg), Parts.of(placed)
+    model, specs = build(cfg, sharding, scan, kernels, config.train.recompute), stacked_specs(cfg) if scan else param_specs(cfg)
+    parts, layers = Parts.of(placed), cfg.num_layers if scan else 0
     if parts.moving is None:
         raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
     trained = select(specs, _trains)
-    update, gradient = update_of(trained, parts.moving, sharding, config.optim, kernels), _gradient(model, specs, names)
-    if config.parallel.micro_batches == 1:
-        run_step = _one_batch(gradient, update)
-    else:
-        run_step = _accumulated(gradient, trained, names, update, sharding, parts.moving, config.parallel.micro_batches)
-    eval_loss, layers = jit(_eval_loss(build(without_dropout(cfg), sharding, scan, kernels))), cfg.num_layers if scan else 0
-    noisy = _noise(cfg, config, sharding.mesh)
+    gradient = _gradient(model, specs, metric_names(cfg))
 
     def init(params):
         read = params if callable(params) else reader(params)
@@ -92,19 +87,41 @@ def build_program(cfg, config, sharding=None):
     def params_of(state):
         return tree_map(lambda leaf: _copy(leaf.asnumpy(everywhere=True)), spread(state))
 
+    step = _step(cfg, config, sharding, gradient, trained, parts.moving, kernels)
+    evaluate = _evaluate(build(lora.without_dropout(cfg), sharding, scan, kernels), sharding.mesh, whole)
+    held, restore = partial(held_arrays, placed, layers, with_frozen=cfg.lora is None), partial(restored, sharding.mesh, placed, layers)
+    return Program(init, params_of, step, evaluate, held, restore, spread)
+
+
+def _step(cfg, config, sharding, gradient, trained, placed, kernels):
+    """Program.step. trained, placed: the specs and Placed of what trains."""
+    update, noisy = update_of(trained, placed, sharding, config.optim, kernels), _noise(cfg, config, sharding.mesh)
+    micro = config.parallel.micro_batches
+    if micro == 1:
+        run_step = _one_batch(gradient, update)
+    else:
+        run_step = _accumulated(gradient, trained, metric_names(cfg), update, sharding, placed, micro)
+
     def step(state, batch, lr, at):
-        state, out = run_step(state, noisy(batch, at), optimizer.scalars(config.optim, lr, at))
+        batch = context.cut(sharding.mesh, noisy(batch, at))
+        state, out = run_step(state, batch, optimizer.scalars(config.optim, lr, at))
         return state, metrics_of(cfg, config, out, lr)
+
+    return step
+
+
+def _evaluate(model, mesh, whole):
+    """Program.evaluate. whole(state) -> all parameters."""
+    eval_loss = jit(_eval_loss(model))
 
     def evaluate(state, batches):
         tree, nats, targets = whole(state), 0.0, 0.0
         for batch in batches:
-            loss, tokens = map(_number, eval_loss(tree, tensors(batch)))
+            loss, tokens = map(_number, eval_loss(tree, tensors(context.cut(mesh, batch))))
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 
-    held, restore = partial(held_arrays, placed, layers, with_frozen=cfg.lora is None), partial(restored, sharding.mesh, placed, layers)
-    return Program(init, params_of, step, evaluate, held, restore, spread)
+    return evaluate
 
 
 class Parts(NamedTuple):
@@ -120,10 +137,6 @@ class Parts(NamedTuple):
 
 def _trains(spec):
     return spec.trains
-
-
-def without_dropout(cfg):
-    return cfg.replace(lora=dataclasses.replace(cfg.lora, dropout=0.0)) if drops(cfg) else cfg
 
 
 def _noise(cfg, config, mesh):

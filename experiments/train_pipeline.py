@@ -106,7 +106,8 @@ class Parts:
 
 def _of_inputs(parts, number):
     """A stage as a function of (inputs, batch), see Parts.inputs and qwen3.stages.build_stage."""
-    stage = build_stage(parts.cfg, parts.sharding, parts.kernels, parts.layers[number], number == 0, number == parts.last)
+    ends, recompute = (number == 0, number == parts.last), parts.config.train.recompute
+    stage = build_stage(parts.cfg, parts.sharding, parts.kernels, parts.layers[number], *ends, recompute)
 
     def first(inputs, batch):
         return stage(inputs["params"], (), batch)

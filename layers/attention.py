@@ -6,6 +6,7 @@ from mindspore import ops
 
 from layers import linear, lora
 from ops.registry import pick
+from parallel import ring
 from parallel.spec import ParamSpec, normal, ones, zeros
 
 cast = ops.Cast()
@@ -32,15 +33,15 @@ def specs(cfg):
 
 
 def build(cfg, sharding, kernels):
-    """attention(p, x_RD, cos, sin, segments_BS, order_BS) -> y_RD, and the same over a cache:
+    """attention(p, x_RD, cos, sin, segments_BT, order_BT) -> y_RD, of the T tokens that queries see, and the same over a cache:
     cached(p, x_RD, cos, sin, ones_BS, positions_BS, k_BTKH, v_BTKH, key_ones_BT, slots_BT) -> y_RD, k_BTKH, v_BTKH, writing the slots
     `positions` of each row.
     """
     project, write = _projection(cfg, sharding, kernels), _cache_write(sharding, kernels)
+    attend, repeat = _attend(cfg, sharding, kernels), _repeat(sharding)
     kv, at = "batch keys kv_heads head_dim", "batch seq, batch keys, batch seq, batch keys"
     dims = f"batch seq heads head_dim, {kv}, {kv}, {at} -> batch seq heads head_dim"
-    make = pick(kernels, "attention")
-    attend, attend_cache = (sharding.op(make(cfg.head_dim**-0.5, in_order=known), dims, kind="kernel") for known in (True, False))
+    attend_cache = sharding.op(pick(kernels, "attention")(cfg.head_dim**-0.5), dims, kind="kernel")
     out, reshape = linear.row(sharding, kernels, "heads"), ops.Reshape()
     more_out = lora.beside(cfg, sharding, kernels, "o", "wo", cfg.num_heads * cfg.head_dim, inner="heads")
 
@@ -51,7 +52,7 @@ def build(cfg, sharding, kernels):
 
     def attention(p, x, cos, sin, segments, order):
         q, k, v = project(p, x, cos, sin)
-        return merge(p, attend(q, k, v, segments, segments, order, order))
+        return merge(p, attend(q, repeat(k), repeat(v), segments, order))
 
     def cached(p, x, cos, sin, ones, positions, k_cache, v_cache, key_ones, slots):
         q, k, v = project(p, x, cos, sin)
@@ -72,6 +73,42 @@ def build_decode(cfg, kernels):
         return op(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, positions, k, v)
 
     return decode
+
+
+def _attend(cfg, sharding, kernels):
+    """attend(q_BSNH, k_BSKH, v_BSKH, segments_BT, order_BT) -> o_BSNH. Where a row is split over ranks, they exchange heads for tokens, so
+    that each has whole spans of rows for some heads, and send keys round between spans."""
+    scale, spans = cfg.head_dim**-0.5, sharding.shards("span")
+    kv = "batch seq>span kv_heads>span_kv_heads head_dim"
+    dims = f"batch seq>span heads>span_heads head_dim, {kv}, {kv}, batch keys, batch keys -> batch span>seq span_heads>heads head_dim"
+    if spans > 1:
+        parts = pick(kernels, "attention", "parts")(scale)
+        return sharding.op(ring.attention(sharding, parts, "span"), dims, kind="kernel", around=("span", (1, 2)))
+    attend = pick(kernels, "attention")(scale, in_order=True)
+
+    def of_rows(q, k, v, segments, order):
+        return attend(q, k, v, segments, segments, order, order)
+
+    return sharding.op(of_rows, dims, kind="kernel")
+
+
+def _repeat(sharding):
+    """k or v [B, S, K, H] -> with every head as often as the ranks that exchange heads need one."""
+    mesh, rules, reshape, expand = sharding.mesh, sharding.rules, ops.Reshape(), ops.ExpandDims()
+    ranks = mesh.size(rules["span_heads"]) // mesh.size(rules["heads"])
+    if ranks == 1:
+        return _same
+
+    def repeat(x):
+        B, S, K, H = x.shape
+        n = -(-ranks // K)
+        return reshape(ops.BroadcastTo((B, S, K, n, H))(expand(x, 3)), (B, S, K * n, H))
+
+    return repeat
+
+
+def _same(x):
+    return x
 
 
 def _projection(cfg, sharding, kernels):

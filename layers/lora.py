@@ -8,6 +8,7 @@ Dropout draws from the integers of the batch alone, noise_BS of the step and the
 column: it is the same in every layout.
 """
 
+import dataclasses
 import zlib
 
 import mindspore as ms
@@ -56,6 +57,10 @@ def layer_specs(cfg, i, tree):
     if not noises(cfg) or not any(_adapted(part) for part in tree.values()):
         return tree
     return {**tree, DROPOUT_LAYER: ParamSpec((1,), ("one",), constant(i), optimizer="none")}
+
+
+def without_dropout(cfg):
+    return cfg.replace(lora=dataclasses.replace(cfg.lora, dropout=0.0)) if noises(cfg) else cfg
 
 
 def _adapted(part):

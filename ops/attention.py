@@ -42,6 +42,55 @@ def reference(scale, in_order=False):
     return attention
 
 
+def reference_parts(scale):
+    """(forward, backward) of attention to a part of each query's keys, of which parallel/ring.py makes that to all of them.
+
+    forward(the arguments of attention) -> o_BSNH, lse_BSN, as cpu_with_lse gives them; backward(the same, o_BSNH and lse_BSN of all keys,
+    their cotangents) -> dq, dk, dv, this part's share. In float32, results and gradients in the dtype of their operands.
+    """
+    require, hides, sizes = check("attention", ARGUMENTS, **GROUPED), _hidden(), ops.ReduceSum()
+    product, with_keys, of_keys = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
+    exp, log1p, most, total = ops.Exp(), ops.Log1p(), ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
+    cast, expand, tile, swap, reshape = ops.Cast(), ops.ExpandDims(), ops.Tile(), ops.Transpose(), ops.Reshape()
+
+    def grouped(x, K):  # [B, S, N, H] -> [B, K, G * S, H] float32: the queries of a kv head, one below the other
+        B, S, N, H = x.shape
+        return reshape(swap(cast(x, ms.float32), (0, 2, 1, 3)), (B, K, (N // K) * S, H))
+
+    def ungrouped(x, like):
+        B, S, N, H = like.shape
+        return swap(reshape(x, (B, N, S, H)), (0, 2, 1, 3))
+
+    def scores(q, k, hidden):
+        """[B, K, G * S, T], and what hides keys in its shape."""
+        hidden = tile(expand(hidden, 1), (1, 1, q.shape[2] // k.shape[2], 1))
+        return with_keys(grouped(q, k.shape[2]) * scale, grouped(k, k.shape[2])) + hidden * MASKED, hidden
+
+    def forward(q, k, v, segment, key_segment, order, key_order):
+        require(*_given(q, k, v, segment, key_segment, order, key_order))
+        hidden = hides(segment, key_segment, order, key_order)
+        s, _ = scores(q, k, hidden)
+        top = most(s, 3)
+        p = exp(s - top)
+        each = total(p, 3)
+        sees = expand(cast(sizes(hidden, 2) < k.shape[1], ms.float32), 2)  # [B, S, 1]
+        o = ungrouped(product(p / each, grouped(v, v.shape[2])), q) * expand(sees, 3)
+        lse = ungrouped(top + log1p(each - 1), expand(q[:, :, :, 0], 3))  # not Log: see layers/loss.py
+        return cast(o, q.dtype), reshape(lse, lse.shape[:3]) * sees + MASKED * (1 - sees)
+
+    def backward(q, k, v, segment, key_segment, order, key_order, o, lse, do, dlse):
+        K, hidden = k.shape[2], hides(segment, key_segment, order, key_order)
+        s, hidden = scores(q, k, hidden)
+        p = exp(s - grouped(expand(lse, 3), K)) * (1 - hidden)
+        do = grouped(do, K)
+        delta = total(do * grouped(o, K), 3) - grouped(expand(dlse, 3), K)
+        ds = p * (with_keys(do, grouped(v, K)) - delta) * scale
+        dq, dk, dv = product(ds, grouped(k, K)), of_keys(ds, grouped(q, K)), of_keys(p, do)
+        return cast(ungrouped(dq, q), q.dtype), cast(ungrouped(dk, k), k.dtype), cast(ungrouped(dv, v), v.dtype)
+
+    return forward, backward
+
+
 def _given(q, k, v, segment, key_segment, order, key_order):
     """The shapes and dtypes of the arguments."""
     shapes = q.shape, k.shape, v.shape, segment.shape, key_segment.shape, order.shape, key_order.shape
@@ -101,6 +150,8 @@ def vendor_mask(in_order=False):
 
 
 def vendor_missing(use):
+    if use.spans > 1:
+        return f"is not built for keys in {use.spans} parts, as ring attention has them"
     if use.dtype not in HALF:
         return f"computes in {' or '.join(HALF)}, and the model in {use.dtype}"
     if use.head_dim is None or use.head_dim % 16 or use.head_dim > 512:
@@ -122,6 +173,20 @@ def cpu_with_lse(scale):
     """The same -> (o_BSNH, lse_BSN), the logarithm of a query's sum of exp(score), and MASKED where it sees no key. Parts of one row of
     keys join by it: their o add up with the weights softmax(lse)."""
     return _Attention(scale)
+
+
+def cpu_parts(scale):
+    """reference_parts in the kernels of `cpu`."""
+    attend = _Attention(scale)
+    forward, backward, scale = attend.forward, attend.backward, attend.scale
+
+    def of_part(q, k, v, segment, key_segment, order, key_order):
+        return forward(q, k, v, segment, key_segment, order, key_order, scale)
+
+    def gradients(q, k, v, segment, key_segment, order, key_order, o, lse, do, dlse):
+        return backward(q, k, v, segment, key_segment, order, key_order, scale, o, lse, do, dlse)
+
+    return of_part, gradients
 
 
 class _Attention(nn.Cell):

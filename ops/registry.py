@@ -43,6 +43,7 @@ class Use:
     """What ops are for: MindSpore's name of the device, the dtype that the model computes in, and what else a kernel may not suit.
 
     head_dim: None where it is not known, and then nothing serves that depends on it. expert_shards: the ranks that experts are spread over.
+    spans: the parts of a row that attention has on different ranks.
     padded: whether grouped_matmul wants blocks of more than one row, and so padding.
     """
 
@@ -51,6 +52,7 @@ class Use:
     head_dim: int | None = None
     router_bias: bool = False
     expert_shards: int = 1
+    spans: int = 1
     padded: bool = False
 
 

@@ -17,10 +17,12 @@ WORLD = ("pp", "dp", "cp", "tp")  # outermost first
 
 @dataclass(frozen=True)
 class Mesh:
-    """Size of each axis, and which rank this is. kv_repeat: neighbouring tp ranks that hold the same kv head.
+    """Size of each axis, and which rank this is. kv_repeat: neighbouring tp ranks that hold the same kv head. ulysses: neighbouring cp
+    ranks that exchange heads for tokens in attention; the others of cp form rings.
 
     An axis may be named in part: `tp/ep` is what ep takes of tp and `tp-ep` what it leaves, `tp/kv` the ranks that repeat kv heads and
-    `tp-kv` the others. Raises ValueError for sizes that do not fit together.
+    `tp-kv` the others, `cp/ul` the ranks that exchange heads and `cp-ul` those of a ring. Raises ValueError for sizes that do not fit
+    together.
     """
 
     dp: int = 1
@@ -29,6 +31,7 @@ class Mesh:
     cp: int = 1
     ep: int = 1
     kv_repeat: int = 1
+    ulysses: int = 1
     rank: int = 0
 
     def __post_init__(self):
@@ -40,7 +43,7 @@ class Mesh:
             raise ValueError(
                 f"parallel.ep={self.ep} must divide dp x cp x tp = {self.dp} x {self.cp} x {self.tp} = {members}; use {divisors(members)}"
             )
-        assert self.tp % self.kv_repeat == 0 and 0 <= self.rank < self.world, self
+        assert self.tp % self.kv_repeat == 0 and self.cp % self.ulysses == 0 and 0 <= self.rank < self.world, self
 
     @property
     def world(self):
@@ -55,8 +58,9 @@ class Mesh:
             cuts = sorted({1, getattr(self, axis), *inner.values()})
             if any(b % a for a, b in zip(cuts, cuts[1:])):
                 raise ValueError(
-                    f"parallel.{axis}={getattr(self, axis)}: ep takes {inner.get('ep', 1)} neighbouring ranks of it and kv heads repeat"
-                    f" over {inner.get('kv', 1)}; one must divide the other. Use another ep"
+                    f"parallel.{axis}={getattr(self, axis)}: ep takes {inner.get('ep', 1)} neighbouring ranks of it and"
+                    f" {'kv heads repeat over' if 'kv' in inner else 'cp_ulysses'} {inner.get('kv', inner.get('ul', 1))};"
+                    " one must divide the other. Use another ep"
                 )
             factors = [b // a for a, b in zip(cuts, cuts[1:])][::-1]
             out.update({f"{axis}{i}": n for i, n in enumerate(factors)})
@@ -69,7 +73,8 @@ class Mesh:
             taken[name] = math.gcd(left, getattr(self, name))
             left //= taken[name]
         inner = {"ep": taken[axis]} if axis in taken else {}
-        return {**inner, "kv": self.kv_repeat} if axis == "tp" else inner
+        own = {"tp": {"kv": self.kv_repeat}, "cp": {"ul": self.ulysses}}
+        return {**inner, **own.get(axis, {})}
 
     def atoms(self, axes):
         """The atoms of a tuple of axes, or parts of axes, outermost first; those of size 1 do not exist."""

@@ -24,6 +24,7 @@ from parallel.mesh import ONE_DEVICE, Mesh
 # layer needs all of a tp group's; expert_rows the same where experts are split over tp. kv is a dim of weights, and kv_heads of
 # activations, in which every tp rank has a kv head of its own, if need be the same as its neighbour's. vocab_parts are the ranks that share
 # the vocabulary: what each has found in its part of it.
+# Attention sees a span of a row, the tokens of the ranks that exchange heads for them, or, of segments and orders, all keys.
 # Between the rank that a token is on and the ranks of its experts: `sent` slots `to_shard` of experts become `received` slots of a `shard`.
 # Those, the assignments of tokens to experts, and blocks of slots are each rank's own, as are the partial sums over a split expert_ffn.
 RULES = {
@@ -32,6 +33,7 @@ RULES = {
     "layers_so_far": (),
     "batch": ("dp",),
     "seq": ("cp",),
+    "span": ("cp-ul",),
     "keys": (),
     "new_keys": (),
     "rows": ("dp", "cp"),
@@ -40,6 +42,8 @@ RULES = {
     "heads": ("tp",),
     "kv": ("tp-kv",),
     "kv_heads": ("tp",),
+    "span_heads": ("cp/ul", "tp"),
+    "span_kv_heads": ("cp/ul", "tp"),
     "head_dim": (),
     "half": (),
     "ffn": ("tp",),
@@ -70,7 +74,7 @@ PADDED = ("vocab",)  # dims whose last shard may have elements that are in no pa
 OWN = ("kv_heads", "vocab_parts", "assignments", "blocks", "sent", "shard", "received")
 KINDS = ("elementwise", "contraction", "reduction", "kernel")
 DATA = ("dp", "cp")
-EVERY_AXIS = Mesh(pp=2, dp=6, cp=6, tp=12, ep=8, kv_repeat=4)  # every part of every axis has ranks here
+EVERY_AXIS = Mesh(pp=2, dp=6, cp=12, tp=12, ep=16, kv_repeat=4, ulysses=2)  # every part of every axis has ranks here
 
 
 def parse(signature):
@@ -97,7 +101,7 @@ class Sharding:
         self.partial = False  # whether cotangents of what ranks hold alike are partial sums, as inside the regions of shard.py
         self.in_region = False  # while `region` makes its function, with check
 
-    def op(self, fn, signature, *, kind, call=None, part=None, reduce="sum", sizes=None, dtype=None):
+    def op(self, fn, signature, *, kind, call=None, part=None, reduce="sum", sizes=None, dtype=None, around=None):
         """The function `fn`, annotated.
 
         fn: a MindSpore primitive or a function of tensors. kind: what fn does with the dims (KINDS): an elementwise op has one list of
@@ -106,7 +110,8 @@ class Sharding:
         size, call_part), where an op must know which part of a dim it has: call_part(fn, first, *args), with the global index of the
         part's first element, is used if the dim is split. Arguments after the annotated operands pass through.
         sizes: {dim: size} of the dims of results that no operand has. dtype: of the results (a tuple: of each), where it is not the first
-        operand's. Only the shard lowering asks.
+        operand's. Only the shard lowering asks. around: (dim, numbers of operands) that fn sends round the ranks of the dim, and their
+        gradients in the backward (parallel/ring.py), for parallel/traffic.py.
         Raises ValueError for a signature that the kind does not allow.
         """
         operands, results = parse(signature)

@@ -58,10 +58,10 @@ class Watched(Sharding):
     def placement(self, spec, path=""):
         return ((),) * len(spec.shape)
 
-    def op(self, fn, signature, *, kind, call=None, reduce="sum", dtype=None, **_):
+    def op(self, fn, signature, *, kind, call=None, reduce="sum", dtype=None, around=None, **_):
         operands, results = parse(signature)
         place = len(self.bound)
-        self.bound.append((operands, [results], kind, reduce, dtype))
+        self.bound.append((operands, [results], kind, reduce, dtype, around))
         if kind == "elementwise":
             return bind(fn, call)
         return self._watching(place, bind(fn, call), len(operands))
@@ -69,7 +69,8 @@ class Watched(Sharding):
     def fan(self, make, operand, signatures, *, kind, call=None):
         parsed = [parse(f"{operand}, {signature}") for signature in signatures]
         place, fns = len(self.bound), [bind(make(), call) for _ in signatures]
-        self.bound.append(([parsed[0][0][0], *(each[1] for each, _ in parsed)], [results for _, results in parsed], kind, "sum", None))
+        operands = [parsed[0][0][0], *(each[1] for each, _ in parsed)]
+        self.bound.append((operands, [results for _, results in parsed], kind, "sum", None, None))
         return self._watching(place, lambda x, *ws: tuple(fn(x, w) for fn, w in zip(fns, ws)), 1 + len(fns))
 
     def _watching(self, place, fn, count):
@@ -109,9 +110,12 @@ def _differentiable(x):
 def of_ops(layout, bound, seen, sizes, itemsize):
     """Counter of the Calls of watched ops in a layout. sizes: {dim: global size} of what travels. itemsize: of the compute dtype."""
     out = Counter()
-    for place, (operands, results, kind, reduce, dtype) in enumerate(bound):
+    for place, (operands, results, kind, reduce, dtype, around) in enumerate(bound):
         if kind == "elementwise" or not seen[place, ("run",)]:
             continue
+        if around:
+            runs = seen[place, ("run",)], seen[place, ("result", 0)]
+            out += _rounds(layout, *around, operands, runs, sizes, itemsize)
         for what, i, part, steps in _sides(layout, operands, results, kind, reduce):
             item = FLOAT32 if dtype and what == "result" else _itemsize(layout, part, itemsize)
             for name, atoms, whole in _payloads(layout, part, steps, what):
@@ -120,6 +124,21 @@ def of_ops(layout, bound, seen, sizes, itemsize):
                     if kind and seen[place, step]:
                         elements = math.prod(-(-_size(sizes, dim) // n) for dim, n in whole)
                         out[Call(phase, kind, atoms, elements, item)] += seen[place, step]
+    return out
+
+
+def _rounds(layout, dim, numbers, operands, runs, sizes, itemsize):
+    """Counter of the Calls that send operands round the ranks of a dim, to each but the first owner; in the backward again, and with them
+    their gradients, in float32, home. Each is a gather, see collectives.ppermute. runs: forward, and backward."""
+    atoms, (forward, backward) = layout.atoms(dim), runs
+    n = layout.mesh.size(atoms)
+    parts = [operands[i] for i in numbers]
+    each = [math.prod(-(-_size(sizes, used) // layout.shards(used)) for _, used in part) for part in parts]
+    assert len(set(each)) == 1, "what goes round together is of one shape"
+    call = Call("forward", "AllGather", atoms, n * sum(each), _itemsize(layout, parts[0], itemsize))
+    again = call._replace(phase="backward")
+    out = Counter({call: (n - 1) * forward, again: (n - 1) * backward})
+    out[again._replace(itemsize=FLOAT32)] += n * backward
     return out
 
 
@@ -162,9 +181,10 @@ def _size(sizes, dim):
 
 
 def _itemsize(layout, part, itemsize):
-    """Of activations along embed that of the compute dtype. The others are float32, or int32."""
-    dims = [dim for dim, _ in part]
-    return itemsize if "embed" in dims and any(axis[:2] in DATA for dim in dims for axis in layout.rules[dim]) else FLOAT32
+    """Of activations along embed, or heads, that of the compute dtype. The others are float32, or int32."""
+    dims = {dim for dim, _ in part}
+    of_data = any(axis[:2] in DATA for dim in dims for axis in layout.rules[dim])
+    return itemsize if of_data and dims & {"embed", "head_dim"} else FLOAT32
 
 
 def of_update(layout, placed, micro_batches=1):

@@ -16,12 +16,15 @@ from mindspore import ops
 from layers import attention, embed, linear, lora, loss, mlp, moe, norm, rope
 from ops import iota as iota_op
 from ops import registry
-from parallel import zero
+from parallel import context, zero
 from parallel.mesh import ONE_DEVICE
+from parallel.recompute import recomputed
 from parallel.scan import scan as scan_layers
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves, tree_paths, unflatten
 from qwen3.config import check_compute_dtype
+
+RECOMPUTE = ("none", "full", "attention")  # nothing, all of a layer, or its attention and the norm before it
 
 
 def param_specs(cfg):
@@ -81,7 +84,7 @@ def loss_fn(params, batch, cfg):
 
 
 @functools.lru_cache(maxsize=32)
-def build(cfg, sharding=None, scan=False, kernels=None):
+def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
     """The model's functions, closed over their annotated ops: forward, loss_fn, score and extend, as attributes, and what pipeline stages
     are made of: parts (see qwen3/stages.py).
 
@@ -90,12 +93,15 @@ def build(cfg, sharding=None, scan=False, kernels=None):
 
     scan: `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list (see stack_layers), run as a loop.
     kernels: the ops' implementations, an ops.registry.Kernels; by default the fastest that this device has.
+    recompute: what of each layer the backward computes again, of RECOMPUTE, instead of keeping it.
     """
     device = ms.get_context("device_target")
     check_compute_dtype(cfg, device)
     sharding = sharding or Sharding()
     kernels = kernels or choose_kernels({}, cfg, sharding)
-    parts = _parts(cfg, sharding, kernels)
+    if recompute == "attention" and drops(cfg):
+        raise ValueError(f"train.recompute=attention with lora.dropout={cfg.lora.dropout} is not built; use train.recompute=full")
+    parts = _parts(cfg, sharding, kernels, "none" if scan and recompute == "full" else recompute)  # a scanned layer is recomputed anyway
     trunk = _scanned(cfg, parts.layers) if scan else _unrolled(cfg, sharding, parts.layers)
     whole_vocab, router_losses, reshape = embed.whole(cfg, sharding), moe.losses(cfg, sharding), ops.Reshape()
     with_noise, noise_of = _noise(cfg, sharding), _noise_of(cfg)
@@ -106,6 +112,8 @@ def build(cfg, sharding=None, scan=False, kernels=None):
 
     def forward(params, tokens, positions=None, segment_ids=None):
         B, S = tokens.shape
+        if positions is None and sharding.shards("seq") > 1:
+            raise ValueError("forward: a rank has parts of rows, so it needs positions; see parallel.context.cut")
         positions = _default_positions(tokens) if positions is None else positions
         segment_ids = ops.ones_like(tokens) if segment_ids is None else segment_ids
         x, stats = states_and_stats(params, tokens, positions, segment_ids)
@@ -126,13 +134,14 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend, parts=parts)
 
 
-def _parts(cfg, sharding, kernels):
+def _parts(cfg, sharding, kernels, recompute):
     """What the model's functions are made of: begin(params, tokens_BS) -> x_RD; beside(positions_BS, segment_ids_BS) -> what each layer is
     given beside x; layers, as _blocks gives them; end(params, x_RD) -> logits_RV; loss(params, x_RD, stats, batch), see loss_fn; angles."""
     take, head = embed.build(cfg, sharding, kernels)
     final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
-    order = sharding.op(_order(), "batch seq -> batch seq", kind="kernel")
+    whole_rows = sharding.op(_same, "batch seq>keys -> batch keys", kind="kernel") if sharding.shards("seq") > 1 else _same
+    order = sharding.op(_order(sharding.mesh.size(sharding.rules["span"])), "batch keys -> batch keys", kind="kernel")
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     angles, more_embed = rope.build(cfg, sharding), lora.embedding(cfg, sharding, kernels)
     reshape, consts, nll = ops.Reshape(), _consts(cfg), loss.build_with_head(cfg.vocab_size, sharding, kernels, head)
@@ -143,7 +152,8 @@ def _parts(cfg, sharding, kernels):
     def beside(positions, segment_ids):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
-        return consts(cos, sin, segment_ids, order(segment_ids), valid)
+        segments = whole_rows(segment_ids)
+        return consts(cos, sin, segments, order(segments), valid)
 
     def end(params, x):
         return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x))
@@ -151,7 +161,7 @@ def _parts(cfg, sharding, kernels):
     def nats(params, x, targets):
         return nll(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x), targets)
 
-    layers, loss_of = _blocks(cfg, sharding, kernels), _loss(cfg, sharding, nats)
+    layers, loss_of = _blocks(cfg, sharding, kernels, recompute), _loss(cfg, sharding, nats)
     return SimpleNamespace(begin=begin, beside=beside, layers=layers, end=end, loss=loss_of, angles=angles)
 
 
@@ -159,6 +169,7 @@ def choose_kernels(asked, cfg, sharding=None):
     """The implementations of ops, an ops.registry.Kernels, for a model on this device in a layout. asked: as in ops.registry.choose."""
     shards = sharding.shards("experts") if sharding else 1
     more = {"head_dim": cfg.head_dim, "router_bias": cfg.router_bias, "expert_shards": shards}
+    more["spans"] = sharding.shards("span") if sharding else 1
     return registry.choose(asked, ms.get_context("device_target"), cfg.compute_dtype, **more)
 
 
@@ -235,14 +246,28 @@ def _is_real():
     return real
 
 
-def _order():
-    """segment_ids_BS -> 0, 1, ... S - 1 in each row: what a token may see of its document ends with itself."""
+def _order(ring):
+    """segments_BT -> the place of each token in its row, 0, 1, ... T - 1 but for a ring of ranks: what a token may see of its document
+    ends with itself."""
     count, zeros_like = iota_op.reference(), ops.ZerosLike()
+    if ring > 1:
+        count = _order_of_ring(ring)
 
-    def order(segment_ids):
-        return zeros_like(segment_ids) + count(segment_ids.shape[1])
+    def order(segments):
+        return zeros_like(segments) + count(segments.shape[1])
 
     return order
+
+
+def _order_of_ring(ring):
+    def order_of_ring(length):
+        return ms.Tensor(context.order(length, ring))
+
+    return ops.constexpr(order_of_ring, name=f"order_of_ring_{ring}")
+
+
+def _same(x):
+    return x
 
 
 def _default_positions(tokens):
@@ -251,7 +276,7 @@ def _default_positions(tokens):
 
 
 def _consts(cfg):
-    """What every layer is given beside x: cos, sin, segments_BS, order_BS, and for experts valid_R; scan wants no more than is used."""
+    """What every layer is given beside x: cos, sin, segments_BT, order_BT, and for experts valid_R; scan wants no more than is used."""
 
     def dense(cos, sin, segments, order, valid):
         return cos, sin, segments, order
@@ -262,7 +287,7 @@ def _consts(cfg):
     return with_experts if cfg.moe_layers else dense
 
 
-def _blocks(cfg, sharding, kernels):
+def _blocks(cfg, sharding, kernels, recompute):
     """Per layer, (block(p, x_RD, consts) -> x_RD, stats; the same over a cache, for generation; that for one token a row, in few ops, or
     None)."""
     (rms, add_rms), add = norm.build(cfg, sharding, kernels), linear.residual(sharding)
@@ -280,13 +305,19 @@ def _blocks(cfg, sharding, kernels):
 
     attend_token, mlp_token = attention.build_decode(cfg, kernels), mlp.build_decode(cfg, kernels)
 
+    def attended(p, x, consts):
+        return (attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2], consts[3]),)
+
+    if recompute == "attention":
+        attended = recomputed(attended, {"attention_norm": norm.specs(cfg), "attention": attention.specs(cfg)})
+
     def block_of(i, is_moe):
         whole, noisy = zero.gathered(sharding, layer_specs(cfg, i)), lora.noisy(cfg, layer_specs(cfg, i))
         ffn, is_dense = sparse if is_moe else dense, not is_moe
 
         def block(p, x, consts):
             p = noisy(whole(p), consts)
-            y = attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2], consts[3])
+            y = attended({"attention_norm": p["attention_norm"], "attention": p["attention"]}, x, consts[:4])[0]
             x, normed = add_rms(p["mlp_norm"], x, y)
             y, stats = ffn(p, normed, consts)
             return add(x, y), stats
@@ -306,7 +337,8 @@ def _blocks(cfg, sharding, kernels):
             y, _ = ffn(p, rms(p["mlp_norm"], x), consts)
             return add(x, y), k, v
 
-        return block, cached, decode if _decodes_in_few_ops(cfg, sharding, kernels) else None
+        outer = recomputed(block, layer_specs(cfg, i)) if recompute == "full" else block
+        return outer, cached, decode if _decodes_in_few_ops(cfg, sharding, kernels) else None
 
     kind_of = [(cfg.is_moe_layer(i), tuple(s.optimizer for s in tree_leaves(layer_specs(cfg, i)))) for i in range(cfg.num_layers)]
     first = {kind: i for i, kind in reversed(list(enumerate(kind_of)))}  # one block for all layers of a kind

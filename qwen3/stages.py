@@ -36,12 +36,13 @@ def _moe_layers(cfg, layers):
     return sum(cfg.is_moe_layer(i) for i in layers)
 
 
-def build_stage(cfg, sharding, kernels, layers, first, last):
+def build_stage(cfg, sharding, kernels, layers, first, last, recompute="none"):
     """f(params, carried, batch) -> carried, or of the last stage (loss, metrics) as qwen3.model.loss_fn. For use in a graph.
 
     params: of stage_specs' structure; carried: a tuple of what carried_shapes says, empty for the first stage; batch: as for loss_fn.
     """
-    parts, trunk = build(cfg, sharding, False, kernels).parts, _trunk(cfg, sharding, kernels, layers)
+    parts = build(cfg, sharding, False, kernels, recompute).parts
+    trunk = _trunk(cfg, sharding, parts, layers)
 
     def from_tokens(params, carried, batch):
         return trunk(params, (parts.begin(params, batch["tokens"]),), batch)
@@ -58,9 +59,8 @@ def build_stage(cfg, sharding, kernels, layers, first, last):
     return judged if last else run
 
 
-def _trunk(cfg, sharding, kernels, layers):
+def _trunk(cfg, sharding, parts, layers):
     """trunk(params, carried, batch) -> carried."""
-    parts = build(cfg, sharding, False, kernels).parts
     run, names, n = tuple(parts.layers[i][0] for i in layers), tuple(map(str, layers)), len(layers)
     counted = tuple(cfg.is_moe_layer(i) for i in layers)
     join = _joined(sharding, _moe_layers(cfg, range(layers.start)), sum(counted))

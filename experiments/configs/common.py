@@ -33,6 +33,8 @@ def get_config():
     c.train.seed = 0  # of the initial weights and of the order of the data
     # unroll = every layer is compiled; scan = one is, looped over and recomputed in the backward; auto = scan above 8 layers of a kind
     c.train.layer_loop = "auto"
+    # what of each layer the backward computes again instead of keeping: none, attention, or full = all of it, as scan does in any case
+    c.train.recompute = "none"
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text
     c.train.save_hf = True  # write the final weights as a Hugging Face folder
@@ -76,6 +78,8 @@ def _parallel():
     p.virtual_stages = 1  # pipeline stages of a rank
     p.stage_layers = ()  # layers of each pipeline stage, such as (7,9); empty = as even as can be
     p.cp = 1  # context parallel ranks
+    p.cp_attention = "ring"  # ring, ulysses, or hybrid = rings of the cp_ulysses ranks that exchange heads
+    p.cp_ulysses = 1  # of hybrid: neighbouring cp ranks that exchange heads for tokens
     p.ep = 1  # expert parallel ranks, cut from dp x cp x tp
     p.micro_batches = 1  # slices each data rank cuts its rows into: gradient accumulation, pipeline micro-batches
     p.zero = 0  # ZeRO stage; 0 = every data rank holds all

@@ -50,7 +50,25 @@ REFUSED = [
     ([TINY, "--pp=2", "--config.parallel.pp_schedule=zigzag"], "parallel.pp_schedule='zigzag' is not one of gpipe, 1f1b, interleaved"),
     ([TINY, "--config.parallel.stage_layers=(2,2)"], "parallel.stage_layers=(2, 2) is of a pipeline, and parallel.pp=1; use --pp=2"),
     ([TINY, "--pp=2", "--config.train.layer_loop=scan"], "train.layer_loop=scan: the layers of a pipeline stage are unrolled"),
-    ([TINY, "--cp=2"], "parallel.cp=2 is not built yet; use --cp=1"),
+    ([TINY, "--pp=2", "--cp=2"], "parallel.pp=2 with parallel.cp=2 is not built; use --pp=1 or --cp=1"),
+    (
+        [TINY, "--cp=8", "--config.parallel.cp_attention=ulysses"],
+        "parallel.cp_attention=ulysses shares 4 heads over 8 ranks of cp, which must divide them, and divide 2 kv heads or be a multiple"
+        " (num_heads=4 and num_kv_heads=2 of model=tiny, tp=1); share them over 1, 2, 4, or use parallel.cp_attention=ring",
+    ),
+    ([TINY, "--cp=2", "--config.parallel.cp_ulysses=2"], "parallel.cp_ulysses=2 is of parallel.cp_attention=hybrid, and"),
+    (
+        [TINY, "--cp=4", "--config.parallel.cp_attention=hybrid", "--config.parallel.cp_ulysses=4"],
+        "parallel.cp_ulysses=4 must divide parallel.cp=4, and be neither 1 nor 4, for parallel.cp_attention=hybrid; use 2",
+    ),
+    (
+        [TINY, "--cp=2", "--config.parallel.cp_attention=hybrid"],
+        "for parallel.cp_attention=hybrid; parallel.cp=2 has no such; use parallel.cp_attention=ring or ulysses",
+    ),
+    (
+        [TINY, "--dp=16", "--cp=2", "--tp=4", "--seq_parallel", "--config.train.seq_len=33"],
+        "parallel.seq_parallel splits the 18 tokens of a data rank's micro-batch",
+    ),
     ([TINY, "--zero=4"], "parallel.zero=4 must be 0, 1, 2 or 3"),
 ]
 

@@ -30,16 +30,24 @@ def pretrain(folder, config, *layout, nproc=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config, layout", [("tiny", ()), ("tiny_moe", ("--ep=2",))])
-def test_a_launched_run_lies_on_the_curve_of_one_process(tmp_path, config, layout):
+@pytest.mark.parametrize(
+    "config, axes, more",
+    [
+        ("tiny", "dp tp", ()),
+        ("tiny_moe", "dp tp", ("--ep=2",)),
+        ("tiny", "tp cp", ("--config.train.recompute=full",)),
+        ("tiny_moe", "dp cp", ("--ep=4", "--config.parallel.cp_attention=ulysses")),
+    ],
+)
+def test_a_launched_run_lies_on_the_curve_of_one_process(tmp_path, config, axes, more):
     (tmp_path / "one").mkdir()
     (tmp_path / "four").mkdir()
     _, want, want_end = pretrain(tmp_path / "one", config)
-    out, got, got_end = pretrain(tmp_path / "four", config, "--dp=2", "--tp=2", *layout, nproc=4)
+    out, got, got_end = pretrain(tmp_path / "four", config, *(f"--{axis}=2" for axis in axes.split()), *more, nproc=4)
     assert list(got) == list(want) == list(range(1, 13)) and want[12] < want[1]
     np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)  # rounding, over 12 steps of Adam
     assert got_end["eval_loss"] == pytest.approx(want_end["eval_loss"], rel=1e-4)
-    assert "4 ranks: dp 2 x tp 2" in out and "held out" in out and (tmp_path / "four" / "hf" / "config.json").exists()
+    assert f"4 ranks: {axes.replace(' ', ' 2 x ')} 2" in out and "held out" in out and (tmp_path / "four" / "hf" / "config.json").exists()
     assert {f"rank_{r}.log" for r in range(4)} <= set(os.listdir(tmp_path / "four" / "logs"))
 
 

@@ -42,7 +42,8 @@ MODELS = {
     "deep": DENSE.replace(num_layers=5),
 }
 
-# name -> (model, options); dp, tp, ep, pp: of the mesh, others of the run. In order of the number of processes.
+# name -> (model, options); dp, tp, cp, ep, pp, ulysses: of the mesh, others of the run; packed: documents of odd lengths, in rows of an odd
+# length. In order of the number of processes.
 LAYOUTS = {
     "pp2, 1F1B, tied": ("dense", dict(pp=2, micro=4)),
     "mixed, pp2, interleaved, a stage without layers": (
@@ -57,6 +58,7 @@ LAYOUTS = {
     "tp2": ("untied", dict(tp=2)),
     "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
     "tp2 of 1 kv head, biases": ("qwen2", dict(tp=2, seq=True)),
+    "tp2, sequence parallel, full recompute": ("dense", dict(tp=2, seq=True, recompute="full")),
     "dp2 ep2": ("moe", dict(dp=2, ep=2)),
     "adapters, tp2, sequence parallel, scan": ("adapters", dict(tp=2, seq=True, loop="scan")),
     "adapters, dp2, ZeRO 3, scan, 2 micro-batches": ("adapters", dict(dp=2, zero=3, loop="scan", micro=2)),
@@ -66,12 +68,27 @@ LAYOUTS = {
     "adapters, dp2, ZeRO 1": ("adapters", dict(dp=2, zero=1)),
     "adapters, dp2, ZeRO 2": ("adapters", dict(dp=2, zero=2)),
     "adapters, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan": ("adapters, moe", dict(dp=2, tp=2, ep=2, seq=True, zero=1, loop="scan")),
+    "cp2, ring": ("untied", dict(cp=2, micro=2)),
+    "cp2, Ulysses": ("dense", dict(cp=2, ulysses=2)),
+    "cp2, ring, packed, scan": ("dense", dict(cp=2, packed=True, loop="scan")),
+    "moe, cp2 ep2": ("moe", dict(cp=2, ep=2, packed=True)),
     "tp4 of 2 kv heads": ("dense", dict(tp=4)),
     "tp4 of 1 kv head, sequence parallel, scan": ("qwen2", dict(tp=4, seq=True, loop="scan")),
     "dp2 tp2": ("untied", dict(dp=2, tp=2)),
     "dp2 tp2, sequence parallel, ZeRO 1": ("dense", dict(dp=2, tp=2, seq=True, zero=1)),
     "dp2 tp2, ZeRO 2, 2 micro-batches": ("dense", dict(dp=2, tp=2, zero=2, micro=2)),
     "dp2 tp2, ZeRO 3": ("dense", dict(dp=2, tp=2, zero=3)),
+    "cp4, ring": ("dense", dict(cp=4)),
+    "cp4, ring, packed": ("dense", dict(cp=4, packed=True)),
+    "cp4, Ulysses of 2 kv heads, packed, ZeRO 2": ("dense", dict(cp=4, ulysses=4, packed=True, zero=2)),
+    "cp4, hybrid, packed": ("dense", dict(cp=4, ulysses=2, packed=True)),
+    "cp2 tp2, packed, sequence parallel": ("dense", dict(cp=2, tp=2, packed=True, seq=True)),
+    "cp2 tp2, Ulysses of 1 kv head, packed": ("qwen2", dict(cp=2, tp=2, ulysses=2, packed=True)),
+    "dp2 cp2, ZeRO 3, scan": ("untied", dict(dp=2, cp=2, zero=3, loop="scan")),
+    "dp2 tp2, ZeRO 3, full recompute": ("dense", dict(dp=2, tp=2, zero=3, recompute="full")),
+    "cp4, hybrid, packed, attention recompute": ("dense", dict(cp=4, ulysses=2, packed=True, recompute="attention")),
+    "moe, dp2 tp2 ep2, full recompute": ("moe", dict(dp=2, tp=2, ep=2, recompute="full")),
+    "moe, cp2 tp2 ep4, sequence parallel, packed, bias": ("moe8", dict(cp=2, tp=2, ep=4, seq=True, packed=True)),
     "dp4, ZeRO 3, scan": ("untied", dict(dp=4, zero=3, loop="scan")),
     "dp4, ZeRO 1, 2 micro-batches": ("dense", dict(dp=4, zero=1, micro=2)),
     "moe, dp2 tp2": ("moe", dict(dp=2, tp=2)),
@@ -98,6 +115,14 @@ LAYOUTS = {
     "moe, dp4 tp2 ep4, sequence parallel, ZeRO 2": ("moe8", dict(dp=4, tp=2, ep=4, seq=True, zero=2, loop="scan")),
 }
 
+# Layouts that are to the bit what others are.
+RECOMPUTED = {
+    "tp2, sequence parallel, full recompute": "tp2, sequence parallel",
+    "dp2 tp2, ZeRO 3, full recompute": "dp2 tp2, ZeRO 3",
+    "cp4, hybrid, packed, attention recompute": "cp4, hybrid, packed",
+    "moe, dp2 tp2 ep2, full recompute": "moe, dp2 tp2 ep2",
+}
+
 # Its buffers are too small, so it equals nothing.
 OVERFLOWING = "moe, dp2 ep2, half the capacity"
 LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
@@ -111,6 +136,19 @@ SLOW = (
     "tp2",
     "tp4 of 1 kv head, sequence parallel, scan",
     "dp2 tp2",
+    "tp2, sequence parallel, full recompute",
+    "cp2, ring",
+    "cp2, ring, packed, scan",
+    "cp2 tp2, packed, sequence parallel",
+    "cp4, ring",
+    "cp4, ring, packed",
+    "cp4, Ulysses of 2 kv heads, packed, ZeRO 2",
+    "dp2 tp2, ZeRO 3, full recompute",
+    "cp4, hybrid, packed, attention recompute",
+    "moe, dp2 tp2 ep2, full recompute",
+    "cp2 tp2, Ulysses of 1 kv head, packed",
+    "dp2 cp2, ZeRO 3, scan",
+    "moe, cp2 tp2 ep4, sequence parallel, packed, bias",
     "dp4, ZeRO 3, scan",
     "dp4, ZeRO 1, 2 micro-batches",
     "moe, dp2 tp2",
@@ -139,7 +177,7 @@ SLOW = (
 
 
 def processes(options):
-    return options.get("dp", 1) * options.get("tp", 1) * options.get("pp", 1)
+    return options.get("dp", 1) * options.get("tp", 1) * options.get("cp", 1) * options.get("pp", 1)
 
 
 def run(model, options, rank=0):
@@ -152,7 +190,7 @@ def run(model, options, rank=0):
     state = program.init(tree_map(lambda w: w.asnumpy(), parameters(cfg)))
     mine, out = rank_rows(ROWS, mesh.index(("dp",)), mesh.dp, micro), {}
     for at in range(STEPS):
-        batch = {key: value[mine] for key, value in make_batch(at, rows=ROWS, vocab=cfg.vocab_size).items()}
+        batch = {key: value[mine] for key, value in rows_of(cfg, options, at).items()}
         state, metrics = program.step(state, batch, LR, at)
         out[f"loss.{at}"], out[f"grad_norm.{at}"] = metrics["objective"], metrics["grad_norm"]
         out[f"expert_overflow.{at}"] = metrics.get("expert_overflow", 0.0)
@@ -185,8 +223,20 @@ def own_parts(program, state, mesh, out):
     return all(np.array_equal(part, held[path].data.asnumpy()) for path, part in parts.items())
 
 
+def rows_of(cfg, options, at):
+    """The global batch of a step."""
+    if not options.get("packed"):
+        return make_batch(at, rows=ROWS, vocab=cfg.vocab_size)
+    batch = make_batch(at, rows=ROWS, seq_len=15, vocab=cfg.vocab_size)
+    starts = np.array([[0, 1 + i % 3, 6, 9 + i % 2] for i in range(ROWS)])  # of documents in each row
+    place = np.broadcast_to(np.arange(15, dtype=np.int32), (ROWS, 15))
+    document = (place[:, :, None] >= starts[:, None]).sum(2)
+    positions = place - np.take_along_axis(starts, document - 1, 1)
+    return {**batch, "segment_ids": document.astype(np.int32), "positions": positions.astype(np.int32)}
+
+
 def sharding_of(cfg, options, rank=0):
-    sizes = {axis: options[axis] for axis in ("dp", "tp", "ep", "pp") if axis in options}
+    sizes = {axis: options[axis] for axis in ("dp", "tp", "cp", "ep", "pp", "ulysses") if axis in options}
     mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
     return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0))
 
@@ -194,6 +244,7 @@ def sharding_of(cfg, options, rank=0):
 def run_config(options):
     config = common.get_config()
     config.train.layer_loop = options.get("loop", "unroll")
+    config.train.recompute = options.get("recompute", "none")
     config.parallel.micro_batches = options.get("micro", 1)
     config.parallel.pp_schedule, config.parallel.virtual_stages = options.get("schedule", "1f1b"), options.get("virtual", 1)
     config.parallel.stage_layers = options.get("layers", ())

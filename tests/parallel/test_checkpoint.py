@@ -30,6 +30,9 @@ LAYOUTS = {
     "dp4, ZeRO 3": dict(dp=4, zero=3),
     "dp2 tp2, ZeRO 3, scan": dict(dp=2, tp=2, zero=3, loop="scan"),
     "tp4 of 2 kv heads": dict(tp=4),
+    "cp2, ring": dict(cp=2),
+    "cp4, Ulysses, ZeRO 2": dict(cp=4, ulysses=4, zero=2),
+    "cp2 tp2, ZeRO 3, scan": dict(cp=2, tp=2, zero=3, loop="scan"),
     "dp2 tp4, ZeRO 1": dict(dp=2, tp=4, zero=1),
     "dp8, ZeRO 2": dict(dp=8, zero=2),
     "pp2 dp2, ZeRO 1": dict(pp=2, dp=2, zero=1),
@@ -39,6 +42,7 @@ LAYOUTS = {
 EXPERTS = {
     "dp2 ep2": dict(dp=2, ep=2),
     "dp2 tp2 ep4": dict(dp=2, tp=2, ep=4, seq=True),
+    "cp4 tp2 ep4, hybrid, ZeRO 1": dict(cp=4, tp=2, ep=4, ulysses=2, seq=True, zero=1),
     "dp4 ep2, ZeRO 3, scan": dict(dp=4, ep=2, zero=3, loop="scan"),
     "dp4 tp2 ep4, ZeRO 2": dict(dp=4, tp=2, ep=4, seq=True, zero=2),
     "pp2 dp2 ep2, ZeRO 3": dict(pp=2, dp=2, ep=2, zero=3),
@@ -126,7 +130,7 @@ def restore_and_compare(folder, cfg, options, arrays):
     assert names == set(arrays)
 
 
-FEW = ("one", "dp2 tp2, ZeRO 3, scan", "dp2 tp4, ZeRO 1", "pp2 dp2, ZeRO 1")
+FEW = ("one", "dp2 tp2, ZeRO 3, scan", "dp2 tp4, ZeRO 1", "pp2 dp2, ZeRO 1", "cp2 tp2, ZeRO 3, scan")
 
 
 @pytest.mark.parametrize("model, name", CASES)
@@ -147,7 +151,7 @@ def test_a_layout_restores_what_each_layout_saved(model, name, saved):
 GROUPS = {
     2: ("dense", [dict(pp=2, micro=2), dict(tp=2, micro=2)]),
     4: ("dense", [dict(dp=2, tp=2, zero=1), dict(pp=2, dp=2)]),
-    8: ("moe8", [dict(dp=4, tp=2, ep=4, seq=True, zero=2), dict(dp=8, zero=3)]),
+    8: ("moe8", [dict(dp=4, tp=2, ep=4, seq=True, zero=2), dict(dp=8, zero=3), dict(dp=2, cp=2, tp=2, zero=1)]),
 }
 
 

@@ -12,15 +12,15 @@ from parallel.spec import tree_leaves
 from qwen3.model import param_specs
 from tests import processes
 from tests.parallel import layouts
-from tests.parallel.layouts import LAYOUTS, LAYOUTS_RUN, MODELS, OVERFLOWING, ROWS, SLOW
+from tests.parallel.layouts import LAYOUTS, LAYOUTS_RUN, MODELS, OVERFLOWING, RECOMPUTED, ROWS, SLOW
 from tests.tiny import error
 
 TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-5, "gradient": 1e-4, "parameter": 1e-5}
 
 
 @functools.lru_cache
-def one_process(model, loop, micro):
-    return layouts.run(model, dict(loop=loop, micro=micro))
+def one_process(model, loop, micro, packed):
+    return layouts.run(model, dict(loop=loop, micro=micro, packed=packed))
 
 
 @functools.lru_cache
@@ -44,7 +44,7 @@ def found(name):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS])
 def test_a_layout_equals_one_process(name):
     model, options = LAYOUTS[name]
-    want, ranks = one_process(model, options.get("loop"), options.get("micro", 1)), found(name)
+    want, ranks = one_process(model, options.get("loop"), options.get("micro", 1), options.get("packed")), found(name)
     checked = dict.fromkeys(TOLERANCE, 0)
     for key, value in want.items():
         kind = key.split(".")[0]
@@ -61,6 +61,14 @@ def test_a_layout_equals_one_process(name):
             if key.split(".")[0] in TOLERANCE:
                 np.testing.assert_array_equal(rank[key], ranks[0][key], err_msg=key)
     check_parts(MODELS[model], options, ranks)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in RECOMPUTED])
+def test_recomputed_layers_are_bitwise_those_that_are_kept(name):
+    for rank, kept in zip(found(name), found(RECOMPUTED[name]), strict=True):
+        assert list(rank) == list(kept)
+        for key in kept:
+            np.testing.assert_array_equal(rank[key], kept[key], err_msg=key)
 
 
 def test_what_does_not_fit_into_the_buffers_is_counted_alike_on_every_rank():

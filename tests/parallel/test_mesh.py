@@ -21,6 +21,8 @@ MESHES = [
     dict(dp=2, tp=4, ep=4, kv_repeat=2),
     dict(dp=6, cp=2, tp=2, ep=12),
     dict(tp=8, kv_repeat=4, ep=2),
+    dict(dp=2, cp=4, tp=2, ep=4, ulysses=2),
+    dict(cp=8, ep=4, ulysses=2),
 ]
 
 
@@ -29,6 +31,7 @@ def test_groups_partition_the_ranks(sizes):
     """For every axis and part of one: the groups cover the ranks once, agree with each other, and index() is the place in members()."""
     world = Mesh(**sizes).world
     axes = [("dp",), ("tp",), ("pp",), ("cp",), ("ep",), ("tp-ep",), ("tp/ep",), ("tp-kv",), ("tp/kv",), ("dp", "tp"), ("dp-ep", "cp-ep")]
+    axes += [("cp-ul",), ("cp/ul",), ("cp/ul", "tp")]
     for chosen in axes:
         groups = set()
         for rank in range(world):
@@ -45,6 +48,7 @@ def test_parts_multiply_to_their_axes(sizes):
     for axis in ("dp", "cp", "tp"):
         assert mesh.size((axis,)) == sizes.get(axis, 1) == mesh.size((f"{axis}-ep",)) * mesh.size((f"{axis}/ep",))
     assert mesh.size(("tp-kv",)) * mesh.size(("tp/kv",)) == mesh.size(("tp",)) and mesh.size(("ep",)) == sizes.get("ep", 1)
+    assert mesh.size(("cp-ul",)) * mesh.size(("cp/ul",)) == mesh.size(("cp",)) and mesh.size(("cp/ul",)) == sizes.get("ulysses", 1)
     assert mesh.size(("tp/kv",)) == sizes.get("kv_repeat", 1)
 
 
@@ -86,6 +90,8 @@ def test_one_axis_may_be_what_is_left():
 def test_parts_that_do_not_nest_are_refused():
     with pytest.raises(ValueError, match=re.escape("parallel.tp=6: ep takes 3 neighbouring ranks of it and kv heads repeat over 2")):
         Mesh(tp=6, ep=3, kv_repeat=2).size(("tp",))
+    with pytest.raises(ValueError, match=re.escape("parallel.cp=6: ep takes 3 neighbouring ranks of it and cp_ulysses 2; one must divide")):
+        Mesh(cp=6, ep=3, ulysses=2).size(("cp",))
 
 
 @pytest.mark.parametrize("rules", [RULES, SEQ_PARALLEL_RULES])

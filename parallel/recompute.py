@@ -1,0 +1,51 @@
+"""Recompute: a function that keeps its inputs alone for the backward, which computes it again.
+
+MindSpore's own (`Cell.recompute`, `ms.recompute`) runs on CPU and saves nothing there. A hand-written backward does: nothing inside the
+function is kept, and what it reads waits for the cotangent, or the second computation would be merged with the first. Source: Chen et al.
+2016.
+"""
+
+from mindspore import nn, ops
+
+from parallel.source import function
+from parallel.spec import tree_leaves
+from parallel.step import flatten_in_graph, rebuild_flat
+
+
+def recomputed(body, like):
+    """f(p, x, consts) -> what body(p, x, consts) returns, a tuple of tensors, to the bit; the gradients too.
+
+    p: a tree of `like`'s structure. consts: a tuple of tensors without gradients, each of which body must use; body must be straight-line
+    (see parallel/scan.py).
+    """
+    flatten, again = flatten_in_graph(like), _Recomputed(body, like)
+
+    def run(p, x, consts):
+        return again(x, flatten(p), consts)
+
+    return run
+
+
+class _Recomputed(nn.Cell):
+    def __init__(self, body, like):
+        super().__init__()
+        build, count = rebuild_flat(like), len(tree_leaves(like))
+
+        def of_leaves(leaves, x, consts):
+            return body(build(leaves), x, consts)
+
+        self.body = of_leaves
+        self.vjp = ops.GradOperation(get_all=True, sens_param=True)
+        self.zeros_like = ops.ZerosLike()
+        waiting = "".join(f"depend(leaves[{i}], after), " for i in range(count))
+        self.wait = function("wait(leaves, after)", [f"return ({waiting})"], depend=ops.depend)
+
+    def construct(self, x, leaves, consts):
+        return self.body(leaves, x, consts)
+
+    def bprop(self, x, leaves, consts, out, dout):
+        none = ()
+        for c in consts:
+            none += (self.zeros_like(c),)
+        back = self.vjp(self.body)(self.wait(leaves, dout[0]), ops.depend(x, dout[0]), consts, dout)
+        return back[1], back[0], none

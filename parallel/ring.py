@@ -1,0 +1,83 @@
+"""Ring attention: each rank's queries against all keys of a row, which go round the ranks, in part after part.
+
+The parts' results are joined by the logarithms of their sums, as in flash attention. The backward sends keys and values round again, and
+with them their gradients, which have come home after a full turn. Source: Liu et al. 2023; Dao 2023.
+"""
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from parallel import collectives
+
+
+def attention(sharding, parts, dim):
+    """attend(q_BSNH, k_BSKH, v_BSKH, segments_BT, order_BT) -> o_BSNH, with q, k and v of this rank's S tokens.
+
+    segments, order: of the T tokens of all ranks that `dim` is split over, one rank's after the other's. parts: (forward, backward) of
+    attention to a part of the keys, see ops/attention.py.
+    """
+    assert sharding.lowering == "manual", sharding.lowering
+    ring = _Ring(sharding.mesh, sharding.atoms(dim), *parts)
+
+    def attend(q, k, v, segments, order):
+        return ring(q, k, v, segments, order)[0]
+
+    return attend
+
+
+class _Ring(nn.Cell):
+    """-> (o_BSNH, lse_BSN). Each rank's graph has the same structure, which gives the order of the collectives in it."""
+
+    def __init__(self, mesh, atoms, forward, backward):
+        super().__init__()
+        n, at = mesh.size(atoms), mesh.index(atoms)
+        self.n, self.at, self.forward, self.backward = n, at, forward, backward
+        self.sources = tuple((at - step) % n for step in range(n))  # whose keys this rank has in each step
+        self.pass_on = collectives.ppermute(mesh, atoms, [(i, (i + 1) % n) for i in range(n)])
+        self.join, self.stack, self.cast, self.zeros_like = _join(), ops.Stack(0), ops.Cast(), ops.ZerosLike()
+
+    def part(self, x, source):
+        """The tokens of one rank."""
+        size = x.shape[1] // self.n
+        return x[:, source * size : (source + 1) * size]
+
+    def construct(self, q, k, v, segments, order):
+        segment, place = self.part(segments, self.at), self.part(order, self.at)
+        o, lse = self.forward(q, k, v, segment, segment, place, place)
+        kv = self.stack((k, v))
+        for step in range(1, self.n):
+            kv = self.pass_on(kv)
+            source = self.sources[step]
+            other = self.forward(q, kv[0], kv[1], segment, self.part(segments, source), place, self.part(order, source))
+            o, lse = self.join(o, lse, other[0], other[1])
+        return self.cast(o, q.dtype), lse
+
+    def bprop(self, q, k, v, segments, order, out, dout):
+        segment, place = self.part(segments, self.at), self.part(order, self.at)
+        dq, dk, dv = self.backward(q, k, v, segment, segment, place, place, out[0], out[1], dout[0], dout[1])
+        kv, dkv = self.stack((k, v)), self.stack((self.cast(dk, ms.float32), self.cast(dv, ms.float32)))
+        dq = self.cast(dq, ms.float32)
+        for step in range(1, self.n):
+            kv = self.pass_on(kv)
+            dkv = self.pass_on(ops.depend(dkv, kv))  # one after the other, on all ranks alike
+            source = self.sources[step]
+            segment_of, place_of = self.part(segments, source), self.part(order, source)
+            more = self.backward(q, kv[0], kv[1], segment, segment_of, place, place_of, out[0], out[1], dout[0], dout[1])
+            dq = dq + self.cast(more[0], ms.float32)
+            dkv = dkv + self.stack((self.cast(more[1], ms.float32), self.cast(more[2], ms.float32)))
+        dkv = self.pass_on(dkv)
+        dk, dv = self.cast(dkv[0], k.dtype), self.cast(dkv[1], v.dtype)
+        return self.cast(dq, q.dtype), dk, dv, self.zeros_like(segments), self.zeros_like(order)
+
+
+def _join():
+    """join(o_BSNH, lse_BSN, o, lse) of two parts of the keys -> of both, in float32."""
+    maximum, exp, log1p, absolute, expand, cast = ops.Maximum(), ops.Exp(), ops.Log1p(), ops.Abs(), ops.ExpandDims(), ops.Cast()
+
+    def join(o, lse, other, other_lse):
+        top = maximum(lse, other_lse)
+        a, b = expand(exp(lse - top), 3), expand(exp(other_lse - top), 3)
+        joined = (cast(o, ms.float32) * a + cast(other, ms.float32) * b) / (a + b)
+        return joined, top + log1p(exp(-absolute(lse - other_lse)))  # not Log: see layers/loss.py
+
+    return join
