@@ -111,7 +111,7 @@ def test_a_run_generates_what_its_model_does_and_mistakes_are_named(folder, run,
         ((f"--hf_dir={folder}",), "give --prompt=TEXT or --prompts_file=FILE"),
         (
             (f"--hf_dir={folder}", "--prompt=the quick", "--max_length=1"),
-            "prompt 1 of 2 tokens is longer than a row of the cache, 1 tokens",
+            "prompt 1 of 3 tokens is longer than a row of the cache, 1 tokens",
         ),
         ((f"--hf_dir={folder}", "--prompt=a", "--pp=2"), "pp=2 is 2 ranks, and the job has 1"),
         ((f"--hf_dir={folder}", "--prompt=a", "--top_p=2"), "top_p=2"),
@@ -274,7 +274,8 @@ def test_a_conversation_goes_on_from_all_of_it(engine, tokenizer):
     first, second, third, _ = asked
     assert first == "<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n"
     answer = second[len(first) : second.index("<|im_end|>\n<|im_start|>user\nlazy")]
-    assert answer and answer in out.getvalue()
+    shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in answer)
+    assert answer and shown in out.getvalue() and "\x12" not in out.getvalue()  # no control character is shown
     assert third == "<|im_start|>user\nquick<|im_end|>\n<|im_start|>assistant\n"
     assert "is longer than the cache of 64" in out.getvalue() and "never" not in out.getvalue()
 
