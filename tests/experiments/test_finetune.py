@@ -21,6 +21,7 @@ from tests.experiments.test_resume import stopping_after
 from tests.tiny import assert_close
 
 QUICK = {
+    "train.sample_prompt": "",
     "train.seq_len": 96,
     "train.steps": 4,
     "train.log_every": 1,
