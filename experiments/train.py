@@ -21,7 +21,7 @@ from parallel.checkpoint import Held
 from parallel.placement import Spread, load, local_shape, place, reader, stacked
 from parallel.sharding import DATA, Sharding
 from parallel.source import function
-from parallel.spec import hash_bits, merge, select, tree_leaves, tree_map, unflatten
+from parallel.spec import hash_bits, merge, select, shallow, tree_leaves, tree_map, unflatten
 from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, grad_of_nested, jit, joined, rebuild_flat, subscripts, to_tuple
 from qwen3.model import build, choose_kernels, drops, metric_names, param_specs, stacked_specs
 
@@ -69,8 +69,7 @@ def build_program(cfg, config, sharding=None):
     parts, layers = Parts.of(placed), cfg.num_layers if scan else 0
     if parts.moving is None:
         raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
-    trained = select(specs, _trains)
-    gradient = _gradient(model, specs, metric_names(cfg))
+    trained, gradient = Parts.of(specs).moving, _gradient(model, specs, metric_names(cfg))
 
     def init(params):
         read = params if callable(params) else reader(params)
@@ -125,18 +124,19 @@ def _evaluate(model, mesh, whole):
 
 
 class Parts(NamedTuple):
-    """Of a tree of Placed what trains, and what is frozen, None where nothing is; see parallel.spec.select."""
+    """Of a tree of ParamSpecs or of Placed what trains, and what is frozen, None where nothing is; see parallel.spec.select and shallow."""
 
     moving: object
     fixed: object
 
     @classmethod
-    def of(cls, placed):
-        return cls(select(placed, lambda p: p.spec.trains), select(placed, lambda p: not p.spec.trains))
+    def of(cls, tree):
+        moving, fixed = select(tree, _trains), select(tree, lambda leaf: not _trains(leaf))
+        return cls(moving if fixed is None or moving is None else shallow(moving), fixed)
 
 
-def _trains(spec):
-    return spec.trains
+def _trains(leaf):
+    return getattr(leaf, "spec", leaf).trains
 
 
 def _noise(cfg, config, mesh):
@@ -157,7 +157,7 @@ def _noise(cfg, config, mesh):
 
 def _gradient(model, specs, names):
     """gradient(params, frozen, batch) -> ((loss, aux), grads of params), for use in a graph; params, frozen: nested tuples, or None."""
-    fixed = select(specs, _is_frozen)
+    moving, fixed = Parts.of(specs)
     if fixed is None:
         of_all = grad_in_graph(model.loss_fn, specs, names)
 
@@ -165,16 +165,12 @@ def _gradient(model, specs, names):
             return of_all(params, batch)
 
         return gradient
-    join = joined(specs, select(specs, _trains), fixed)
+    join = joined(specs, moving, fixed)
 
     def loss(params, frozen, batch):
         return model.loss_fn(join(params, frozen), batch)
 
     return grad_of_nested(loss, names)
-
-
-def _is_frozen(spec):
-    return not spec.trains
 
 
 def metrics_of(cfg, config, out, lr):

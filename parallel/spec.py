@@ -98,6 +98,15 @@ def select(tree, keep):
     return kept or None
 
 
+def shallow(tree):
+    """A tree with the same paths, in which each numbered part, such as a layer, is one flat dict: MindSpore takes six levels of nesting."""
+    if is_leaf(tree):
+        return tree
+    items = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
+    numbered = all(str(key).isdigit() for key, _ in items)
+    return {str(key): dict(tree_paths(part)) if numbered else shallow(part) for key, part in items}
+
+
 def merge(like, *trees):
     """The tree of `like`'s structure of which trees, which may be None, have the leaves, by path."""
     found = {path: leaf for tree in trees if tree is not None for path, leaf in tree_paths(tree)}

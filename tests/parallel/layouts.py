@@ -129,6 +129,7 @@ LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
 
 # Left out of the default tests: more of the same, at 20 seconds of two cores each.
 SLOW = (
+    "frozen, dp2, ZeRO 3",
     "adapters, tp2 of 1 kv head",
     "adapters, dp2, ZeRO 1",
     "adapters, dp2, ZeRO 2",

@@ -116,3 +116,4 @@ def test_the_parts_of_a_tree_keep_their_paths_and_make_it_up_again():
     assert dict(tree_paths(small)) | dict(tree_paths(large)) == dict(tree_paths(tree))
     assert spec.merge(tree, small, large) == spec.merge(tree, large, small) == tree
     assert spec.select(tree, lambda leaf: leaf > 99) is None and spec.merge(tree, tree, None) == tree
+    assert spec.shallow(tree | {"layers": [{"x": {"w": 2}, "b": 13}]}) == {"a": 1, "layers": {"0": {"x.w": 2, "b": 13}}, "z": 12}
