@@ -118,10 +118,12 @@ def smaller(words, seen):
 def test_every_command_of_the_page_runs(tmp_path):
     stand_ins(tmp_path)
     env, seen = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, {}
+    failed = []
     for words in commands():
         command = smaller(words, seen)
         done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-        print(done.returncode, *command)
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        if done.returncode:
+            failed.append(f"{shlex.join(command)}\n{done.stdout[-1000:]}\n{done.stderr[-1000:]}")
+    assert not failed, "\n\n".join(failed)
     assert (tmp_path / "text_generation_result.txt").read_text().count("\n") >= 1
     assert (tmp_path / "output" / "lora" / "adapter" / "adapter_config.json").is_file() and (tmp_path / "output" / "lora_hf").is_dir()
