@@ -26,7 +26,7 @@ flags.DEFINE_integer(
     "steps",
     None,
     "train: timed steps (20); decode: generations (5); ops: calls (20); data: steps (10); checkpoint: turns (5);"
-    " memory: steps (6); context: (1)",
+    " memory: steps (6); context: (2)",
     lower_bound=1,
 )
 flags.DEFINE_boolean("moe", False, "train, decode: 16 experts of ffn 256, 4 a token, instead of an ffn of 768")
@@ -50,7 +50,7 @@ BENCHES = {
     "data": (lambda options: bench_data(options.bin_gb, options.steps), 10),
     "checkpoint": (lambda options: bench_checkpoint(options.state_gb, options.steps, options.folder), 5),
     "memory": (bench_memory, 6),
-    "context": (bench_context, 1),
+    "context": (bench_context, 2),
 }
 
 
