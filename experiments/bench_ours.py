@@ -20,13 +20,8 @@ REQUESTS = 400  # short ones, for the engine's memory
 
 
 def load(job):
-    cfg = Qwen3Config(**{key: _tuples(value) for key, value in job["model"].items()})
+    cfg = Qwen3Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in job["model"].items()})
     return cfg, tree_map(ms.Tensor, init_params(param_specs(cfg), 0))
-
-
-def _tuples(value):
-    """JSON's lists as the tuples that they were."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def train(job):

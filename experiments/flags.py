@@ -23,6 +23,7 @@ from parallel.checkpoint_files import COMPRESSIONS
 from parallel.checkpoint_read import Reader, find
 from parallel.hints import nearest
 from parallel.mesh import AXES, world_size
+from parallel.pipeline import SCHEDULES
 from qwen3.chat import FORMATS
 from qwen3.config import SIZES, Lora, Qwen3Config, check_compute_dtype
 
@@ -90,7 +91,7 @@ def resolve(flag_values, world=None, cfg=None):
         raise ValueError("--config is missing; try --config=experiments/configs/tiny.py")
     config = flag_values.config.copy_and_resolve_references()
     for name in config.parallel:
-        if flag_values[name].value is not None:
+        if name in flag_values and flag_values[name].value is not None:
             config.parallel[name] = flag_values[name].value
     for name in ("resume_from", "init_from", "partial"):
         if flag_values[name].value is not None:
@@ -158,7 +159,7 @@ def _what_trains(cfg, config):
         )
     known, chosen = cfg.lora_targets, set()
     for pattern in _patterns(config.lora.targets):
-        found = {name for name in known if fnmatch.fnmatchcase(name, pattern)}
+        found = {name for name in known if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")}
         if not found:
             raise ValueError(
                 f"lora.targets: {pattern!r} matches none of {', '.join(known)}, which model={config.model} has{nearest(pattern, known)}"
@@ -310,6 +311,8 @@ CHECKS = {
     "data.json_key": ((lambda value: value != ""), "must name a key of the records; use 'text'"),
     "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),
     "parallel.lowering": _one_of("manual", "shard"),
+    "parallel.pp_schedule": _one_of(*SCHEDULES),
+    "parallel.virtual_stages": POSITIVE,
 }
 
 

@@ -8,21 +8,23 @@ from types import SimpleNamespace
 
 from parallel.hints import divisors
 from parallel.mesh import AXES, Mesh, axis_sizes
+from parallel.pipeline import check as check_schedule
+from parallel.pipeline import stage_ranges
 
 
 def check(config, cfg, world=None):
     """The sizes of the axes for a job of `world` ranks (None: as many as asked). Raises ValueError naming key, value and fix."""
     parallel = config.parallel
     sizes = axis_sizes(parallel, world)
-    for axis in ("pp", "cp"):
-        if sizes[axis] > 1:
-            raise ValueError(f"parallel.{axis}={sizes[axis]} is not built yet; use --{axis}=1")
+    if sizes["cp"] > 1:
+        raise ValueError(f"parallel.cp={sizes['cp']} is not built yet; use --cp=1")
     if parallel.lowering == "shard":
         raise ValueError("parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual")
     if parallel.zero not in (0, 1, 2, 3):
         raise ValueError(f"parallel.zero={parallel.zero} must be 0, 1, 2 or 3")
     _check_model(cfg, config, sizes)
     _check_batch(config, sizes)
+    _check_pipeline(config, cfg, sizes)
     mesh(cfg, sizes).size(("tp",))  # raises where the parts of an axis do not fit
     return sizes
 
@@ -43,6 +45,21 @@ def for_inference(asked, cfg, model, world):
     _check_model(cfg, SimpleNamespace(model=model, parallel=SimpleNamespace(seq_parallel=False)), sizes)
     mesh(cfg, sizes).size(("tp",))
     return sizes
+
+
+def _check_pipeline(config, cfg, sizes):
+    parallel, pp = config.parallel, sizes["pp"]
+    if pp == 1:
+        if parallel.virtual_stages > 1 or parallel.stage_layers:
+            key = "virtual_stages" if parallel.virtual_stages > 1 else "stage_layers"
+            raise ValueError(f"parallel.{key}={parallel[key]} is of a pipeline, and parallel.pp=1; use --pp=2, or leave it out")
+        return
+    check_schedule(parallel.pp_schedule, pp, parallel.micro_batches, parallel.virtual_stages)
+    stage_ranges(cfg.num_layers, pp, parallel.virtual_stages, tuple(parallel.stage_layers))
+    if cfg.lora or cfg.frozen:
+        raise ValueError(f"parallel.pp={pp}: a pipeline trains every parameter, without adapters; use --pp=1 with --tp, --dp or --zero")
+    if config.train.layer_loop == "scan":
+        raise ValueError("train.layer_loop=scan: the layers of a pipeline stage are unrolled; use --config.train.layer_loop=auto")
 
 
 def mesh(cfg, parallel, rank=0):

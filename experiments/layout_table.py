@@ -5,7 +5,7 @@ import math
 import re
 
 from experiments import flags as command_line
-from experiments import layout, layout_traffic
+from experiments import layout, layout_pipeline, layout_traffic
 from parallel.mesh import AXES
 from parallel.placement import local_shape, nbytes, place
 from parallel.sharding import Sharding
@@ -22,6 +22,9 @@ def describe(config):
     sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
     placed = tree_leaves(place(sharding, param_specs(cfg)))
     lines = [summary(config), "", *_table([COLUMNS, *_rows(sharding, placed)]), ""]
+    if mesh.pp > 1:
+        table, schedule = layout_pipeline.lines(config, cfg, sharding)
+        return "\n".join([*lines, *_table(table), *layout_pipeline.NOTES, "", *schedule])
     trained = [p for p in placed if p.spec.trains]
     totals = [(name, sum(nbytes(mesh, p, axes) for p in (placed if axes == "stored" else trained)) * times) for name, axes, times in TOTALS]
     lines += [f"{name:<16} {_gib(size)} a rank" for name, size in [*totals, ("together", sum(size for _, size in totals))]]
@@ -40,7 +43,8 @@ def summary(config):
     sizes = {axis: parallel[axis] for axis in AXES}
     world = math.prod(n for axis, n in sizes.items() if axis != "ep")
     axes = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n > 1 and axis != "ep") or "one device"
-    extra = [f"experts over {sizes['ep']}"] * (sizes["ep"] > 1) + ["sequence parallel"] * parallel.seq_parallel
+    extra = [f"{sizes['pp'] * parallel.virtual_stages} stages, {parallel.pp_schedule}"] * (sizes["pp"] > 1)
+    extra += [f"experts over {sizes['ep']}"] * (sizes["ep"] > 1) + ["sequence parallel"] * parallel.seq_parallel
     extra += [f"ZeRO {parallel.zero}"] * (parallel.zero > 0) + [f"{parallel.micro_batches} micro-batches"] * (parallel.micro_batches > 1)
     return f"{world} rank{'s' * (world > 1)}: " + ", ".join([axes, *extra])
 

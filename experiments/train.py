@@ -39,6 +39,7 @@ class Program:
     held: object = None
     restore: object = None
     spread: object = None
+    executor: object = None  # of a pipeline: its parallel.pipeline_run.Executor
 
 
 def build_program(cfg, config, sharding=None):
@@ -56,6 +57,10 @@ def build_program(cfg, config, sharding=None):
     restore(read, norm) -> state, from read(name, slices) of those arrays.
     """
     _check_dtype(cfg)
+    if sharding and sharding.mesh.pp > 1:
+        from experiments import train_pipeline  # which is made of this module's parts
+
+        return train_pipeline.build_program(cfg, config, sharding)
     sharding, scan = sharding or Sharding(), uses_scan(cfg, config.train.layer_loop)
     placed = placements(cfg, sharding, scan)
     kernels = choose_kernels(config.ops, cfg, sharding)
@@ -64,7 +69,7 @@ def build_program(cfg, config, sharding=None):
     if parts.moving is None:
         raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
     trained = select(specs, _trains)
-    update, gradient = _update(trained, parts.moving, sharding, config.optim, kernels), _gradient(model, specs, names)
+    update, gradient = update_of(trained, parts.moving, sharding, config.optim, kernels), _gradient(model, specs, names)
     if config.parallel.micro_batches == 1:
         run_step = _one_batch(gradient, update)
     else:
@@ -88,17 +93,13 @@ def build_program(cfg, config, sharding=None):
         return tree_map(lambda leaf: _copy(leaf.asnumpy(everywhere=True)), spread(state))
 
     def step(state, batch, lr, at):
-        state, (objective, aux, norm, skipped) = run_step(state, noisy(batch, at), optimizer.scalars(config.optim, lr, at))
-        metrics = {name: _number(value) for name, value in zip(names, aux)}
-        metrics.update(objective=_number(objective), grad_norm=_number(norm), lr=lr)
-        if cfg.moe_layers:
-            metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # of any expert, over the mean
-        return state, {**metrics, "skipped": _number(skipped)} if config.optim.skip_spikes else metrics
+        state, out = run_step(state, noisy(batch, at), optimizer.scalars(config.optim, lr, at))
+        return state, metrics_of(cfg, config, out, lr)
 
     def evaluate(state, batches):
         tree, nats, targets = whole(state), 0.0, 0.0
         for batch in batches:
-            loss, tokens = map(_number, eval_loss(tree, _tensors(batch)))
+            loss, tokens = map(_number, eval_loss(tree, tensors(batch)))
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 
@@ -163,6 +164,16 @@ def _is_frozen(spec):
     return not spec.trains
 
 
+def metrics_of(cfg, config, out, lr):
+    """A step's metrics. out: the objective, the values of metric_names, the gradient's norm, and 1 where the update was skipped."""
+    objective, aux, norm, skipped = out
+    metrics = {name: _number(value) for name, value in zip(metric_names(cfg), aux)}
+    metrics.update(objective=_number(objective), grad_norm=_number(norm), lr=lr)
+    if cfg.moe_layers:
+        metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # of any expert, over the mean
+    return {**metrics, "skipped": _number(skipped)} if config.optim.skip_spikes else metrics
+
+
 def _check_dtype(cfg):
     if cfg.param_dtype != "float32":
         raise ValueError(
@@ -193,7 +204,7 @@ def held_arrays(placed, num_layers, state=None, with_frozen=True):
     if parts.fixed and with_frozen:
         kinds.append(("params", "frozen", "stored", parts.fixed))
     return [
-        Held(_names(kind, p.path, num_layers), p.spec, getattr(p, axes), w)
+        Held(_names(kind, p.path, num_layers), p.spec, getattr(p, axes), w, p.holders)
         for kind, name, axes, part in kinds
         for p, w in zip(tree_leaves(part), tree_leaves(state[name]) if state else [None] * len(tree_leaves(part)))
     ]
@@ -278,7 +289,7 @@ class Update(NamedTuple):
     merge: object
 
 
-def _update(specs, placed, sharding, optim, kernels):
+def update_of(specs, placed, sharding, optim, kernels):
     """The Update of a model in a layout."""
     flat, like = tree_leaves(placed), to_tuple(specs)
     norm = zero.global_norm_squared(sharding, flat, optimizer.in_norm(specs)) if sharding.mesh.world > 1 else None
@@ -297,7 +308,8 @@ def _update(specs, placed, sharding, optim, kernels):
 
     def merge(state, changed):
         names = ("params", "m", "v")
-        return {**{name: _replaced(state[name], *each) for name, *each in zip(names, places, changed)}, "norm": changed[3]}
+        new = {name: _replaced(state[name], *each) for name, *each in zip(names, places, changed)}
+        return {**state, **new, "norm": changed[3]}
 
     return Update(zero.sum_gradients(sharding, flat), flatten, update, merge)
 
@@ -337,7 +349,7 @@ def _one_batch(grad, update):
     fused = jit(fused)
 
     def run(state, batch, values):
-        out, changed = fused(state["params"], state["frozen"], state["m"], state["v"], state["norm"], values, _tensors(batch))
+        out, changed = fused(state["params"], state["frozen"], state["m"], state["v"], state["norm"], values, tensors(batch))
         return update.merge(state, changed), out
 
     return run
@@ -370,7 +382,7 @@ def _accumulated(grad, specs, names, update, sharding, placed, count):
         total, loss, aux = optimizer.zeros_like(parts), 0.0, [0.0] * len(names)
         slices, weights = micro_batches(batch, count)
         for share, part in zip(shares(collectives.host_sum(sharding.mesh, DATA, weights)), slices):
-            part_loss, part_aux, total = accumulate(state["params"], state["frozen"], total, ms.Tensor(share, ms.float32), _tensors(part))
+            part_loss, part_aux, total = accumulate(state["params"], state["frozen"], total, ms.Tensor(share, ms.float32), tensors(part))
             loss += share * _number(part_loss)
             aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
         norm, skipped, changed = finish(state["params"], total, state["m"], state["v"], state["norm"], values)
@@ -392,7 +404,7 @@ def shares(weights):
     return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / len(weights))
 
 
-def _tensors(batch):
+def tensors(batch):
     return {key: ms.Tensor(np.ascontiguousarray(value)) for key, value in batch.items()}
 
 

@@ -57,7 +57,8 @@ def run(config, cfg, data, workdir, mesh):
 
 def announce(cfg, config, data, sharding, peak, start):
     mesh, device = sharding.mesh, ms.get_context("device_target")
-    how = "one compiled layer, looped over" if uses_scan(cfg, config.train.layer_loop) else "unrolled"
+    looped = uses_scan(cfg, config.train.layer_loop) and mesh.pp == 1
+    how = "one compiled layer, looped over" if looped else "unrolled"
     print(f"model      {config.model}: {count(param_specs(cfg)):,} parameters, {cfg.num_layers} layers, {how}")
     if mesh.world > 1:
         print(f"layout     {layout_table.summary(config)}")

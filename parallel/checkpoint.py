@@ -22,12 +22,14 @@ class Held(NamedTuple):
     """What a rank holds of an array, or of the arrays of stacked layers.
 
     names: one, or of stacked layers one a layer. spec, axes: as in parallel.placement. data: the tensor, None where only sizes count.
+    holders: the places along pp whose ranks have it, of which the first writes it; empty for all.
     """
 
     names: tuple
     spec: object
     axes: tuple
     data: object
+    holders: tuple = ()
 
     @property
     def is_stacked(self):
@@ -61,8 +63,11 @@ def is_writer(mesh, held):
     """For each of `held` whether this rank writes it. All ranks find the same, each for itself: the largest first, to whom has least."""
     sizes = [math.prod(local_shape(mesh, h.spec, h.axes)) for h in held]
     out, written = [False] * len(held), {}
+    here, stage = mesh.index(("pp",)), mesh.atoms(("pp",))
     for i in sorted(range(len(held)), key=lambda i: (-sizes[i], i)):
-        used = {atom for atoms in held[i].axes for atom in atoms}
+        if held[i].holders and held[i].holders[0] != here:
+            continue
+        used = {*(stage if held[i].holders else ()), *(atom for atoms in held[i].axes for atom in atoms)}
         replicas = tuple(atom for atom in mesh.sizes if atom not in used)
         loads = written.setdefault(replicas, [0] * mesh.size(replicas))
         least = loads.index(min(loads))

@@ -13,6 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 from mindspore.communication import create_group, get_rank, init
+from mindspore.ops.auto_generate.gen_ops_prim import dist_comm_irecv_op, dist_comm_isend_op
 
 from parallel import runtime
 from parallel.mesh import world_size
@@ -85,6 +86,19 @@ def broadcast(mesh, axes, root=0):
     """f(x) -> the x of the rank at place `root`. Backward: there the sum of the cotangents, elsewhere zeros."""
     w = _wire(mesh, axes)
     return _cell(False, w.from_root(root), _to_root(w, root)) if w else _same
+
+
+def send(mesh, to, x):
+    """Sends a tensor, on the host, to the rank at place `to` along pp, without waiting; what a rank sends arrives in that order."""
+    dist_comm_isend_op(x.contiguous(), to, _group(mesh.members(("pp",))), 0)
+
+
+def receive(mesh, source, shape, dtype):
+    """The next tensor from the rank at place `source` along pp. On CPU a RuntimeError where it is read, if it does not come within 30 s."""
+    buffer = ops.zeros(shape, dtype)
+    _, arrival = dist_comm_irecv_op(buffer, 0, source, _group(mesh.members(("pp",))))
+    arrival.wait()
+    return buffer
 
 
 def host_sum(mesh, axes, values):

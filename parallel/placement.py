@@ -25,7 +25,7 @@ class Placed:
 
     used: as the model's ops take it. stored: between steps; less than `used` from ZeRO stage 3 on. state: its optimizer state and summed
     gradient; less from stage 1 on. partial: the data axes' atoms over which its gradient has to be summed. zero_dim: the dim that ZeRO
-    splits over them, None where no dim can be.
+    splits over them, None where no dim can be. holders: the places along pp whose ranks have it; empty for all.
     """
 
     path: str
@@ -35,6 +35,7 @@ class Placed:
     state: tuple
     partial: tuple
     zero_dim: int | None
+    holders: tuple = ()
 
 
 def place(sharding, specs):
@@ -89,26 +90,32 @@ def cut(mesh, spec, axes, read):
     return np.pad(found, missing) if any(after for _, after in missing) else np.ascontiguousarray(found)
 
 
-def whole(mesh, spec, axes, x, keep=True):
-    """The global array as numpy where `keep` is true, else None. All ranks must call it.
+def whole(mesh, spec, axes, x, keep=True, holder=None):
+    """The global array as numpy where `keep` is true, else None. All ranks must call it. holder: the place along pp whose ranks' parts
+    count, where not all have them; x may be None elsewhere.
 
     It is gathered some rows of each part at a time, so that besides the arrays that are kept a rank holds about PIECE_BYTES. An array of
     one part is the tensor's own memory, not a copy.
     """
     ranks = math.prod(mesh.size(atoms) for atoms in axes)
-    if ranks == 1:
+    if ranks == 1 and holder is None:
         return x.asnumpy() if keep else None
-    out = None
-    rows = max(1, PIECE_BYTES * x.shape[0] // (x.nbytes * ranks))
-    for first in range(0, x.shape[0], rows):
-        piece = x[first : first + rows].contiguous()
+    out, shape = None, local_shape(mesh, spec, axes)
+    rows = max(1, PIECE_BYTES * shape[0] // ((4 * math.prod(shape) if x is None else x.nbytes) * ranks))
+    for first in range(0, shape[0], rows):
+        if x is None:
+            piece = ms.ops.zeros((min(rows, shape[0] - first), *shape[1:]), ms.float32)
+        else:
+            piece = x[first : first + rows].contiguous()
+        if holder is not None:
+            piece = _from(mesh, holder)(piece)
         for i, atoms in enumerate(axes):
             for atom in reversed(atoms):  # the innermost parts are neighbours
                 piece = _gather(mesh, atom, i)(piece)
         if keep:
             piece = piece.asnumpy()
             out = np.empty(spec.shape, piece.dtype) if out is None else out
-            _put(out, piece.reshape(mesh.size(axes[0]), -1, *piece.shape[1:]), x.shape[0], first)
+            _put(out, piece.reshape(mesh.size(axes[0]), -1, *piece.shape[1:]), shape[0], first)
     return out
 
 
@@ -123,6 +130,11 @@ def _put(out, pieces, size, first):
 @lru_cache(maxsize=64)
 def _gather(mesh, atom, dim):
     return collectives.all_gather(mesh, (atom,), dim)
+
+
+@lru_cache(maxsize=64)
+def _from(mesh, holder):
+    return collectives.broadcast(mesh, ("pp",), holder)
 
 
 def nbytes(mesh, placed, axes_name, itemsize=4):
@@ -151,7 +163,8 @@ def load(mesh, placed, read, axes="stored"):
 class Spread:
     """A parameter that lies in parts on all ranks, with the shape, dtype and asnumpy() of an array, as hf.save takes it.
 
-    tensor: this rank's stored part; layer: None, or which of those that are stacked in it.
+    tensor: this rank's stored part, None where it is float32 and of another pipeline stage; layer: None, or which of those that are stacked
+    in it.
     """
 
     mesh: Mesh
@@ -165,9 +178,10 @@ class Spread:
 
     @property
     def dtype(self):
-        return self.tensor.dtype
+        return ms.float32 if self.tensor is None else self.tensor.dtype
 
     def asnumpy(self, everywhere=False):
         """The global array on rank 0, or on every rank; elsewhere None. All ranks must call it, of one Spread after another."""
         part = self.tensor if self.layer is None else self.tensor[self.layer].contiguous()
-        return whole(self.mesh, self.placed.spec, self.placed.stored, part, everywhere or self.mesh.rank == 0)
+        holder = self.placed.holders[0] if self.placed.holders else None
+        return whole(self.mesh, self.placed.spec, self.placed.stored, part, everywhere or self.mesh.rank == 0, holder)

@@ -28,6 +28,8 @@ from parallel.mesh import ONE_DEVICE, Mesh
 # Those, the assignments of tokens to experts, and blocks of slots are each rank's own, as are the partial sums over a split expert_ffn.
 RULES = {
     "layers": (),
+    "layers_before": (),
+    "layers_so_far": (),
     "batch": ("dp",),
     "seq": ("cp",),
     "keys": (),

@@ -87,7 +87,9 @@ def global_norm_squared(sharding, placed, counted):
     shares = []
     for i in counted:
         split = mesh.size({atom for atoms in placed[i].state for atom in atoms})
-        shares.append(f"total(square(cast(g[{i}], float32)), ())" + (f" / {mesh.world // split}" if mesh.world != split else ""))
+        stages = len(placed[i].holders) or mesh.pp
+        copies = mesh.world // mesh.pp * stages // split
+        shares.append(f"total(square(cast(g[{i}], float32)), ())" + (f" / {copies}" if copies > 1 else ""))
     names = {**PRIMITIVES, "sum_all": collectives.psum(mesh, tuple(mesh.sizes)) if mesh.world > 1 else same}
     return function("norm_squared(g)", [f"return sum_all(add(({', '.join(shares)},)))"], **names)
 

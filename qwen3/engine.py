@@ -23,7 +23,7 @@ import numpy as np
 
 from ops import sampling as sampling_op
 from parallel import collectives
-from parallel.sharding import Sharding
+from parallel.sharding import DATA, Sharding
 from parallel.spec import hash_uniform
 from qwen3.cache import RowsCache, round_up
 from qwen3.generate import CHUNK, decode_loop, extended
@@ -131,7 +131,7 @@ class Engine:
         self._sample = sampling_op.cpu() if self.kernels.sampling == "cpu" else sampling_op.reference()
         self._on_device = self.kernels.sampling == "cpu" and in_place
         spread = sharding.shards("experts") > 1
-        self._largest = collectives.pmax(sharding.mesh, ("dp",)) if spread else None
+        self._largest = collectives.pmax(sharding.mesh, DATA) if spread else None
         self._widths = sorted({min(NARROW, prefill_chunk), prefill_chunk})
         self._rows, self._waiting, self._next = [None] * slots, deque(), 0
 

@@ -82,7 +82,8 @@ def loss_fn(params, batch, cfg):
 
 @functools.lru_cache(maxsize=32)
 def build(cfg, sharding=None, scan=False, kernels=None):
-    """The model's functions, closed over their annotated ops: forward, loss_fn, score and extend, as attributes.
+    """The model's functions, closed over their annotated ops: forward, loss_fn, score and extend, as attributes, and what pipeline stages
+    are made of: parts (see qwen3/stages.py).
 
     score(params, tokens, targets, positions, segment_ids), all [B, S] -> (nats [B, S] of each target, gap [B, S]): how far its logit is
     below the largest, so 0 where it is the greedy choice.
@@ -94,26 +95,16 @@ def build(cfg, sharding=None, scan=False, kernels=None):
     check_compute_dtype(cfg, device)
     sharding = sharding or Sharding()
     kernels = kernels or choose_kernels({}, cfg, sharding)
-    take, head = embed.build(cfg, sharding, kernels)
-    angles = rope.build(cfg, sharding)
-    blocks = _blocks(cfg, sharding, kernels)
-    trunk = _scanned(cfg, blocks) if scan else _unrolled(cfg, sharding, blocks)
-    final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
-    whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
-    order = sharding.op(_order(), "batch seq -> batch seq", kind="kernel")
-    real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
-    whole_vocab = embed.whole(cfg, sharding)
-    reshape, consts, more_embed = ops.Reshape(), _consts(cfg), lora.embedding(cfg, sharding, kernels)
-    with_noise = _noise(cfg, sharding)
+    parts = _parts(cfg, sharding, kernels)
+    trunk = _scanned(cfg, parts.layers) if scan else _unrolled(cfg, sharding, parts.layers)
+    whole_vocab, router_losses, reshape = embed.whole(cfg, sharding), moe.losses(cfg, sharding), ops.Reshape()
+    with_noise, noise_of = _noise(cfg, sharding), _noise_of(cfg)
+    nll_and_gap = loss.build_with_gap(cfg.vocab_size, sharding, kernels)
 
     def logits_and_stats(params, tokens, positions, segment_ids, noise=None):
-        cos, sin = angles(positions)
-        valid = real(reshape(segment_ids, (-1,)))
-        x = more_embed(params, tokens, take(whole_table(params["embed"]), tokens))
-        x, stats = trunk(params["layers"], x, with_noise(consts(cos, sin, segment_ids, order(segment_ids), valid), noise))
-        return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x)), stats
-
-    router_losses = moe.losses(cfg, sharding)
+        consts = with_noise(parts.beside(positions, segment_ids), noise)
+        x, stats = trunk(params["layers"], parts.begin(params, tokens), consts)
+        return parts.end(params, x), stats
 
     def forward(params, tokens, positions=None, segment_ids=None):
         B, S = tokens.shape
@@ -122,17 +113,43 @@ def build(cfg, sharding=None, scan=False, kernels=None):
         logits, stats = logits_and_stats(params, tokens, positions, segment_ids)
         return reshape(whole_vocab(logits), (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
 
-    nll_and_gap = loss.build_with_gap(cfg.vocab_size, sharding, kernels)
-
     def score(params, tokens, targets, positions, segment_ids):
         B, S = tokens.shape
         nats, gap = nll_and_gap(logits_and_stats(params, tokens, positions, segment_ids)[0], targets)
         return reshape(nats, (B, S)), reshape(gap, (B, S))
 
-    loss_of = _loss(cfg, sharding, kernels, logits_and_stats, router_losses)
-    whole_logits = whole_vocab if sharding.shards("vocab") > 1 else zero.same
-    extend = _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_norm, head_key)
-    return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend)
+    def loss_of(params, batch):
+        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise_of(batch))
+        return parts.loss(logits, stats, batch)
+
+    extend = _extend(cfg, parts, whole_vocab if sharding.shards("vocab") > 1 else zero.same)
+    return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend, parts=parts)
+
+
+def _parts(cfg, sharding, kernels):
+    """What the model's functions are made of: begin(params, tokens_BS) -> x_RD; beside(positions_BS, segment_ids_BS) -> what each layer is
+    given beside x; layers, as _blocks gives them; end(params, x_RD) -> logits_RV; loss(logits, stats, batch), see loss_fn; and angles."""
+    take, head = embed.build(cfg, sharding, kernels)
+    final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
+    whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
+    order = sharding.op(_order(), "batch seq -> batch seq", kind="kernel")
+    real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
+    angles, more_embed = rope.build(cfg, sharding), lora.embedding(cfg, sharding, kernels)
+    reshape, consts = ops.Reshape(), _consts(cfg)
+
+    def begin(params, tokens):
+        return more_embed(params, tokens, take(whole_table(params["embed"]), tokens))
+
+    def beside(positions, segment_ids):
+        cos, sin = angles(positions)
+        valid = real(reshape(segment_ids, (-1,)))
+        return consts(cos, sin, segment_ids, order(segment_ids), valid)
+
+    def end(params, x):
+        return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x))
+
+    layers, loss_of_logits = _blocks(cfg, sharding, kernels), _loss(cfg, sharding, kernels)
+    return SimpleNamespace(begin=begin, beside=beside, layers=layers, end=end, loss=loss_of_logits, angles=angles)
 
 
 def choose_kernels(asked, cfg, sharding=None):
@@ -147,20 +164,17 @@ def _aux(losses):
     return {"router_loss": balance, "router_z_loss": z, "expert_load": load}
 
 
-def _loss(cfg, sharding, kernels, logits_and_stats, router_losses):
-    """loss_fn(params, batch), see above."""
+def _loss(cfg, sharding, kernels):
+    """loss(logits, stats, batch) -> (loss, metrics), as loss_fn above."""
     mean, nll = loss.weighted_mean(sharding), loss.build(cfg.vocab_size, sharding, kernels)
+    router_losses = moe.losses(cfg, sharding)
     aux_coef, z_coef = cfg.router_aux_coef, cfg.router_z_coef
 
-    noise = _noise_of(cfg)
-
-    def dense(params, batch):
-        logits, _ = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise(batch))
+    def dense(logits, stats, batch):
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         return ce, {"loss": ce, "tokens": tokens}
 
-    def with_experts(params, batch):
-        logits, stats = logits_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise(batch))
+    def with_experts(logits, stats, batch):
         ce, tokens = mean(nll(logits, batch["targets"]), batch["loss_weights"])
         balance, z, load, overflow = router_losses(stats)
         metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z}
@@ -311,7 +325,7 @@ def _unrolled(cfg, sharding, blocks):
     run, n = tuple(block for block, _, _ in blocks), cfg.num_layers
     counted = tuple(cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(n))
     dims = ", ".join(["stats"] * sum(counted)) + " -> layers stats"
-    stack = sharding.op(_stack(), dims, kind="kernel", sizes={"layers": sum(counted)})
+    stack = sharding.op(stack_rows(), dims, kind="kernel", sizes={"layers": sum(counted)})
 
     def trunk(layers, x, consts):
         every = ()
@@ -324,7 +338,7 @@ def _unrolled(cfg, sharding, blocks):
     return trunk
 
 
-def _stack():
+def stack_rows():
     """Not ops.Stack, which, given one tensor, returned in eager mode the shape that it had in an earlier compiled graph."""
     concat, reshape = ops.Concat(0), ops.Reshape()
 
@@ -348,14 +362,15 @@ def _scanned(cfg, blocks):
     return trunk
 
 
-def _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_norm, head_key):
+def _extend(cfg, parts, whole_logits):
     """extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV at column last_B of each row, cache).
 
     cache: per layer (k_BTKH, v_BTKH); slot t of a row holds position t. Positions beyond T are dropped. In a layout without sequence
     parallel: B are a data rank's rows, K its kv heads, and V is the whole vocabulary, of which each part is one rank's work, so that all
     ranks have the same bits.
     """
-    run, run_token, n = tuple(cached for _, cached, _ in blocks), tuple(decode for _, _, decode in blocks), cfg.num_layers
+    run, run_token = tuple(cached for _, cached, _ in parts.layers), tuple(decode for _, _, decode in parts.layers)
+    n, angles, begin, end = cfg.num_layers, parts.angles, parts.begin, parts.end
     in_few_ops = all(run_token)
     gather, iota, pack, cast = ops.Gather(), iota_op.reference(), _consts(cfg), ops.Cast()
     reshape, ones_like, expand, tile = ops.Reshape(), ops.OnesLike(), ops.ExpandDims(), ops.Tile()
@@ -365,7 +380,7 @@ def _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_nor
         cos, sin = angles(positions)
         valid = cast(ones_like(reshape(tokens, (-1,))), ms.float32)
         consts = pack(cos, sin, ones_like(positions), positions, valid)
-        x, updated = more_embed(params, tokens, take(params["embed"], tokens)), ()
+        x, updated = begin(params, tokens), ()
         if in_few_ops and S == 1:
             for i in range(n):
                 x, k, v = run_token[i](params["layers"][i], x, consts, cache[i][0], cache[i][1])
@@ -377,7 +392,7 @@ def _extend(cfg, take, more_embed, head, whole_logits, angles, blocks, final_nor
                 x, k, v = run[i](params["layers"][i], x, consts, cache[i][0], cache[i][1], key_segments, slots)
                 updated += ((k, v),)
             x = gather(x, iota(B) * S + last, 0)
-        return whole_logits(head(params[head_key], final_norm(params["final_norm"], x))), updated
+        return whole_logits(end(params, x)), updated
 
     return extend
 

@@ -36,9 +36,8 @@ def get_config():
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text
     c.train.save_hf = True  # write the final weights as a Hugging Face folder
-    c.train.exact_match_rows = (
-        200  # fine-tuning: held-out questions answered at the end, greedily, for the share of exact matches; 0 = none
-    )
+    # fine-tuning: held-out questions answered at the end, greedily, for the share of exact matches; 0 = none
+    c.train.exact_match_rows = 200
 
     # Patterns of parameter paths, separated by commas: what the first match and the second do not stays as it is, without gradients
     c.train.freeze_include = ""  # such as "embed,layers.0.*,*norm"
@@ -64,17 +63,25 @@ def get_config():
 
     c.ops = ConfigDict({op: "auto" for op in OPS})  # of each op: reference, cpu, vendor, or auto = the fastest that serves
 
-    c.parallel = ConfigDict()  # also --dp, --tp, ... on the command line
-    c.parallel.dp = 1  # data parallel ranks
-    c.parallel.tp = 1  # tensor parallel ranks
-    c.parallel.pp = 1  # pipeline stages
-    c.parallel.cp = 1  # context parallel ranks
-    c.parallel.ep = 1  # expert parallel ranks, cut from dp x cp x tp
-    c.parallel.micro_batches = 1  # slices each data rank cuts its rows into: gradient accumulation, pipeline micro-batches
-    c.parallel.zero = 0  # ZeRO stage; 0 = every data rank holds all
-    c.parallel.seq_parallel = False  # sequence parallel: activations between the matmuls are split over the tp ranks
-    c.parallel.lowering = "manual"  # manual = our collectives on local shards; shard = MindSpore's own partitioning
+    c.parallel = _parallel()  # also --dp, --tp, ... on the command line
     return c.lock()
+
+
+def _parallel():
+    p = ConfigDict()
+    p.dp = 1  # data parallel ranks
+    p.tp = 1  # tensor parallel ranks
+    p.pp = 1  # pipeline parallel ranks
+    p.pp_schedule = "1f1b"  # gpipe, 1f1b, or interleaved, which goes with virtual stages
+    p.virtual_stages = 1  # pipeline stages of a rank
+    p.stage_layers = ()  # layers of each pipeline stage, such as (7,9); empty = as even as can be
+    p.cp = 1  # context parallel ranks
+    p.ep = 1  # expert parallel ranks, cut from dp x cp x tp
+    p.micro_batches = 1  # slices each data rank cuts its rows into: gradient accumulation, pipeline micro-batches
+    p.zero = 0  # ZeRO stage; 0 = every data rank holds all
+    p.seq_parallel = False  # sequence parallel: activations between the matmuls are split over the tp ranks
+    p.lowering = "manual"  # manual = our collectives on local shards; shard = MindSpore's own partitioning
+    return p
 
 
 def _lora():
@@ -84,7 +91,7 @@ def _lora():
     a.rslora = False  # it is alpha / sqrt(rank) instead
     a.dropout = 0.0  # of what goes into an adapter
     a.init = "kaiming"  # of A, as PEFT's default, or gaussian; B is 0
-    # patterns of embed, q, k, v, o, gate, up, down, router, experts.gate, experts.up, experts.down, separated by commas
+    # patterns of embed, q, k, v, o, gate, up, down, router, experts.gate, experts.up, experts.down (experts: all three), by commas
     a.targets = "q,k,v,o,gate,up,down"
     a.adapter = ""  # folder of an adapter in PEFT's format to begin with
     return a

@@ -5,7 +5,7 @@
 
 Hardware: 16 Ascend NPUs of 64 GB: 4 tensor ranks, which also hold 4 groups of experts, by 4 pipeline stages.
 Expected time and loss: not measured.
-Needs layouts this version does not build yet; `--tp=1 --pp=1 --ep=1 --seq_parallel=false` asks for one device instead.
+Needs NPUs, where this version does not train yet; `--tp=1 --pp=1 --ep=1 --seq_parallel=false` asks for one device instead.
 """
 
 from experiments.configs import common

@@ -40,7 +40,16 @@ REFUSED = [
         "parallel.seq_parallel splits the 33 tokens of a data rank's micro-batch over tp=2 ranks, which does not divide them; use"
         " --config.train.seq_len=34",
     ),
-    ([TINY, "--pp=2"], "parallel.pp=2 is not built yet; use --pp=1"),
+    ([TINY, "--pp=7"], "parallel.pp=7 x virtual_stages=1: stage 5 of (0, 1, 1, 1, 1, 0, 0) has no layer"),
+    ([TINY, "--pp=2", "--config.parallel.stage_layers=(3,2)"], "parallel.stage_layers=(3, 2) must be 2 numbers"),
+    ([TINY, "--pp=2", "--config.parallel.virtual_stages=2"], "parallel.virtual_stages=2 needs parallel.pp_schedule=interleaved, not 1f1b"),
+    (
+        [TINY, "--pp=2", "--config.parallel.pp_schedule=interleaved", "--micro_batches=1"],
+        "parallel.micro_batches=1 must be a multiple of parallel.pp=2 for pp_schedule=interleaved; use --micro_batches=2, or 1f1b",
+    ),
+    ([TINY, "--pp=2", "--config.parallel.pp_schedule=zigzag"], "parallel.pp_schedule='zigzag' is not one of gpipe, 1f1b, interleaved"),
+    ([TINY, "--config.parallel.stage_layers=(2,2)"], "parallel.stage_layers=(2, 2) is of a pipeline, and parallel.pp=1; use --pp=2"),
+    ([TINY, "--pp=2", "--config.train.layer_loop=scan"], "train.layer_loop=scan: the layers of a pipeline stage are unrolled"),
     ([TINY, "--cp=2"], "parallel.cp=2 is not built yet; use --cp=1"),
     ([TINY, "--zero=4"], "parallel.zero=4 must be 0, 1, 2 or 3"),
 ]
@@ -124,3 +133,25 @@ def test_the_table_ends_with_what_a_rank_sends():
     assert sent["update", "AllReduce", "dp+tp"] == [1, 7]
     local = float(re.search(r"parameters +([\d.]+) GiB", text)[1]) * 2**30
     assert sent["update", "AllReduce", "dp"][1] == pytest.approx(local, rel=1e-3)  # in a ring of two, all of them once
+
+
+def test_the_table_of_a_pipeline_has_each_ranks_layers_and_bytes_and_the_schedule():
+    """4 layers, tied: the embedding is on both ends, each rank has half of the rest; the second keeps one input, the first only tokens."""
+    text = layout_table.describe(read(TINY, "--pp=2", "--micro_batches=4"))
+    assert text.startswith("2 ranks: pp 2, 2 stages, 1f1b, 4 micro-batches")
+    table = {line.split()[0]: re.split(r"  +", line) for line in text.splitlines() if re.match(r"[01]  ", line)}
+    layer = sum(int(row[-1].replace(",", "")) for name, row in rows(text).items() if name.startswith("layers.0-3")) // 4
+    rows_of_input, tied = 16 // 4 * 256 * 128 * 4, 512 * 128 * 4
+    numbers = {rank: [int(cell.replace(",", "")) for cell in row[2:]] for rank, row in table.items()}
+    first, second = tied + 2 * layer, tied + 2 * layer + 128 * 4
+    assert table["0"][1] == "embedding 0-1" and numbers["0"] == [first, first, 2 * first, 2, 0, 4 * rows_of_input]
+    assert table["1"][1] == "2-3 head" and numbers["1"] == [second, second, 2 * second, 1, rows_of_input, 4 * rows_of_input]
+    assert "ranks would wait 20.0% of the time" in text
+    assert text.splitlines()[-1].startswith("rank 1      F0 B0--- F1 B1---")
+
+
+def test_the_table_of_an_interleaved_pipeline_of_a_large_model():
+    layout = ("--config.parallel.pp_schedule=interleaved", "--config.parallel.virtual_stages=2", "--micro_batches=4", "--tp=4", "--pp=4")
+    text = layout_table.describe(read("--config=experiments/configs/qwen3_32b.py", *layout))
+    assert "16 ranks: tp 4 x pp 4, 8 stages, interleaved" in text
+    assert "embedding 0-7, 32-39" in text and "24-31, 56-63 head" in text and text.splitlines()[-1].startswith("rank 3 ")

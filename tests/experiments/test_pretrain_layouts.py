@@ -43,6 +43,21 @@ def test_a_launched_run_lies_on_the_curve_of_one_process(tmp_path, config, layou
     assert {f"rank_{r}.log" for r in range(4)} <= set(os.listdir(tmp_path / "four" / "logs"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config, nproc, layout", [("tiny", 2, ()), ("tiny_moe", 4, ("--dp=2", "--ep=2", "--zero=1"))])
+def test_a_pipeline_lies_on_the_curve_of_one_process(tmp_path, config, nproc, layout):
+    """With the same micro-batches, and evaluation on the way; rank 0, which does not see the loss, reports it."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    common = ("--micro_batches=2", "--config.train.eval_every=4")
+    _, want, want_end = pretrain(tmp_path / "one", config, *common)
+    out, got, got_end = pretrain(tmp_path / "many", config, "--pp=2", *common, *layout, nproc=nproc)
+    assert list(got) == list(want) == list(range(1, 13)) and want[12] < want[1]
+    np.testing.assert_allclose(list(got.values()), list(want.values()), rtol=1e-4)
+    assert got_end["eval_loss"] == pytest.approx(want_end["eval_loss"], rel=1e-4)
+    assert "pp 2, 2 stages, 1f1b" in out and (tmp_path / "many" / "hf" / "config.json").exists()
+
+
 def folders():
     """In each of 2 processes: a folder that both see, then one that rank 1 has for itself; what each says of them."""
     rank, world = collectives.start()

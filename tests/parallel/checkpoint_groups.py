@@ -26,6 +26,7 @@ class Run:
     def __init__(self, model, options, rank, run):
         self.cfg, self.sharding = MODELS[model], sharding_of(MODELS[model], options, rank)
         self.mesh = self.sharding.mesh
+        self.micro = options.get("micro", 1)
         self.program = train.build_program(self.cfg, run_config(options), self.sharding)
         self.saver = Saver(run, rank, self.mesh.world, "abcdef", Settings(), self.sums)
 
@@ -33,7 +34,7 @@ class Run:
         return collectives.host_sum(self.mesh, tuple(self.mesh.sizes), numbers).tolist()
 
     def step(self, state, at):
-        mine = rank_rows(ROWS, self.mesh.index(("dp",)), self.mesh.dp)
+        mine = rank_rows(ROWS, self.mesh.index(("dp",)), self.mesh.dp, self.micro)
         batch = {key: value[mine] for key, value in make_batch(at, rows=ROWS, vocab=self.cfg.vocab_size).items()}
         return self.program.step(state, batch, LR, at)
 
@@ -46,11 +47,10 @@ class Run:
 
     def whole(self, state):
         """{name: the global array}, on all ranks; not of stacked layers."""
-        placed = train.placements(self.cfg, self.sharding, False)
+        mine = {h.names: h.data for h in self.program.held(state)}
         return {
-            f"{kind}/{p.path}": whole(self.mesh, p.spec, getattr(p, axes), w)
-            for kind, axes in train.STATE.items()
-            for p, w in zip(tree_leaves(placed), tree_leaves(state[kind]))
+            h.names[0]: whole(self.mesh, h.spec, h.axes, mine.get(h.names), holder=h.holders[0] if h.holders else None)
+            for h in self.program.held()
         }
 
 

@@ -11,12 +11,10 @@ from experiments.data.loader import rank_rows
 from layers.lora import DROPOUT_LAYER
 from parallel import collectives
 from parallel.mesh import Mesh
-from parallel.placement import whole
+from parallel.placement import cut, whole
 from parallel.sharding import Sharding
-from parallel.spec import select, tree_leaves, tree_map, tree_paths
-from parallel.step import from_tuple
+from parallel.spec import tree_leaves, tree_map, tree_paths
 from qwen3.config import Lora
-from qwen3.model import param_specs, stacked_specs
 from tests.experiments.test_train import make_batch
 from tests.tiny import DENSE, MIXED, MOE, QWEN2, random_params
 
@@ -41,10 +39,19 @@ MODELS = {
     "adapters, qwen2": _adapted(QWEN2),
     "adapters, moe": _adapted(MOE),
     "frozen": DENSE.replace(frozen=(("embed", "layers.0.*", "*norm"), ("*w_up",))),
+    "deep": DENSE.replace(num_layers=5),
 }
 
-# name -> (model, options); dp, tp, ep: of the mesh, others of the run. In order of the number of processes.
+# name -> (model, options); dp, tp, ep, pp: of the mesh, others of the run. In order of the number of processes.
 LAYOUTS = {
+    "pp2, 1F1B, tied": ("dense", dict(pp=2, micro=4)),
+    "mixed, pp2, interleaved, a stage without layers": (
+        "mixed",
+        dict(pp=2, micro=2, schedule="interleaved", virtual=2, layers=(0, 1, 1, 1)),
+    ),
+    "pp2, GPipe, uneven": ("deep", dict(pp=2, micro=4, schedule="gpipe", layers=(1, 4))),
+    "untied, pp2": ("untied", dict(pp=2, micro=2)),
+    "pp2, interleaved, tied": ("deep", dict(pp=2, micro=4, schedule="interleaved", virtual=2)),
     "dp2": ("dense", dict(dp=2)),
     "dp2, scan, 2 micro-batches, ZeRO 2": ("dense", dict(dp=2, loop="scan", micro=2, zero=2)),
     "tp2": ("untied", dict(tp=2)),
@@ -74,7 +81,20 @@ LAYOUTS = {
     "moe, dp4 ep4, ZeRO 3, scan": ("moe8", dict(dp=4, ep=4, zero=3, loop="scan")),
     "moe, dp4 ep2, capacity, ZeRO 2": ("capacity", dict(dp=4, ep=2, zero=2)),
     "mixed, dp2 tp2 ep2, 2 micro-batches": ("mixed", dict(dp=2, tp=2, ep=2, micro=2)),
+    "moe, pp2 dp2 ep2, ZeRO 1": ("moe", dict(pp=2, dp=2, ep=2, micro=2, zero=1)),
+    "pp4, 1F1B, tied": ("deep", dict(pp=4, micro=4)),
+    "pp4, GPipe, two stages without layers": ("untied", dict(pp=4, micro=2, schedule="gpipe")),
+    "mixed, pp4, 1F1B, few micro-batches": ("mixed", dict(pp=4, micro=2)),
+    "pp2 tp2": ("untied", dict(pp=2, tp=2, micro=2)),
+    "pp2 tp2, sequence parallel, interleaved, tied": ("deep", dict(pp=2, tp=2, seq=True, micro=2, schedule="interleaved", virtual=2)),
+    "pp2 dp2": ("dense", dict(pp=2, dp=2, micro=2)),
+    "pp2 dp2, ZeRO 1, tied": ("dense", dict(pp=2, dp=2, micro=2, zero=1)),
+    "pp2 dp2, ZeRO 2, tied": ("dense", dict(pp=2, dp=2, micro=2, zero=2)),
+    "pp2 dp2, ZeRO 3, tied": ("dense", dict(pp=2, dp=2, micro=2, zero=3)),
+    "moe, pp2 dp2 ep2, interleaved, bias": ("moe8", dict(pp=2, dp=2, ep=2, micro=2, schedule="interleaved", virtual=2)),
+    "moe, pp2 tp2 ep2, sequence parallel": ("moe8", dict(pp=2, tp=2, ep=2, seq=True, micro=2)),
     "dp2 tp4, sequence parallel, ZeRO 1": ("dense", dict(dp=2, tp=4, seq=True, zero=1)),
+    "moe, pp2 dp2 tp2 ep2, ZeRO 2": ("moe", dict(pp=2, dp=2, tp=2, ep=2, micro=2, zero=2)),
     "moe, dp4 tp2 ep4, sequence parallel, ZeRO 2": ("moe8", dict(dp=4, tp=2, ep=4, seq=True, zero=2, loop="scan")),
 }
 
@@ -99,12 +119,27 @@ SLOW = (
     "moe, dp4 ep2, capacity, ZeRO 2",
     "mixed, dp2 tp2 ep2, 2 micro-batches",
     "dp2 tp4, sequence parallel, ZeRO 1",
+    "pp2, GPipe, uneven",
+    "untied, pp2",
+    "pp2, interleaved, tied",
+    "pp4, 1F1B, tied",
+    "pp4, GPipe, two stages without layers",
+    "mixed, pp4, 1F1B, few micro-batches",
+    "pp2 tp2",
+    "pp2 tp2, sequence parallel, interleaved, tied",
+    "pp2 dp2",
+    "pp2 dp2, ZeRO 1, tied",
+    "pp2 dp2, ZeRO 2, tied",
+    "pp2 dp2, ZeRO 3, tied",
+    "moe, pp2 dp2 ep2, interleaved, bias",
+    "moe, pp2 tp2 ep2, sequence parallel",
+    "moe, pp2 dp2 tp2 ep2, ZeRO 2",
     "moe, dp4 tp2 ep4, sequence parallel, ZeRO 2",
 )
 
 
 def processes(options):
-    return options.get("dp", 1) * options.get("tp", 1)
+    return options.get("dp", 1) * options.get("tp", 1) * options.get("pp", 1)
 
 
 def run(model, options, rank=0):
@@ -124,10 +159,14 @@ def run(model, options, rank=0):
         if at == 0:
             out.update({f"gradient.{path}": m / (1 - config.optim.b1) for path, m in moments(cfg, program, state, sharding, options)})
     out.update({f"parameter.{path}": w.asnumpy() for path, w in tree_paths(program.params(state))})
-    kinds = [name for name in ("params", "frozen", "m", "v") if state[name] is not None]
+    kinds = [name for name in ("params", "frozen", "m", "v") if state.get(name) is not None]
     out["state bytes"] = sum(w.nbytes for name in kinds for w in tree_leaves(state[name]))
-    trained = select(structure(cfg, options), lambda spec: spec.trains)
-    return {**out, **{f"shape.{path}": w.shape for path, w in tree_paths(from_tuple(trained, state["m"]))}}
+    if mesh.pp > 1 or mesh.world == 1:
+        batch = make_batch(STEPS, rows=ROWS, vocab=cfg.vocab_size)
+        out["evaluation"] = program.evaluate(state, [{key: value[mine] for key, value in batch.items()}])
+    if program.executor:
+        out["live"], out["own parts"] = program.executor.live, own_parts(program, state, mesh, out)
+    return {**out, **{f"shape.{h.names[0].partition('/')[2]}": h.data.shape for h in program.held(state) if h.names[0].startswith("m/")}}
 
 
 def parameters(cfg):
@@ -139,8 +178,15 @@ def parameters(cfg):
     return params
 
 
+def own_parts(program, state, mesh, out):
+    """Whether what a rank holds of the parameters is what the whole ones have there, tied embeddings on the last stage too."""
+    held = {h.names[0].partition("/")[2]: h for h in program.held(state) if h.names[0].startswith("params/")}
+    parts = {path: cut(mesh, h.spec, h.axes, out[f"parameter.{path}"].__getitem__) for path, h in held.items()}
+    return all(np.array_equal(part, held[path].data.asnumpy()) for path, part in parts.items())
+
+
 def sharding_of(cfg, options, rank=0):
-    sizes = {axis: options[axis] for axis in ("dp", "tp", "ep") if axis in options}
+    sizes = {axis: options[axis] for axis in ("dp", "tp", "ep", "pp") if axis in options}
     mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
     return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0))
 
@@ -149,21 +195,21 @@ def run_config(options):
     config = common.get_config()
     config.train.layer_loop = options.get("loop", "unroll")
     config.parallel.micro_batches = options.get("micro", 1)
+    config.parallel.pp_schedule, config.parallel.virtual_stages = options.get("schedule", "1f1b"), options.get("virtual", 1)
+    config.parallel.stage_layers = options.get("layers", ())
     config.optim.eps = 1e-5  # at 1e-8 rounding alone moves parameters
     config.optim.clip_norm = 0.5  # acts in every step, so that the norm enters the gradients
     return config
 
 
-def structure(cfg, options):
-    return stacked_specs(cfg) if options.get("loop") == "scan" else param_specs(cfg)
-
-
 def moments(cfg, program, state, sharding, options):
     """(path, first moment), whole: after one step that is the clipped gradient times 1 - b1."""
-    placed = select(train.placements(cfg, sharding, options.get("loop") == "scan"), lambda p: p.spec.trains)
-    for (path, p), m in zip(tree_paths(placed), tree_leaves(state["m"])):
-        if p.spec.optimizer == "adamw":
-            yield path, whole(sharding.mesh, p.spec, p.state, m)
+    mine = {h.names: h.data for h in program.held(state)}
+    for h in program.held():
+        kind, _, path = h.names[0].partition("/")
+        if kind == "m" and h.spec.optimizer == "adamw":
+            path = path if len(h.names) == 1 else "layers." + path.split(".", 2)[2]
+            yield path, whole(sharding.mesh, h.spec, h.axes, mine.get(h.names), holder=h.holders[0] if h.holders else None)
 
 
 def main(names):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import train
+from experiments import train, train_pipeline
 from parallel import checkpoint_store
 from parallel.checkpoint import match, pieces, wanted
 from parallel.checkpoint_files import step_folder
@@ -15,7 +15,7 @@ from parallel.spec import tree_paths
 from qwen3.model import param_specs
 from tests import processes
 from tests.parallel import checkpoint_groups
-from tests.parallel.layouts import sharding_of
+from tests.parallel.layouts import run_config, sharding_of
 from tests.tiny import DENSE, MOE
 
 MODELS = {"dense": DENSE.replace(num_layers=3), "moe": MOE.replace(num_experts=8, router_bias=True)}
@@ -32,14 +32,18 @@ LAYOUTS = {
     "tp4 of 2 kv heads": dict(tp=4),
     "dp2 tp4, ZeRO 1": dict(dp=2, tp=4, zero=1),
     "dp8, ZeRO 2": dict(dp=8, zero=2),
+    "pp2 dp2, ZeRO 1": dict(pp=2, dp=2, zero=1),
+    "pp2 tp2, interleaved": dict(pp=2, tp=2, schedule="interleaved", virtual=2),
+    "pp4, ends without layers": dict(pp=4, layers=(0, 2, 1, 0)),
 }
 EXPERTS = {
     "dp2 ep2": dict(dp=2, ep=2),
     "dp2 tp2 ep4": dict(dp=2, tp=2, ep=4, seq=True),
     "dp4 ep2, ZeRO 3, scan": dict(dp=4, ep=2, zero=3, loop="scan"),
     "dp4 tp2 ep4, ZeRO 2": dict(dp=4, tp=2, ep=4, seq=True, zero=2),
+    "pp2 dp2 ep2, ZeRO 3": dict(pp=2, dp=2, ep=2, zero=3),
 }
-CASES = [("dense", name) for name in LAYOUTS] + [("moe", name) for name in {**LAYOUTS, **EXPERTS}]
+CASES = [("dense", name) for name in LAYOUTS] + [("moe", name) for name in {**LAYOUTS, **EXPERTS} if "layers" not in LAYOUTS.get(name, ())]
 
 
 def rng_state(cfg):
@@ -54,7 +58,11 @@ def ranks_of(cfg, options):
     scan = options.get("loop") == "scan"
     for rank in range(sharding_of(cfg, options).mesh.world):
         sharding = sharding_of(cfg, options, rank)
-        yield sharding.mesh, train.placements(cfg, sharding, scan), cfg.num_layers if scan else 0
+        mesh = sharding.mesh
+        if mesh.pp > 1:
+            yield mesh, train_pipeline.placements(cfg, run_config(options), sharding)[1][mesh.index(("pp",)) :: mesh.pp], 0
+            continue
+        yield mesh, train.placements(cfg, sharding, scan), cfg.num_layers if scan else 0
 
 
 def held_of(mesh, placed, layers, arrays):
@@ -99,23 +107,26 @@ def test_every_layout_saves_the_same_arrays_each_element_once_and_by_all_ranks(m
         got = reader.read(key)
         assert got.dtype == want.dtype and got.tobytes() == want.tobytes(), key
     total, ranks = sum(a.nbytes for a in arrays[model].values()), written[model, name]
-    assert sum(ranks) == total and max(ranks) < 1.5 * total / len(ranks)
+    assert sum(ranks) == total and (name.startswith("pp") or max(ranks) < 1.5 * total / len(ranks))
 
 
 def restore_and_compare(folder, cfg, options, arrays):
     """Every rank of a layout restores, and has what it would cut out of the whole."""
+    names = set()
     for mesh, placed, layers in ranks_of(cfg, options):
-        reader = Reader(folder)
-        assert match(reader, wanted(train.held_arrays(placed, layers)))[1] == ""
+        reader, shapes = Reader(folder), wanted(train.held_arrays(placed, layers))
+        assert match(reader, shapes, partial=mesh.pp > 1)[0] == set(shapes)
+        names.update(shapes)
         state = train.restored(mesh, placed, layers, reader.read, reader.meta["norm"])
         assert state["norm"].asnumpy() == 0.25
         want = held_of(mesh, placed, layers, arrays)
         got = train.held_arrays(placed, layers, state)
         for a, b in zip(want, got, strict=True):
             assert a.data.tobytes() == b.data.asnumpy().tobytes() and a.data.shape == b.data.shape, (mesh, a.names)
+    assert names == set(arrays)
 
 
-FEW = ("one", "dp2 tp2, ZeRO 3, scan", "dp2 tp4, ZeRO 1")
+FEW = ("one", "dp2 tp2, ZeRO 3, scan", "dp2 tp4, ZeRO 1", "pp2 dp2, ZeRO 1")
 
 
 @pytest.mark.parametrize("model, name", CASES)
@@ -134,17 +145,18 @@ def test_a_layout_restores_what_each_layout_saved(model, name, saved):
 
 
 GROUPS = {
-    4: ("dense", [dict(dp=2, tp=2, zero=1)]),
+    2: ("dense", [dict(pp=2, micro=2), dict(tp=2, micro=2)]),
+    4: ("dense", [dict(dp=2, tp=2, zero=1), dict(pp=2, dp=2)]),
     8: ("moe8", [dict(dp=4, tp=2, ep=4, seq=True, zero=2), dict(dp=8, zero=3)]),
 }
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 8))])
 def test_processes_save_while_they_train_and_go_on_in_another_layout(count, tmp_path):
     model, layouts = GROUPS[count]
     (tmp_path / "checkpoints").mkdir()
     ranks = processes.run("tests.parallel.checkpoint_groups:main", count, model, json.dumps(layouts), str(tmp_path), timeout_s=600)
-    one = checkpoint_groups.Run(model, {}, 0, str(tmp_path))
+    one = checkpoint_groups.Run(model, {"micro": layouts[0].get("micro", 1)}, 0, str(tmp_path))
     _, alone = one.step(one.restore(step_folder(str(tmp_path), 2)), 2)
     for rank, found in enumerate(ranks):
         assert found["saved"] and found["next state"] and list(found["steps"]) == [2]

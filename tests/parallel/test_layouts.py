@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from parallel.pipeline import live_formula, split_layers
 from parallel.placement import local_shape, place
 from parallel.spec import tree_leaves
 from qwen3.model import param_specs
@@ -52,6 +53,8 @@ def test_a_layout_equals_one_process(name):
             worst = error(value, ranks[0][key])
             assert worst <= TOLERANCE[kind], f"{key}: error {worst:.3g} is above {TOLERANCE[kind]}"
     assert all(checked.values())
+    if "evaluation" in ranks[0]:
+        assert [rank["evaluation"] for rank in ranks] == pytest.approx([want["evaluation"]] * len(ranks), rel=1e-5)
     assert not any(value.any() for key, value in ranks[0].items() if key.startswith("expert_overflow"))
     for rank in ranks[1:]:  # replicas have not drifted apart by a bit
         for key in want:
@@ -67,14 +70,30 @@ def test_what_does_not_fit_into_the_buffers_is_counted_alike_on_every_rank():
 
 
 def check_parts(cfg, options, ranks):
-    """Each rank holds the parts that the specs say, and no more bytes."""
+    """Each rank holds the parts that the specs say, of its own pipeline stages, and no more bytes."""
     sharding = layouts.sharding_of(cfg, options)
-    mesh, placed = sharding.mesh, tree_leaves(place(sharding, param_specs(cfg)))
-    trained = [p for p in placed if p.spec.trains]
-    floats = sum(np.prod(local_shape(mesh, p.spec, p.stored)) for p in placed)
-    floats += sum(2 * np.prod(local_shape(mesh, p.spec, p.state)) for p in trained)
-    for rank in ranks:
+    mesh, every = sharding.mesh, tree_leaves(place(sharding, param_specs(cfg)))
+    for number, rank in enumerate(ranks):
+        placed = [p for p in every if number * mesh.pp // mesh.world in holders(cfg, options, p.path)]
+        trained = [p for p in placed if p.spec.trains]
+        floats = sum(np.prod(local_shape(mesh, p.spec, p.stored)) for p in placed)
+        floats += sum(2 * np.prod(local_shape(mesh, p.spec, p.state)) for p in trained)
         assert rank["state bytes"] == 4 * floats
-    if options.get("loop") != "scan":
-        for p in trained:
-            assert tuple(ranks[-1][f"shape.{p.path}"]) == local_shape(mesh, p.spec, p.state), p.path
+        if options.get("loop") != "scan":
+            found = {key.partition(".")[2]: tuple(value) for key, value in rank.items() if key.startswith("shape.")}
+            assert found == {p.path: local_shape(mesh, p.spec, p.state) for p in trained}
+        if mesh.pp > 1:
+            assert rank["own parts"]
+            name, micro, virtual = options.get("schedule", "1f1b"), options["micro"], options.get("virtual", 1)
+            assert rank["live"] == live_formula(name, number * mesh.pp // mesh.world, mesh.pp, micro, virtual)
+
+
+def holders(cfg, options, path):
+    """The places along pp that have a parameter."""
+    pp, virtual = options.get("pp", 1), options.get("virtual", 1)
+    if path.startswith("layers."):
+        counts = options.get("layers") or split_layers(cfg.num_layers, pp * virtual)
+        return [int(np.searchsorted(np.cumsum(counts), int(path.split(".")[1]), side="right")) % pp]
+    if path == "embed":
+        return [0, pp - 1] if cfg.tie_embeddings else [0]
+    return [pp - 1]

@@ -1,0 +1,302 @@
+"""The training step of a pipeline: every rank runs the compiled functions of its stages, in the order of its list of actions.
+
+What a state's trees are made of here is one tree for each of a rank's stages; names of parameters are those of the whole model.
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+
+from experiments import optim as optimizer
+from experiments import train
+from parallel import collectives, pipeline, zero
+from parallel.pipeline_run import Executor
+from parallel.placement import Spread, load, place, reader
+from parallel.sharding import DATA
+from parallel.spec import tree_leaves, tree_map
+from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, to_tuple
+from qwen3.model import choose_kernels, metric_names, param_specs
+from qwen3.stages import build_stage, carried_shapes, stage_specs
+
+EVAL_GROUP = 4  # times the stages: micro-batches of one run of forwards, after which all ranks wait for each other
+
+
+def build_program(cfg, config, sharding):
+    """experiments.train's Program for a mesh with pp > 1."""
+    parts = Parts(cfg, config, sharding)
+    step, executor = _step(parts), parts.executor
+
+    def init(params):
+        read = params if callable(params) else reader(params)
+        nested = to_tuple(load(sharding.mesh, parts.placed, read))
+        return {"params": nested, **optimizer.init_state(to_tuple(train.shapes(sharding.mesh, parts.placed, "state")))}
+
+    def spread(state):
+        mine = {p.path: w for p, w in zip(tree_leaves(parts.placed), tree_leaves(state["params"]))}
+        return tree_map(lambda p: Spread(sharding.mesh, p, mine.get(p.path)), parts.whole)
+
+    def params_of(state):
+        return tree_map(lambda leaf: ms.Tensor(np.array(leaf.asnumpy(everywhere=True))), spread(state))
+
+    def held(state=None):
+        return train.held_arrays(parts.placed, 0, state) if state else train.held_arrays(parts.whole, 0)  # as a checkpoint has them all
+
+    restore = partial(train.restored, sharding.mesh, parts.placed, 0)
+    return train.Program(init, params_of, step, _evaluate(parts), held, restore, spread, executor)
+
+
+def placements(cfg, config, sharding):
+    """(the range of layers of each stage, the tree of Placed of each, and that of the whole model)"""
+    parallel, pp, holders = config.parallel, sharding.mesh.pp, {}
+    layers = pipeline.stage_ranges(cfg.num_layers, pp, parallel.virtual_stages, tuple(parallel.stage_layers))
+    stages = [place(sharding, stage_specs(cfg, each, s == 0, s == len(layers) - 1)) for s, each in enumerate(layers)]
+    for s, placed in enumerate(stages):
+        for p in tree_leaves(placed):
+            holders[p.path] = (*holders.get(p.path, ()), s % pp)
+
+    def held(placed):
+        return tree_map(lambda p: replace(p, holders=holders[p.path]), placed)
+
+    return layers, list(map(held, stages)), held(place(sharding, param_specs(cfg)))
+
+
+class Parts:
+    """What the functions of a Program share: the model's stages, of which this rank has `mine`; specs and placed hold a tree for each of
+    those, whole one for the model."""
+
+    def __init__(self, cfg, config, sharding):
+        self.cfg, self.config, self.sharding, self.mesh = cfg, config, sharding, sharding.mesh
+        self.layers, stages, self.whole = placements(cfg, config, sharding)
+        self.last, self.kernels = len(self.layers) - 1, choose_kernels(config.ops, cfg, sharding)
+        self.mine = tuple(range(self.mesh.index(("pp",)), len(self.layers), self.mesh.pp))
+        self.placed = tuple(stages[s] for s in self.mine)
+        self.specs = tuple(tree_map(lambda p: p.spec, each) for each in self.placed)
+        self.shared = [i for i, p in enumerate(tree_leaves(self.placed)) if len(p.holders) > 1]  # the same matrix on two ranks
+        self.executor = Executor(len(self.layers), self.send, self.receive)
+        self.forward = {s: jit(_of_inputs(self, s)) for s in self.mine if s != self.last}
+        self.rows = 0  # of the micro-batches under way
+
+    def carried(self, stage):
+        """[(shape, dtype)] of what arrives at a stage from the one before; nothing at the first, or behind the last."""
+        return carried_shapes(self.cfg, self.sharding, self.layers[stage], self.rows) if 0 < stage <= self.last else []
+
+    def inputs(self, params, stage, carried):
+        """What a stage's compiled functions take: with the parameters, as a state has them, what the stage before has sent."""
+        k = self.mine.index(stage)
+        return {"params": from_tuple(self.specs[k], params[k]), **({"carried": carried} if carried else {})}
+
+    def compile(self, call):
+        """call(stage, its input, cotangents of its result) on zeros, so that all ranks compile at once, not one when the last has done."""
+        for s in self.mine:
+            call(s, *(tuple(ops.zeros(*each) for each in self.carried(at)) for at in (s, s + 1)))
+
+    def send(self, message, rank):
+        for x in message:
+            collectives.send(self.mesh, rank, x)
+
+    def receive(self, action, rank):
+        stage = action.stage + (not isinstance(action, pipeline.Forward))  # gradients are of what the next stage was sent
+        return tuple(collectives.receive(self.mesh, rank, *each) for each in self.carried(stage))
+
+
+def _of_inputs(parts, number):
+    """A stage as a function of (inputs, batch), see Parts.inputs and qwen3.stages.build_stage."""
+    stage = build_stage(parts.cfg, parts.sharding, parts.kernels, parts.layers[number], number == 0, number == parts.last)
+
+    def first(inputs, batch):
+        return stage(inputs["params"], (), batch)
+
+    def other(inputs, batch):
+        return stage(inputs["params"], inputs["carried"], batch)
+
+    return other if number else first
+
+
+class Gradients:
+    """The gradients of a batch: runs the rank's list of a training step."""
+
+    def __init__(self, parts):
+        config, mesh, zero_stage = parts.config, parts.mesh, parts.sharding.zero
+        self.parts, self.micro = parts, config.parallel.micro_batches
+        lists = pipeline.schedule(config.parallel.pp_schedule, mesh.pp, self.micro, config.parallel.virtual_stages)
+        self.actions = lists[mesh.index(("pp",))]
+        self.backward = {s: jit(_backward(parts, s)) for s in parts.mine}
+        axes = "state" if zero_stage >= 2 else "used"
+        self.shapes = {s: tuple(tree_leaves(train.shapes(mesh, placed, axes))) for s, placed in zip(parts.mine, parts.placed)}
+        self.compiled = False
+
+    def of(self, params, batch):
+        """(flat gradients of this rank's parameters, [objective, *metrics] on all ranks)"""
+        parts, (slices, weights) = self.parts, train.micro_batches(batch, self.micro)
+        self.params, self.batches, parts.rows = params, [train.tensors(part) for part in slices], slices[0]["tokens"].size
+        self.shares = train.shares(collectives.host_sum(parts.mesh, DATA, weights))
+        self._start()
+        if not self.compiled:
+            parts.compile(self._both_ways)
+            self.compiled = True
+            self._start()
+        parts.executor.run(self.actions, self._on_forward, self._on_backward)
+        found = collectives.host_sum(parts.mesh, ("pp",), self.found)
+        return _sum_shared(parts, [g for s in parts.mine for g in self.total[s]]), found
+
+    def _start(self):
+        self.found = np.zeros(1 + sum(math.prod(shape) for shape in _metric_shapes(self.parts.cfg)))
+        self.total = {s: optimizer.zeros_like(shapes) for s, shapes in self.shapes.items()}
+
+    def _both_ways(self, stage, carried, cotangents):
+        self._on_forward(pipeline.Forward(0, stage), carried)
+        self._on_backward(pipeline.Backward(0, stage), carried, cotangents)
+
+    def _on_forward(self, action, carried):
+        if action.stage == self.parts.last:
+            return ()  # its backward computes it
+        inputs = self.parts.inputs(self.params, action.stage, carried)
+        return self.parts.forward[action.stage](inputs, self.batches[action.micro])
+
+    def _on_backward(self, action, carried, cotangents):
+        s, share = action.stage, self.shares[action.micro]
+        inputs = to_tuple(self.parts.inputs(self.params, s, carried))
+        rest = (cotangents,) if cotangents else ()
+        self.total[s], *out = self.backward[s](inputs, self.total[s], ms.Tensor(share, ms.float32), self.batches[action.micro], *rest)
+        if s == self.parts.last:
+            objective, aux = out.pop()
+            each = [share * objective.asnumpy().reshape(-1)]
+            for name, x in zip(metric_names(self.parts.cfg), aux):
+                each.append((1.0 if name in train.SUMS else share) * x.asnumpy().reshape(-1))
+            self.found += np.concatenate(each)
+        return out[0] if out else ()
+
+
+def _backward(parts, number):
+    """f(inputs nested, flat sums, share, batch, cotangents) -> (flat sums, this micro-batch's share added; cotangents of what came from the
+    stage before; of the last stage, which takes no cotangents, also (objective, metrics)). From ZeRO stage 2 on the gradients are summed
+    over the data ranks at once, and a rank keeps its part."""
+    k, sharding, add_all, cast = parts.mine.index(number), parts.sharding, ops.HyperMap(), ops.Cast()
+    specs, names, stage = parts.specs[k], metric_names(parts.cfg), _of_inputs(parts, number)
+    early = zero.sum_gradients(sharding, tree_leaves(parts.placed[k])) if sharding.zero >= 2 else zero.same
+    like = {"params": specs, **({"carried": (0,) * len(parts.carried(number))} if number else {})}
+    flatten, n, total = flatten_in_graph(to_tuple(specs)), len(parts.carried(number + 1)), ops.ReduceSum()
+
+    def along(inputs, batch, cotangents):
+        """A number whose gradient is that of the stage's results, times these."""
+        out, value = stage(inputs, batch), 0.0
+        for i in range(n):
+            value = value + total(cast(out[i], ms.float32) * cast(cotangents[i], ms.float32), ())
+        return value
+
+    grad = grad_in_graph(stage, like, names) if number == parts.last else grad_in_graph(along, like)
+
+    def add_share(share, total, g):
+        return total + share * cast(g, ms.float32)
+
+    def first(inputs, sums, share, batch, cotangents):
+        _, grads = grad(inputs, batch, cotangents)
+        return (add_all(partial(add_share, share), sums, early(flatten(grads[0]))),)
+
+    def inner(inputs, sums, share, batch, cotangents):
+        _, grads = grad(inputs, batch, cotangents)
+        return add_all(partial(add_share, share), sums, early(flatten(grads[0]))), grads[1]
+
+    def last(inputs, sums, share, batch):
+        out, grads = grad(inputs, batch)
+        return add_all(partial(add_share, share), sums, early(flatten(grads[0]))), grads[1], out
+
+    return last if number == parts.last else inner if number else first
+
+
+def _sum_shared(parts, totals):
+    """The gradients, with those of a matrix that the first and the last stage have, tied embeddings, summed over both."""
+    mesh = parts.mesh
+    here, flat = mesh.index(("pp",)), tree_leaves(parts.placed)
+    for i in parts.shared:
+        a, b = flat[i].holders
+        if here == a:
+            totals[i] = totals[i] + collectives.receive(mesh, b, totals[i].shape, ms.float32)
+            collectives.send(mesh, b, totals[i])
+        else:
+            collectives.send(mesh, a, totals[i])
+            totals[i] = collectives.receive(mesh, a, totals[i].shape, ms.float32)
+    return totals
+
+
+def _metric_shapes(cfg):
+    """Of what metric_names names."""
+    return [(len(cfg.moe_layers), cfg.num_experts) if name == "expert_load" else () for name in metric_names(cfg)]
+
+
+def _named(cfg, found):
+    """(objective, metrics) from the vector of all their numbers."""
+    out, at = [], 1
+    for shape in _metric_shapes(cfg):
+        out.append(found[at : at + math.prod(shape)].reshape(shape))
+        at += math.prod(shape)
+    return found[0], out
+
+
+def _step(parts):
+    """step(state, batch, lr, step from 0) -> (state, metrics)."""
+    cfg, config, sharding, gradients = parts.cfg, parts.config, parts.sharding, Gradients(parts)
+    # flat, as MindSpore nests no more than 6 tuples, and the update's results are one level deeper than a rank's trees
+    specs, placed = (tuple(tree_leaves(trees)) for trees in (parts.specs, parts.placed))
+    update = train.update_of(specs, placed, sharding, config.optim, parts.kernels)
+    apply, late = update.apply, zero.same if sharding.zero >= 2 else zero.sum_gradients(sharding, placed)
+
+    def finish(params, total, m, v, mean_norm, values):
+        return apply(params, late(total), m, v, mean_norm, values, ())
+
+    finish = jit(finish)
+
+    def step(state, batch, lr, at):
+        total, found = gradients.of(state["params"], batch)
+        values = optimizer.scalars(config.optim, lr, at)
+        p, m, v = (tuple(tree_leaves(state[name])) for name in ("params", "m", "v"))
+        norm, skipped, changed = finish(p, tuple(total), m, v, state["norm"], values)
+        return update.merge(state, changed), train.metrics_of(cfg, config, (*_named(cfg, found), norm, skipped), lr)
+
+    return step
+
+
+def _evaluate(parts):
+    """evaluate(state, batches) -> nats per target: micro-batches of the size of a step's, forward through all stages."""
+    mesh, parallel = parts.mesh, parts.config.parallel
+    judge = _of_inputs(parts, parts.last)
+
+    def loss(inputs, batch):
+        _, metrics = judge(inputs, batch)
+        return metrics["loss"], metrics["tokens"]
+
+    loss, compiled = jit(loss), []
+
+    def run(params, group):
+        sums, batches = np.zeros(2), [train.tensors(part) for part in group]
+        parts.rows = group[0]["tokens"].size
+
+        def forward(action, carried):
+            inputs, batch = parts.inputs(params, action.stage, carried), batches[action.micro]
+            if action.stage < parts.last:
+                return parts.forward[action.stage](inputs, batch)
+            nats, tokens = (float(x.asnumpy()) for x in loss(inputs, batch))
+            sums[:] += nats * tokens, tokens
+            return ()
+
+        if not compiled:
+            parts.compile(lambda stage, carried, _: forward(pipeline.Forward(0, stage), carried))
+            compiled.append(True)
+            sums[:] = 0
+        lists = pipeline.forward_only(mesh.pp, len(group), parallel.virtual_stages)
+        parts.executor.run(lists[mesh.index(("pp",))], forward)
+        return collectives.host_sum(mesh, ("pp",), sums)
+
+    def evaluate(state, batches):
+        every = (part for batch in batches for part in train.micro_batches(batch, parallel.micro_batches)[0])
+        sums = np.zeros(2)
+        while group := list(islice(every, EVAL_GROUP * len(parts.layers))):
+            sums += run(state["params"], group)
+        return float(sums[0] / max(sums[1], 1.0))
+
+    return evaluate
