@@ -11,7 +11,7 @@ from experiments.train import build_program, uses_scan
 from ops import registry
 from parallel import runtime
 from parallel.spec import init_params, tree_map
-from qwen3.config import Qwen3Config
+from qwen3 import hf
 from qwen3.engine import Engine, Request
 from qwen3.generate import generate, prefill
 from qwen3.model import param_specs
@@ -20,13 +20,8 @@ REQUESTS = 400  # short ones, for the engine's memory
 
 
 def load(job):
-    cfg = Qwen3Config(**{key: _tuples(value) for key, value in job["model"].items()})
+    cfg = hf.Reader(Path(job["folder"]) / "model").config
     return cfg, tree_map(ms.Tensor, init_params(param_specs(cfg), 0))
-
-
-def _tuples(value):
-    """JSON's lists as the tuples that they were."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def train(job):

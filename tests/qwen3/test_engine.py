@@ -98,8 +98,8 @@ def test_neither_order_nor_neighbours_change_a_bit(params):
 
 
 def test_draws_are_distributed_as_the_model_says(params):
-    """The first token, drawn on the host, and the second, drawn on the device: chi squared of 500 samples, cut to the 6 likeliest."""
-    n, k, prompt = 500, 6, [5, 9, 2]
+    """The first token, drawn on the host, and the second, drawn on the device: chi squared of 300 samples, cut to the 4 likeliest."""
+    n, k, prompt = 300, 4, [5, 9, 2]
     served = tokens(serve(engine(params, slots=8), [Request(prompt, 2, temperature=0.8, top_k=k, seed=1, sample=i) for i in range(n)]))
     first = [row[0] for row in served]
     usual = max(set(first), key=first.count)
@@ -109,7 +109,7 @@ def test_draws_are_distributed_as_the_model_says(params):
         p = np.exp(logits[kept] - logits[kept].max())
         expected = p / p.sum() * len(drawn)
         observed = np.array([drawn.count(token) for token in kept])
-        assert observed.sum() == len(drawn) > 80
+        assert observed.sum() == len(drawn) > 50
         likely = expected > 5
         assert (((observed - expected) ** 2 / expected)[likely]).sum() < 2 * k + 10  # chance alone gives more once in a thousand times
 
