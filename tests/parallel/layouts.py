@@ -200,7 +200,7 @@ def run(model, options, rank=0):
     out.update({f"parameter.{path}": w.asnumpy() for path, w in tree_paths(program.params(state))})
     kinds = [name for name in ("params", "frozen", "m", "v") if state.get(name) is not None]
     out["state bytes"] = sum(w.nbytes for name in kinds for w in tree_leaves(state[name]))
-    if mesh.pp > 1 or mesh.world == 1:
+    if options.get("evaluate", mesh.pp > 1):
         batch = make_batch(STEPS, rows=ROWS, vocab=cfg.vocab_size)
         out["evaluation"] = program.evaluate(state, [{key: value[mine] for key, value in batch.items()}])
     if program.executor:
