@@ -11,6 +11,7 @@ from absl import flags
 
 from experiments import evaluation
 from experiments import flags as command_line
+from experiments.configs import common
 from parallel import collectives
 from parallel.checkpoint_files import write_json
 
@@ -18,7 +19,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags():
-    command_line.define("experiments/configs/common.py")
+    command_line.define(common.__file__)  # wherever this is started
     flags.DEFINE_string("data", None, "a text file or folder, the prefix of a pair, weight,prefix,..., or what a stream reads")
     flags.DEFINE_enum("part", "all", ["all", "held_out"], "of --data: all of it, or what a training run holds out of it")
     flags.DEFINE_integer("rows", 0, "rows of data at most; 0 for all")
