@@ -7,13 +7,14 @@ import mindspore as ms
 import numpy as np
 
 from experiments.train import placements, uses_scan
-from layers import embed, norm
+from layers import attention, embed, norm, rope
 from ops.routing import shard_capacity
 from parallel import context, traffic
 from parallel.placement import place
+from parallel.sharding import Sharding
 from parallel.spec import init_params, tree_leaves, tree_map
 from parallel.step import value_and_grad
-from qwen3.model import build, layer_specs, param_specs
+from qwen3.model import build, choose_kernels, layer_specs, param_specs
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 HEADER = ("sent in a step", "collective", "over", "ranks", "calls", "bytes a rank sends")
@@ -52,8 +53,7 @@ def step_calls(config, cfg, sharding):
     sizes, recompute = (config.train.batch_size // micro, config.train.seq_len), config.train.recompute
     rest, layers = model_calls(cfg, sharding, *sizes)
     if recompute == "attention":
-        _, twice = model_calls(cfg, sharding, *sizes, recompute)  # whose recomputed ops run twice
-        layers = layers + traffic.again(twice - layers, 1)
+        layers = layers + traffic.times(traffic.again(attention_calls(cfg, sharding, *sizes), 1), cfg.num_layers)
     elif recompute == "full" and not scan:
         layers = layers + traffic.again(layers, 1)
     if scan:
@@ -62,10 +62,21 @@ def step_calls(config, cfg, sharding):
     return traffic.times(rest + layers, micro) + update
 
 
-def model_calls(cfg, sharding, batch_size, seq_len, recompute="none"):
+def attention_calls(cfg, sharding, batch_size, seq_len):
+    """Counter of the forward calls of a layer's attention and the norm before it."""
+    small, watched = cfg.replace(**dict(SMALL, num_layers=1)), traffic.Watched(sharding)
+    kernels, batch = choose_kernels({}, small, sharding), _batch()
+    p = tree_map(ms.Tensor, init_params({"attention": attention.specs(small), "attention_norm": norm.specs(small)}, 0))
+    attend, rms = attention.build(small, watched, kernels)[0], norm.build(small, watched, kernels)[0]
+    x, (cos, sin) = ms.Tensor(np.ones((4, small.hidden_size), np.float32)), rope.build(small, Sharding())(batch["positions"])
+    attend(p["attention"], rms(p["attention_norm"], x), cos, sin, batch["segment_ids"], batch["positions"])
+    return traffic.of_ops(sharding, watched.bound, watched.seen, _sizes(cfg, sharding, batch_size, seq_len), BYTES[cfg.compute_dtype])
+
+
+def model_calls(cfg, sharding, batch_size, seq_len):
     """(Counter of the calls outside the layers, of those in them) for forward and backward of one global micro-batch."""
     kinds = sorted({cfg.is_moe_layer(i) for i in range(cfg.num_layers)})
-    of = partial(_watched, cfg, sharding, _sizes(cfg, sharding, batch_size, seq_len), recompute)
+    of = partial(_watched, cfg, sharding, _sizes(cfg, sharding, batch_size, seq_len))
     each_once = of(kinds)
     layers, rest = Counter(), Counter(each_once)
     for kind in kinds:
@@ -84,7 +95,7 @@ def _gathered(sharding, specs):
     return traffic.of_gathered(sharding, tree_leaves(place(sharding, specs)))
 
 
-def _watched(cfg, sharding, sizes, recompute, kinds):
+def _watched(cfg, sharding, sizes, kinds):
     """The calls of a model with these kinds of layers (True: of experts), as seen in a small one."""
     small = dict(SMALL, num_layers=len(kinds), tie_embeddings=cfg.tie_embeddings)
     if cfg.num_experts:
@@ -93,7 +104,7 @@ def _watched(cfg, sharding, sizes, recompute, kinds):
         small.update(num_experts=experts, moe_ffn_size=4, mlp_only_layers=dense, decoder_sparse_step=1)
     small, watched = cfg.replace(**small), traffic.Watched(sharding)
     params = tree_map(ms.Tensor, init_params(param_specs(small), 0))
-    model = build(small, watched, recompute=recompute)
+    model = build(small, watched)
     value_and_grad(_loss(model))(params, _batch())
     return traffic.of_ops(sharding, watched.bound, watched.seen, sizes, BYTES[cfg.compute_dtype])
 

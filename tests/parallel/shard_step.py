@@ -66,7 +66,6 @@ class Case:
     zero: int = 0
     layer_loop: str = "unroll"
     ops: dict = field(default_factory=dict)
-    recompute: str = "none"
     planted: str = ""
 
     def mesh(self, rank=0):
@@ -80,7 +79,6 @@ class Case:
         config = common.get_config()
         config.train.layer_loop, config.train.batch_size, config.train.seq_len = self.layer_loop, ROWS, SEQ_LEN
         config.ops.update(self.ops)
-        config.train.recompute = self.recompute
         config.parallel.zero, config.parallel.seq_parallel = self.zero, self.seq_parallel
         return config
 
@@ -100,8 +98,6 @@ CASES = {
     "zero3": Case(ONE_LAYER, True, zero=3),
     "cp-ring": Case(ONE_LAYER, axes=dict(dp=1, tp=2, cp=2)),
     "cp-ulysses": Case(DENSE, True, axes=dict(dp=1, tp=2, cp=2, ulysses=2)),
-    "recompute": Case(DENSE, True, recompute="full"),
-    "recompute-attention": Case(DENSE, True, recompute="attention"),
     "dense-scan": Case(DENSE, layer_loop="scan"),
     "references": Case(MOE, True, ops={op: "reference" for op in OPS}),
     "float32": Case(DENSE.replace(num_layers=1, compute_dtype="float32")),

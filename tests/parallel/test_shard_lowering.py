@@ -30,7 +30,7 @@ FAST = {"shard": ("moe-sp",), "manual": ("dense-sp",)}
 PLANTED = ("unscattered", "summed_twice", "unannotated")
 SLOW = {"shard": ("dense", "dense-sp", "moe", "moe-ep-sp", *PLANTED), "manual": ("dense", "moe-ep-sp")}
 SLOW_OPS = {"shard": ("references",), "manual": ("dense-scan", "float32"), "generate": ("generate",)}
-SLOW_TRAFFIC = (*SLOW["manual"], "zero1", "zero2", "zero3", "cp-ring", "cp-ulysses", "recompute", "recompute-attention")
+SLOW_TRAFFIC = (*SLOW["manual"], "zero1", "zero2", "zero3", "cp-ring", "cp-ulysses")
 
 pytestmark = pytest.mark.skipif(standin.unavailable() is not None, reason=str(standin.unavailable()))
 
