@@ -74,7 +74,11 @@ def build_program(cfg, config, sharding=None):
     def init(params):
         read = params if callable(params) else reader(params)
         moving, fixed = (to_tuple(_load(sharding.mesh, part, read, layers)) if part else None for part in parts)
-        return {"params": moving, "frozen": fixed, **optimizer.init_state(to_tuple(shapes(sharding.mesh, parts.moving, "state")))}
+        return {
+            "params": moving,
+            **({"frozen": fixed} if fixed else {}),
+            **optimizer.init_state(to_tuple(shapes(sharding.mesh, parts.moving, "state"))),
+        }
 
     def whole(state):
         fixed = from_tuple(parts.fixed, state["frozen"]) if parts.fixed else None
@@ -228,8 +232,9 @@ def restored(mesh, placed, num_layers, read, norm):
         return to_tuple(_load(mesh, part, lambda path, slices: read(f"{kind}/{path}", slices), num_layers, axes))
 
     state = {kind: tree(kind, parts.moving, axes) for kind, axes in STATE.items()}
-    frozen = tree("params", parts.fixed, "stored") if parts.fixed else None
-    return {**state, "frozen": frozen, "norm": ms.Tensor(norm, ms.float32)}
+    if parts.fixed:
+        state["frozen"] = tree("params", parts.fixed, "stored")
+    return {**state, "norm": ms.Tensor(norm, ms.float32)}
 
 
 def _names(kind, path, num_layers):
@@ -358,7 +363,7 @@ def _one_batch(grad, update):
     fused = jit(fused)
 
     def run(state, batch, values):
-        out, changed = fused(state["params"], state["frozen"], state["m"], state["v"], state["norm"], values, tensors(batch))
+        out, changed = fused(state["params"], state.get("frozen"), state["m"], state["v"], state["norm"], values, tensors(batch))
         return update.merge(state, changed), out
 
     return run
@@ -391,7 +396,9 @@ def _accumulated(grad, specs, names, update, sharding, placed, count):
         total, loss, aux = optimizer.zeros_like(parts), 0.0, [0.0] * len(names)
         slices, weights = micro_batches(batch, count)
         for share, part in zip(shares(collectives.host_sum(sharding.mesh, DATA, weights)), slices):
-            part_loss, part_aux, total = accumulate(state["params"], state["frozen"], total, ms.Tensor(share, ms.float32), tensors(part))
+            part_loss, part_aux, total = accumulate(
+                state["params"], state.get("frozen"), total, ms.Tensor(share, ms.float32), tensors(part)
+            )
             loss += share * _number(part_loss)
             aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
         norm, skipped, changed = finish(state["params"], total, state["m"], state["v"], state["norm"], values)

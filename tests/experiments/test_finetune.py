@@ -135,6 +135,7 @@ def test_frozen_weights_stay_bit_for_bit_and_have_no_state(base):
     assert len(tree_paths(state["m"])) == len(tree_paths(state["v"])) == len(adapters) == 2 * 2 * 4
 
 
+@pytest.mark.slow
 def test_a_stopped_and_resumed_run_of_adapters_is_bit_for_bit_the_one_that_went_through(base, lora_run, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -198,7 +198,7 @@ def run(model, options, rank=0):
         if at == 0:
             out.update({f"gradient.{path}": m / (1 - config.optim.b1) for path, m in moments(cfg, program, state, sharding, options)})
     out.update({f"parameter.{path}": w.asnumpy() for path, w in tree_paths(program.params(state))})
-    kinds = [name for name in ("params", "frozen", "m", "v") if state.get(name) is not None]
+    kinds = [name for name in ("params", "frozen", "m", "v") if name in state]
     out["state bytes"] = sum(w.nbytes for name in kinds for w in tree_leaves(state[name]))
     if options.get("evaluate", mesh.pp > 1):
         batch = make_batch(STEPS, rows=ROWS, vocab=cfg.vocab_size)
