@@ -74,11 +74,8 @@ def build_program(cfg, config, sharding=None):
     def init(params):
         read = params if callable(params) else reader(params)
         moving, fixed = (to_tuple(_load(sharding.mesh, part, read, layers)) if part else None for part in parts)
-        return {
-            "params": moving,
-            **({"frozen": fixed} if fixed else {}),
-            **optimizer.init_state(to_tuple(shapes(sharding.mesh, parts.moving, "state"))),
-        }
+        state = {"params": moving, **optimizer.init_state(to_tuple(shapes(sharding.mesh, parts.moving, "state")))}
+        return {**state, "frozen": fixed} if fixed else state
 
     def whole(state):
         fixed = from_tuple(parts.fixed, state["frozen"]) if parts.fixed else None
@@ -396,9 +393,8 @@ def _accumulated(grad, specs, names, update, sharding, placed, count):
         total, loss, aux = optimizer.zeros_like(parts), 0.0, [0.0] * len(names)
         slices, weights = micro_batches(batch, count)
         for share, part in zip(shares(collectives.host_sum(sharding.mesh, DATA, weights)), slices):
-            part_loss, part_aux, total = accumulate(
-                state["params"], state.get("frozen"), total, ms.Tensor(share, ms.float32), tensors(part)
-            )
+            weight, rows = ms.Tensor(share, ms.float32), tensors(part)
+            part_loss, part_aux, total = accumulate(state["params"], state.get("frozen"), total, weight, rows)
             loss += share * _number(part_loss)
             aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
         norm, skipped, changed = finish(state["params"], total, state["m"], state["v"], state["norm"], values)
