@@ -57,7 +57,7 @@ def init_state(params):
 
 def zeros_like(params):
     """A tree of float32 zeros of the shapes of `params`."""
-    return tree_map(lambda w: ms.Tensor(np.zeros(w.shape, np.float32)), params)
+    return tree_map(lambda w: ms.Tensor.from_numpy(np.zeros(w.shape, np.float32)), params)
 
 
 def scalars(optim, lr, step):
@@ -92,7 +92,7 @@ def adamw(specs, optim, kernels, norm_squared=None):
 
 def in_place(specs, kernels):
     """For each leaf whether update changes p, m and v themselves. Not those whose gradient is not finite, then, nor those skipped."""
-    return tuple(kernels.adamw == "cpu" and spec.optimizer != "sign" for spec in tree_leaves(specs))
+    return tuple(kernels.adamw != "reference" and spec.optimizer != "sign" for spec in tree_leaves(specs))
 
 
 def in_norm(specs):
@@ -136,7 +136,7 @@ def _norm_control(optim):
 
 def _leaf_update(optim, kernels):
     # what is changed in place has to be kept from a gradient that is not finite, too
-    make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=bool(optim.skip_spikes) or kernels.adamw == "cpu")
+    make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=bool(optim.skip_spikes) or kernels.adamw != "reference")
     decayed, plain = make(decay=float(optim.weight_decay)), make(decay=NO_DECAY)
     rate, sign, cast = optim.router_bias_rate, ops.Sign(), ops.Cast()
 

@@ -64,12 +64,12 @@ def build_program(cfg, config, sharding=None):
         run_step = _one_batch(model, specs, names, update)
     else:
         run_step = _accumulated(model, specs, names, update, sharding, placed, config.parallel.micro_batches)
-    eval_loss, layers = jit(_eval_loss(model)), cfg.num_layers if scan else 0
+    eval_loss, layers, held_there = jit(_eval_loss(model)), cfg.num_layers if scan else 0, resident(kernels)
 
     def init(params):
         read = params if callable(params) else reader(params)
         nested = to_tuple(_load(sharding.mesh, placed, read, layers))
-        return {"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))}
+        return held_there({"params": nested, **optimizer.init_state(to_tuple(shapes(sharding.mesh, placed, "state")))})
 
     def spread(state):
         return spread_arrays(sharding, cfg, from_tuple(specs, state["params"]), scan)
@@ -92,8 +92,24 @@ def build_program(cfg, config, sharding=None):
             nats, targets = nats + loss * tokens, targets + tokens
         return nats / max(targets, 1.0)
 
-    held, restore = partial(held_arrays, placed, layers), partial(restored, sharding.mesh, placed, layers)
+    held = partial(held_arrays, placed, layers)
+
+    def restore(read, norm):
+        return held_there(restored(sharding.mesh, placed, layers, read, norm))
+
     return Program(init, params_of, step, evaluate, held, restore, spread)
+
+
+def resident(kernels):
+    """f(tree of tensors) -> the tree in the device's memory, where AdamW changes it in place: of what comes from the host, Ascend's graphs
+    get another copy in each call."""
+    if kernels.adamw != "vendor":
+        return zero.same
+
+    def copied(x):
+        return x * 1
+
+    return partial(tree_map, jit(copied))
 
 
 def _check_dtype(cfg):

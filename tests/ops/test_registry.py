@@ -70,7 +70,7 @@ def test_what_cannot_be_honoured_is_refused(asked, device, dtype, message):
             dict(head_dim=64),
             "attention=vendor runs on Ascend, and this is CPU; use",
         ),
-        ({"adamw": "vendor"}, "Ascend", "bfloat16", {}, "ops.adamw=vendor does not exist, as MindSpore has no such kernel; use"),
+        ({"sampling": "vendor"}, "Ascend", "bfloat16", {}, "ops.sampling=vendor does not exist, as MindSpore has no such kernel; use"),
         (
             {"attention": "vendor"},
             "Ascend",
