@@ -1,6 +1,6 @@
 """A layout tried without its NPUs: the real step compiled for chosen ranks, and what each would hold and send.
 
-    python -m experiments.dryrun --config=experiments/configs/qwen3_32b.py --world_size=16 --tp=8 --micro_batches=2 --zero=1 --seq_parallel
+    python -m experiments.dryrun --config=experiments/configs/qwen3_32b.py --world_size=16 --tp=8 --micro_batches=1 --zero=3 --seq_parallel
 
 Axes that are not given are 1, and dp what is left of the ranks; with none given, the layout is the config's. docs/dryrun.md says how to
 read it. Exit status 1: it does not fit, or the compiled step is not what the layout says.

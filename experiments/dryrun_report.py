@@ -13,7 +13,12 @@ from qwen3.model import param_specs
 
 GIB = 2**30
 LARGEST = 12  # source lines of the buffers that are listed
-NAMES = {"input": "given to the step", "constant": "constants of the graph"}  # kind of a Block -> what is said of it
+# kind or name of a Block -> what is said of it
+NAMES = {
+    "input": "given from the host",
+    "constant": "constants of the graph",
+    "UpdateOutputDeviceAddress": "results of a graph, as the state",
+}
 
 
 def expected(config, cfg, sharding, step):
@@ -108,7 +113,8 @@ def largest(trace, live):
     """[[bytes, buffers, what made them]] of those alive at the peak, those of one source line together, the most first."""
     out = {}
     for block in live:
-        made = NAMES.get(block.kind) or trace.lines.get((block.graph, block.name)) or re.sub(r"-op\d+$", "", block.name)
+        known = NAMES.get(block.kind) or NAMES.get(block.name)
+        made = known or trace.lines.get((block.graph, block.name)) or re.sub(r"-op\d+$", "", block.name)
         size, count = out.get(made, (0, 0))
         out[made] = size + block.size, count + 1
     return [[size, count, made] for made, (size, count) in sorted(out.items(), key=lambda item: -item[1][0])[:LARGEST]]

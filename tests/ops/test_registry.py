@@ -16,7 +16,9 @@ def test_auto_is_the_kernel_where_it_serves_and_the_reference_elsewhere():
     assert half.attention == "reference" and half.adamw == "cpu"  # the optimizer's arrays are float32 in any case
 
 
-SERVED = dict(attention="vendor", grouped_matmul="vendor", rms_norm="vendor", rope="vendor", routing="vendor", swiglu="vendor")
+SERVED = dict(
+    adamw="vendor", attention="vendor", grouped_matmul="vendor", rms_norm="vendor", rope="vendor", routing="vendor", swiglu="vendor"
+)
 
 
 @pytest.mark.parametrize(
