@@ -102,11 +102,22 @@ def _watched(cfg, sharding, sizes, kinds):
         dense = tuple(i for i, is_moe in enumerate(kinds) if not is_moe)
         experts = sharding.shards("experts") * cfg.experts_per_token
         small.update(num_experts=experts, moe_ffn_size=4, mlp_only_layers=dense, decoder_sparse_step=1)
-    small, watched = cfg.replace(**small), traffic.Watched(sharding)
-    params = tree_map(ms.Tensor, init_params(param_specs(small), 0))
-    model = build(small, watched)
-    value_and_grad(_loss(model))(params, _batch())
-    return traffic.of_ops(sharding, watched.bound, watched.seen, sizes, BYTES[cfg.compute_dtype])
+    bound, seen = _run(cfg.replace(**small), sharding)
+    return traffic.of_ops(sharding, bound, seen, sizes, BYTES[cfg.compute_dtype])
+
+
+_runs = {}  # (small model, parts of each dim) -> what was seen: layouts that differ in their ranks' tasks alone share it
+
+
+def _run(small, sharding):
+    """(the ops of a model, how often each ran), on one device."""
+    key = small, tuple(sharding.shards(dim) for dim in sharding.rules)
+    if key not in _runs:
+        watched = traffic.Watched(sharding)
+        params = tree_map(ms.Tensor, init_params(param_specs(small), 0))
+        value_and_grad(_loss(build(small, watched)))(params, _batch())
+        _runs[key] = watched.bound, watched.seen
+    return _runs[key]
 
 
 def _loss(model):

@@ -12,7 +12,7 @@ from mindspore import ops
 
 from ops.registry import pick
 from parallel.spec import tree_leaves, tree_map
-from parallel.step import flatten_in_graph, to_tuple
+from parallel.step import flatten_in_graph, jit, to_tuple
 
 NO_DECAY, SIGN = 0.0, -1.0
 NORM_MEMORY = 0.95  # of the running mean of gradient norms
@@ -55,9 +55,21 @@ def init_state(params):
     return {"m": zeros_like(params), "v": zeros_like(params), "norm": ms.Tensor(0.0, ms.float32)}
 
 
+def resident(kernels):
+    """f(tree of tensors) -> the tree in the device's memory, where AdamW changes it in place: of what comes from the host, Ascend's graphs
+    get another copy in each call."""
+    if kernels.adamw != "vendor":
+        return _same
+
+    def copied(x):
+        return x * 1
+
+    return partial(tree_map, jit(copied))
+
+
 def zeros_like(params):
     """A tree of float32 zeros of the shapes of `params`."""
-    return tree_map(lambda w: ms.Tensor(np.zeros(w.shape, np.float32)), params)
+    return tree_map(lambda w: ms.Tensor.from_numpy(np.zeros(w.shape, np.float32)), params)
 
 
 def scalars(optim, lr, step):
@@ -92,7 +104,7 @@ def adamw(specs, optim, kernels, norm_squared=None):
 
 def in_place(specs, kernels):
     """For each leaf whether update changes p, m and v themselves. Not those whose gradient is not finite, then, nor those skipped."""
-    return tuple(kernels.adamw == "cpu" and spec.optimizer != "sign" for spec in tree_leaves(specs))
+    return tuple(kernels.adamw != "reference" and spec.optimizer != "sign" for spec in tree_leaves(specs))
 
 
 def in_norm(specs):
@@ -136,7 +148,7 @@ def _norm_control(optim):
 
 def _leaf_update(optim, kernels):
     # what is changed in place has to be kept from a gradient that is not finite, too
-    make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=bool(optim.skip_spikes) or kernels.adamw == "cpu")
+    make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=bool(optim.skip_spikes) or kernels.adamw != "reference")
     decayed, plain = make(decay=float(optim.weight_decay)), make(decay=NO_DECAY)
     rate, sign, cast = optim.router_bias_rate, ops.Sign(), ops.Cast()
 
@@ -148,3 +160,7 @@ def _leaf_update(optim, kernels):
         return plain(values, scale, keep, p, g, m, v)
 
     return leaf
+
+
+def _same(tree):
+    return tree

@@ -66,7 +66,7 @@ def build_program(cfg, config, sharding=None):
     placed = placements(cfg, sharding, scan)
     kernels = choose_kernels(config.ops, cfg, sharding)
     model, specs = build(cfg, sharding, scan, kernels, config.train.recompute), stacked_specs(cfg) if scan else param_specs(cfg)
-    parts, layers = Parts.of(placed), cfg.num_layers if scan else 0
+    parts, layers, held_there = Parts.of(placed), cfg.num_layers if scan else 0, optimizer.resident(kernels)
     if parts.moving is None:
         raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
     trained, gradient = Parts.of(specs).moving, _gradient(model, specs, metric_names(cfg))
@@ -75,7 +75,7 @@ def build_program(cfg, config, sharding=None):
         read = params if callable(params) else reader(params)
         moving, fixed = (to_tuple(_load(sharding.mesh, part, read, layers)) if part else None for part in parts)
         state = {"params": moving, **optimizer.init_state(to_tuple(shapes(sharding.mesh, parts.moving, "state")))}
-        return {**state, "frozen": fixed} if fixed else state
+        return held_there({**state, "frozen": fixed} if fixed else state)
 
     def whole(state):
         fixed = from_tuple(parts.fixed, state["frozen"]) if parts.fixed else None
@@ -89,18 +89,20 @@ def build_program(cfg, config, sharding=None):
 
     step = _step(cfg, config, sharding, gradient, trained, parts.moving, kernels)
     evaluate = _evaluate(build(lora.without_dropout(cfg), sharding, scan, kernels), sharding.mesh, whole)
-    held, restore = partial(held_arrays, placed, layers, with_frozen=cfg.lora is None), partial(restored, sharding.mesh, placed, layers)
+    held = partial(held_arrays, placed, layers, with_frozen=cfg.lora is None)
+
+    def restore(read, norm):
+        return held_there(restored(sharding.mesh, placed, layers, read, norm))
+
     return Program(init, params_of, step, evaluate, held, restore, spread)
 
 
 def _step(cfg, config, sharding, gradient, trained, placed, kernels):
     """Program.step. trained, placed: the specs and Placed of what trains."""
     update, noisy = update_of(trained, placed, sharding, config.optim, kernels), _noise(cfg, config, sharding.mesh)
-    micro = config.parallel.micro_batches
-    if micro == 1:
-        run_step = _one_batch(gradient, update)
-    else:
-        run_step = _accumulated(gradient, trained, metric_names(cfg), update, sharding, placed, micro)
+    micro, names = config.parallel.micro_batches, metric_names(cfg)
+    several = _accumulated(gradient, trained, names, update, sharding, placed, micro) if micro > 1 else None
+    run_step = several or _one_batch(gradient, update)
 
     def step(state, batch, lr, at):
         batch = context.cut(sharding.mesh, noisy(batch, at))

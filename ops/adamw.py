@@ -6,6 +6,7 @@ Source: Loshchilov and Hutter 2019; the order of operations is torch.optim.AdamW
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
+from mindspore.ops.auto_generate import InplaceCopy
 
 from ops.custom import kernel
 from ops.signature import check
@@ -91,6 +92,31 @@ def reference_squares():
 def cpu_squares():
     """The same for g in float32, in one pass."""
     return kernel("adamw", "sum_of_squares", "g *", _scalar, _same)
+
+
+def vendor(b1, b2, eps, decay, skips):
+    """The reference's results copied into p, m and v, which are returned, by MindSpore's InplaceCopy: of a state there is one in memory.
+
+    What reads p, m or v otherwise is as with cpu(). They have to be in the device's memory: a graph works on a copy of what comes from the
+    host.
+    """
+    new, copy = reference(b1, b2, eps, decay, skips), InplaceCopy()
+
+    def update(values, scale, keep, p, g, m, v):
+        new_p, new_m, new_v = new(values, scale, keep, p, g, m, v)
+        return ops.depend(p, copy(p, new_p)), ops.depend(m, copy(m, new_m)), ops.depend(v, copy(v, new_v))
+
+    return update
+
+
+def vendor_squares():
+    """As the reference: MindSpore has no kernel of its own."""
+    return reference_squares()
+
+
+def vendor_missing(use):
+    """It serves everywhere on Ascend."""
+    return ""
 
 
 def _token(values, scale, keep, constants, g, p, m, v):

@@ -15,6 +15,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 DTYPES = FLOATS + ("float64", "int32", "same")
 
 _numbers = itertools.count()
+listeners = []  # f(op, shapes, dtypes) of who wants to know what ops are called with, in a graph once for each kind of call
 
 
 def check(op, text, floats=FLOATS, **conditions):
@@ -24,6 +25,8 @@ def check(op, text, floats=FLOATS, **conditions):
     def require(shapes, dtypes):
         signature.check_shapes(shapes)
         signature.check_dtypes(dtypes)
+        for hear in listeners:
+            hear(op, shapes, dtypes)
         return True
 
     return ops.constexpr(require, name=f"check_{op}_{next(_numbers)}")

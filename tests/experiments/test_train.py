@@ -1,5 +1,6 @@
 """The training step: deterministic, equal under accumulation and layer loops, compiled once, and stopped by what is not finite."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -228,6 +229,23 @@ def test_steps_work_in_place_on_nothing_but_the_state(loop):
         for x, old in zip(tree_leaves(tree), before):
             np.testing.assert_array_equal(x.asnumpy(), old)
     assert any((a != b).any() for a, b in zip(values_of(program.params(state)), held))  # in place, so the test above can fail
+
+
+def test_the_update_of_ascend_gives_the_numbers_of_the_reference(monkeypatch):
+    """On CPU, where its primitive works too: in place, after everything that reads the old values."""
+    found = {}
+    for adamw in ("reference", "vendor"):
+        monkeypatch.setattr(train, "choose_kernels", lambda *_, adamw=adamw: dataclasses.replace(REFERENCE, adamw=adamw))
+        program = train.build_program(DENSE, make_config())
+        state = program.init(random_params(DENSE))
+        metrics = []
+        for step in range(3):
+            state, each = program.step(state, make_batch(step), 1e-2, step)
+            metrics.append(each)
+        found[adamw] = values_of(state), metrics
+    assert found["vendor"][1] == found["reference"][1]
+    for a, b in zip(*(values for values, _ in found.values())):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():

@@ -11,7 +11,7 @@ from tests.ops.kernels import call, same_for_any_threads, tensors
 from tests.ops.test_references import draw
 from tests.tiny import assert_close, host
 
-KINDS = {"reference": adamw.reference, "cpu": adamw.cpu}
+KINDS = {"reference": adamw.reference, "cpu": adamw.cpu, "vendor": adamw.vendor}
 SQUARES = {"reference": adamw.reference_squares, "cpu": adamw.cpu_squares}
 BETAS_AND_EPS = (0.9, 0.99, 1e-8)
 SHAPES = [(), (1,), (17,), (3, 5, 7), (131, 263)]  # the last with threads
@@ -70,8 +70,9 @@ def test_keep_decides_only_where_steps_may_be_skipped(kind, keep, skips):
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
-def test_the_kernel_changes_the_callers_tensors(way):
-    update = adamw.cpu(*BETAS_AND_EPS, 0.1, False)
+@pytest.mark.parametrize("kind", ["cpu", "vendor"])
+def test_what_works_in_place_changes_the_callers_tensors(kind, way):
+    update = KINDS[kind](*BETAS_AND_EPS, 0.1, False)
     update = jit(update) if way == "compiled" else update
     arrays = draw(5, 7), draw(5, 7), draw(5, 7), np.abs(draw(5, 7))
     p, g, m, v = tensors(*arrays)
@@ -84,9 +85,10 @@ def test_the_kernel_changes_the_callers_tensors(way):
     np.testing.assert_array_equal(host(g), arrays[1])
 
 
-def test_a_result_that_depends_on_the_update_is_enough_to_run_it():
+@pytest.mark.parametrize("kind", ["cpu", "vendor"])
+def test_a_result_that_depends_on_the_update_is_enough_to_run_it(kind):
     """So a step need not return the state, which would copy it; what reads the returned arrays sees them after the update."""
-    update = adamw.cpu(*BETAS_AND_EPS, 0.0, False)
+    update = KINDS[kind](*BETAS_AND_EPS, 0.0, False)
 
     def step(values, one, p, g, m, v):
         new = update(values, one, one, p, g, m, v)

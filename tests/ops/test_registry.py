@@ -16,7 +16,9 @@ def test_auto_is_the_kernel_where_it_serves_and_the_reference_elsewhere():
     assert half.attention == "reference" and half.adamw == "cpu"  # the optimizer's arrays are float32 in any case
 
 
-SERVED = dict(attention="vendor", grouped_matmul="vendor", rms_norm="vendor", rope="vendor", routing="vendor", swiglu="vendor")
+SERVED = dict(
+    adamw="vendor", attention="vendor", grouped_matmul="vendor", rms_norm="vendor", rope="vendor", routing="vendor", swiglu="vendor"
+)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_what_cannot_be_honoured_is_refused(asked, device, dtype, message):
             dict(head_dim=64),
             "attention=vendor runs on Ascend, and this is CPU; use",
         ),
-        ({"adamw": "vendor"}, "Ascend", "bfloat16", {}, "ops.adamw=vendor does not exist, as MindSpore has no such kernel; use"),
+        ({"sampling": "vendor"}, "Ascend", "bfloat16", {}, "ops.sampling=vendor does not exist, as MindSpore has no such kernel; use"),
         (
             {"attention": "vendor"},
             "Ascend",

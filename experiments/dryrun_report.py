@@ -1,0 +1,177 @@
+"""What a dry run found, held against what the specs and signatures say, and put into figures and tables."""
+
+import math
+import re
+from collections import Counter
+
+from experiments import layout_traffic
+from parallel import dryrun
+from parallel.dryrun import Exchange
+from parallel.placement import local_shape, place
+from parallel.spec import tree_leaves
+from qwen3.model import param_specs
+
+GIB = 2**30
+LARGEST = 12  # source lines of the buffers that are listed
+# kind or name of a Block -> what is said of it
+NAMES = {
+    "input": "given from the host",
+    "constant": "constants of the graph",
+    "UpdateOutputDeviceAddress": "results of a graph, as the state",
+}
+
+
+def expected(config, cfg, sharding, step):
+    """({kind: {path: local shape}} from the specs, Counter of the Exchanges of a training step from the signatures; None of generation)"""
+    placed = tree_leaves(place(sharding, param_specs(cfg)))
+
+    def shapes(axes, tag=""):
+        return {tag + p.path: list(local_shape(sharding.mesh, p.spec, getattr(p, axes))) for p in placed}
+
+    if step != "train":
+        return {"params": shapes("stored")}, None
+    held = {"params": shapes("stored"), "gradients": shapes("state"), "optimizer": {**shapes("state", "m."), **shapes("state", "v.")}}
+    calls = Counter()
+    for call, count in layout_traffic.step_calls(config, cfg, sharding).items():
+        calls[Exchange(call.kind, sharding.mesh.members(call.atoms), call.elements, call.itemsize)] += count
+    return held, calls
+
+
+def problems(trace, held, calls):
+    """What in a compiled step is not as it should be, in words. held, calls: as expected() gives them; calls None: not known."""
+    out = []
+    for kind, wanted in held.items():
+        found = trace.said.get(kind, {})
+        for path, shape in wanted.items():
+            if path not in found:
+                out.append(f"{kind}: {path} is not in the compiled step")
+            elif found[path][0] != shape:
+                out.append(f"{kind}: {path} is {_shape(found[path][0])} on this rank, and {_shape(shape)} in the layout")
+    out += _missing_inputs(trace)
+    if calls is not None:
+        steps = train_steps(trace)
+        for exchange in sorted({*calls, *trace.exchanges}):
+            wanted, seen = calls[exchange], trace.exchanges[exchange] / steps
+            if wanted != seen:
+                out.append(f"{_words(exchange)}: {seen:g} in a step, and {wanted} by the signatures")
+    return out
+
+
+def train_steps(trace):
+    """How often the step was run."""
+    return trace.said["steps"]
+
+
+def _missing_inputs(trace):
+    """Tensors that the process gave the step, and for which the allocator gave out nothing of their size."""
+    given = Counter(block.size for block in trace.blocks if block.kind == "input")
+    wanted = Counter(dryrun.aligned(nbytes(w)) for kind in ("params", "optimizer") for w in trace.said.get(kind, {}).values())
+    lacking = wanted - given
+    return [f"{count} inputs of {size:,} bytes were not given memory" for size, count in sorted(lacking.items())]
+
+
+def nbytes(tensor):
+    """Bytes of [shape, dtype]."""
+    return math.prod(tensor[0]) * dryrun.ITEMSIZE[tensor[1]]
+
+
+def figures(trace, mesh):
+    """What a report says of one rank at one depth, as JSON."""
+    held = {f"{kind}_bytes": sum(map(nbytes, trace.said.get(kind, {}).values())) for kind in ("params", "gradients", "optimizer", "cache")}
+    top, live = dryrun.peak(trace.blocks)
+    return {
+        **held,
+        "peak_bytes": top,
+        "rest_bytes": top - sum(held.values()),
+        "with_fragments_bytes": max(top, trace.with_fragments),
+        "margin_bytes": int(dryrun.margin_gib(trace.exchanges) * GIB),
+        "compile_s": round(trace.said["compile_s"], 1),
+        "host_bytes": trace.said["host_bytes"],
+        "collectives": collectives(trace.exchanges, train_steps(trace), mesh),
+        "largest": largest(trace, live),
+        "local_shapes": {path: shape for path, (shape, _) in trace.said["params"].items()},
+    }
+
+
+def collectives(exchanges, steps, mesh):
+    """[[kind, axes, ranks, calls a step, bytes that a rank sends in a step]]"""
+    out = {}
+    for exchange, count in exchanges.items():
+        key = exchange.kind, axes_of(exchange.ranks, mesh), len(exchange.ranks)
+        calls, sent = out.get(key, (0, 0))
+        out[key] = calls + count / steps, sent + exchange.sent() * count / steps
+    return [[*key, *value] for key, value in sorted(out.items())]
+
+
+def axes_of(ranks, mesh):
+    """The mesh's axes along which these ranks lie, as a reader names them."""
+    atoms = [atom for atom in mesh.sizes if set(mesh.members((atom,))) <= set(ranks)]
+    return "+".join(dict.fromkeys(atom[:2] for atom in atoms)) if mesh.members(tuple(atoms)) == ranks else f"ranks {ranks}"
+
+
+def largest(trace, live):
+    """[[bytes, buffers, what made them]] of those alive at the peak, those of one source line together, the most first."""
+    out = {}
+    for block in live:
+        known = NAMES.get(block.kind) or NAMES.get(block.name)
+        made = known or trace.lines.get((block.graph, block.name)) or re.sub(r"-op\d+$", "", block.name)
+        size, count = out.get(made, (0, 0))
+        out[made] = size + block.size, count + 1
+    return [[size, count, made] for made, (size, count) in sorted(out.items(), key=lambda item: -item[1][0])[:LARGEST]]
+
+
+def extrapolated(low, high, layers):
+    """The figures of a depth from those of two others, on a straight line. low, high: (number of layers, figures)."""
+    (a, x), (b, y) = low, high
+
+    def line(p, q):
+        return p + (q - p) * (layers - a) / (b - a)
+
+    out = {key: line(x[key], y[key]) for key in x if key.endswith("_bytes") and key != "host_bytes"}
+    first = {tuple(row[:3]): row[3:] for row in x["collectives"]}
+    rows = [[*row[:3], *(line(p, q) for p, q in zip(first.get(tuple(row[:3]), (0, 0)), row[3:]))] for row in y["collectives"]]
+    return {**out, "collectives": rows, "largest": y["largest"]}
+
+
+def verdict(found, hbm_gb):
+    """(whether it fits, the sentence)"""
+    used, spare = found["with_fragments_bytes"] / GIB, found["margin_bytes"] / GIB
+    fits = used + spare <= hbm_gb
+    what = f"peak {used:.1f} GiB with fragments + {spare:.1f} GiB that simulation does not count"
+    return fits, f"{'fits' if fits else 'DOES NOT FIT'}: {what} = {used + spare:.1f} GiB, of {hbm_gb:g}"
+
+
+ROWS = (
+    ("parameters", "params_bytes"),
+    ("gradients", "gradients_bytes"),
+    ("optimizer state", "optimizer_bytes"),
+    ("KV cache", "cache_bytes"),
+    ("the rest at the peak", "rest_bytes"),
+    ("peak", "peak_bytes"),
+    ("peak with fragments", "with_fragments_bytes"),
+)
+
+
+def text(report):
+    """The lines of a rank's report."""
+    found, depths = report["figures"], [layers for layers, _ in report["compiled"]]
+    how = "" if depths == [report["layers"]] else f", by a straight line from {depths[0]} and {depths[1]}"
+    took = " and ".join(f"{figures['compile_s']:.0f} s, {figures['host_bytes'] / GIB:.1f} GiB here" for _, figures in report["compiled"])
+    out = [f"rank {report['rank']}, {report['layers']} layers{how} (compiled and run in {took})"]
+    out += [f"  {name:<22} {found[key] / GIB:9.3f} GiB" for name, key in ROWS if found[key]]
+    if found["collectives"]:
+        out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5} {'calls':>9} {'GiB a rank':>12}")
+        out += [f"  {kind:<22} {axes:<8} {n:>5} {calls:>9,.0f} {sent / GIB:>12.3f}" for kind, axes, n, calls, sent in found["collectives"]]
+    out.append(f"  alive at the peak of {depths[-1]} layers, by what made it")
+    out += [f"  {size / GIB:9.3f} GiB in {count:>4}  {made}" for size, count, made in found["largest"]]
+    out += [f"  WRONG {line}" for line in report["problems"]] or ["  every part and every collective is as the layout says"]
+    return [*out, f"  {report['verdict']}"]
+
+
+def _words(exchange):
+    ranks = " ".join(map(str, exchange.ranks))
+    return f"{exchange.kind} of {exchange.elements} elements of {exchange.itemsize} bytes over ranks {ranks}"
+
+
+def _shape(shape):
+    return " x ".join(map(str, shape)) or "a scalar"

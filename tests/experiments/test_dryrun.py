@@ -1,0 +1,229 @@
+"""The dry run: steps of small models compiled for a rank of a simulated cluster, and what is reported of them.
+
+The default suite compiles two, side by side: one as it is, and one with three mistakes planted.
+"""
+
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from experiments import dryrun_jobs, dryrun_plot, dryrun_report
+from experiments import flags as command_line
+from experiments.dryrun_search import candidates, estimate, table
+from parallel import dryrun
+from parallel.placement import nbytes, place
+from parallel.sharding import Sharding
+from parallel.spec import tree_leaves
+from qwen3.model import param_specs
+from tests.experiments.test_layouts import read
+
+ROOT = Path(__file__).parent.parent.parent
+GIB = 2**30
+needs_standin = pytest.mark.skipif(dryrun.unavailable() is not None, reason=str(dryrun.unavailable()))
+
+MODEL = (
+    "--config=experiments/configs/tiny.py",
+    *(f"--config.model_args.{name}={value}" for name, value in dict(vocab_size=61, hidden_size=32, num_layers=2, head_dim=16).items()),
+    *(f"--config.model_args.{name}={value}" for name, value in dict(num_heads=4, num_kv_heads=2, ffn_size=48).items()),
+    "--config.model_args.compute_dtype=bfloat16",
+    "--config.train.batch_size=4",
+    "--config.train.seq_len=16",
+    "--config.data.vocab_size=61",
+)
+MOE = (
+    "--config.model_args.model_type=qwen3_moe",
+    *(f"--config.model_args.{name}={value}" for name, value in dict(num_experts=6, experts_per_token=2, moe_ffn_size=16).items()),
+    "--config.model_args.moe_block_size=4",
+)
+LAYOUT = ("--dp=2", "--tp=2", "--zero=2", "--seq_parallel")
+PLANTED = ("full_size_parameter", "unsharded_gradient", "missing_all_reduce")
+
+
+def compiled(config, rank=1, depths=(), step="train", planted=(), hbm_gb=58.0):
+    module = "tests.experiments.dryrun_planted" if planted else dryrun_jobs.MODULE
+    return dryrun_jobs.run(config, step, [rank], list(depths), hbm_gb, module=module, variables={"DRYRUN_PLANTED": " ".join(planted)})[0]
+
+
+def bytes_of_specs(config, rank=1):
+    """{kind: bytes} of a rank, from the specs alone."""
+    cfg, parallel = command_line.model_config(config, "any"), config.parallel
+    mesh = dryrun_jobs.layout.mesh(cfg, parallel, rank)
+    placed = tree_leaves(place(Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero), param_specs(cfg)))
+    stored, state = (sum(nbytes(mesh, p, axes) for p in placed) for axes in ("stored", "state"))
+    return {"params_bytes": stored, "gradients_bytes": state, "optimizer_bytes": 2 * state}
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """{planted or not: the report} of the two compiles of the default suite."""
+    config = read(*MODEL, *LAYOUT)
+    dryrun_jobs.Job.of(config, "train", 1, 2)  # counts the calls here, once, as threads may not
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {planted: pool.submit(compiled, config, planted=planted) for planted in ((), PLANTED)}
+        yield {planted: job.result() for planted, job in jobs.items()}
+
+
+@needs_standin
+def test_a_rank_has_the_bytes_and_the_collectives_that_the_layout_says(fast):
+    report, specs = fast[()], bytes_of_specs(read(*MODEL, *LAYOUT))
+    assert {key: report["figures"][key] for key in specs} == specs
+    assert report["problems"] == [] and report["fits"]
+    kinds = {(kind, axes) for kind, axes, *_ in report["figures"]["collectives"]}
+    assert {("ReduceScatter", "tp"), ("AllGather", "tp"), ("ReduceScatter", "dp"), ("AllReduce", "dp+tp")} <= kinds
+    assert report["figures"]["local_shapes"]["layers.1.mlp.w_gate"] == [32, 24]
+    assert (
+        report["figures"]["peak_bytes"] > sum(specs.values())
+        and max(live for _, live in report["timeline"]) == report["figures"]["peak_bytes"]
+    )
+    assert any(place.startswith(("ops/", "layers/", "parallel/")) for *_, place in report["figures"]["largest"])
+
+
+@needs_standin
+def test_what_is_planted_is_found(fast):
+    found = "\n".join(fast[PLANTED]["problems"])
+    assert "params: layers.0.mlp.w_gate is 32 x 48 on this rank, and 32 x 24 in the layout" in found
+    assert "optimizer: m.layers.1.mlp.w_down is 24 x 32 on this rank, and 12 x 32 in the layout" in found
+    assert "ReduceScatter" in found and "over ranks 1 3: 0 in a step, and 1 by the signatures" in found  # the gradients'
+    assert "AllReduce of 1 elements of 4 bytes over ranks 1 3: 0 in a step, and 2 by the signatures" in found  # the loss'
+
+
+@needs_standin
+def test_a_report_reads_as_text_and_as_a_picture(fast, tmp_path):
+    text = "\n".join(dryrun_report.text(fast[()]))
+    assert "fits: peak" in text and "every part and every collective is as the layout says" in text and "ReduceScatter" in text
+    assert "WRONG at 2 layers: params: layers.0.mlp.w_gate" in "\n".join(dryrun_report.text(fast[PLANTED]))
+    dryrun_plot.plot([fast[()]], 58.0, tmp_path / "memory.svg")
+    assert "<svg" in (tmp_path / "memory.svg").read_text()
+
+
+@needs_standin
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", PLANTED)
+def test_each_mistake_alone_is_found(planted):
+    assert compiled(read(*MODEL, *LAYOUT), planted=(planted,))["problems"]
+
+
+@needs_standin
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, layout",
+    [
+        ((), ("--dp=2", "--tp=2")),
+        ((), ("--dp=2", "--tp=2", "--zero=1", "--micro_batches=2")),
+        ((), ("--dp=2", "--tp=2", "--zero=3", "--seq_parallel", "--config.model_args.tie_embeddings=true")),
+        ((), ("--dp=1", "--tp=4", "--seq_parallel")),  # kv heads twice
+        (MOE, ("--dp=2", "--tp=2", "--ep=2", "--seq_parallel")),
+    ],
+)
+def test_small_models_have_the_bytes_of_their_specs(model, layout):
+    config = read(*MODEL, *model, *layout)
+    report, specs = compiled(config), bytes_of_specs(config)
+    assert {key: report["figures"][key] for key in specs} == specs and report["problems"] == []
+
+
+@needs_standin
+@pytest.mark.slow
+def test_two_depths_foretell_a_third():
+    """To 3 %. The widths are such that a layer, and not a rounding, is what grows."""
+    wide = ("--config.model_args.hidden_size=256", "--config.model_args.ffn_size=512", "--config.train.seq_len=256")
+    deep = read(*MODEL, *wide, *LAYOUT, "--config.model_args.num_layers=12")
+    foretold, whole = compiled(deep, depths=(2, 6))["figures"], compiled(deep)["figures"]
+    for key in ("params_bytes", "gradients_bytes", "optimizer_bytes"):
+        assert foretold[key] == whole[key]
+    assert foretold["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.03)
+    sent = [sum(row[-1] for row in figures["collectives"]) for figures in (foretold, whole)]
+    assert sent[0] == pytest.approx(sent[1], rel=0.03)
+
+
+@needs_standin
+@pytest.mark.slow
+@pytest.mark.parametrize("model, axes", [("qwen3_32b", ("--dp=2", "--tp=8", "--config.train.batch_size=8"))])
+def test_recommended_layouts_at_small_depth(model, axes):
+    """Their own widths, two layers."""
+    options = ("--pp=1", "--micro_batches=1", "--zero=1", "--seq_parallel", "--config.model_args.num_layers=2")
+    report = compiled(read(f"--config=experiments/configs/{model}.py", *axes, *options), rank=0)
+    assert report["problems"] == [] and report["fits"]
+
+
+@needs_standin
+@pytest.mark.slow
+def test_generation_compiles():
+    report = compiled(read(*MODEL), rank=0, step="generate")
+    assert report["problems"] == [] and report["figures"]["cache_bytes"] == 2 * 2 * 4 * 64 * 2 * 16 * 2
+
+
+REFUSED = [  # options, ranks, depths, what the error says
+    ((), [4], [], "--ranks=4: the layout has ranks 0 to 3"),
+    ((), [0], [2], "--layers=2 must be two depths"),
+    ((), [0], [2, 99], "--layers=99 is more than the model's 2 layers"),
+    (("--config.train.layer_loop=scan",), [0], [], "use --config.train.layer_loop=unroll"),
+]
+
+
+@pytest.mark.parametrize("options, ranks, depths, message", REFUSED)
+def test_what_cannot_be_asked_for_is_refused_before_anything_compiles(options, ranks, depths, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dryrun_jobs.check(read(*MODEL, *LAYOUT, *options), 4, ranks, depths)
+
+
+@pytest.mark.slow
+def test_axes_that_are_not_given_are_one_and_dp_is_what_is_left():
+    command = [sys.executable, "-m", "experiments.dryrun", *MODEL, "--world_size=6", "--tp=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "parallel.dp=-1: 6 ranks cannot be shared out to tp=4" in done.stderr
+
+
+def test_an_unknown_mindspore_is_named(monkeypatch):
+    monkeypatch.setattr(dryrun.importlib.metadata, "version", lambda name: "2.11.0")
+    assert "2.7.1 and 2.10.0" in dryrun.unavailable() and "this is 2.11.0; pip install mindspore==2.10.0" in dryrun.unavailable()
+
+
+BLOCKS = """start_time_stamp,end_time_stamp,size,type,task_name,node_name,graph_name
+1,9,1024,Kernel,kernel_graph_0_HostDSActor,kernel_graph_0_HostDSActor,
+2,9,512,ConstantValue,SyncTensorData,Default/data-2,
+3,5,2048,Kernel,3_Default/Mul-op1,Default/Mul-op1,kernel_graph0
+5,7,4096,Kernel,4_Default/Add-op7,Default/Add-op7,kernel_graph0
+"""
+
+
+def test_a_block_that_ends_makes_room_for_one_that_begins(tmp_path):
+    path = tmp_path / "memory_block.csv"
+    path.write_text(BLOCKS)
+    blocks = dryrun.read_blocks(path)
+    top, live = dryrun.peak(blocks)
+    assert top == 1024 + 512 + 4096 and [block.kind for block in live] == ["input", "constant", "kernel"]
+    assert dryrun.timeline(blocks)[0] == [(1, 1024), (2, 1536), (3, 3584), (5, 5632), (7, 1536), (9, 0)]
+
+
+TASKS = """() = WaitEvent(), task_info: 346, attrs {event=0;stream_id=0}
+    () <- ()
+(%1) = Default/AllGather-op0(%2), task_info: 7, attrs {group=ranks_a;comm_rank=0 8;stream_id=2}
+    (BFloat16:[8, 4]) <- (BFloat16:[4, 4])
+(%3) = Default/AllReduce-op0(%2), task_info: 8, attrs {group=ranks_a;comm_rank=0 8;stream_id=2}
+    (Float32:[]) <- (Float32:[])
+(%3) = Default/AllReduce-op0(%2), task_info: 9, attrs {group=ranks_a;comm_rank=0 8;stream_id=2}
+    (Float32:[]) <- (Float32:[])
+"""
+
+
+def test_collectives_are_read_as_often_as_they_ran(tmp_path):
+    path = tmp_path / "tracker_graph.ir"
+    path.write_text(TASKS)
+    gather, reduce = dryrun.Exchange("AllGather", (0, 8), 32, 2), dryrun.Exchange("AllReduce", (0, 8), 1, 4)
+    assert dryrun.read_exchanges(path) == {gather: 1, reduce: 2}
+    assert (gather.sent(), reduce.sent()) == (32, 4)
+
+
+def test_the_search_ranks_what_fits_and_says_how():
+    config = read("--config=experiments/configs/qwen3_0p6b.py", "--dp=1", "--tp=1")
+    lines = table(config, 8, 58.0, 3)
+    assert " fit 58 GiB" in lines[0] and lines[2].startswith("--dp=") and any("seconds of a step" in line for line in lines)
+    small = [estimate(each) for each in candidates(config, 8)]
+    assert all(memory["peak"] >= memory["state"] + memory["gradients"] and seconds["bubble"] == 0 for memory, seconds in small)
+    times = [sum(map(float, line.split()[-3:])) for line in lines[2:5]]
+    assert times == sorted(times)
+    assert "none fits" in "\n".join(table(config, 8, 0.5, 3))
