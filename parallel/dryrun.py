@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from parallel import standin
 
-VERSIONS = ("2.7.1", "2.10.0")  # whose logs and files this has read
+VERSIONS = ("2.10.0",)  # whose logs and files this has read
 RESULT = "RESULT "  # before the line of JSON that the process prints
 HEADER, ALIGNMENT = 32, 512  # bytes that the allocator adds to a tensor's, and to multiples of which it then rounds up
 ITEMSIZE = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "float64": 8}
