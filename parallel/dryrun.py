@@ -74,9 +74,8 @@ def unavailable():
     """Why there can be no dry run on this machine, with the fix; None if there can."""
     version = importlib.metadata.version("mindspore")
     if version not in VERSIONS:
-        return (
-            f"the dry run reads what MindSpore {' and '.join(VERSIONS)} write, and this is {version}; pip install mindspore=={VERSIONS[-1]}"
-        )
+        known = " and ".join(VERSIONS)
+        return f"the dry run reads what MindSpore {known} writes, and this is {version}; pip install mindspore=={VERSIONS[-1]}"
     return standin.unavailable()
 
 
