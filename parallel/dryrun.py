@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from parallel import standin
 
-VERSIONS = ("2.7.1", "2.10.0")  # whose logs and files this has read
+VERSIONS = ("2.10.0",)  # whose logs and files this has read
 RESULT = "RESULT "  # before the line of JSON that the process prints
 HEADER, ALIGNMENT = 32, 512  # bytes that the allocator adds to a tensor's, and to multiples of which it then rounds up
 ITEMSIZE = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "float64": 8}
@@ -74,9 +74,8 @@ def unavailable():
     """Why there can be no dry run on this machine, with the fix; None if there can."""
     version = importlib.metadata.version("mindspore")
     if version not in VERSIONS:
-        return (
-            f"the dry run reads what MindSpore {' and '.join(VERSIONS)} write, and this is {version}; pip install mindspore=={VERSIONS[-1]}"
-        )
+        known = " and ".join(VERSIONS)
+        return f"the dry run reads what MindSpore {known} writes, and this is {version}; pip install mindspore=={VERSIONS[-1]}"
     return standin.unavailable()
 
 

@@ -179,7 +179,7 @@ def test_axes_that_are_not_given_are_one_and_dp_is_what_is_left():
 
 def test_an_unknown_mindspore_is_named(monkeypatch):
     monkeypatch.setattr(dryrun.importlib.metadata, "version", lambda name: "2.11.0")
-    assert "2.7.1 and 2.10.0" in dryrun.unavailable() and "this is 2.11.0; pip install mindspore==2.10.0" in dryrun.unavailable()
+    assert "MindSpore 2.10.0 writes" in dryrun.unavailable() and "this is 2.11.0; pip install mindspore==2.10.0" in dryrun.unavailable()
 
 
 BLOCKS = """start_time_stamp,end_time_stamp,size,type,task_name,node_name,graph_name
