@@ -17,17 +17,22 @@ from experiments import flags as command_line
 from parallel.mesh import AXES, WORLD
 
 FLAGS = flags.FLAGS
-command_line.define("experiments/configs/qwen3_32b.py")
-flags.DEFINE_integer("world_size", None, "ranks of the job; default: as many as the layout asks for", lower_bound=1)
-flags.DEFINE_list("ranks", ["0"], "whose programs are compiled, each in a process of its own")
-flags.DEFINE_list("layers", [], "two depths to compile, from which a straight line gives the whole model's figures; none: the whole model")
-flags.DEFINE_enum("step", "train", ["train", "generate"], "what is compiled: a training step, or a prompt and a token after it")
-flags.DEFINE_float("hbm_gb", 58.0, "device memory that a job may take, in GiB", lower_bound=0.1)
-flags.DEFINE_integer("jobs", 1, "processes at a time; one of a deep model takes some GB of this machine's memory", lower_bound=1)
-flags.DEFINE_string("json", None, "file for all figures")
-flags.DEFINE_string("plot", None, "file for a plot of memory over time, .svg or .png")
-flags.DEFINE_boolean("search", False, "rank the layouts of --world_size by formulas, and compile none")
-flags.DEFINE_integer("top", 10, "how many layouts --search prints", lower_bound=1)
+
+
+def define_flags():
+    command_line.define("experiments/configs/qwen3_32b.py")
+    flags.DEFINE_integer("world_size", None, "ranks of the job; default: as many as the layout asks for", lower_bound=1)
+    flags.DEFINE_list("ranks", ["0"], "whose programs are compiled, each in a process of its own")
+    flags.DEFINE_list(
+        "layers", [], "two depths to compile, from which a straight line gives the whole model's figures; none: the whole model"
+    )
+    flags.DEFINE_enum("step", "train", ["train", "generate"], "what is compiled: a training step, or a prompt and a token after it")
+    flags.DEFINE_float("hbm_gb", 58.0, "device memory that a job may take, in GiB", lower_bound=0.1)
+    flags.DEFINE_integer("jobs", 1, "processes at a time; one of a deep model takes some GB of this machine's memory", lower_bound=1)
+    flags.DEFINE_string("json", None, "file for all figures")
+    flags.DEFINE_string("plot", None, "file for a plot of memory over time, .svg or .png")
+    flags.DEFINE_boolean("search", False, "rank the layouts of --world_size by formulas, and compile none")
+    flags.DEFINE_integer("top", 10, "how many layouts --search prints", lower_bound=1)
 
 
 def main(_):
@@ -82,4 +87,4 @@ def _numbers(name):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, define_flags)

@@ -7,7 +7,7 @@ import mindspore as ms
 import ml_dtypes
 import numpy as np
 
-from experiments import train
+from experiments import optim, train
 from ops import signature
 from parallel.placement import local_shape, place
 from parallel.spec import tree_leaves, tree_map, tree_paths
@@ -27,7 +27,7 @@ def train_step(config, cfg, sharding):
     state = {kind: to_tuple(_blank(train.shapes(sharding.mesh, placed, axes))) for kind, axes in train.STATE.items()}
     paths = [p.path for p in tree_leaves(placed)]
     given = {kind: [[list(w.shape), "float32"] for w in tree_leaves(state[kind])] for kind in state}
-    state = train.resident(choose_kernels(config.ops, cfg, sharding))({**state, "norm": ms.Tensor(0.0, ms.float32)})
+    state = optim.resident(choose_kernels(config.ops, cfg, sharding))({**state, "norm": ms.Tensor(0.0, ms.float32)})
     for step in range(TRAIN_STEPS):
         state, _ = program.step(state, _batch(config, sharding.mesh.dp), 1e-3, step)
     taken = [gradients.get(tuple(shape), [shape, "float32"]) for shape, _ in given["m"]]
