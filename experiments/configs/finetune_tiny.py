@@ -3,7 +3,8 @@
     python -m experiments.finetune --config=experiments/configs/finetune_tiny.py --workdir=runs/sft
 
 Hardware: one CPU process.
-Expected time and loss: 3 minutes on 2 cores that others used too; 0.010 nats a token held out, and 0.98 of held-out questions answered exactly.
+Expected time and loss: 3 minutes on 2 cores that others used too; 0.010 nats a token held out, and 0.98 of held-out
+questions answered exactly.
 """
 
 from experiments.configs import common
