@@ -6,10 +6,15 @@ import pytest
 
 from experiments import finetune
 from experiments.configs import finetune_tiny
+from experiments.data import instructions
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def exact_match(run):
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["exact_match"]
+    return lines(run)[-1]["exact_match"]
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +31,18 @@ def test_fine_tuning_all_weights_answers_held_out_questions(full):
 
 @pytest.mark.slow
 def test_adapters_answer_them_in_another_way(full, tmp_path):
-    """What the base was trained on, asked for in other words, which it had not seen: before, it answers few of them."""
+    """The tasks that the base was trained on, asked for in other words, of which it makes nothing before."""
     config = finetune_tiny.get_config()
     config.model = config.init_from = config.data.tokenizer = str(full / "hf")
     config.data.path = str(tmp_path / "other.jsonl")
-    config.lora.rank, config.lora.alpha, config.train.steps = 16, 32.0, 200
+    config.lora.rank, config.lora.alpha, config.train.steps = 16, 32.0, 400
     other_words(config.data.path)
     finetune.finetune(config, str(tmp_path / "run"))
-    assert exact_match(tmp_path / "run") >= 0.9
+    assert lines(tmp_path / "run")[0]["eval_loss"] > 2 and exact_match(tmp_path / "run") >= 0.9
 
 
 def other_words(path):
-    """The instructions of another seed, with the task after what it is of, and answers of reverse and sort exchanged."""
-    from experiments.data import instructions
-
+    """Instructions of another seed, with the task after what it is of; some of them the base knows in its own words."""
     with open(path, "w", encoding="utf-8") as file:
         for record in instructions.records(2000, seed=9):
             question, answer = (message["content"] for message in record["messages"])
