@@ -112,7 +112,7 @@ def test_the_sample_is_made_with_the_runs_ops(tmp_path, monkeypatch):
 
     monkeypatch.setattr(finish.generate, "generate", generated)
     tokenizer = SimpleNamespace(encode=list, decode=str, eod_id=0)
-    finish.sample({}, DENSE, config, SimpleNamespace(tokenizer=tokenizer), str(tmp_path))
+    finish.sample({}, DENSE, config, SimpleNamespace(tokenizer=tokenizer, held_questions=(), held_text=""), str(tmp_path))
     assert asked == [replace(FUSED, attention="reference")] * 2  # greedy, and by temperature
 
 

@@ -166,7 +166,7 @@ def test_the_bigram_baseline_counts_the_rows_that_the_run_saw(folder, monkeypatc
         ("{}/nothing.jsonl", {"data.stream": True}, "data.path=.*nothing.jsonl does not exist"),
         ("{}/one.jsonl", {"data.stream": True, "data.shuffle_buffer": -1}, "data.shuffle_buffer=-1 must be 0 or more"),
         (PAIR, {"data.shuffle_buffer": 9}, "data.shuffle_buffer=9 is for a stream, and data.path=.* is a .bin/.idx pair"),
-        (PAIR, {"data.too_long": "drop"}, r"data.too_long='drop' is for conversations \(data.conversations=true\), and"),
+        (PAIR, {"data.too_long": "drop"}, r"data.too_long='drop' is for conversations \(data.conversations=true\) or conversations"),
         (PAIR, {"data.conversations": True}, "needs .*one_loss_document beside .*one_text_document: experiments.preprocess --format"),
         (
             "{}/one.jsonl",
@@ -185,7 +185,7 @@ def test_the_bigram_baseline_counts_the_rows_that_the_run_saw(folder, monkeypatc
         (PAIR, {"data.stream": True}, "data.stream=true reads text, and data.path=.* is a .bin/.idx pair"),
         ("", {"data.stream": True}, "data.stream=true needs data.path"),
         (PAIR, {"data.max_bytes": 5}, "data.max_bytes=5 is for text, and data.path=.* is a .bin/.idx pair"),
-        (PAIR, {"data.held_out": 0.3}, "data.held_out=0.3 is for text or a stream, and"),
+        (PAIR, {"data.held_out": 0.3}, "data.held_out=0.3 is for text or a stream or conversations"),
         ("", {"data.split": "50,50"}, "data.split='50,50' is for a .bin/.idx pair or conversations .*, and data.path='' is text"),
         ("{}/one.jsonl", {"data.stream": True, "data.cache_dir": "x"}, "data.cache_dir='x' is for a .bin/.idx pair, and .* is a stream"),
         (PAIR, {"data.split": "100,0,0"}, "data.split='100,0,0' leaves the valid split without one of the 120 sequences"),

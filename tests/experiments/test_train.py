@@ -70,10 +70,18 @@ def dense_run():
     return run(DENSE, make_config())
 
 
+GENTLE = {"optim.eps": 1e-4}  # with less, Adam makes steps of the rounding of gradients that are nearly 0
+
+
+@pytest.fixture(scope="module")
+def gentle_run():
+    return run(DENSE, make_config(**GENTLE))
+
+
 @pytest.mark.parametrize("name", ["dense", "moe"])
-def test_loss_follows_the_stored_curve(name, dense_run):
+def test_loss_follows_the_stored_curve(name, gentle_run):
     # 1e-5: the same operations on another CPU may round differently; a change of the mathematics moves it by far more.
-    got = dense_run[0] if name == "dense" else run(MOE, make_config())[0]
+    got = gentle_run[0] if name == "dense" else run(MOE, make_config(**GENTLE))[0]
     with open(GOLDEN) as file:
         want = json.load(file)[name]
     for key in want[0]:
@@ -85,14 +93,6 @@ def test_two_equal_runs_are_bitwise_equal(dense_run):
     again = run(DENSE, make_config())
     assert [m["objective"] for m in again[0]] == [m["objective"] for m in dense_run[0]]
     assert all(np.array_equal(a, b) for a, b in zip(tree_leaves(again[1]), tree_leaves(dense_run[1])))
-
-
-GENTLE = {"optim.eps": 1e-4}  # with less, Adam makes steps of the rounding of gradients that are nearly 0
-
-
-@pytest.fixture(scope="module")
-def gentle_run():
-    return run(DENSE, make_config(**GENTLE))
 
 
 @pytest.mark.parametrize("micro", [2, 4])
