@@ -111,9 +111,10 @@ def test_the_sample_is_made_with_the_runs_ops(tmp_path, monkeypatch):
         return [[1]]
 
     monkeypatch.setattr(finish.generate, "generate", generated)
-    tokenizer = SimpleNamespace(encode=list, decode=str, eod_id=0)
+    tokenizer = SimpleNamespace(encode=list, decode=str, eod_id=0, eos_id=0)
     finish.sample({}, DENSE, config, SimpleNamespace(tokenizer=tokenizer, held_questions=(), held_text=""), str(tmp_path))
-    assert asked == [replace(FUSED, attention="reference")] * 2  # greedy, and by temperature
+    without = replace(FUSED, attention="reference", decode_attention="reference")  # which is made of it
+    assert asked == [without] * 2  # greedy, and by temperature
 
 
 def test_transformers_opens_what_a_run_saved(finished):
