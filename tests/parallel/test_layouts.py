@@ -16,6 +16,7 @@ from tests.parallel.layouts import LAYOUTS, LAYOUTS_RUN, MODELS, OVERFLOWING, RE
 from tests.tiny import error
 
 TOLERANCE = {"loss": 1e-5, "grad_norm": 1e-5, "gradient": 1e-4, "parameter": 1e-5}
+GROUP = 12  # layouts that one start of processes runs, so that it ends in minutes
 
 
 @functools.lru_cache
@@ -23,10 +24,17 @@ def one_process(model, loop, micro, packed, evaluate):
     return layouts.run(model, dict(loop=loop, micro=micro, packed=packed, evaluate=evaluate))
 
 
+def group_of(name):
+    """The layouts that run in the processes of this one: of as many ranks, and as slow; no more than GROUP."""
+    count = layouts.processes(LAYOUTS_RUN[name][1])
+    alike = [n for n, (_, options) in LAYOUTS_RUN.items() if layouts.processes(options) == count and (n in SLOW) == (name in SLOW)]
+    start = alike.index(name) // GROUP * GROUP
+    return count, tuple(alike[start : start + GROUP])
+
+
 @functools.lru_cache
-def on_processes(count, slow):
-    """For each rank {"name|key": array}, of all layouts of so many processes, which are started once; or why they failed."""
-    names = [name for name, (_, options) in LAYOUTS_RUN.items() if layouts.processes(options) == count and (name in SLOW) == slow]
+def on_processes(count, names):
+    """For each rank {"name|key": array}, of these layouts of so many processes, which are started once; or why they failed."""
     try:
         return processes.run("tests.parallel.layouts:main", count, json.dumps(names), timeout_s=1200)
     except AssertionError as error:
@@ -35,8 +43,7 @@ def on_processes(count, slow):
 
 def found(name):
     """What each rank returned."""
-    count = layouts.processes(LAYOUTS_RUN[name][1])
-    ranks = on_processes(count, name in SLOW)
+    ranks = on_processes(*group_of(name))
     assert not isinstance(ranks, str), ranks
     return [{key.split("|")[1]: v for key, v in rank.items() if key.startswith(f"{name}|")} for rank in ranks]
 
