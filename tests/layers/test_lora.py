@@ -69,8 +69,15 @@ def noise_of(batch, seed):
     return {**batch, "noise": ms.Tensor(values.astype(np.int32))}
 
 
-@pytest.mark.parametrize("name, cfg", [("dense", adapted(DENSE, dropout=0.3)), ("moe", adapted(MOE))])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+    "name, cfg, scan",
+    [
+        ("dense", adapted(DENSE, dropout=0.3), True),
+        ("moe", adapted(MOE), False),
+        pytest.param("dense", adapted(DENSE, dropout=0.3), False, marks=pytest.mark.slow),
+        pytest.param("moe", adapted(MOE), True, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_gradients_of_adapters_are_the_eager_ones(name, cfg, scan):
     """Over values that change: those of the eager functions with each leaf an argument, of the unrolled layers."""
     eager = value_and_grad(build(cfg).loss_fn, aux=metric_names(cfg))

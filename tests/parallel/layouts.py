@@ -129,6 +129,12 @@ LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
 
 # Left out of the default tests: more of the same, at 20 seconds of two cores each.
 SLOW = (
+    "dp2",
+    "tp2 of 1 kv head, biases",
+    "mixed, pp2, interleaved, a stage without layers",
+    "dp2 tp2, ZeRO 2, 2 micro-batches",
+    "dp2 tp2, ZeRO 3",
+    "moe, dp2 tp2 ep2",
     "frozen, dp2, ZeRO 3",
     "adapters, tp2 of 1 kv head",
     "adapters, dp2, ZeRO 1",

@@ -14,6 +14,9 @@ DRAWN = {"temperature": 1.0, "top_k": 30, "top_p": 0.95, "seed": 3}
 COUNT = 11  # with chunks of 4: the first token, two whole chunks and a part of one
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     monkeypatch.setattr(generate, "CHUNK", 4)
@@ -23,7 +26,9 @@ def prompts(cfg, lengths=(7, 3, 5)):
     return [row.tolist() for row in documents(cfg, lengths)]
 
 
-@pytest.mark.parametrize("kind, options", [("dense", {}), *((kind, DRAWN) for kind in KINDS)])
+@pytest.mark.parametrize(
+    "kind, options", [("dense", {}), *(pytest.param(kind, DRAWN, marks=SLOW if kind == "mixed" else ()) for kind in KINDS)]
+)
 def test_loops_on_the_device_and_on_the_host_give_the_same_tokens(kind, options):
     """Also with stop ids: of rows that stop in different chunks, of one at once, and of all, after which no more is computed."""
     cfg, params = KINDS[kind], random_params(KINDS[kind])
