@@ -9,7 +9,7 @@ import os
 
 from absl import flags
 
-from experiments import evaluation
+from experiments import evaluation, weights
 from experiments import flags as command_line
 from experiments.configs import common
 from parallel import collectives
@@ -35,7 +35,8 @@ def main(_):
         if FLAGS[name].present:
             raise ValueError(f"--{name} has no use here; leave it out")
     rank, _ = collectives.start()
-    model, tokenizer = evaluation.open_model(FLAGS.hf_dir, FLAGS.workdir)
+    model = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
+    tokenizer = model.load_tokenizer()
     files, names = evaluation.split_tasks(FLAGS.tasks, FLAGS.task_folder)
     data, part = FLAGS.data, FLAGS.part
     if data is None and not FLAGS.tasks:

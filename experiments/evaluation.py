@@ -6,25 +6,12 @@ import os
 
 import numpy as np
 
-from experiments import harness, layout, scoring, tasks, weights
+from experiments import harness, layout, scoring, tasks
 from experiments.data import corpus, loader
 from experiments.metrics import held_out
 from experiments.run_folder import CONFIG
 from parallel.sharding import Sharding
 from qwen3.model import choose_kernels
-from qwen3.tokenizer import Tokenizer
-
-
-def open_model(hf_dir, workdir):
-    """(weights.Inference, Tokenizer) of a Hugging Face folder, or of a run. Raises ValueError where there is no tokenizer that fits."""
-    model = weights.inference(hf_dir, workdir)
-    if model.tokenizer is None:
-        raise ValueError(f"{model.text} has no tokenizer beside its weights; put tokenizer.json and tokenizer_config.json there")
-    tokenizer = Tokenizer.load(model.tokenizer)
-    if tokenizer.vocab_size > model.cfg.vocab_size:
-        have = f"{tokenizer.vocab_size} ids, and the model {model.cfg.vocab_size}"
-        raise ValueError(f"the tokenizer of {model.tokenizer} has {have}; are they of one model?")
-    return model, tokenizer
 
 
 def own_data(config, workdir):

@@ -10,7 +10,6 @@ from parallel.mesh import AXES, world_size
 from parallel.sharding import Sharding
 from qwen3 import hf_files
 from qwen3.engine import Request
-from qwen3.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 NEW_TOKENS = 128  # where neither a flag nor generation_config.json says how many
@@ -60,14 +59,7 @@ class Model:
         sizes = layout.for_inference(asked, self.cfg, FLAGS.hf_dir or FLAGS.workdir, world_size())
         self.mesh = layout.mesh(self.cfg, sizes, rank)
         self.sharding = Sharding(self.mesh) if self.mesh.world > 1 else None
-        if self.opened.tokenizer is None:
-            raise ValueError(f"{self.opened.text} has no tokenizer; put tokenizer.json and tokenizer_config.json there")
-        self.tokenizer = Tokenizer.load(self.opened.tokenizer)
-        if self.tokenizer.vocab_size > self.cfg.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {self.opened.tokenizer} has {self.tokenizer.vocab_size} ids, and the model {self.cfg.vocab_size};"
-                " are they of one model?"
-            )
+        self.tokenizer = self.opened.load_tokenizer()
         self.defaults = generation_config(self.opened.folder)
 
     def params(self):

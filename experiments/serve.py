@@ -10,8 +10,8 @@ import os
 
 from absl import flags
 
-from experiments import evaluation, scoring
 from experiments import flags as command_line
+from experiments import scoring, weights
 from parallel import collectives
 from parallel.mesh import world_size
 from parallel.sharding import Sharding
@@ -43,7 +43,8 @@ def main(_):
         raise ValueError(f"experiments.serve needs {error.name}: pip install -e '.[serve]'") from error
     keys = serve_run.read_keys(FLAGS.api_key_file)
     collectives.start()
-    model, tokenizer = evaluation.open_model(FLAGS.hf_dir, FLAGS.workdir)
+    model = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
+    tokenizer = model.load_tokenizer()
     params, length = model.params(Sharding()), min(FLAGS.length, model.cfg.max_position)
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
     stop_ids = scoring.stop_ids(model.cfg, tokenizer) | {tokenizer.eod_id}
@@ -53,7 +54,9 @@ def main(_):
     print(f"weights    {model.text}", flush=True)
 
     def make():
-        return serve_run.warm(Engine(params, model.cfg, slots=FLAGS.slots, length=length))
+        engine = Engine(params, model.cfg, slots=FLAGS.slots, length=length)
+        engine.warm_up(by_host=True)
+        return engine
 
     serve_run.run(settings, make, FLAGS.slots + FLAGS.max_waiting, FLAGS.host, FLAGS.port, FLAGS.drain_s)
 

@@ -7,21 +7,10 @@ import threading
 
 from experiments.serve_engine import Worker
 from experiments.serve_http import Server, Settings, serve
-from qwen3.engine import Request
 
-__all__ = ["Settings", "names", "read_keys", "run", "warm"]
+__all__ = ["Settings", "names", "read_keys", "run"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY_CHARACTERS = 16
-WARM_TOKENS = 300  # of a prompt that needs every width of the engine's graphs
-
-
-def warm(engine):
-    """The engine, with all its graphs compiled."""
-    for logprobs in (None, 0):
-        engine.submit(Request(prompt=[0] * max(1, min(engine.length - 2, WARM_TOKENS)), max_new_tokens=2, logprobs=logprobs))
-    while engine.busy():
-        engine.step()
-    return engine
 
 
 def run(settings, make, most, host, port, drain_s):

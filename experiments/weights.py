@@ -18,6 +18,7 @@ from parallel.spec import init_array, tree_paths
 from qwen3 import hf
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
+from qwen3.tokenizer import Tokenizer
 
 
 class Start(NamedTuple):
@@ -133,6 +134,16 @@ class Inference(NamedTuple):
     tokenizer: Path | None
     folder: Path
     text: str
+
+    def load_tokenizer(self):
+        """The Tokenizer. Raises ValueError where there is none, or one that is not the model's."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.text} has no tokenizer beside its weights; put tokenizer.json and tokenizer_config.json there")
+        tokenizer = Tokenizer.load(self.tokenizer)
+        if tokenizer.vocab_size > self.cfg.vocab_size:
+            have = f"{tokenizer.vocab_size} ids, and the model {self.cfg.vocab_size}"
+            raise ValueError(f"the tokenizer of {self.tokenizer} has {have}; are they of one model?")
+        return tokenizer
 
 
 def inference(hf_dir=None, workdir=None, adapter_dir=None):

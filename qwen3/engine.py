@@ -135,16 +135,16 @@ class Engine:
         self._widths = sorted({min(NARROW, prefill_chunk), prefill_chunk})
         self._rows, self._waiting, self._next = [None] * slots, deque(), 0
 
-    def warm_up(self, sizes=None):
-        """Compiles what prompts of these sizes need, by default of any, so that no step has to. Ranks of one job call it together: one that
-        compiles alone keeps the others waiting for longer than they do."""
+    def warm_up(self, sizes=None, by_host=False):
+        """Compiles what prompts of these sizes need, by default of any, so that no step has to. by_host: also for tokens that are chosen on
+        the host. Ranks of one job call it together: one that compiles alone keeps the others waiting for longer than they do."""
         chunk = self._widths[-1]
         left = {n for size in sizes for n in (min(size, chunk), (size - 1) % chunk + 1)} if sizes else self._widths
         for width in {self._fitting(n) for n in left}:
             self._read(width, [])
         if self._on_device:
             self._decode_on_device(1, [])
-        else:
+        if by_host or not self._on_device:
             token, at = self._inputs()
             self._extended(self.cache.arrays, token[:, None], at[:, None], np.zeros_like(at))
 

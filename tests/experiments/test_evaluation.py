@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import evaluation, scoring
+from experiments import evaluation, scoring, weights
 from experiments.data import corpus, loader
 from qwen3 import hf
 from qwen3.chat import alpaca, encode_chat
@@ -76,4 +76,4 @@ def test_what_cannot_be_evaluated_is_named(tmp_path):
         evaluation.split_tasks([], "x")
     hf.save(tmp_path / "hf", DENSE, random_params(DENSE))
     with pytest.raises(ValueError, match="has no tokenizer beside its weights"):
-        evaluation.open_model(str(tmp_path / "hf"), None)
+        weights.inference(str(tmp_path / "hf"), None).load_tokenizer()
