@@ -42,8 +42,8 @@ def main(_):
     engine = make_engine(model, ids)
     place, dp = model.mesh.index(("dp",)), model.mesh.dp
     samples = [(i, s) for i in range(len(ids)) for s in range(FLAGS.num_samples)][place::dp]
-    requests = ((i, model.request(ids[i], s, FLAGS.logprobs)) for i, s in samples)
-    results = generate_batch.run(engine, model.tokenizer, requests, FLAGS.stop, generate_batch.Together(model.sharding))
+    requests = ((i, model.request(ids[i], s, FLAGS.logprobs), FLAGS.stop) for i, s in samples)
+    results = generate_batch.run(engine, model.tokenizer, requests, generate_batch.Together(model.sharding))
     results, totals = generate_batch.gathered(model.mesh, results, engine.totals)
     if model.mesh.rank == 0:
         generate_batch.write(results, totals, FLAGS.output, FLAGS.output_jsonl)

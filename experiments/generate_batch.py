@@ -58,14 +58,14 @@ class _Open:
             shown(text)
 
 
-def run(engine, tokenizer, requests, stop=(), goes_on=bool, shown=lambda text: None, most=None):
-    """[Result] of (number of the prompt, Request) pairs, as they end. goes_on(busy) -> whether to go on: see Together. shown: is given each
-    piece of text; most: as of Engine.step."""
+def run(engine, tokenizer, requests, goes_on=bool, shown=lambda text: None, most=None):
+    """[Result] of (number of the prompt, Request, texts to stop at), as they end. goes_on(busy) -> whether to go on, see Together. shown:
+    is given each piece of text; most: as of Engine.step."""
     requests, done, running, left = iter(requests), [], {}, True
     options = {} if most is None else {"most": most}
     while goes_on(left or bool(running)):
         while left and len(running) < 2 * engine.slots:
-            number, request = next(requests, (None, None))
+            number, request, stop = next(requests, (None, None, None))
             left = request is not None
             if left:
                 result = Result(number, request.sample, len(request.prompt))

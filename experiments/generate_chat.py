@@ -35,7 +35,7 @@ def _turn(engine, model, messages, enable_thinking, stop, show):
     """The messages with the model's answer; without the last one, where they do not fit."""
     try:
         request = model.request(encode(model.tokenizer, {"messages": messages}, enable_thinking=enable_thinking))
-        (result,) = run(engine, model.tokenizer, [(0, request)], stop, shown=show, most=MOST)
+        (result,) = run(engine, model.tokenizer, [(0, request, stop)], shown=show, most=MOST)
     except ValueError as error:
         show(f"({error})\n")
         return messages[:-1]

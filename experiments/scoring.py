@@ -10,13 +10,13 @@ import functools
 import mindspore as ms
 import numpy as np
 
+from experiments import generate_batch
 from experiments.data import loader, packing
 from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.step import jit
 from qwen3 import model
 from qwen3.engine import Engine, Request
-from qwen3.text_stream import TextStream
 
 NARROWEST = 64  # tokens of a row; rows are this times a power of two
 MAX_NEW, TOKEN_LIMITS = 256, ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -161,7 +161,7 @@ def generate_until(scorer, requests):
         most, until, sampling = _options(scorer, options)
         ids = ids[-(scorer.length - most) :] or [scorer.prefix_id]
         asked.append((Request(prompt=ids, max_new_tokens=most, stop_ids=stop, seed=number, **sampling), until))
-    return [cut_at(tokenizer.decode(ids, skip_special=True), until) for ids, (_, until) in zip(_generated(scorer, asked), asked)]
+    return _generated(scorer, asked)
 
 
 def stop_ids(cfg, tokenizer):
@@ -185,7 +185,7 @@ def _options(scorer, options):
 
 
 def _generated(scorer, asked):
-    """The new ids of each (Request, texts to stop at); data parallel ranks share the requests among them."""
+    """The text after each (Request, texts to stop at); data parallel ranks share the requests among them."""
     mesh, sharding = scorer.sharding.mesh, scorer.sharding
     if sharding.shards("rows") > sharding.shards("tokens"):
         raise ValueError("generation works without sequence parallelism; leave out --seq_parallel")
@@ -194,31 +194,7 @@ def _generated(scorer, asked):
     length = max(len(request.prompt) + request.max_new_tokens for request, _ in asked)
     slots = scorer.batch_size // mesh.dp
     engine = Engine(scorer.params, scorer.cfg, slots=slots, length=length, sharding=sharding, kernels=scorer.kernels)
-    out = np.zeros((len(asked), 1 + max(request.max_new_tokens for request, _ in asked)), np.float32)  # first how many; ids are exact in it
-    running = {}
-    for number in range(mesh.index(("dp",)), len(asked), mesh.dp):
-        running[engine.submit(asked[number][0])] = number, TextStream(scorer.tokenizer, filter(None, asked[number][1]))
-    while _any(mesh, engine.busy()):  # as often on every rank, for experts may be spread over them
-        for event in engine.step():
-            number, stream = running[event.id]
-            if stream.stopped or event.finish_reason == "stop":
-                continue
-            count = out[number, 0] = out[number, 0] + 1
-            out[number, int(count)] = event.token
-            stream.push(event.token)
-            if stream.stopped:
-                engine.cancel(event.id)
-    out = collectives.host_sum(mesh, ("dp",), out) if mesh.dp > 1 else out
-    return [row[1 : int(row[0]) + 1].astype(int).tolist() for row in out]
-
-
-def _any(mesh, flag):
-    """Whether it is true on any data parallel rank."""
-    return flag if mesh.dp == 1 else bool(collectives.host_sum(mesh, ("dp",), [float(flag)])[0])
-
-
-def cut_at(text, until):
-    """The text before the first of the texts `until`."""
-    for end in until:
-        text = text.split(end)[0] if end else text
-    return text
+    mine = range(mesh.index(("dp",)), len(asked), mesh.dp)
+    requests = [(number, asked[number][0], tuple(filter(None, asked[number][1]))) for number in mine]
+    results = generate_batch.run(engine, scorer.tokenizer, requests, generate_batch.Together(sharding))
+    return [result.text for result in generate_batch.gathered(mesh, results, engine.totals)[0]]

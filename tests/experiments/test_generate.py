@@ -207,11 +207,11 @@ def test_a_run_without_a_checkpoint_has_its_final_model(folder, tmp_path):
 def test_results_keep_to_stop_strings_and_reasons(engine, tokenizer):
     """A stop string frees the row, for the next request."""
     ids = [tokenizer.encode(line) for line in LINES]
-    plain = generate_batch.run(engine, tokenizer, [(i, Request(row, 30)) for i, row in enumerate(ids)])
+    plain = generate_batch.run(engine, tokenizer, [(i, Request(row, 30), ()) for i, row in enumerate(ids)])
     plain.sort(key=lambda r: r.prompt)
     stop = plain[0].text[7:9]
     shown = []
-    found = generate_batch.run(engine, tokenizer, [(i, Request(row, 30)) for i, row in enumerate(ids)], (stop,), shown=shown.append, most=3)
+    found = generate_batch.run(engine, tokenizer, [(i, Request(row, 30), (stop,)) for i, row in enumerate(ids)], shown=shown.append, most=3)
     assert sorted("".join(shown)) == sorted("".join(r.text for r in found))
     for r in found:
         text = plain[r.prompt].text
