@@ -4,6 +4,7 @@ import contextlib
 import os
 
 import mindspore as ms
+from absl import flags
 
 from experiments import checkpoints, layout, layout_table, metrics, run_folder
 from experiments import flags as command_line
@@ -15,6 +16,23 @@ from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.spec import count
 from qwen3.model import choose_kernels, param_specs
+
+FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # --help lists them under the main that calls define_flags()
+
+
+def define_flags(name):
+    """The flags of a main that trains, of command_line.MAINS."""
+    command_line.define(command_line.MAINS[name])
+    flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
+
+
+def run_main(train_one):
+    """train_one(config, workdir) as the flags say, or the layout printed."""
+    if FLAGS.print_layout:
+        print(layout_table.describe(command_line.resolve(FLAGS, world=0)))
+    else:
+        train_one(command_line.resolve(FLAGS), FLAGS.workdir)
 
 
 def train_in(workdir, config):
