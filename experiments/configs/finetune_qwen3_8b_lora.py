@@ -7,25 +7,13 @@ Hardware: 4 Ascend NPUs of 64 GB, tensor parallel over 4: frozen weights in floa
 Expected time and loss: not measured. Not run on an NPU; the same code was run on CPU, on small models (docs/finetuning.md).
 """
 
-from experiments.configs import common
+from experiments.configs import finetune_qwen3_8b
 
 
 def get_config():
-    c = common.get_config()
-    c.model = "qwen3-8b"
-    c.model_args.compute_dtype = "bfloat16"
-    c.data.format = "messages"
+    c = finetune_qwen3_8b.get_config()
     c.lora.rank = 8
     c.lora.alpha = 16.0
-    c.train.steps = 2000
-    c.train.seq_len = 4096
-    c.train.batch_size = 32
-    c.train.sample_tokens = 0
-    c.train.exact_match_rows = 0
     c.optim.lr = 2e-4
-    c.optim.warmup_steps = 60
-    c.optim.weight_decay = 0.0
     c.parallel.tp = 4
-    c.parallel.seq_parallel = True
-    c.parallel.micro_batches = 32
     return c
