@@ -29,12 +29,12 @@ EVAL_GROUP = 4  # times the stages: micro-batches of one run of forwards, after 
 def build_program(cfg, config, sharding):
     """experiments.train's Program for a mesh with pp > 1."""
     parts = Parts(cfg, config, sharding)
-    step, executor = _step(parts), parts.executor
+    step, executor, held_there = _step(parts), parts.executor, optimizer.resident(parts.kernels)
 
     def init(params):
         read = params if callable(params) else reader(params)
         nested = to_tuple(load(sharding.mesh, parts.placed, read))
-        return {"params": nested, **optimizer.init_state(to_tuple(train.shapes(sharding.mesh, parts.placed, "state")))}
+        return held_there({"params": nested, **optimizer.init_state(to_tuple(train.shapes(sharding.mesh, parts.placed, "state")))})
 
     def spread(state):
         mine = {p.path: w for p, w in zip(tree_leaves(parts.placed), tree_leaves(state["params"]))}
@@ -46,7 +46,9 @@ def build_program(cfg, config, sharding):
     def held(state=None):
         return train.held_arrays(parts.placed, 0, state) if state else train.held_arrays(parts.whole, 0)  # as a checkpoint has them all
 
-    restore = partial(train.restored, sharding.mesh, parts.placed, 0)
+    def restore(read, norm):
+        return held_there(train.restored(sharding.mesh, parts.placed, 0, read, norm))
+
     return train.Program(init, params_of, step, _evaluate(parts), held, restore, spread, executor)
 
 
