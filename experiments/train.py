@@ -101,8 +101,7 @@ def _step(cfg, config, sharding, gradient, trained, placed, kernels):
     """Program.step. trained, placed: the specs and Placed of what trains."""
     update, noisy = update_of(trained, placed, sharding, config.optim, kernels), _noise(cfg, config, sharding.mesh)
     micro, names = config.parallel.micro_batches, metric_names(cfg)
-    several = _accumulated(gradient, trained, names, update, sharding, placed, micro) if micro > 1 else None
-    run_step = several or _one_batch(gradient, update)
+    run_step = _one_batch(gradient, update) if micro == 1 else _accumulated(gradient, trained, names, update, sharding, placed, micro)
 
     def step(state, batch, lr, at):
         batch = context.cut(sharding.mesh, noisy(batch, at))
