@@ -41,7 +41,7 @@ def defined(module, seen=()):
             first = node.args[0]
             found |= {first.value} if isinstance(first, ast.Constant) else {"dp", "tp", "pp", "cp", "ep", "micro_batches", "zero"}
         if isinstance(node, ast.ImportFrom) and node.module == "experiments":
-            for name in {alias.name for alias in node.names} & {"flags", "inference_flags"}:
+            for name in {alias.name for alias in node.names} & {"flags", "inference_flags", "training"}:
                 found |= defined(name)
     return found
 

@@ -30,7 +30,7 @@ LAYOUTS = {
 
 def requests(name, options):
     cases = CONTINUATIONS[name]
-    return [(i, Request(case["prompt"], len(case["greedy"]), **options)) for i, case in enumerate(cases)]
+    return [(i, Request(case["prompt"], len(case["greedy"]), **options), ()) for i, case in enumerate(cases)]
 
 
 def tokens(name, sizes, options, rank=0):
@@ -45,7 +45,7 @@ def tokens(name, sizes, options, rank=0):
     mine = requests(name, options)
     if mesh.dp > 1:
         mine = mine[2:] if mesh.index(("dp",)) == 0 else mine[:2]
-    results, _ = gathered(mesh, run(engine, TOKENIZER, mine, (), Together(sharding)), engine.totals)
+    results, _ = gathered(mesh, run(engine, TOKENIZER, mine, Together(sharding)), engine.totals)
     return [result.tokens for result in results]
 
 
