@@ -7,8 +7,6 @@ import time
 
 import mindspore as ms
 import numpy as np
-from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
 
 from ops.registry import choose, pick
 from parallel import collectives
@@ -70,6 +68,8 @@ class Writer:
                 self.records = [record for record in read_records(path) if record["step"] <= begun]
                 write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
             self.file = open(path, "a", encoding="utf-8")
+            from tensorboardX import SummaryWriter  # here, as it brings all of torch with it where that is installed
+
             self.board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=begun + 1 if begun else None)
 
     def write(self, step, values):
@@ -112,6 +112,8 @@ def read_records(path):
 
 def plot_losses(path, records, bigram=None):
     """The loss curve as a PNG. records: dicts with step, and loss or eval_loss (nats per target)."""
+    from matplotlib.figure import Figure  # here, as the other ranks and the benchmarks draw nothing
+
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="tight")
     axes = figure.subplots()
     for name, label in (("loss", "training"), ("eval_loss", "held out")):
