@@ -11,12 +11,12 @@ from functools import partial
 import mindspore as ms
 import numpy as np
 
-from parallel.checkpoint import Held, pieces
+from parallel.checkpoint import pieces
 from parallel.checkpoint_files import step_folder, sync_file
 from parallel.checkpoint_read import Reader
 from parallel.checkpoint_save import Saver, Settings
 from parallel.mesh import ONE_DEVICE
-from parallel.placement import cut
+from parallel.placement import Held, cut
 from parallel.spec import ParamSpec, zeros
 
 LAYER = ((1024, 2048), (1024, 1024), (1024, 1024), (2048, 1024), (1024, 3072), (1024, 3072), (3072, 1024), (1024,), (1024,))  # 0.6B's

@@ -17,8 +17,7 @@ from experiments.data.loader import rank_rows
 from experiments.metrics import held_out
 from layers import lora
 from parallel import collectives, context, zero
-from parallel.checkpoint import Held
-from parallel.placement import Spread, load, local_shape, place, reader, stacked
+from parallel.placement import Held, Spread, load, local_shape, place, reader, stacked
 from parallel.sharding import DATA, Sharding
 from parallel.source import function
 from parallel.spec import hash_bits, merge, select, shallow, tree_leaves, tree_map, unflatten

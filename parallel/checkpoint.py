@@ -7,7 +7,6 @@ while training goes on checkpoint_save.py's.
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,24 +15,6 @@ from parallel.checkpoint_store import Piece, chunk_shape
 from parallel.placement import local_shape, region
 
 COPIES = 4  # at a time: new memory is slow to touch for one thread
-
-
-class Held(NamedTuple):
-    """What a rank holds of an array, or of the arrays of stacked layers.
-
-    names: one, or of stacked layers one a layer. spec, axes: as in parallel.placement. data: the tensor, None where only sizes count.
-    holders: the places along pp whose ranks have it, of which the first writes it; empty for all.
-    """
-
-    names: tuple
-    spec: object
-    axes: tuple
-    data: object
-    holders: tuple = ()
-
-    @property
-    def is_stacked(self):
-        return self.spec.dims[:1] == ("layers",)
 
 
 def pieces(mesh, held, copy=True):

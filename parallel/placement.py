@@ -7,6 +7,7 @@ which exist in this rank's memory alone.
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -36,6 +37,24 @@ class Placed:
     partial: tuple
     zero_dim: int | None
     holders: tuple = ()
+
+
+class Held(NamedTuple):
+    """What a rank holds of an array, or of the arrays of stacked layers.
+
+    names: one, or of stacked layers one a layer. spec, axes: as of Placed. data: the tensor, None where only sizes count.
+    holders: the places along pp whose ranks have it, of which the first writes it; empty for all.
+    """
+
+    names: tuple
+    spec: object
+    axes: tuple
+    data: object
+    holders: tuple = ()
+
+    @property
+    def is_stacked(self):
+        return self.spec.dims[:1] == ("layers",)
 
 
 def place(sharding, specs):
