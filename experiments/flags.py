@@ -116,17 +116,30 @@ def check_layout(argv, world):
 
     Says nothing of modules that have no layout.
     """
-    default = MAINS.get(argv[0])
-    if default is None and not any(re.match("--?config(=|$)", arg) for arg in argv):
-        return
-    values, own = flags.FlagValues(), sys.argv
+    if argv[0] in MAINS or any(re.match("--?config(=|$)", arg) for arg in argv):
+        resolved(argv, world)
+
+
+def resolved(argv, world):
+    """The config of a command [module, *arguments] on `world` ranks, as resolve() gives it to that main; options of others are let be."""
+    default, values, own = MAINS.get(argv[0]), flags.FlagValues(), sys.argv
     define(default, values)
     sys.argv = list(argv)  # where config_flags looks for the keys
     try:
         values(_with_config(sys.argv, default), known_only=True)
     finally:
         sys.argv = own
-    resolve(values, world)
+    return resolve(values, world)
+
+
+def taken_after_dashes():
+    """What follows `--` on the command line, which loses it: a command, or options for others."""
+    if "--" not in sys.argv:
+        return []
+    place = sys.argv.index("--")
+    taken = sys.argv[place + 1 :]
+    del sys.argv[place:]
+    return taken
 
 
 def model_config(config, device="CPU"):

@@ -5,8 +5,6 @@ After `--` comes a module or a .py file, with its arguments. --nproc is the numb
     python -m experiments.launch --nproc=8 --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=8118 -- experiments.pretrain ...
 """
 
-import sys
-
 from absl import flags
 
 from experiments import flags as command_line
@@ -36,8 +34,5 @@ def main(_):
 
 
 if __name__ == "__main__":
-    if "--" in sys.argv:
-        place = sys.argv.index("--")
-        TARGET.extend(sys.argv[place + 1 :])
-        del sys.argv[place:]
+    TARGET.extend(command_line.taken_after_dashes())
     command_line.run(main)

@@ -8,6 +8,7 @@ import time
 import mindspore as ms
 import numpy as np
 
+from experiments.records import read_records
 from ops.registry import choose, pick
 from parallel import collectives
 from parallel.checkpoint_files import write_text
@@ -95,19 +96,6 @@ class Writer:
         if not self.silent:
             self.file.close()
             self.board.close()
-
-
-def read_records(path):
-    """The lines of a metrics.jsonl that are whole: the last one is not where the process was killed as it wrote."""
-    records = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except ValueError:
-                    continue
-    return records
 
 
 def plot_losses(path, records, bigram=None):

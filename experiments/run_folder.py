@@ -110,6 +110,17 @@ def own_step(path, config):
     return found[-1] if found else 0
 
 
+def saved_config(workdir):
+    """What begin() wrote of a run's config, None where there is no run."""
+    return _read(os.path.join(workdir, CONFIG))
+
+
+def finished_step(workdir):
+    """The steps of a run that has done all, None of one that has not."""
+    done = _read(os.path.join(workdir, FINISHED))
+    return done["step"] if done else None
+
+
 def _read(path):
     if not os.path.exists(path):
         return None

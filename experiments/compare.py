@@ -1,0 +1,96 @@
+"""Runs beside each other: python -m experiments.compare RUN... [--metric=loss --metric=eval_loss] [--x=step|tokens|time] [--smooth=50]
+
+Writes compare.html, a page of its own that needs nothing else, and a PNG for each metric, into --output, and prints the last values and the
+config keys in which the runs differ. Runs may still be going on.
+"""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from absl import app, flags
+
+from experiments import compare_page, records
+from parallel.checkpoint_files import write_text
+
+FLAGS = flags.FLAGS
+POINTS = 1000  # of a run, in the pictures
+
+
+def define_flags():
+    flags.DEFINE_multi_string("metric", ["loss", "eval_loss"], "a name in metrics.jsonl; repeat the flag for several")
+    flags.DEFINE_enum("x", "step", list(records.AXES), "what metrics are drawn over: steps, tokens seen, or hours of training")
+    flags.DEFINE_integer("smooth", 1, "each point is the mean of so many", lower_bound=1)
+    flags.DEFINE_string("output", "compare", "folder for the page and the pictures; made where missing")
+
+
+def main(argv):
+    folders = [os.path.normpath(folder) for folder in argv[1:]]
+    if not folders:
+        raise ValueError("nothing to compare; give folders of runs, such as runs/a runs/b")
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda folder: records.series(folder, FLAGS.metric, FLAGS.x), folders))
+    names = short_names(folders)
+    for metric in FLAGS.metric:
+        if not any(metric in run for run in found):
+            raise ValueError(f"--metric={metric}: none of the runs has it")
+    differences = records.config_differences(folders)
+    curves = {
+        metric: {name: drawn(*run[metric], FLAGS.smooth) for name, run in zip(names, found) if metric in run} for metric in FLAGS.metric
+    }
+    os.makedirs(FLAGS.output, exist_ok=True)
+    for metric, lines in curves.items():
+        compare_page.plot(os.path.join(FLAGS.output, f"{safe(metric)}.png"), lines, metric, FLAGS.x)
+    page = os.path.join(FLAGS.output, "compare.html")
+    write_text(page, compare_page.page(curves, differences, names, FLAGS.x, FLAGS.smooth))
+    print(table(names, found, FLAGS.metric))
+    for key, values in differences.items():
+        print(f"{key}: {values_of(values)}")
+    print(f"wrote {page}")
+
+
+def drawn(x, values, smooth):
+    return records.thinned(x, records.smoothed(values, smooth), POINTS)
+
+
+def short_names(folders):
+    """The paths without what all begin with."""
+    if len(folders) == 1:
+        return [os.path.basename(folders[0])]
+    common = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    names = [os.path.relpath(os.path.abspath(folder), common) for folder in folders]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    return names
+
+
+def values_of(values, most=8):
+    """The different ones, in order, and how many more."""
+    different = sorted(set(map(str, values)), key=lambda text: (len(text), text) if text.lstrip("-").isdigit() else (0, text))
+    return ", ".join(different[:most]) + (f", ... ({len(different)} in all)" if len(different) > most else "")
+
+
+def safe(name):
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+
+
+def table(names, found, metrics):
+    """The last point and value of each run."""
+    width = max(len("run"), *map(len, names))
+    lines = [f"{'run':{width}}" + "".join(f"  {metric:>14}" for metric in metrics)]
+    for name, run in zip(names, found):
+        lines.append(f"{name:{width}}" + "".join(f"  {run[metric][1][-1]:14.4f}" if metric in run else f"  {'':14}" for metric in metrics))
+    return "\n".join(lines)
+
+
+def run():
+    define_flags()
+    try:
+        app.run(main)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,108 @@
+"""Runs beside each other: what is read of them, and what is written."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import compare, compare_page, records
+
+ROOT = Path(__file__).parents[2]
+
+
+def write(folder, lines, config=None):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def step(n, loss, **more):
+    return {"step": n, "loss": loss, "tokens_seen": 100.0 * n, "step_time_s": 36.0, "expert_load": [[1.0, 2.0]], **more}
+
+
+def test_metrics_lie_along_steps_tokens_and_hours(tmp_path):
+    """Every second step is logged; an evaluation lies where the last step before it does."""
+    run = write(tmp_path / "a", [{"step": 0, "eval_loss": 9.0}, step(2, 5), {"step": 3, "eval_loss": 6}, step(4, 4.5), step(6, 4)])
+    for axis, x, held_out in (("step", [2, 4, 6], [0, 3]), ("tokens", [200, 400, 600], [0, 200]), ("time", [0.02, 0.04, 0.06], [0, 0.02])):
+        found = records.series(run, ["loss", "eval_loss", "absent"], axis)
+        assert list(found) == ["loss", "eval_loss"]
+        np.testing.assert_allclose(found["loss"], [x, [5, 4.5, 4]])
+        np.testing.assert_allclose(found["eval_loss"], [held_out, [9, 6]])
+
+
+def test_steps_done_twice_count_once_and_the_later_ones(tmp_path):
+    """Two restarts from earlier checkpoints, and a line that is not whole."""
+    lines = [step(n, n) for n in range(1, 8)] + [step(n, 10 + n) for n in range(5, 7)] + [step(n, 20 + n) for n in range(6, 9)]
+    run = write(tmp_path / "a", [*lines, '{"step": 9, "los'])
+    x, loss = records.series(run, ["loss"])["loss"]
+    assert x.tolist() == [1, 2, 3, 4, 5, 6, 7, 8] and loss.tolist() == [1, 2, 3, 4, 15, 26, 27, 28]
+    hours, _ = records.series(run, ["loss"], "time")["loss"]
+    np.testing.assert_allclose(hours, np.arange(1, 9) / 100)
+
+
+@pytest.mark.parametrize("odd", ['{"step": 3, "loss": NaN}\n', '{"step": 3, "loss": [1]}\n', "not json\n", "3\n"])
+def test_lines_that_the_fast_reader_refuses_are_read_all_the_same(tmp_path, odd):
+    run = write(tmp_path / "a", [step(1, 1.5), odd, step(4, 2)])
+    x, loss = records.series(run, ["loss"])["loss"]
+    assert x.tolist() == [1, 4] and loss.tolist() == [1.5, 2]
+
+
+def test_smoothing_is_the_mean_of_the_last_ones_and_thinning_keeps_the_ends():
+    values = np.arange(10.0) ** 2
+    np.testing.assert_allclose(records.smoothed(values, 3), [values[max(0, i - 2) : i + 1].mean() for i in range(10)])
+    np.testing.assert_array_equal(records.smoothed(values, 1), values)
+    x, kept = records.thinned(np.arange(1000), np.arange(1000), 7)
+    assert len(x) == 7 and x[0] == 0 and x[-1] == 999 and (x == kept).all()
+
+
+def test_a_page_and_pictures_are_written(tmp_path):
+    a = write(tmp_path / "sweep" / "lr=1", [step(1, 2.0), step(2, 1.0)], {"optim": {"lr": 1}, "train": {"seed": 0}})
+    b = write(
+        tmp_path / "sweep" / "<b>&", [step(1, 3.0), {"step": 1, "eval_loss": 2.5}], {"optim": {"lr": "</script>"}, "train": {"seed": 0}}
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-X", "importtime", "-m", "experiments.compare", a, b, f"--output={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not re.search(r"\| +mindspore$", done.stderr, re.MULTILINE)  # it takes seconds to load
+    assert [line.split() for line in done.stdout.splitlines()[:3]] == [
+        ["run", "loss", "eval_loss"],
+        ["lr=1", "1.0000"],
+        ["<b>&", "3.0000", "2.5000"],
+    ]
+    assert "optim.lr: " in done.stdout and "train.seed" not in done.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["compare.html", "eval_loss.png", "loss.png"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in out.glob("*.png"))
+    page = (out / "compare.html").read_text()
+    assert page.count("</script>") == 1 and "<b>" not in page and "&lt;b&gt;&amp;" in page and "http" not in page
+    start = page.index("const data = ") + len("const data = ")
+    data = json.loads(page[start : page.index(";\n", start)])
+    assert data["curves"]["loss"] == {"lr=1": [[1, 2], [2, 1]], "<b>&": [[1], [3]]} and data["names"] == ["lr=1", "<b>&"]
+
+
+def test_what_is_not_a_number_is_a_gap():
+    page = compare_page.page({"loss": {"a": (np.array([1.0, 2]), np.array([np.inf, 1 / 3]))}}, {"k": ["@DATA@"]}, ["a"], "step", 5)
+    assert '{"loss":{"a":[[1.0,2.0],[null,0.333333]]}}' in page and "<td>@DATA@</td>" in page and "the mean of 5" in page
+
+
+def test_mistakes_are_named(tmp_path):
+    a = write(tmp_path / "a", [step(1, 2.0)])
+    for arguments, message in (
+        ([], "nothing to compare"),
+        ([str(tmp_path)], "has no metrics.jsonl"),
+        ([a, "--metric=lss"], "--metric=lss: none of the runs has it"),
+        ([a, a], "is given twice"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "experiments.compare", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr
+
+
+def test_many_values_are_counted():
+    assert compare.values_of([3, 10, 2, 2]) == "2, 3, 10"
+    assert compare.values_of(range(100)).endswith("7, ... (100 in all)")
