@@ -42,6 +42,7 @@ def define(default_config=None, flag_values=flags.FLAGS):
         flags.DEFINE_integer(name, None, f"overrides config.parallel.{name}", flag_values=flag_values)
     flags.DEFINE_boolean("seq_parallel", None, "overrides config.parallel.seq_parallel", flag_values=flag_values)
     flags.DEFINE_string("lowering", None, "overrides config.parallel.lowering: manual or shard", flag_values=flag_values)
+    flags.DEFINE_string("profile_steps", None, "overrides config.train.profile_steps: FIRST:LAST, such as 10:15", flag_values=flag_values)
     flags.DEFINE_string("resume_from", None, "overrides config.resume_from: a run to go on from", flag_values=flag_values)
     flags.DEFINE_string("init_from", None, "overrides config.init_from: weights to begin with", flag_values=flag_values)
     flags.DEFINE_string(
@@ -96,6 +97,8 @@ def resolve(flag_values, world=None, cfg=None):
     for name in ("resume_from", "init_from", "partial"):
         if flag_values[name].value is not None:
             config[name] = flag_values[name].value
+    if flag_values.profile_steps is not None:
+        config.train.profile_steps = flag_values.profile_steps
     if flag_values.hf_dir is not None:
         _start_from(config, flag_values.hf_dir)
     _check(config)
@@ -284,6 +287,11 @@ def _one_of(*names):
     return (lambda value: value in names), f"is not one of {', '.join(names)}"
 
 
+def _is_steps(value):
+    first, _, last = value.partition(":")
+    return value == "" or (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last))
+
+
 def _is_split(value):
     try:
         return bool(split_ranges(value, 100))
@@ -321,6 +329,7 @@ CHECKS = {
     **dict.fromkeys(("optim.decay_fraction", "optim.min_lr_ratio"), FRACTION),
     **dict.fromkeys(("optim.b1", "optim.b2", "data.held_out"), BELOW_ONE),
     "optim.skip_spikes": ((lambda value: value == 0 or value > 1), "must be above 1, or 0 for off"),
+    "train.profile_steps": (_is_steps, "must be FIRST:LAST, steps counted from 1, such as 10:15"),
     "data.path": ((lambda value: isinstance(value, str | tuple | list)), "must be text, or a list [weight, prefix, ...]"),
     "data.json_key": ((lambda value: value != ""), "must name a key of the records; use 'text'"),
     "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),

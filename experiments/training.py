@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+from dataclasses import replace
 
 import mindspore as ms
 from absl import flags
 
-from experiments import checkpoints, layout, layout_table, metrics, run_folder
+from experiments import checkpoints, layout, layout_table, metrics, profiling, run_folder
 from experiments import flags as command_line
 from experiments.data import corpus, loader
 from experiments.finish import finish
@@ -67,6 +68,9 @@ def run(config, cfg, data, workdir, mesh):
         saving = opened.enter_context(checkpoints.Saving(workdir, cfg, config, mesh, program, batches, writer, begun))
         of_bytes = corpus.bytes_per_target(data.tokenizer, held)
         mfu_of = lambda speed: speed * cost / peak
+        if train_.profile_steps and mesh.rank == 0:
+            profile = opened.enter_context(profiling.Profile(workdir, train_.profile_steps))
+            program = replace(program, step=profile.around(program.step))
         state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, saving.after_step, of_bytes)
         saving.end(state)
         if not saving.stopped:
