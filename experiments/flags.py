@@ -306,7 +306,15 @@ BELOW_ONE = (lambda value: 0 <= value < 1), "must be from 0 to below 1"
 CHECKS = {
     **dict.fromkeys(("train.steps", "train.batch_size", "train.seq_len", "train.log_every", "parallel.micro_batches"), POSITIVE),
     **dict.fromkeys(
-        ("train.eval_every", "train.eval_rows", "train.seed", "train.sample_tokens", "train.exact_match_rows", "data.max_bytes"),
+        (
+            "train.eval_every",
+            "train.eval_rows",
+            "train.seed",
+            "train.sample_tokens",
+            "train.exact_match_rows",
+            "train.monitor_every",
+            "data.max_bytes",
+        ),
         NOT_NEGATIVE,
     ),
     **dict.fromkeys(("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every"), NOT_NEGATIVE),

@@ -15,7 +15,7 @@ LOCK, CONFIG, FINISHED, TOKENIZER = ".lock", "config.json", "finished.json", "to
 # What may change between the starts of one run: how it is computed, watched and saved, and how long it is.
 MAY_CHANGE = ("parallel.", "ops.", "checkpoint.", "init_from", "resume_from", "partial", "data.cache_dir", "data.skip_bad")
 MAY_CHANGE += tuple(f"train.{key}" for key in ("steps", "log_every", "eval_every", "eval_rows", "layer_loop", "save_hf"))
-MAY_CHANGE += ("train.profile_steps", "train.sample_tokens", "train.sample_prompt", "train.exact_match_rows")
+MAY_CHANGE += ("train.monitor_every", "train.profile_steps", "train.sample_tokens", "train.sample_prompt", "train.exact_match_rows")
 MAY_CHANGE_ELSEWHERE = (*MAY_CHANGE, "optim.", "train.batch_size")  # when another run goes on in a folder of its own
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import mindspore as ms
 from absl import flags
 
-from experiments import checkpoints, layout, layout_table, metrics, profiling, run_folder
+from experiments import checkpoints, layout, layout_table, metrics, monitors, profiling, run_folder
 from experiments import flags as command_line
 from experiments.data import corpus, loader
 from experiments.finish import finish
@@ -68,6 +68,8 @@ def run(config, cfg, data, workdir, mesh):
         saving = opened.enter_context(checkpoints.Saving(workdir, cfg, config, mesh, program, batches, writer, begun))
         of_bytes = corpus.bytes_per_target(data.tokenizer, held)
         mfu_of = lambda speed: speed * cost / peak
+        if train_.monitor_every:
+            program = replace(program, step=monitors.Monitor(program, mesh, config.optim, train_.monitor_every, writer.write).step)
         if train_.profile_steps and mesh.rank == 0:
             profile = opened.enter_context(profiling.Profile(workdir, train_.profile_steps))
             program = replace(program, step=profile.around(program.step))

@@ -37,6 +37,8 @@ def get_config():
     c.train.recompute = "none"
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text
+    # steps between those of which each layer's norms of weights and gradients are written, and how far weights moved; 0 = off
+    c.train.monitor_every = 0
     c.train.profile_steps = ""  # such as 10:15: a trace and a table of the time of each op, of these steps, in the run's profile/
     c.train.save_hf = True  # write the final weights as a Hugging Face folder
     # fine-tuning: held-out questions answered at the end, greedily, for the share of exact matches; 0 = none
