@@ -25,7 +25,7 @@ from parallel.hints import nearest
 from parallel.mesh import AXES, world_size
 from parallel.pipeline import SCHEDULES
 from qwen3.chat import FORMATS
-from qwen3.config import SIZES, Lora, Qwen3Config, check_compute_dtype
+from qwen3.config import SIZES, Lora, Qwen3Config, RopeScaling, check_compute_dtype
 
 # Mains that run on many ranks, and their default config
 MAINS = {"experiments.pretrain": "experiments/configs/tiny.py", "experiments.finetune": "experiments/configs/finetune_tiny.py"}
@@ -159,9 +159,17 @@ def model_config(config, device="CPU"):
     base = _base_model(config.model)
     if args.get("vocab_size", base.vocab_size) != base.vocab_size:  # another tokenizer, with other ids
         args = {"bos_id": None, "eos_id": None, "pad_id": None, **args}
-    cfg = _what_trains(base.replace(**args), config)
+    cfg = _what_trains(_with_yarn(base.replace(**args), config.yarn), config)
     check_compute_dtype(cfg, device)
     return cfg
+
+
+def _with_yarn(cfg, yarn):
+    if not yarn.factor:
+        if yarn.original_max_position:
+            raise ValueError(f"yarn.original_max_position={yarn.original_max_position} is of a stretch by yarn.factor; give that too")
+        return cfg
+    return cfg.replace(rope_scaling=RopeScaling(yarn.factor, yarn.original_max_position or cfg.max_position))
 
 
 def _what_trains(cfg, config):
@@ -341,6 +349,8 @@ CHECKS = {
     "data.path": ((lambda value: isinstance(value, str | tuple | list)), "must be text, or a list [weight, prefix, ...]"),
     "data.json_key": ((lambda value: value != ""), "must name a key of the records; use 'text'"),
     "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),
+    "yarn.factor": ((lambda value: value == 0 or value >= 1), "must be 1 or more, or 0 for the model's own"),
+    "yarn.original_max_position": NOT_NEGATIVE,
     "parallel.lowering": _one_of("manual", "shard"),
     "parallel.pp_schedule": _one_of(*SCHEDULES),
     "parallel.virtual_stages": POSITIVE,

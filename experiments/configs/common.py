@@ -18,6 +18,9 @@ def get_config():
     c = ConfigDict()
     c.model = "tiny"  # a name in qwen3.config.SIZES, or a Hugging Face folder, of which config.json gives the sizes
     c.model_args = _model_args()  # changes to the model's fields, named as in Qwen3Config; None keeps
+    c.yarn = ConfigDict()  # rotary angles stretched for longer rows
+    c.yarn.factor = 0.0  # by how much; 0 = as the model has it
+    c.yarn.original_max_position = 0  # positions that the model was trained with; 0 = its max_position
     # Where a new run begins; one whose own folder has a checkpoint goes on from that. Also --resume_from, --init_from, --partial
     c.resume_from = ""  # run, or checkpoint of one, to go on from, with its optimizer state, step and place in the data
     c.init_from = ""  # Hugging Face folder, run or checkpoint to take the weights from, and nothing else; empty = random weights

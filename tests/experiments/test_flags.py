@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 
 from experiments import flags
 from experiments.configs import common
-from qwen3.config import SIZES, Qwen3Config
+from qwen3.config import SIZES, Qwen3Config, RopeScaling
 
 TINY = "--config=experiments/configs/tiny.py"
 FILES = sorted(set(glob.glob("experiments/configs/*.py")) - {f"experiments/configs/{n}.py" for n in ("__init__", "common")})
@@ -200,6 +200,18 @@ def test_every_config_file_resolves_on_one_device(monkeypatch, path):
 def test_model_args_cover_the_model_fields():
     fields = {f.name for f in dataclasses.fields(Qwen3Config)}
     assert set(common.get_config().model_args) == fields - {"rope_scaling", "lora", "frozen"}
+
+
+def test_yarn_is_put_on_a_model(monkeypatch):
+    """With the positions that the model has, or those that are given; a wrong one is named."""
+    plain = flags.model_config(read(monkeypatch, TINY))
+    assert flags.model_config(read(monkeypatch, TINY, "--config.yarn.factor=4")).rope_scaling == RopeScaling(4.0, plain.max_position)
+    both = ("--config.yarn.factor=2", "--config.yarn.original_max_position=128")
+    assert flags.model_config(read(monkeypatch, TINY, *both)).rope_scaling == RopeScaling(2.0, 128)
+    with pytest.raises(ValueError, match="yarn.factor=0.5 must be 1 or more"):
+        read(monkeypatch, TINY, "--config.yarn.factor=0.5")
+    with pytest.raises(ValueError, match="yarn.original_max_position=128 is of a stretch by yarn.factor"):
+        read(monkeypatch, TINY, both[1])
 
 
 def test_model_args_change_the_model(monkeypatch):
