@@ -73,7 +73,7 @@ def split(mesh, axes, dim=0, partial=False):
 def all_to_all(mesh, axes, split_dim, concat_dim, partial=False):
     """f(x) -> cut along split_dim, the i-th part sent to rank i; what arrives is joined along concat_dim. Backward: the way back."""
     w = _wire(mesh, axes)
-    return _cell(partial, _exchange(w, split_dim, concat_dim), _exchange(w, concat_dim, split_dim)) if w else _same
+    return _cell(partial, w.exchange(split_dim, concat_dim), w.exchange(concat_dim, split_dim)) if w else _same
 
 
 def ppermute(mesh, axes, pairs):
@@ -180,8 +180,8 @@ def _ascend_wire(group, ranks, at):
 
     reduce, largest = ops.AllReduce("sum", group), ops.AllReduce("max", group)
 
-    def exchange():
-        return ops.AlltoAll(n, 0, 0, group)
+    def exchange(split_dim, concat_dim):
+        return _exchange(ops.AlltoAll(n, 0, 0, group), n, split_dim, concat_dim)
 
     def permute(pairs):
         return _permute_by_gather(whole, n, at, pairs)
@@ -209,8 +209,10 @@ def _cpu_wire(group, ranks, at):
 
         return broadcast
 
-    def exchange():
-        return _exchange_by_gather(gather, n, at) if n % 2 else _exchange_by_two(ranks, at)
+    def exchange(split_dim, concat_dim):
+        if n % 2:
+            return _exchange(_exchange_by_gather(gather, n, at), n, split_dim, concat_dim)
+        return _exchange_by_two(ranks, at, split_dim, concat_dim)
 
     def permute(pairs):
         return _pass_by_two(ranks, at, pairs) if _is_ring(n, pairs) else _permute_by_gather(gather, n, at, pairs)
@@ -245,15 +247,15 @@ def _rounds(n, at):
     return sorted({*range(n)} - {at}, key=lambda other: (at + other if last not in (at, other) else 2 * min(at, other)) % last)
 
 
-def _exchange_by_two(ranks, at):
-    """f(x) -> what arrives, by sender, where each rank sends the i-th part along the leading dim to rank i."""
-    n, swaps, lines, last = len(ranks), {}, [f"rows = x.shape[0] // {len(ranks)}"], "x"
-    for i in _rounds(n, at):
+def _exchange_by_two(ranks, at, split_dim, concat_dim):
+    """f(x) -> cut along split_dim, the i-th part sent to rank i; what arrives is joined along concat_dim."""
+    swaps, lines, last = {}, ["parts = split(x)"], "x"
+    for i in _rounds(len(ranks), at):
         swaps[f"swap{i}"] = _swap(ranks, at, i)
-        lines.append(f"y{i} = swap{i}(depend(x[{i} * rows : {i + 1} * rows], {last}))")
+        lines.append(f"y{i} = swap{i}(depend(parts[{i}], {last}))")
         last = f"y{i}"
-    lines += [f"y{at} = x[{at} * rows : {at + 1} * rows]", f"return concat(({', '.join(f'y{i}' for i in range(n))}))"]
-    return function("exchange(x)", lines, concat=ops.Concat(0), depend=ops.depend, **swaps)
+    lines += [f"y{at} = parts[{at}]", f"return concat(({', '.join(f'y{i}' for i in range(len(ranks)))}))"]
+    return function("exchange(x)", lines, split=ops.Split(split_dim, len(ranks)), concat=ops.Concat(concat_dim), depend=ops.depend, **swaps)
 
 
 def _exchange_by_gather(gather, n, at):
@@ -341,8 +343,9 @@ def _along(dim, f):
     return along if dim else f
 
 
-def _exchange(w, split_dim, concat_dim):
-    transpose, reshape, n, by_rank = ops.Transpose(), ops.Reshape(), w.n, w.exchange()
+def _exchange(by_rank, n, split_dim, concat_dim):
+    """The same, by a function that does so with the parts of the leading dim."""
+    transpose, reshape = ops.Transpose(), ops.Reshape()
 
     def exchange(x):
         ndim = len(x.shape)
