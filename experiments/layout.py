@@ -36,9 +36,7 @@ def for_inference(asked, cfg, model, world):
     """The sizes of the axes for a main that only computes with a model, on `world` ranks. asked: {axis: size or None}. model: its name.
     Raises ValueError naming key, value and fix."""
     sizes = axis_sizes({axis: asked.get(axis) or 1 for axis in AXES}, world)
-    for axis in ("pp", "cp"):
-        if sizes[axis] > 1:
-            raise ValueError(f"parallel.{axis}={sizes[axis]} does not generate; use --{axis}=1, and --tp, --ep or --dp")
+    check_only_computes(sizes, cfg)
     of_tp = Mesh(**sizes).size(("tp/ep",))
     if of_tp > 1:
         raise ValueError(
@@ -49,6 +47,16 @@ def for_inference(asked, cfg, model, world):
     sizes.update(cp_attention="ring", cp_ulysses=1)
     mesh(cfg, sizes).size(("tp",))
     return sizes
+
+
+def check_only_computes(sizes, cfg):
+    """Raises ValueError for sizes of axes that train alone."""
+    if sizes["cp"] > 1:
+        raise ValueError(f"parallel.cp={sizes['cp']} splits rows, which is for training; use --cp=1, and --tp, --pp, --ep or --dp")
+    if sizes["pp"] > cfg.num_layers:
+        raise ValueError(
+            f"parallel.pp={sizes['pp']} is more than the {cfg.num_layers} layers of the model; use --pp={cfg.num_layers} or less"
+        )
 
 
 def _check_pipeline(config, cfg, sizes):
