@@ -68,8 +68,6 @@ def _check_pipeline(config, cfg, sizes):
         return
     check_schedule(parallel.pp_schedule, pp, parallel.micro_batches, parallel.virtual_stages)
     stage_ranges(cfg.num_layers, pp, parallel.virtual_stages, tuple(parallel.stage_layers))
-    if cfg.lora or cfg.frozen[0]:
-        raise ValueError(f"parallel.pp={pp}: a pipeline trains every parameter, without adapters; use --pp=1 with --tp, --dp or --zero")
     if config.train.layer_loop == "scan":
         raise ValueError("train.layer_loop=scan: the layers of a pipeline stage are unrolled; use --config.train.layer_loop=auto")
 

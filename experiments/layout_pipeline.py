@@ -33,7 +33,8 @@ def lines(config, cfg, sharding):
 def _row(mesh, rank, layers, stages, actions, sizes):
     mine = range(rank, len(layers), mesh.pp)
     placed = [p for s in mine for p in tree_leaves(stages[s])]
-    parameters, gradients = (sum(nbytes(mesh, p, axes) for p in placed) for axes in ("stored", "state"))
+    trained = [p for p in placed if p.spec.trains]
+    parameters, gradients = (sum(nbytes(mesh, p, axes) for p in of) for axes, of in (("stored", placed), ("state", trained)))
     sent = sum(sizes[a.action.stage + (not isinstance(a.action, pipeline.Forward))] for a in actions if isinstance(a, pipeline.Send))
     texts = [_layers(s, layers) for s in mine]
     each = (parameters, gradients, 2 * gradients)

@@ -104,10 +104,10 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
     parts = _parts(cfg, sharding, kernels, "none" if scan and recompute == "full" else recompute)  # a scanned layer is recomputed anyway
     trunk = _scanned(cfg, parts.layers) if scan else _unrolled(cfg, sharding, parts.layers)
     router_losses, reshape = moe.losses(cfg, sharding), ops.Reshape()
-    with_noise, noise_of = _noise(cfg, sharding), _noise_of(cfg)
+    noise_of = noise_in(cfg)
 
     def states_and_stats(params, tokens, positions, segment_ids, noise=None):
-        return trunk(params["layers"], parts.begin(params, tokens), with_noise(parts.beside(positions, segment_ids), noise))
+        return trunk(params["layers"], parts.begin(params, tokens), parts.beside(positions, segment_ids, noise))
 
     def forward(params, tokens, positions=None, segment_ids=None):
         B, S = tokens.shape
@@ -133,9 +133,10 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
 
 
 def _parts(cfg, sharding, kernels, recompute):
-    """What the model's functions are made of: begin(params, tokens_BS) -> x_RD; beside(positions_BS, segment_ids_BS) -> what each layer is
-    given beside x; layers, as _blocks gives them; whole_logits(params, x_RD) -> logits_RV, of the whole vocabulary; nats_and_gap(params,
-    x_RD, targets_BS) -> [R, 1] each, see score; loss(params, x_RD, stats, batch), see loss_fn; over_cache, see _over_cache."""
+    """What the model's functions are made of: begin(params, tokens_BS) -> x_RD; beside(positions_BS, segment_ids_BS, noise_BS or None) ->
+    what each layer is given beside x; layers, as _blocks gives them; whole_logits(params, x_RD) -> logits_RV, of the whole vocabulary;
+    nats_and_gap(params, x_RD, targets_BS) -> [R, 1] each, see score; loss(params, x_RD, stats, batch), see loss_fn; over_cache, see
+    _over_cache."""
     take, head = embed.build(cfg, sharding, kernels)
     final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
@@ -143,16 +144,21 @@ def _parts(cfg, sharding, kernels, recompute):
     order = sharding.op(_order(sharding.mesh.size(sharding.rules["span"])), "batch keys -> batch keys", kind="kernel")
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     angles, more_embed = rope.build(cfg, sharding), lora.embedding(cfg, sharding, kernels)
-    reshape, consts, nll = ops.Reshape(), _consts(cfg), loss.build_with_head(cfg.vocab_size, sharding, kernels, head)
+    reshape, consts, with_noise, nll = (
+        ops.Reshape(),
+        _consts(cfg),
+        _noise(cfg, sharding),
+        loss.build_with_head(cfg.vocab_size, sharding, kernels, head),
+    )
 
     def begin(params, tokens):
         return more_embed(params, tokens, take(whole_table(params["embed"]), tokens))
 
-    def beside(positions, segment_ids):
+    def beside(positions, segment_ids, noise=None):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
         segments = whole_rows(segment_ids)
-        return consts(cos, sin, segments, order(segments), valid)
+        return with_noise(consts(cos, sin, segments, order(segments), valid), noise)
 
     def end(params, x):
         return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x))
@@ -211,7 +217,9 @@ def drops(cfg):
     return bool(lora.noises(cfg))
 
 
-def _noise_of(cfg):
+def noise_in(cfg):
+    """f(batch) -> its noise where the model has dropout, else None."""
+
     def given(batch):
         return batch["noise"]
 

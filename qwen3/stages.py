@@ -9,22 +9,24 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from layers import embed, moe, norm
+from layers import moe
 from parallel import collectives, pipeline
 from parallel.step import jit
-from qwen3.model import build, last_rows, layer_specs, param_specs, stack_rows
+from qwen3.model import build, last_rows, noise_in, param_specs, stack_rows
 
 
 def stage_specs(cfg, layers, first, last):
     """The specs of a stage, with the paths that they have in the whole model. layers: the range of its layers; first: with the embedding;
-    last: with the head, which is the embedding's matrix again where they are tied."""
-    tree = {"embed": embed.specs(cfg)} if first or (last and cfg.tie_embeddings) else {}
+    last: with the head, which is the embedding's matrix again where they are tied. The embedding's adapters are the first's."""
+    whole = param_specs(cfg)
+    tree = {"embed": whole["embed"]} if first or (last and cfg.tie_embeddings) else {}
     if layers:
-        tree["layers"] = {str(i): layer_specs(cfg, i) for i in layers}
-    if last:
-        tree["final_norm"] = norm.specs(cfg)
-    if last and not cfg.tie_embeddings:
-        tree["lm_head"] = embed.specs(cfg)
+        tree["layers"] = {str(i): whole["layers"][i] for i in layers}
+    for key in ("final_norm", "lm_head") if last else ():
+        if key in whole:
+            tree[key] = whole[key]
+    if first and "lora" in whole:
+        tree["lora"] = whole["lora"]
     return tree
 
 
@@ -71,14 +73,14 @@ def _run(cfg, sharding, parts, layers, first):
 def _trunk(cfg, sharding, parts, layers):
     """trunk(params, carried, batch) -> carried."""
     run, names, n = tuple(parts.layers[i][0] for i in layers), tuple(map(str, layers)), len(layers)
-    counted = tuple(cfg.is_moe_layer(i) for i in layers)
+    counted, noise_of = tuple(cfg.is_moe_layer(i) for i in layers), noise_in(cfg)
     join = _joined(sharding, _moe_layers(cfg, range(layers.start)), sum(counted))
 
     def unchanged(params, carried, batch):
         return carried
 
     def trunk(params, carried, batch):
-        consts, x, rows = parts.beside(batch["positions"], batch["segment_ids"]), carried[0], ()
+        consts, x, rows = parts.beside(batch["positions"], batch["segment_ids"], noise_of(batch)), carried[0], ()
         for i in range(n):
             x, stats = run[i](params["layers"][names[i]], x, consts)
             if counted[i]:
