@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from experiments import train_pipeline
 from parallel.pipeline import live_formula, split_layers
 from parallel.placement import local_shape, place
 from parallel.spec import tree_leaves
@@ -113,3 +114,9 @@ def holders(cfg, options, path):
     if path == "embed":
         return [0, pp - 1] if cfg.tie_embeddings else [0]
     return [pp - 1]
+
+
+def test_a_pipeline_stage_in_which_nothing_trains_is_refused():
+    cfg = MODELS["untied"].replace(frozen=(("embed", "layers.0.*"), ()))
+    with pytest.raises(ValueError, match="leaves nothing to train in pipeline stage 0"):
+        train_pipeline.Parts(cfg, layouts.run_config({}), layouts.sharding_of(cfg, {"pp": 2}))
