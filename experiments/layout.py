@@ -17,8 +17,6 @@ def check(config, cfg, world=None):
     """The sizes of the axes for a job of `world` ranks (None: as many as asked). Raises ValueError naming key, value and fix."""
     parallel = config.parallel
     sizes = axis_sizes(parallel, world)
-    if sizes["pp"] > 1 and sizes["cp"] > 1:
-        raise ValueError(f"parallel.pp={sizes['pp']} with parallel.cp={sizes['cp']} is not built; use --pp=1 or --cp=1")
     if parallel.lowering == "shard":
         raise ValueError("parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual")
     if parallel.zero not in (0, 1, 2, 3):

@@ -15,7 +15,7 @@ from mindspore import ops
 from experiments import optim as optimizer
 from experiments import train
 from layers import lora
-from parallel import collectives, pipeline, zero
+from parallel import collectives, context, pipeline, zero
 from parallel.pipeline_run import Executor
 from parallel.placement import Spread, load, place, reader
 from parallel.sharding import DATA
@@ -299,7 +299,7 @@ def _step(parts):
     finish = jit(finish)
 
     def step(state, batch, lr, at):
-        total, found = gradients.of(state, noisy(batch, at))
+        total, found = gradients.of(state, context.cut(parts.mesh, noisy(batch, at)))
         values = optimizer.scalars(config.optim, lr, at)
         p, m, v = (tuple(tree_leaves(state[name])) for name in ("params", "m", "v"))
         norm, skipped, changed = finish(p, tuple(total), m, v, state["norm"], values)
@@ -341,7 +341,8 @@ def _evaluate(parts):
         return collectives.host_sum(mesh, ("pp",), sums)
 
     def evaluate(state, batches):
-        every = (part for batch in batches for part in train.micro_batches(batch, parallel.micro_batches)[0])
+        cut = (context.cut(mesh, batch) for batch in batches)
+        every = (part for batch in cut for part in train.micro_batches(batch, parallel.micro_batches)[0])
         sums = np.zeros(2)
         while group := list(islice(every, EVAL_GROUP * len(parts.layers))):
             sums += run(state, group)

@@ -52,7 +52,7 @@ def found(name):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS])
 def test_a_layout_equals_one_process(name):
     model, options = LAYOUTS[name]
-    reference = model, options.get("loop"), options.get("micro", 1), options.get("packed"), "pp" in options
+    reference = model, options.get("loop"), options.get("micro", 1), options.get("packed"), "pp" in options or options.get("evaluate")
     want, ranks = one_process(*reference), found(name)
     checked = dict.fromkeys(TOLERANCE, 0)
     for key, value in want.items():
@@ -62,7 +62,7 @@ def test_a_layout_equals_one_process(name):
             worst = error(value, ranks[0][key])
             assert worst <= TOLERANCE[kind], f"{key}: error {worst:.3g} is above {TOLERANCE[kind]}"
     assert all(checked.values())
-    if "pp" in options:
+    if "evaluation" in want:
         assert [rank["evaluation"] for rank in ranks] == pytest.approx([want["evaluation"]] * len(ranks), rel=1e-5)
     assert not any(value.any() for key, value in ranks[0].items() if key.startswith("expert_overflow"))
     for rank in ranks[1:]:  # replicas have not drifted apart by a bit
