@@ -144,6 +144,7 @@ SLOW = (
     "dp2 tp2, ZeRO 3",
     "moe, dp2 tp2 ep2",
     "frozen, dp2, ZeRO 3",
+    "adapters, dp2 ep2, ZeRO 1",
     "adapters, tp2 of 1 kv head",
     "adapters, dp2, ZeRO 1",
     "adapters, dp2, ZeRO 2",
