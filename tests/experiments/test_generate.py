@@ -123,7 +123,7 @@ def test_a_run_generates_what_its_model_does_and_mistakes_are_named(folder, run,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["--tp=2", "--dp=2"])
+@pytest.mark.parametrize("layout", ["--tp=2", "--dp=2", "--pp=2"])
 def test_launched_processes_write_the_same(folder, tokenizer, tmp_path, layout):
     (tmp_path / "prompts.txt").write_text("\n".join(LINES))
     launch = ["experiments.launch", "--nproc=2", f"--log_dir={tmp_path}/logs", "--"]
