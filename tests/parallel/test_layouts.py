@@ -111,8 +111,10 @@ def holders(cfg, options, path):
     if path.startswith("layers."):
         counts = options.get("layers") or split_layers(cfg.num_layers, pp * virtual)
         return [int(np.searchsorted(np.cumsum(counts), int(path.split(".")[1]), side="right")) % pp]
-    if path == "embed":
-        return [0, pp - 1] if cfg.tie_embeddings else [0]
+    if path == "embed" and cfg.tie_embeddings:
+        return [0, pp - 1]
+    if path == "embed" or path.startswith("lora."):
+        return [0]
     return [pp - 1]
 
 
