@@ -23,6 +23,7 @@ from qwen3.model import param_specs
 
 MODEL = dict(vocab_size=512, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_size=384, tie_embeddings=True)
 RANKS = (1, 2, 4)
+SHORT = 256  # tokens of a row that needs hardly more memory than what compiling its graph takes
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,20 +32,30 @@ def bench_context(options, ranks=RANKS):
     only one, is not timed.
 
     above_mem_gib: what the peak of the rank that needs most is above what it had before its first step, the compiler's part included.
+    row_mem_gib: that, less the same of a job with a row of SHORT tokens.
     """
     figures = {"what": "context", "seq_len": options.seq_len, "cp_attention": options.cp_attention}
     for cp in ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            job = [folder, cp, options.cp_attention, options.seq_len, options.steps]
-            launch = [sys.executable, "-m", "experiments.launch", f"--nproc={cp}", f"--log_dir={folder}/logs", "--"]
-            subprocess.run([*launch, "experiments.bench_context", *map(str, job)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-            found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank_*.json"))]
-        for name in ("above_mem_gib", "step_time_s"):
-            figures[f"cp{cp}_{name}"] = max(each[name] for each in found)
-        figures[f"cp{cp}_loss"] = found[0]["loss"]
+        short, found = (_job(cp, options.cp_attention, length, steps) for length, steps in ((SHORT, 1), (options.seq_len, options.steps)))
+        figures[f"cp{cp}_above_mem_gib"] = most = _most(found, "above_mem_gib")
+        figures[f"cp{cp}_row_mem_gib"] = most - _most(short, "above_mem_gib")
+        figures[f"cp{cp}_step_time_s"], figures[f"cp{cp}_loss"] = _most(found, "step_time_s"), found[0]["loss"]
     losses = [value for name, value in figures.items() if name.endswith("_loss")]
     figures["loss_difference"] = (max(losses) - min(losses)) / max(losses)
     return figures
+
+
+def _job(cp, attention, seq_len, steps):
+    """What each rank of a job found."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch = [sys.executable, "-m", "experiments.launch", f"--nproc={cp}", f"--log_dir={folder}/logs", "--"]
+        job = [*launch, "experiments.bench_context", *map(str, (folder, cp, attention, seq_len, steps))]
+        subprocess.run(job, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank_*.json"))]
+
+
+def _most(found, name):
+    return max(each[name] for each in found)
 
 
 def rank_of_job(folder, cp, attention, seq_len, steps):

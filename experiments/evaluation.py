@@ -31,11 +31,7 @@ def own_data(config, workdir):
 def load(model, tokenizer, config, rank, length=None):
     """The scoring.Scorer of an opened model in the layout of config.parallel, each rank reading its own part."""
     cfg, seq_parallel = model.cfg, config.parallel.seq_parallel
-    for axis in ("pp", "cp"):
-        if config.parallel[axis] > 1:
-            raise ValueError(
-                f"parallel.{axis}={config.parallel[axis]} trains, and does not evaluate here; use --{axis}=1 with --tp or --dp"
-            )
+    layout.check_only_computes(config.parallel, cfg)
     sharding = Sharding(layout.mesh(cfg, config.parallel, rank), seq_parallel=seq_parallel)
     options = {"kernels": choose_kernels(config.ops, cfg, sharding), "batch_size": config.train.batch_size, "length": length}
     return scoring.build(model.params(sharding), cfg, tokenizer, sharding=sharding, **options)

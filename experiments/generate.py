@@ -68,7 +68,7 @@ def build(model, slots, length, sizes):
         raise ValueError(f"--max_length={length} is more than the model's {model.cfg.max_position} positions; use less")
     engine = Engine(model.params(), model.cfg, slots=slots, length=length, prefill_chunk=FLAGS.prefill_chunk, sharding=model.sharding)
     if model.mesh.rank == 0:
-        layout = " x ".join(f"{axis} {getattr(model.mesh, axis)}" for axis in ("dp", "tp", "ep") if getattr(model.mesh, axis) > 1)
+        layout = " x ".join(f"{axis} {getattr(model.mesh, axis)}" for axis in ("dp", "pp", "tp", "ep") if getattr(model.mesh, axis) > 1)
         print(f"model      {model.opened.text}{', ' * bool(layout)}{layout}")
         print(f"cache      {slots} rows of {engine.length} tokens, {engine.cache.nbytes / 2**20:,.1f} MiB a rank", flush=True)
     engine.warm_up(sizes)

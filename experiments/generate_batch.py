@@ -11,6 +11,7 @@ from parallel.checkpoint_files import write_text
 from qwen3.text_stream import TextStream
 
 SHOWN = 8  # results that are printed
+TOGETHER = ("pp", "tp")  # the axes whose ranks make one text
 FIRST_LOOK_S, LAST_LOOK_S = 0.5, 4.0  # between two looks of data ranks at each other: doubled from the first to the last
 
 
@@ -108,9 +109,9 @@ class Together:
                 return busy
 
     def _due(self):
-        """Of the first rank of a tensor parallel group, so that all of it find the same."""
-        due = time.monotonic() >= self.next_s and self.mesh.index(("tp",)) == 0
-        return bool(collectives.host_sum(self.mesh, ("tp",), [due])[0])
+        """Of the first of the ranks that work together, so that all of them find the same."""
+        due = time.monotonic() >= self.next_s and self.mesh.index(TOGETHER) == 0
+        return bool(collectives.host_sum(self.mesh, TOGETHER, [due])[0])
 
     def _any(self, busy):
         return bool(collectives.host_sum(self.mesh, tuple(self.mesh.sizes), [busy])[0])
@@ -118,7 +119,7 @@ class Together:
 
 def gathered(mesh, results, totals):
     """([Result] of all ranks in the order of prompts and samples, [Totals as dict] of the data ranks). All ranks call it."""
-    own = mesh.index(("tp",)) == 0
+    own = mesh.index(TOGETHER) == 0
     found = exchange.gather(mesh, {"results": [asdict(r) for r in results], "totals": asdict(totals)} if own else None)
     found = [each for each in found if each]
     every = [Result(**r) for each in found for r in each["results"]]

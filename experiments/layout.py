@@ -17,8 +17,6 @@ def check(config, cfg, world=None):
     """The sizes of the axes for a job of `world` ranks (None: as many as asked). Raises ValueError naming key, value and fix."""
     parallel = config.parallel
     sizes = axis_sizes(parallel, world)
-    if sizes["pp"] > 1 and sizes["cp"] > 1:
-        raise ValueError(f"parallel.pp={sizes['pp']} with parallel.cp={sizes['cp']} is not built; use --pp=1 or --cp=1")
     if parallel.lowering == "shard":
         raise ValueError("parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual")
     if parallel.zero not in (0, 1, 2, 3):
@@ -36,9 +34,7 @@ def for_inference(asked, cfg, model, world):
     """The sizes of the axes for a main that only computes with a model, on `world` ranks. asked: {axis: size or None}. model: its name.
     Raises ValueError naming key, value and fix."""
     sizes = axis_sizes({axis: asked.get(axis) or 1 for axis in AXES}, world)
-    for axis in ("pp", "cp"):
-        if sizes[axis] > 1:
-            raise ValueError(f"parallel.{axis}={sizes[axis]} does not generate; use --{axis}=1, and --tp, --ep or --dp")
+    check_only_computes(sizes, cfg)
     of_tp = Mesh(**sizes).size(("tp/ep",))
     if of_tp > 1:
         raise ValueError(
@@ -51,6 +47,16 @@ def for_inference(asked, cfg, model, world):
     return sizes
 
 
+def check_only_computes(sizes, cfg):
+    """Raises ValueError for sizes of axes that train alone."""
+    if sizes["cp"] > 1:
+        raise ValueError(f"parallel.cp={sizes['cp']} splits rows, which is for training; use --cp=1, and --tp, --pp, --ep or --dp")
+    if sizes["pp"] > cfg.num_layers:
+        raise ValueError(
+            f"parallel.pp={sizes['pp']} is more than the {cfg.num_layers} layers of the model; use --pp={cfg.num_layers} or less"
+        )
+
+
 def _check_pipeline(config, cfg, sizes):
     parallel, pp = config.parallel, sizes["pp"]
     if pp == 1:
@@ -60,8 +66,6 @@ def _check_pipeline(config, cfg, sizes):
         return
     check_schedule(parallel.pp_schedule, pp, parallel.micro_batches, parallel.virtual_stages)
     stage_ranges(cfg.num_layers, pp, parallel.virtual_stages, tuple(parallel.stage_layers))
-    if cfg.lora or cfg.frozen[0]:
-        raise ValueError(f"parallel.pp={pp}: a pipeline trains every parameter, without adapters; use --pp=1 with --tp, --dp or --zero")
     if config.train.layer_loop == "scan":
         raise ValueError("train.layer_loop=scan: the layers of a pipeline stage are unrolled; use --config.train.layer_loop=auto")
 

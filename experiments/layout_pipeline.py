@@ -3,7 +3,7 @@
 import math
 
 from experiments.train_pipeline import placements
-from parallel import pipeline
+from parallel import context, pipeline
 from parallel.placement import nbytes
 from parallel.spec import tree_leaves
 from qwen3.stages import carried_shapes
@@ -22,7 +22,8 @@ def lines(config, cfg, sharding):
     parallel, pp = config.parallel, sharding.mesh.pp
     layers, stages, _ = placements(cfg, config, sharding)
     lists = pipeline.schedule(parallel.pp_schedule, pp, parallel.micro_batches, parallel.virtual_stages)
-    rows = config.train.batch_size // parallel.dp // parallel.micro_batches * config.train.seq_len
+    length = context.padded(sharding.mesh, config.train.seq_len) // sharding.mesh.cp
+    rows = config.train.batch_size // parallel.dp // parallel.micro_batches * length
     sizes = [_bytes(carried_shapes(cfg, sharding, each, rows)) if stage else 0 for stage, each in enumerate(layers)]
     table = [HEADER, *(_row(sharding.mesh, rank, layers, stages, lists[rank], sizes) for rank in range(pp))]
     bubble = pipeline.bubble_formula(pp, parallel.micro_batches, parallel.virtual_stages)
@@ -33,7 +34,8 @@ def lines(config, cfg, sharding):
 def _row(mesh, rank, layers, stages, actions, sizes):
     mine = range(rank, len(layers), mesh.pp)
     placed = [p for s in mine for p in tree_leaves(stages[s])]
-    parameters, gradients = (sum(nbytes(mesh, p, axes) for p in placed) for axes in ("stored", "state"))
+    trained = [p for p in placed if p.spec.trains]
+    parameters, gradients = (sum(nbytes(mesh, p, axes) for p in of) for axes, of in (("stored", placed), ("state", trained)))
     sent = sum(sizes[a.action.stage + (not isinstance(a.action, pipeline.Forward))] for a in actions if isinstance(a, pipeline.Send))
     texts = [_layers(s, layers) for s in mine]
     each = (parameters, gradients, 2 * gradients)

@@ -15,7 +15,7 @@ from experiments.data import loader, packing
 from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.step import jit
-from qwen3 import model
+from qwen3 import model, stages
 from qwen3.engine import Engine, Request
 
 NARROWEST = 64  # tokens of a row; rows are this times a power of two
@@ -49,7 +49,8 @@ def build(params, cfg, tokenizer, *, sharding=None, kernels=None, batch_size=8, 
     sharding, cfg = sharding or Sharding(), cfg.replace(moe_capacity_factor=None)  # so that no token is without a place
     if batch_size % sharding.mesh.dp:
         raise ValueError(f"batch_size={batch_size} must be a multiple of parallel.dp={sharding.mesh.dp}")
-    score = jit(model.build(cfg, sharding, kernels=kernels).score)
+    kernels, staged = kernels or model.choose_kernels({}, cfg, sharding), sharding.mesh.pp > 1
+    score = stages.build_score(cfg, sharding, kernels) if staged else jit(model.build(cfg, sharding, kernels=kernels).score)
     prefix_id = tokenizer.eos_id if prefix_id is None else prefix_id
     length = min(length or cfg.max_position, cfg.max_position)
     return Scorer(params, cfg, tokenizer, score, sharding, kernels, batch_size, length, prefix_id)

@@ -98,7 +98,7 @@ def build_program(cfg, config, sharding=None):
 
 def _step(cfg, config, sharding, gradient, trained, placed, kernels):
     """Program.step. trained, placed: the specs and Placed of what trains."""
-    update, noisy = update_of(trained, placed, sharding, config.optim, kernels), _noise(cfg, config, sharding.mesh)
+    update, noisy = update_of(trained, placed, sharding, config.optim, kernels), noise(cfg, config, sharding.mesh)
     micro, names = config.parallel.micro_batches, metric_names(cfg)
     run_step = _one_batch(gradient, update) if micro == 1 else _accumulated(gradient, trained, names, update, sharding, placed, micro)
 
@@ -140,7 +140,7 @@ def _trains(leaf):
     return getattr(leaf, "spec", leaf).trains
 
 
-def _noise(cfg, config, mesh):
+def noise(cfg, config, mesh):
     """f(batch, step) -> the batch with the integers of which dropout draws, of the run's seed, the step and the token's place in the global
     batch."""
 

@@ -14,12 +14,13 @@ from mindspore import ops
 
 from experiments import optim as optimizer
 from experiments import train
-from parallel import collectives, pipeline, zero
+from layers import lora
+from parallel import collectives, context, pipeline, zero
 from parallel.pipeline_run import Executor
 from parallel.placement import Spread, load, place, reader
 from parallel.sharding import DATA
-from parallel.spec import tree_leaves, tree_map
-from parallel.step import flatten_in_graph, from_tuple, grad_in_graph, jit, to_tuple
+from parallel.spec import merge, tree_leaves, tree_map
+from parallel.step import flatten_in_graph, from_tuple, grad_of_nested, jit, joined, to_tuple
 from qwen3.model import choose_kernels, metric_names, param_specs
 from qwen3.stages import build_stage, carried_shapes, stage_specs
 
@@ -32,19 +33,23 @@ def build_program(cfg, config, sharding):
     step, executor, held_there = _step(parts), parts.executor, optimizer.resident(parts.kernels)
 
     def init(params):
-        read = params if callable(params) else reader(params)
-        nested = to_tuple(load(sharding.mesh, parts.placed, read))
-        return held_there({"params": nested, **optimizer.init_state(to_tuple(train.shapes(sharding.mesh, parts.placed, "state")))})
+        read, (moving, fixed) = params if callable(params) else reader(params), parts.kinds
+        state = {"params": to_tuple(load(sharding.mesh, moving, read))}
+        state.update(optimizer.init_state(to_tuple(train.shapes(sharding.mesh, moving, "state"))))
+        return held_there({**state, "frozen": to_tuple(load(sharding.mesh, fixed, read))} if fixed else state)
 
     def spread(state):
-        mine = {p.path: w for p, w in zip(tree_leaves(parts.placed), tree_leaves(state["params"]))}
+        moving, fixed = parts.kinds
+        mine = {p.path: w for p, w in zip(tree_leaves(moving), tree_leaves(state["params"]))}
+        mine.update({p.path: w for p, w in zip(tree_leaves(fixed), tree_leaves(state["frozen"]))} if fixed else {})
         return tree_map(lambda p: Spread(sharding.mesh, p, mine.get(p.path)), parts.whole)
 
     def params_of(state):
         return tree_map(lambda leaf: ms.Tensor(np.array(leaf.asnumpy(everywhere=True))), spread(state))
 
     def held(state=None):
-        return train.held_arrays(parts.placed, 0, state) if state else train.held_arrays(parts.whole, 0)  # as a checkpoint has them all
+        of = parts.placed if state else parts.whole  # as a checkpoint has them all
+        return train.held_arrays(of, 0, state, with_frozen=cfg.lora is None)
 
     def restore(read, norm):
         return held_there(train.restored(sharding.mesh, parts.placed, 0, read, norm))
@@ -68,29 +73,51 @@ def placements(cfg, config, sharding):
 
 
 class Parts:
-    """What the functions of a Program share: the model's stages, of which this rank has `mine`; specs and placed hold a tree for each of
-    those, whole one for the model."""
+    """What the functions of a Program share: the model's stages, of which this rank has `mine`; specs, placed, moving and fixed hold a tree
+    for each of those, fixed None where nothing is frozen; whole one for the model. kinds: the moving and the fixed together, as a state has
+    them."""
 
     def __init__(self, cfg, config, sharding):
         self.cfg, self.config, self.sharding, self.mesh = cfg, config, sharding, sharding.mesh
         self.layers, stages, self.whole = placements(cfg, config, sharding)
+        _check_trains(stages)
         self.last, self.kernels = len(self.layers) - 1, choose_kernels(config.ops, cfg, sharding)
         self.mine = tuple(range(self.mesh.index(("pp",)), len(self.layers), self.mesh.pp))
         self.placed = tuple(stages[s] for s in self.mine)
         self.specs = tuple(tree_map(lambda p: p.spec, each) for each in self.placed)
-        self.shared = [i for i, p in enumerate(tree_leaves(self.placed)) if len(p.holders) > 1]  # the same matrix on two ranks
+        self.kinds = train.Parts.of(self.placed)
+        self.moving, self.fixed = (tuple(_of_stage(tree, k) for k in range(len(self.mine))) for tree in self.kinds)
+        self.shared = [i for i, p in enumerate(tree_leaves(self.kinds.moving)) if len(p.holders) > 1]  # the same matrix on two ranks
         self.executor = Executor(len(self.layers), self.send, self.receive)
-        self.forward = {s: jit(_of_inputs(self, s)) for s in self.mine if s != self.last}
+        self.forward = {s: jit(self.stage(s)) for s in self.mine if s != self.last}
         self.rows = 0  # of the micro-batches under way
 
     def carried(self, stage):
         """[(shape, dtype)] of what arrives at a stage from the one before; nothing at the first, or behind the last."""
         return carried_shapes(self.cfg, self.sharding, self.layers[stage], self.rows) if 0 < stage <= self.last else []
 
-    def inputs(self, params, stage, carried):
-        """What a stage's compiled functions take: with the parameters, as a state has them, what the stage before has sent."""
+    def stage(self, number, cfg=None):
+        """f(params, batch), or of all stages but the first (params, batch, carried): see qwen3.stages.build_stage."""
+        ends, recompute = (number == 0, number == self.last), self.config.train.recompute
+        stage = build_stage(cfg or self.cfg, self.sharding, self.kernels, self.layers[number], *ends, recompute)
+
+        def first(params, batch):
+            return stage(params, (), batch)
+
+        def other(params, batch, carried):
+            return stage(params, carried, batch)
+
+        return other if number else first
+
+    def params(self, state, stage):
+        """A stage's parameters of a state, as a tree."""
+        k, frozen = self.mine.index(stage), self.frozen(state, stage)
+        return merge(self.specs[k], from_tuple(self.moving[k], state["params"][k]), frozen and from_tuple(self.fixed[k], frozen))
+
+    def frozen(self, state, stage):
+        """Those that are frozen, as nested tuples; None where none are."""
         k = self.mine.index(stage)
-        return {"params": from_tuple(self.specs[k], params[k]), **({"carried": carried} if carried else {})}
+        return state["frozen"][sum(fixed is not None for fixed in self.fixed[:k])] if self.fixed[k] else None
 
     def compile(self, call):
         """call(stage, its input, cotangents of its result) on zeros, so that all ranks compile at once, not one when the last has done."""
@@ -106,18 +133,18 @@ class Parts:
         return tuple(collectives.receive(self.mesh, rank, *each) for each in self.carried(stage))
 
 
-def _of_inputs(parts, number):
-    """A stage as a function of (inputs, batch), see Parts.inputs and qwen3.stages.build_stage."""
-    ends, recompute = (number == 0, number == parts.last), parts.config.train.recompute
-    stage = build_stage(parts.cfg, parts.sharding, parts.kernels, parts.layers[number], *ends, recompute)
+def _of_stage(tree, k):
+    """The part of the k-th stage of a tree of them; None where it has none."""
+    return tree.get(str(k)) if isinstance(tree, dict) else tree and tree[k]
 
-    def first(inputs, batch):
-        return stage(inputs["params"], (), batch)
 
-    def other(inputs, batch):
-        return stage(inputs["params"], inputs["carried"], batch)
-
-    return other if number else first
+def _check_trains(stages):
+    for number, placed in enumerate(stages):
+        if train.Parts.of(placed).moving is None:
+            raise ValueError(
+                f"train.freeze_include leaves nothing to train in pipeline stage {number}; take patterns out, use a smaller --pp, or other"
+                " parallel.stage_layers"
+            )
 
 
 class Gradients:
@@ -130,13 +157,13 @@ class Gradients:
         self.actions = lists[mesh.index(("pp",))]
         self.backward = {s: jit(_backward(parts, s)) for s in parts.mine}
         axes = "state" if zero_stage >= 2 else "used"
-        self.shapes = {s: tuple(tree_leaves(train.shapes(mesh, placed, axes))) for s, placed in zip(parts.mine, parts.placed)}
+        self.shapes = {s: tuple(tree_leaves(train.shapes(mesh, placed, axes))) for s, placed in zip(parts.mine, parts.moving)}
         self.compiled = False
 
-    def of(self, params, batch):
-        """(flat gradients of this rank's parameters, [objective, *metrics] on all ranks)"""
+    def of(self, state, batch):
+        """(flat gradients of what trains of this rank's parameters, [objective, *metrics] on all ranks)"""
         parts, (slices, weights) = self.parts, train.micro_batches(batch, self.micro)
-        self.params, self.batches, parts.rows = params, [train.tensors(part) for part in slices], slices[0]["tokens"].size
+        self.state, self.batches, parts.rows = state, [train.tensors(part) for part in slices], slices[0]["tokens"].size
         self.shares = train.shares(collectives.host_sum(parts.mesh, DATA, weights))
         self._start()
         if not self.compiled:
@@ -158,14 +185,14 @@ class Gradients:
     def _on_forward(self, action, carried):
         if action.stage == self.parts.last:
             return ()  # its backward computes it
-        inputs = self.parts.inputs(self.params, action.stage, carried)
-        return self.parts.forward[action.stage](inputs, self.batches[action.micro])
+        params, rest = self.parts.params(self.state, action.stage), (carried,) if carried else ()
+        return self.parts.forward[action.stage](params, self.batches[action.micro], *rest)
 
     def _on_backward(self, action, carried, cotangents):
         s, share = action.stage, self.shares[action.micro]
-        inputs = to_tuple(self.parts.inputs(self.params, s, carried))
-        rest = (cotangents,) if cotangents else ()
-        self.total[s], *out = self.backward[s](inputs, self.total[s], ms.Tensor(share, ms.float32), self.batches[action.micro], *rest)
+        inputs = (self.state["params"][self.parts.mine.index(s)], *((carried,) if carried else ()))
+        given = self.parts.frozen(self.state, s), self.batches[action.micro], *((cotangents,) if cotangents else ())
+        self.total[s], *out = self.backward[s](inputs, self.total[s], ms.Tensor(share, ms.float32), *given)
         if s == self.parts.last:
             objective, aux = out.pop()
             each = [share * objective.asnumpy().reshape(-1)]
@@ -176,37 +203,53 @@ class Gradients:
 
 
 def _backward(parts, number):
-    """f(inputs nested, flat sums, share, batch, cotangents) -> (flat sums, this micro-batch's share added; cotangents of what came from the
-    stage before; of the last stage, which takes no cotangents, also (objective, metrics)). From ZeRO stage 2 on the gradients are summed
-    over the data ranks at once, and a rank keeps its part."""
+    """f((params, carried if any) nested, flat sums, share, frozen nested, batch, cotangents) -> (flat sums, this micro-batch's share added;
+    cotangents of what came from the stage before; of the last stage, which takes no cotangents, also (objective, metrics)). From ZeRO stage
+    2 on the gradients are summed over the data ranks at once, and a rank keeps its part."""
     k, sharding, add_all, cast = parts.mine.index(number), parts.sharding, ops.HyperMap(), ops.Cast()
-    specs, names, stage = parts.specs[k], metric_names(parts.cfg), _of_inputs(parts, number)
-    early = zero.sum_gradients(sharding, tree_leaves(parts.placed[k])) if sharding.zero >= 2 else zero.same
-    like = {"params": specs, **({"carried": (0,) * len(parts.carried(number))} if number else {})}
-    flatten, n, total = flatten_in_graph(to_tuple(specs)), len(parts.carried(number + 1)), ops.ReduceSum()
+    names, stage = metric_names(parts.cfg), parts.stage(number)
+    early = zero.sum_gradients(sharding, tree_leaves(parts.moving[k])) if sharding.zero >= 2 else zero.same
+    join = joined(parts.specs[k], parts.moving[k], *((parts.fixed[k],) if parts.fixed[k] else ()))
+    flatten, n, total = flatten_in_graph(to_tuple(parts.moving[k])), len(parts.carried(number + 1)), ops.ReduceSum()
 
-    def along(inputs, batch, cotangents):
+    def of_all(inputs, frozen):
+        return join(inputs[0])
+
+    def with_frozen(inputs, frozen):
+        return join(inputs[0], frozen)
+
+    whole = with_frozen if parts.fixed[k] else of_all
+
+    def from_tokens(inputs, frozen, batch):
+        return stage(whole(inputs, frozen), batch)
+
+    def from_stage(inputs, frozen, batch):
+        return stage(whole(inputs, frozen), batch, inputs[1])
+
+    run = from_stage if number else from_tokens
+
+    def along(inputs, frozen, batch, cotangents):
         """A number whose gradient is that of the stage's results, times these."""
-        out, value = stage(inputs, batch), 0.0
+        out, value = run(inputs, frozen, batch), 0.0
         for i in range(n):
             value = value + total(cast(out[i], ms.float32) * cast(cotangents[i], ms.float32), ())
         return value
 
-    grad = grad_in_graph(stage, like, names) if number == parts.last else grad_in_graph(along, like)
+    grad = grad_of_nested(run, names) if number == parts.last else grad_of_nested(along)
 
     def add_share(share, total, g):
         return total + share * cast(g, ms.float32)
 
-    def first(inputs, sums, share, batch, cotangents):
-        _, grads = grad(inputs, batch, cotangents)
+    def first(inputs, sums, share, frozen, batch, cotangents):
+        _, grads = grad(inputs, frozen, batch, cotangents)
         return (add_all(partial(add_share, share), sums, early(flatten(grads[0]))),)
 
-    def inner(inputs, sums, share, batch, cotangents):
-        _, grads = grad(inputs, batch, cotangents)
+    def inner(inputs, sums, share, frozen, batch, cotangents):
+        _, grads = grad(inputs, frozen, batch, cotangents)
         return add_all(partial(add_share, share), sums, early(flatten(grads[0]))), grads[1]
 
-    def last(inputs, sums, share, batch):
-        out, grads = grad(inputs, batch)
+    def last(inputs, sums, share, frozen, batch):
+        out, grads = grad(inputs, frozen, batch)
         return add_all(partial(add_share, share), sums, early(flatten(grads[0]))), grads[1], out
 
     return last if number == parts.last else inner if number else first
@@ -215,7 +258,7 @@ def _backward(parts, number):
 def _sum_shared(parts, totals):
     """The gradients, with those of a matrix that the first and the last stage have, tied embeddings, summed over both."""
     mesh = parts.mesh
-    here, flat = mesh.index(("pp",)), tree_leaves(parts.placed)
+    here, flat = mesh.index(("pp",)), tree_leaves(parts.kinds.moving)
     for i in parts.shared:
         a, b = flat[i].holders
         if here == a:
@@ -245,7 +288,8 @@ def _step(parts):
     """step(state, batch, lr, step from 0) -> (state, metrics)."""
     cfg, config, sharding, gradients = parts.cfg, parts.config, parts.sharding, Gradients(parts)
     # flat, as MindSpore nests no more than 6 tuples, and the update's results are one level deeper than a rank's trees
-    specs, placed = (tuple(tree_leaves(trees)) for trees in (parts.specs, parts.placed))
+    placed = tuple(tree_leaves(parts.kinds.moving))
+    specs, noisy = tuple(p.spec for p in placed), train.noise(cfg, config, parts.mesh)
     update = train.update_of(specs, placed, sharding, config.optim, parts.kernels)
     apply, late = update.apply, zero.same if sharding.zero >= 2 else zero.sum_gradients(sharding, placed)
 
@@ -255,7 +299,7 @@ def _step(parts):
     finish = jit(finish)
 
     def step(state, batch, lr, at):
-        total, found = gradients.of(state["params"], batch)
+        total, found = gradients.of(state, context.cut(parts.mesh, noisy(batch, at)))
         values = optimizer.scalars(config.optim, lr, at)
         p, m, v = (tuple(tree_leaves(state[name])) for name in ("params", "m", "v"))
         norm, skipped, changed = finish(p, tuple(total), m, v, state["norm"], values)
@@ -266,24 +310,25 @@ def _step(parts):
 
 def _evaluate(parts):
     """evaluate(state, batches) -> nats per target: micro-batches of the size of a step's, forward through all stages."""
-    mesh, parallel = parts.mesh, parts.config.parallel
-    judge = _of_inputs(parts, parts.last)
+    mesh, parallel, cfg = parts.mesh, parts.config.parallel, lora.without_dropout(parts.cfg)
+    judge = parts.stage(parts.last, cfg)
+    stages = parts.forward if cfg == parts.cfg else {s: jit(parts.stage(s, cfg)) for s in parts.forward}
 
-    def loss(inputs, batch):
-        _, metrics = judge(inputs, batch)
+    def loss(params, batch, carried):
+        _, metrics = judge(params, batch, carried)
         return metrics["loss"], metrics["tokens"]
 
     loss, compiled = jit(loss), []
 
-    def run(params, group):
+    def run(state, group):
         sums, batches = np.zeros(2), [train.tensors(part) for part in group]
         parts.rows = group[0]["tokens"].size
 
         def forward(action, carried):
-            inputs, batch = parts.inputs(params, action.stage, carried), batches[action.micro]
+            params, batch = parts.params(state, action.stage), batches[action.micro]
             if action.stage < parts.last:
-                return parts.forward[action.stage](inputs, batch)
-            nats, tokens = (float(x.asnumpy()) for x in loss(inputs, batch))
+                return stages[action.stage](params, batch, *((carried,) if carried else ()))
+            nats, tokens = (float(x.asnumpy()) for x in loss(params, batch, carried))
             sums[:] += nats * tokens, tokens
             return ()
 
@@ -296,10 +341,11 @@ def _evaluate(parts):
         return collectives.host_sum(mesh, ("pp",), sums)
 
     def evaluate(state, batches):
-        every = (part for batch in batches for part in train.micro_batches(batch, parallel.micro_batches)[0])
+        cut = (context.cut(mesh, batch) for batch in batches)
+        every = (part for batch in cut for part in train.micro_batches(batch, parallel.micro_batches)[0])
         sums = np.zeros(2)
         while group := list(islice(every, EVAL_GROUP * len(parts.layers))):
-            sums += run(state["params"], group)
+            sums += run(state, group)
         return float(sums[0] / max(sums[1], 1.0))
 
     return evaluate

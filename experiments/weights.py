@@ -18,6 +18,7 @@ from parallel.spec import init_array, tree_paths
 from qwen3 import hf
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
+from qwen3.stages import own_specs
 from qwen3.tokenizer import Tokenizer
 
 
@@ -173,7 +174,7 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None):
         return hf.cast(read(path, slices), dtype, path)
 
     def params(sharding):
-        return load(sharding.mesh, place(sharding, param_specs(cfg)), read_cast, "used")
+        return load(sharding.mesh, place(sharding, own_specs(cfg, sharding.mesh)), read_cast, "used")
 
     return Inference(cfg, params, tokenizer, weights.folder, text)
 

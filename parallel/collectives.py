@@ -3,7 +3,8 @@
 A value that is not split over an axis is held by all its ranks alike, and so is its cotangent: that is the convention behind each
 backward here. On Ascend they are MindSpore's own primitives, but for ppermute, a gather of which one part is kept. MindSpore's CPU backend
 has AllReduce alone on a group of ranks, of float32, so there a gather is a sum of buffers that are zero outside a rank's own place, and a
-reduce-scatter a sum and a slice: the numbers are the same, the traffic is not. Integers travel as float32 there, exact below 2**24.
+reduce-scatter a sum and a slice: the numbers are the same, the traffic is not. Of an even number of ranks, what one has for another goes by
+sums over the two, so that none holds what is for others. Integers travel as float32 there, exact below 2**24.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from mindspore.ops.auto_generate.gen_ops_prim import dist_comm_irecv_op, dist_co
 
 from parallel import runtime
 from parallel.mesh import world_size
+from parallel.source import function
 
 _groups = {}  # ranks -> name, of the groups that this process has made
 
@@ -71,7 +73,7 @@ def split(mesh, axes, dim=0, partial=False):
 def all_to_all(mesh, axes, split_dim, concat_dim, partial=False):
     """f(x) -> cut along split_dim, the i-th part sent to rank i; what arrives is joined along concat_dim. Backward: the way back."""
     w = _wire(mesh, axes)
-    return _cell(partial, _exchange(w, split_dim, concat_dim), _exchange(w, concat_dim, split_dim)) if w else _same
+    return _cell(partial, w.exchange(split_dim, concat_dim), w.exchange(concat_dim, split_dim)) if w else _same
 
 
 def ppermute(mesh, axes, pairs):
@@ -79,7 +81,7 @@ def ppermute(mesh, axes, pairs):
     the pairs turned round. pairs: (from, to) places along the axes, no place twice on either side."""
     assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs), pairs
     w = _wire(mesh, axes)
-    return _cell(False, _permute(w, pairs), _permute(w, [(b, a) for a, b in pairs])) if w else _same
+    return _cell(False, w.permute(pairs), w.permute([(b, a) for a, b in pairs])) if w else _same
 
 
 def broadcast(mesh, axes, root=0):
@@ -177,20 +179,20 @@ def _ascend_wire(group, ranks, at):
         return broadcast
 
     reduce, largest = ops.AllReduce("sum", group), ops.AllReduce("max", group)
-    scatter, exchange = ops.ReduceScatter("sum", group), ops.AlltoAll(n, 0, 0, group)
-    return {"sum": reduce, "max": largest, "gather": whole, "scatter": scatter, "exchange": exchange, "from_root": from_root}
+
+    def exchange(split_dim, concat_dim):
+        return _exchange(ops.AlltoAll(n, 0, 0, group), n, split_dim, concat_dim)
+
+    def permute(pairs):
+        return _permute_by_gather(whole, n, at, pairs)
+
+    wire = {"sum": reduce, "max": largest, "gather": whole, "scatter": ops.ReduceScatter("sum", group), "from_root": from_root}
+    return {**wire, "exchange": exchange, "permute": permute}
 
 
 def _cpu_wire(group, ranks, at):
-    reduce, cast, concat, reshape = ops.AllReduce("sum", group), ops.Cast(), ops.Concat(0), ops.Reshape()
-    zeros_like, amax, n = ops.ZerosLike(), ops.ReduceMax(), len(ranks)
-
-    def total(x):
-        return cast(reduce(cast(x, ms.float32)), x.dtype)
-
-    def gather(x):
-        empty = zeros_like(x)  # not 0 * x, which is not 0 for infinities
-        return total(concat((empty,) * at + (x,) + (empty,) * (n - 1 - at)))
+    reshape, amax, n = ops.Reshape(), ops.ReduceMax(), len(ranks)
+    total, gather = _cpu_sum(group), _cpu_gather(group, n, at)
 
     def largest(x):
         return amax(reshape(gather(reshape(x, (-1,))), (n, *x.shape)), 0)
@@ -198,10 +200,6 @@ def _cpu_wire(group, ranks, at):
     def scatter(x):
         rows = x.shape[0] // n
         return total(x)[at * rows : (at + 1) * rows]
-
-    def exchange(x):
-        everyone = reshape(gather(x), (n, n, x.shape[0] // n, *x.shape[1:]))
-        return reshape(everyone[:, at], x.shape)
 
     def from_root(root):
         keep = _keep(at == root)
@@ -211,7 +209,114 @@ def _cpu_wire(group, ranks, at):
 
         return broadcast
 
-    return {"sum": total, "max": largest, "gather": gather, "scatter": scatter, "exchange": exchange, "from_root": from_root}
+    def exchange(split_dim, concat_dim):
+        if n % 2:
+            return _exchange(_exchange_by_gather(gather, n, at), n, split_dim, concat_dim)
+        return _exchange_by_two(ranks, at, split_dim, concat_dim)
+
+    def permute(pairs):
+        return _pass_by_two(ranks, at, pairs) if _is_ring(n, pairs) else _permute_by_gather(gather, n, at, pairs)
+
+    wire = {"sum": total, "max": largest, "gather": gather, "scatter": scatter, "from_root": from_root}
+    return {**wire, "exchange": exchange, "permute": permute}
+
+
+def _cpu_sum(group):
+    reduce, cast = ops.AllReduce("sum", group), ops.Cast()
+
+    def total(x):
+        return cast(reduce(cast(x, ms.float32)), x.dtype)
+
+    return total
+
+
+def _cpu_gather(group, n, at):
+    total, concat, zeros_like = _cpu_sum(group), ops.Concat(0), ops.ZerosLike()
+
+    def gather(x):
+        empty = zeros_like(x)  # not 0 * x, which is not 0 for infinities
+        return total(concat((empty,) * at + (x,) + (empty,) * (n - 1 - at)))
+
+    return gather
+
+
+def _rounds(n, at):
+    """The others of a group of n, even, by the round in which this place meets them, one in each: ranks that compute much at once, in the
+    order of their graphs, would else wait for each other. Source: the round-robin tournament's circle method."""
+    last = n - 1
+    return sorted({*range(n)} - {at}, key=lambda other: (at + other if last not in (at, other) else 2 * min(at, other)) % last)
+
+
+def _exchange_by_two(ranks, at, split_dim, concat_dim):
+    """f(x) -> cut along split_dim, the i-th part sent to rank i; what arrives is joined along concat_dim."""
+    swaps, lines, last = {}, ["parts = split(x)"], "x"
+    for i in _rounds(len(ranks), at):
+        swaps[f"swap{i}"] = _swap(ranks, at, i)
+        lines.append(f"y{i} = swap{i}(depend(parts[{i}], {last}))")
+        last = f"y{i}"
+    lines += [f"y{at} = parts[{at}]", f"return concat(({', '.join(f'y{i}' for i in range(len(ranks)))}))"]
+    return function("exchange(x)", lines, split=ops.Split(split_dim, len(ranks)), concat=ops.Concat(concat_dim), depend=ops.depend, **swaps)
+
+
+def _exchange_by_gather(gather, n, at):
+    reshape = ops.Reshape()
+
+    def exchange(x):
+        everyone = reshape(gather(x), (n, n, x.shape[0] // n, *x.shape[1:]))
+        return reshape(everyone[:, at], x.shape)
+
+    return exchange
+
+
+def _pair(ranks, at, other):
+    return _group((ranks[min(at, other)], ranks[max(at, other)]))
+
+
+def _swap(ranks, at, other):
+    """f(x) -> the x of another rank, which gets this one's."""
+    place = int(at > other)
+    gather = _cpu_gather(_pair(ranks, at, other), 2, place)
+
+    def swap(x):
+        rows = x.shape[0]
+        return gather(x)[(1 - place) * rows : (2 - place) * rows]
+
+    return swap
+
+
+def _is_ring(n, pairs):
+    """Whether each of an even number of ranks sends to its neighbour on one side."""
+    return n % 2 == 0 and any(set(pairs) == {(i, (i + step) % n) for i in range(n)} for step in (1, -1))
+
+
+def _pass_by_two(ranks, at, pairs):
+    """f(x) -> the x of a neighbour, in a ring of an even number: first every second two ranks, then the others."""
+    to, source = dict(pairs)[at], {b: a for a, b in pairs}[at]
+    if to == source:
+        return _swap(ranks, at, to)
+    first, second = sorted((to, source), key=lambda other: other != at ^ 1)
+    sum_first, sum_second = (_cpu_sum(_pair(ranks, at, other)) for other in (first, second))
+    keep_first, keep_second = _keep(first == to), _keep(second == to)
+    stack, depend, arrives = ops.Stack(0), ops.depend, int(second == source)
+
+    def pass_on(x):
+        a = sum_first(keep_first(x))
+        b = sum_second(depend(keep_second(x), a))
+        return stack((a, b))[arrives]
+
+    return pass_on
+
+
+def _permute_by_gather(gather, n, at, pairs):
+    source = {b: a for a, b in pairs}.get(at, n)
+    reshape, concat, zeros_like = ops.Reshape(), ops.Concat(0), ops.ZerosLike()
+
+    def permute(x):
+        row = reshape(x, (1, -1))
+        everyone = concat((gather(row), zeros_like(row)))  # the last row is for a rank that no pair names
+        return reshape(everyone[source], x.shape)
+
+    return permute
 
 
 @ops.constexpr
@@ -238,30 +343,19 @@ def _along(dim, f):
     return along if dim else f
 
 
-def _exchange(w, split_dim, concat_dim):
-    transpose, reshape, n = ops.Transpose(), ops.Reshape(), w.n
+def _exchange(by_rank, n, split_dim, concat_dim):
+    """The same, by a function that does so with the parts of the leading dim."""
+    transpose, reshape = ops.Transpose(), ops.Reshape()
 
     def exchange(x):
         ndim = len(x.shape)
         x = transpose(x, _moved(ndim, split_dim, 0))
-        y = reshape(w.exchange(x), (n, x.shape[0] // n, *x.shape[1:]))  # by sender
+        y = reshape(by_rank(x), (n, x.shape[0] // n, *x.shape[1:]))  # by sender
         y = transpose(y, _moved(ndim + 1, 1, split_dim + 1))
         y = transpose(y, _moved(ndim + 1, 0, concat_dim))
         return reshape(y, _joined(y.shape, concat_dim))
 
     return exchange
-
-
-def _permute(w, pairs):
-    source = {b: a for a, b in pairs}.get(w.at, w.n)
-    reshape, concat, zeros_like = ops.Reshape(), ops.Concat(0), ops.ZerosLike()
-
-    def permute(x):
-        row = reshape(x, (1, -1))
-        everyone = concat((w.gather(row), zeros_like(row)))  # the last row is for a rank that no pair names
-        return reshape(everyone[source], x.shape)
-
-    return permute
 
 
 def _to_root(w, root):

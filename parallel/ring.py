@@ -73,11 +73,13 @@ class _Ring(nn.Cell):
 def _join():
     """join(o_BSNH, lse_BSN, o, lse) of two parts of the keys -> of both, in float32."""
     maximum, exp, log1p, absolute, expand, cast = ops.Maximum(), ops.Exp(), ops.Log1p(), ops.Abs(), ops.ExpandDims(), ops.Cast()
+    tile = ops.Tile()
+
+    def share(o, lse, joined):  # tiled: a product of different shapes keeps four times its result, see docs/mindspore.md
+        return cast(o, ms.float32) * tile(expand(exp(lse - joined), 3), (1, 1, 1, o.shape[3]))
 
     def join(o, lse, other, other_lse):
-        top = maximum(lse, other_lse)
-        a, b = expand(exp(lse - top), 3), expand(exp(other_lse - top), 3)
-        joined = (cast(o, ms.float32) * a + cast(other, ms.float32) * b) / (a + b)
-        return joined, top + log1p(exp(-absolute(lse - other_lse)))  # not Log: see layers/loss.py
+        joined = maximum(lse, other_lse) + log1p(exp(-absolute(lse - other_lse)))  # not Log: see layers/loss.py
+        return share(o, lse, joined) + share(other, other_lse, joined), joined
 
     return join

@@ -5,17 +5,17 @@ import numpy as np
 from mindspore import ops
 
 
-def init_cache(cfg, batch_size, length, kv_heads=None):
+def init_cache(cfg, batch_size, length, kv_heads=None, layers=None):
     """An empty cache for sequences of up to `length` tokens, prompt and continuation together, in the compute dtype.
 
-    Each array is one of its own: the C++ kernel writes into them. kv_heads: those of this rank; default: all of the model.
+    Each array is one of its own: the C++ kernel writes into them. kv_heads, layers: those of this rank; default: all of the model.
     """
     shape = (batch_size, length, kv_heads or cfg.num_kv_heads, cfg.head_dim)
 
     def empty():
         return ms.Tensor(np.zeros(shape, np.float32), getattr(ms, cfg.compute_dtype))
 
-    return tuple((empty(), empty()) for _ in range(cfg.num_layers))
+    return tuple((empty(), empty()) for _ in range(cfg.num_layers if layers is None else layers))
 
 
 class RowsCache:
@@ -25,13 +25,13 @@ class RowsCache:
     arrays are the same memory as its part of `arrays`, and nothing is copied or made anew, ever.
     """
 
-    def __init__(self, cfg, batch_size, length, kv_heads, in_place):
+    def __init__(self, cfg, batch_size, length, kv_heads, in_place, layers):
         self.length = length
         if not in_place:
-            self.arrays, self._rows = init_cache(cfg, batch_size, length, kv_heads), None
+            self.arrays, self._rows = init_cache(cfg, batch_size, length, kv_heads, layers), None
             return
         shape = (batch_size, length, kv_heads, cfg.head_dim)
-        memory = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(cfg.num_layers)]
+        memory = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(layers)]
         self.arrays = _shared(memory, slice(None))
         self._rows = [_shared(memory, slice(b, b + 1)) for b in range(batch_size)]
 

@@ -28,6 +28,7 @@ from parallel.spec import hash_uniform
 from qwen3.cache import RowsCache, round_up
 from qwen3.generate import CHUNK, decode_loop, extended
 from qwen3.model import choose_kernels
+from qwen3.stages import build_extend, own_layers
 
 READS = 4  # chunks of prompts that are read between two looks at the rows that decode
 SHORT = 4  # decode steps at a time while prompts are to be read
@@ -113,7 +114,8 @@ class Engine:
     has room for, prompt and new ones, rounded up to a multiple of 64. prefill_chunk: tokens of a prompt that are read at a time.
     sharding: the layout, without sequence parallel and ZeRO. kernels: as of qwen3.model.build. totals: see Totals.
 
-    Ranks of one tensor parallel group are given the same calls, and find the same tokens. Data ranks have requests of their own; where
+    Ranks of one tensor parallel group, and of one pipeline, are given the same calls, and find the same tokens: each stage has the cache of
+    its layers, and the last one's logits go to all, which choose on the host. Data ranks have requests of their own; where
     experts are spread over them, they must call step() equally often, busy or not, as each then does what any of them needs.
     """
 
@@ -127,9 +129,11 @@ class Engine:
         self.params, self.cfg = params, cfg.replace(moe_capacity_factor=None)
         self.kernels = kernels or choose_kernels({}, cfg, sharding)
         in_place = self.kernels.cache_write == "cpu"
-        self.cache = RowsCache(cfg, slots, self.length, cfg.num_kv_heads // sharding.shards("kv"), in_place)
+        layers, staged = len(own_layers(cfg, sharding.mesh)), sharding.mesh.pp > 1
+        self.cache = RowsCache(cfg, slots, self.length, cfg.num_kv_heads // sharding.shards("kv"), in_place, layers)
+        self._staged = build_extend(self.cfg, sharding, self.kernels) if staged else None
         self._sample = sampling_op.cpu() if self.kernels.sampling == "cpu" else sampling_op.reference()
-        self._on_device = self.kernels.sampling == "cpu" and in_place
+        self._on_device = self.kernels.sampling == "cpu" and in_place and not staged
         spread = sharding.shards("experts") > 1
         self._largest = collectives.pmax(sharding.mesh, DATA) if spread else None
         self._widths = sorted({min(NARROW, prefill_chunk), prefill_chunk})
@@ -265,6 +269,8 @@ class Engine:
         return len(part)
 
     def _extended(self, cache, tokens, positions, last):
+        if self._staged:
+            return self._staged(self.params, cache, tokens, positions, last)
         return extended(self.params, cache, tokens, positions, last, self.cfg, self.kernels, self.sharding)
 
     def _inputs(self):

@@ -103,12 +103,11 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
         raise ValueError(f"train.recompute=attention with lora.dropout={cfg.lora.dropout} is not built; use train.recompute=full")
     parts = _parts(cfg, sharding, kernels, "none" if scan and recompute == "full" else recompute)  # a scanned layer is recomputed anyway
     trunk = _scanned(cfg, parts.layers) if scan else _unrolled(cfg, sharding, parts.layers)
-    whole_vocab, router_losses, reshape = embed.whole(cfg, sharding), moe.losses(cfg, sharding), ops.Reshape()
-    with_noise, noise_of = _noise(cfg, sharding), _noise_of(cfg)
-    nll_and_gap = loss.build_with_gap(cfg.vocab_size, sharding, kernels)
+    router_losses, reshape = moe.losses(cfg, sharding), ops.Reshape()
+    noise_of = noise_in(cfg)
 
     def states_and_stats(params, tokens, positions, segment_ids, noise=None):
-        return trunk(params["layers"], parts.begin(params, tokens), with_noise(parts.beside(positions, segment_ids), noise))
+        return trunk(params["layers"], parts.begin(params, tokens), parts.beside(positions, segment_ids, noise))
 
     def forward(params, tokens, positions=None, segment_ids=None):
         B, S = tokens.shape
@@ -117,26 +116,27 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
         positions = _default_positions(tokens) if positions is None else positions
         segment_ids = ops.ones_like(tokens) if segment_ids is None else segment_ids
         x, stats = states_and_stats(params, tokens, positions, segment_ids)
-        logits = whole_vocab(parts.end(params, x))
-        return reshape(logits, (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
+        return reshape(parts.whole_logits(params, x), (B, S, -1)), _aux(router_losses(stats)) if cfg.moe_layers else {}
 
     def score(params, tokens, targets, positions, segment_ids):
         B, S = tokens.shape
         x, _ = states_and_stats(params, tokens, positions, segment_ids)
-        nats, gap = nll_and_gap(parts.end(params, x), targets)
+        nats, gap = parts.nats_and_gap(params, x, targets)
         return reshape(nats, (B, S)), reshape(gap, (B, S))
 
     def loss_of(params, batch):
         x, stats = states_and_stats(params, batch["tokens"], batch["positions"], batch["segment_ids"], noise_of(batch))
         return parts.loss(params, x, stats, batch)
 
-    extend = _extend(cfg, parts, whole_vocab if sharding.shards("vocab") > 1 else zero.same)
+    extend = _extend(cfg, parts)
     return SimpleNamespace(forward=forward, loss_fn=loss_of, score=score, extend=extend, parts=parts)
 
 
 def _parts(cfg, sharding, kernels, recompute):
-    """What the model's functions are made of: begin(params, tokens_BS) -> x_RD; beside(positions_BS, segment_ids_BS) -> what each layer is
-    given beside x; layers, as _blocks gives them; end(params, x_RD) -> logits_RV; loss(params, x_RD, stats, batch), see loss_fn; angles."""
+    """What the model's functions are made of: begin(params, tokens_BS) -> x_RD; beside(positions_BS, segment_ids_BS, noise_BS or None) ->
+    what each layer is given beside x; layers, as _blocks gives them; whole_logits(params, x_RD) -> logits_RV, of the whole vocabulary;
+    nats_and_gap(params, x_RD, targets_BS) -> [R, 1] each, see score; loss(params, x_RD, stats, batch), see loss_fn; over_cache, see
+    _over_cache."""
     take, head = embed.build(cfg, sharding, kernels)
     final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
@@ -144,25 +144,40 @@ def _parts(cfg, sharding, kernels, recompute):
     order = sharding.op(_order(sharding.mesh.size(sharding.rules["span"])), "batch keys -> batch keys", kind="kernel")
     real = sharding.op(_is_real(), "tokens -> tokens>rows", kind="kernel", dtype=ms.float32)
     angles, more_embed = rope.build(cfg, sharding), lora.embedding(cfg, sharding, kernels)
-    reshape, consts, nll = ops.Reshape(), _consts(cfg), loss.build_with_head(cfg.vocab_size, sharding, kernels, head)
+    reshape, consts, with_noise, nll = (
+        ops.Reshape(),
+        _consts(cfg),
+        _noise(cfg, sharding),
+        loss.build_with_head(cfg.vocab_size, sharding, kernels, head),
+    )
 
     def begin(params, tokens):
         return more_embed(params, tokens, take(whole_table(params["embed"]), tokens))
 
-    def beside(positions, segment_ids):
+    def beside(positions, segment_ids, noise=None):
         cos, sin = angles(positions)
         valid = real(reshape(segment_ids, (-1,)))
         segments = whole_rows(segment_ids)
-        return consts(cos, sin, segments, order(segments), valid)
+        return with_noise(consts(cos, sin, segments, order(segments), valid), noise)
 
     def end(params, x):
         return head(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x))
 
+    nll_and_gap = loss.build_with_gap(cfg.vocab_size, sharding, kernels)
+    whole_vocab = embed.whole(cfg, sharding) if sharding.shards("vocab") > 1 else zero.same
+
+    def whole_logits(params, x):
+        return whole_vocab(end(params, x))
+
+    def nats_and_gap(params, x, targets):
+        return nll_and_gap(end(params, x), targets)
+
     def nats(params, x, targets):
         return nll(whole_table(params[head_key]), final_norm(whole_norm(params["final_norm"]), x), targets)
 
-    layers, loss_of = _blocks(cfg, sharding, kernels, recompute), _loss(cfg, sharding, nats)
-    return SimpleNamespace(begin=begin, beside=beside, layers=layers, end=end, loss=loss_of, angles=angles)
+    layers, over_cache = _blocks(cfg, sharding, kernels, recompute), functools.partial(_over_cache, cfg, angles)
+    found = {"begin": begin, "beside": beside, "layers": layers, "loss": _loss(cfg, sharding, nats), "over_cache": over_cache}
+    return SimpleNamespace(**found, whole_logits=whole_logits, nats_and_gap=nats_and_gap)
 
 
 def choose_kernels(asked, cfg, sharding=None):
@@ -202,7 +217,9 @@ def drops(cfg):
     return bool(lora.noises(cfg))
 
 
-def _noise_of(cfg):
+def noise_in(cfg):
+    """f(batch) -> its noise where the model has dropout, else None."""
+
     def given(batch):
         return batch["noise"]
 
@@ -396,39 +413,65 @@ def _scanned(cfg, blocks):
     return trunk
 
 
-def _extend(cfg, parts, whole_logits):
+def _extend(cfg, parts):
     """extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV at column last_B of each row, cache).
 
     cache: per layer (k_BTKH, v_BTKH); slot t of a row holds position t. Positions beyond T are dropped. In a layout without sequence
     parallel: B are a data rank's rows, K its kv heads, and V is the whole vocabulary, of which each part is one rank's work, so that all
     ranks have the same bits.
     """
-    run, run_token = tuple(cached for _, cached, _ in parts.layers), tuple(decode for _, _, decode in parts.layers)
-    n, angles, begin, end = cfg.num_layers, parts.angles, parts.begin, parts.end
-    in_few_ops = all(run_token)
-    gather, iota, pack, cast = ops.Gather(), iota_op.reference(), _consts(cfg), ops.Cast()
-    reshape, ones_like, expand, tile = ops.Reshape(), ops.OnesLike(), ops.ExpandDims(), ops.Tile()
+    begin, over, last_of, logits = (
+        parts.begin,
+        parts.over_cache(parts.layers, tuple(range(cfg.num_layers))),
+        last_rows(),
+        parts.whole_logits,
+    )
+    in_few_ops = all(decode for _, _, decode in parts.layers)
 
     def extend(params, cache, tokens, positions, last):
-        B, S = tokens.shape
-        cos, sin = angles(positions)
-        valid = cast(ones_like(reshape(tokens, (-1,))), ms.float32)
-        consts = pack(cos, sin, ones_like(positions), positions, valid)
-        x, updated = begin(params, tokens), ()
-        if in_few_ops and S == 1:
-            for i in range(n):
-                x, k, v = run_token[i](params["layers"][i], x, consts, cache[i][0], cache[i][1])
-                updated += ((k, v),)
-        else:
-            slots = tile(expand(iota(cache[0][0].shape[1]), 0), (B, 1))
-            key_segments = ones_like(slots)
-            for i in range(n):
-                x, k, v = run[i](params["layers"][i], x, consts, cache[i][0], cache[i][1], key_segments, slots)
-                updated += ((k, v),)
-            x = gather(x, iota(B) * S + last, 0)
-        return whole_logits(end(params, x)), updated
+        x, cache = over(params["layers"], begin(params, tokens), cache, positions)
+        if not (in_few_ops and tokens.shape[1] == 1):
+            x = last_of(x, last)
+        return logits(params, x), cache
 
     return extend
+
+
+def last_rows():
+    """f(x_RD, last_B) -> x_BD, of each of B rows of R / B tokens that in column last_B."""
+    gather, iota = ops.Gather(), iota_op.reference()
+
+    def last_of(x, last):
+        B = last.shape[0]
+        return gather(x, iota(B) * (x.shape[0] // B) + last, 0)
+
+    return last_of
+
+
+def _over_cache(cfg, angles, blocks, names):
+    """over(layers, x_RD, cache, positions_BS) -> x_RD, cache, by these of _blocks; names: of their parameters in `layers`."""
+    run, run_token, n = tuple(cached for _, cached, _ in blocks), tuple(decode for _, _, decode in blocks), len(blocks)
+    in_few_ops, iota, pack, cast = all(run_token), iota_op.reference(), _consts(cfg), ops.Cast()
+    reshape, ones_like, expand, tile = ops.Reshape(), ops.OnesLike(), ops.ExpandDims(), ops.Tile()
+
+    def over(layers, x, cache, positions):
+        B, S = positions.shape
+        cos, sin = angles(positions)
+        valid = cast(ones_like(reshape(positions, (-1,))), ms.float32)
+        consts, updated = pack(cos, sin, ones_like(positions), positions, valid), ()
+        if in_few_ops and S == 1:
+            for i in range(n):
+                x, k, v = run_token[i](layers[names[i]], x, consts, cache[i][0], cache[i][1])
+                updated += ((k, v),)
+            return x, updated
+        slots = tile(expand(iota(cache[0][0].shape[1]), 0), (B, 1))
+        key_segments = ones_like(slots)
+        for i in range(n):
+            x, k, v = run[i](layers[names[i]], x, consts, cache[i][0], cache[i][1], key_segments, slots)
+            updated += ((k, v),)
+        return x, updated
+
+    return over
 
 
 def stack_layers(params):

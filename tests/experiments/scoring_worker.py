@@ -1,5 +1,7 @@
 """Scoring in layouts, in each process of a group; see test_scoring.py."""
 
+import json
+
 import numpy as np
 
 from experiments import scoring
@@ -8,13 +10,14 @@ from parallel.mesh import Mesh
 from parallel.placement import load, place, reader
 from parallel.sharding import Sharding
 from parallel.spec import tree_map
-from qwen3.model import param_specs
+from qwen3.stages import own_specs
 from qwen3.tokenizer import train_bpe
-from tests.tiny import DENSE, MOE, random_params
+from tests.tiny import DENSE, MIXED, MOE, random_params
 
 TEXT = "".join(f"def function_{j}(x):\n    return x + {7 * j}\n" for j in range(60))
 PAIRS = [(TEXT[i : i + 30 * i + 1], TEXT[4 * i + 1 : 4 * i + 30 + i % 5]) for i in range(20)]
 LAYOUTS = {"dp2 ep2": (MOE, dict(dp=2, ep=2)), "tp2": (DENSE.replace(tie_embeddings=False), dict(tp=2))}
+PIPELINES = {"pp2": (DENSE, dict(pp=2)), "mixed, pp2": (MIXED, dict(pp=2))}
 
 
 def tokenizer():
@@ -27,7 +30,7 @@ def scorer(cfg, sizes, rank):
     cfg = cfg.replace(vocab_size=tok.vocab_size)  # an odd number
     sharding = Sharding(Mesh(**sizes, rank=rank))
     whole = reader(tree_map(lambda w: w.asnumpy(), random_params(cfg)))
-    params = load(sharding.mesh, place(sharding, param_specs(cfg)), whole, "used")
+    params = load(sharding.mesh, place(sharding, own_specs(cfg, sharding.mesh)), whole, "used")
     return scoring.build(params, cfg, tok, sharding=sharding, batch_size=2, length=64)
 
 
@@ -47,6 +50,8 @@ def results(cfg, sizes, rank=0):
     return out
 
 
-def main():
+def main(names):
+    """In each process: of the layouts of these names, a JSON list."""
     rank, _ = collectives.start()
-    return {f"{name}|{key}": value for name, layout in LAYOUTS.items() for key, value in results(*layout, rank).items()}
+    layouts = {name: {**LAYOUTS, **PIPELINES}[name] for name in json.loads(names)}
+    return {f"{name}|{key}": value for name, layout in layouts.items() for key, value in results(*layout, rank).items()}

@@ -123,7 +123,7 @@ def test_a_run_generates_what_its_model_does_and_mistakes_are_named(folder, run,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["--tp=2", "--dp=2"])
+@pytest.mark.parametrize("layout", ["--tp=2", "--dp=2", "--pp=2"])
 def test_launched_processes_write_the_same(folder, tokenizer, tmp_path, layout):
     (tmp_path / "prompts.txt").write_text("\n".join(LINES))
     launch = ["experiments.launch", "--nproc=2", f"--log_dir={tmp_path}/logs", "--"]
@@ -281,8 +281,8 @@ def test_a_conversation_goes_on_from_all_of_it(engine, tokenizer):
 
 
 WRONG = [
-    (DENSE, dict(pp=2), "parallel.pp=2 does not generate; use --pp=1"),
-    (DENSE, dict(cp=2), "parallel.cp=2 does not generate"),
+    (DENSE, dict(pp=3), "parallel.pp=3 is more than the 2 layers of the model; use --pp=2 or less"),
+    (DENSE, dict(cp=2), "parallel.cp=2 splits rows, which is for training; use --cp=1"),
     (DENSE, dict(tp=8), "parallel.tp=8 must divide num_heads=4"),
     (DENSE, dict(dp=2, ep=2), "parallel.ep=2 splits experts, and model=m is dense"),
     (MOE, dict(tp=2, ep=2), "parallel.ep=2 takes 2 of the tp=2 ranks.*use --dp=2"),

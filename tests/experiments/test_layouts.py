@@ -49,9 +49,7 @@ REFUSED = [
     ),
     ([TINY, "--pp=2", "--config.parallel.pp_schedule=zigzag"], "parallel.pp_schedule='zigzag' is not one of gpipe, 1f1b, interleaved"),
     ([TINY, "--config.parallel.stage_layers=(2,2)"], "parallel.stage_layers=(2, 2) is of a pipeline, and parallel.pp=1; use --pp=2"),
-    ([TINY, "--pp=2", "--config.train.freeze_include=embed"], "parallel.pp=2: a pipeline trains every parameter, without adapters"),
     ([TINY, "--pp=2", "--config.train.layer_loop=scan"], "train.layer_loop=scan: the layers of a pipeline stage are unrolled"),
-    ([TINY, "--pp=2", "--cp=2"], "parallel.pp=2 with parallel.cp=2 is not built; use --pp=1 or --cp=1"),
     (
         [TINY, "--cp=8", "--config.parallel.cp_attention=ulysses"],
         "parallel.cp_attention=ulysses shares 4 heads over 8 ranks of cp, which must divide them, and divide 2 kv heads or be a multiple"

@@ -106,7 +106,8 @@ def _case(kind, layout, dtype, seed):
         shape[dims[0]] *= n
     if op == "ppermute":
         chain = [(i, i + 1) for i in range(n - 1)]
-        options["pairs"] = [chain, [*chain, (n - 1, 0)], [(n - 1, 0)], chain][seed % 4]
+        cycle = [*chain, (n - 1, 0)]
+        options["pairs"] = [chain, cycle, [(n - 1, 0)], cycle][seed % 4]
     if op == "broadcast":
         options["root"] = int(rng.integers(n))
     return Case(kind, layout, dtype, seed, tuple(shape), options)

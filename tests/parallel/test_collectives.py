@@ -131,3 +131,11 @@ def test_axes_are_outermost_first():
 def test_no_place_sends_or_receives_twice(pairs):
     with pytest.raises(AssertionError):
         collectives.ppermute(Mesh(dp=4), ("dp",), pairs)
+
+
+@pytest.mark.parametrize("n", [2, 4, 6, 8, 10])
+def test_ranks_that_exchange_two_by_two_meet_in_the_same_round(n):
+    rounds = [collectives._rounds(n, at) for at in range(n)]
+    for at, others in enumerate(rounds):
+        assert sorted([at, *others]) == list(range(n))
+        assert all(rounds[other][number] == at for number, other in enumerate(others))

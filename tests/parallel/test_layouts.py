@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from experiments import train_pipeline
 from parallel.pipeline import live_formula, split_layers
 from parallel.placement import local_shape, place
 from parallel.spec import tree_leaves
@@ -51,7 +52,7 @@ def found(name):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS])
 def test_a_layout_equals_one_process(name):
     model, options = LAYOUTS[name]
-    reference = model, options.get("loop"), options.get("micro", 1), options.get("packed"), "pp" in options
+    reference = model, options.get("loop"), options.get("micro", 1), options.get("packed"), "pp" in options or options.get("evaluate")
     want, ranks = one_process(*reference), found(name)
     checked = dict.fromkeys(TOLERANCE, 0)
     for key, value in want.items():
@@ -61,7 +62,7 @@ def test_a_layout_equals_one_process(name):
             worst = error(value, ranks[0][key])
             assert worst <= TOLERANCE[kind], f"{key}: error {worst:.3g} is above {TOLERANCE[kind]}"
     assert all(checked.values())
-    if "pp" in options:
+    if "evaluation" in want:
         assert [rank["evaluation"] for rank in ranks] == pytest.approx([want["evaluation"]] * len(ranks), rel=1e-5)
     assert not any(value.any() for key, value in ranks[0].items() if key.startswith("expert_overflow"))
     for rank in ranks[1:]:  # replicas have not drifted apart by a bit
@@ -110,6 +111,14 @@ def holders(cfg, options, path):
     if path.startswith("layers."):
         counts = options.get("layers") or split_layers(cfg.num_layers, pp * virtual)
         return [int(np.searchsorted(np.cumsum(counts), int(path.split(".")[1]), side="right")) % pp]
-    if path == "embed":
-        return [0, pp - 1] if cfg.tie_embeddings else [0]
+    if path == "embed" and cfg.tie_embeddings:
+        return [0, pp - 1]
+    if path == "embed" or path.startswith("lora."):
+        return [0]
     return [pp - 1]
+
+
+def test_a_pipeline_stage_in_which_nothing_trains_is_refused():
+    cfg = MODELS["untied"].replace(frozen=(("embed", "layers.0.*"), ()))
+    with pytest.raises(ValueError, match="leaves nothing to train in pipeline stage 0"):
+        train_pipeline.Parts(cfg, layouts.run_config({}), layouts.sharding_of(cfg, {"pp": 2}))

@@ -16,6 +16,7 @@ import pytest
 from mindspore import Parameter, Tensor, mutable, nn, ops
 from mindspore.graph import api
 
+from experiments.bench_turns import mem_mib
 from parallel import standin
 
 
@@ -394,6 +395,36 @@ def test_bfloat16_products_are_refused_on_cpu():
     with pytest.raises(TypeError, match="MatMul.*Unsupported data type"):
         ops.MatMul()(x, x).asnumpy()
         pytest.fail("this MindSpore multiplies bfloat16 on CPU; then simplify: configs may compute in bfloat16 there")
+
+
+@ms.jit
+def spread_column(x, column):
+    return ops.Mul()(x, column)
+
+
+@ms.jit
+def tiled_column(x, column):
+    return ops.Mul()(x, ops.Tile()(column, (1, 16)))
+
+
+@ms.jit
+def turned(x, column):
+    return ops.Transpose()(ops.Reshape()(x, (4, -1, 4, 4)), (1, 2, 0, 3))
+
+
+def kept(fn, rows=1 << 19):
+    """What a graph's kernels keep of memory, in sizes of its result, when the result is gone and its memory is the pool's again."""
+    x, column = full(1.0, rows, 16), full(1.0, rows, 1)
+    (x * 1).asnumpy(), tiled_column(x, column).asnumpy()  # room in the pool
+    before = mem_mib()
+    fn(x, column).asnumpy()
+    return (mem_mib() - before) / (x.nbytes / 2**20)
+
+
+def test_kernels_keep_memory_for_operands_of_different_shapes_and_for_transposing():
+    still(kept(spread_column) > 2.5, "the shares of parallel/ring.py's join need no Tile")
+    assert kept(tiled_column) < 1.5
+    still(kept(turned) > 1.5, "_exchange_by_two in parallel/collectives.py may transpose")
 
 
 ADD_NORM = """

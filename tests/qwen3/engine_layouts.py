@@ -9,7 +9,7 @@ from parallel.placement import load, place, reader
 from parallel.sharding import Sharding
 from qwen3 import hf
 from qwen3.engine import Engine, Request
-from qwen3.model import param_specs
+from qwen3.stages import own_specs
 from qwen3.tokenizer import train_bpe
 from tests.qwen3.test_engine import CONTINUATIONS, GOLDEN
 
@@ -22,6 +22,11 @@ LAYOUTS = {
     "tp2, biases": ("qwen2_bias", dict(tp=2), {}),
     "tp2, experts": ("moe_norm", dict(tp=2), {}),
     "dp2": ("dense_tied", dict(dp=2), {}),
+    "pp2": ("dense_tied", dict(pp=2), {}),
+    "pp2, drawn": ("dense_tied", dict(pp=2), DRAWN),
+    "pp2, mixed layers": ("moe_mixed", dict(pp=2), {}),
+    "pp2 tp2": ("qwen2_bias", dict(pp=2, tp=2), {}),
+    "pp2 dp2 ep2": ("moe_norm", dict(pp=2, dp=2, ep=2), {}),
     "tp4 of 2 kv heads": ("dense_tied", dict(tp=4), {}),
     "dp2 tp2 ep2": ("moe_mixed", dict(dp=2, tp=2, ep=2), {}),
     "dp2 tp2": ("qwen2_bias", dict(dp=2, tp=2), {}),
@@ -39,7 +44,7 @@ def tokens(name, sizes, options, rank=0):
     mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
     sharding = Sharding(mesh) if mesh.world > 1 else None
     if sharding:
-        params = load(mesh, place(sharding, param_specs(cfg)), reader(params), "used")
+        params = load(mesh, place(sharding, own_specs(cfg, mesh)), reader(params), "used")
     engine = Engine(params, cfg, slots=3, length=64, prefill_chunk=8, sharding=sharding)
     engine.warm_up()
     mine = requests(name, options)

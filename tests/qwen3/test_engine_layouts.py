@@ -13,7 +13,9 @@ USUAL = ("tp2", "dp2 ep2")
 GROUPS = [
     (2, USUAL),
     pytest.param((2, ("tp2, drawn", "tp2, biases", "tp2, experts", "dp2")), marks=pytest.mark.slow),
+    pytest.param((2, ("pp2", "pp2, drawn", "pp2, mixed layers")), marks=pytest.mark.slow),
     pytest.param((4, ("tp4 of 2 kv heads", "dp2 tp2 ep2", "dp2 tp2")), marks=pytest.mark.slow),
+    pytest.param((4, ("pp2 tp2", "pp2 dp2 ep2")), marks=pytest.mark.slow),
 ]
 
 
