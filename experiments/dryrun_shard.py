@@ -46,17 +46,15 @@ def prepare(world):
 
 
 def train_step(config, cfg, sharding):
-    """Two steps. Returns {params, optimizer, gradients: {path: [local shape, dtype]}}."""
+    """Two steps. Returns {params, optimizer: {path: [local shape, dtype]}}. Gradients stay in the graph; their sums show their sizes."""
     specs = param_specs(cfg)
-    paths = [path for path, _ in tree_paths(specs)]
     params = [ms.Parameter(initializer("zeros", padded(sharding, spec), ms.float32), name=path) for path, spec in tree_paths(specs)]
     m, v = ([_like(w, kind) for w in params] for kind in "mv")
     step = _compiled(config, cfg, sharding, specs, params, m, v)
     for at in range(TRAIN_STEPS):
         step(optim.scalars(config.optim, 1e-3, at), *_batch(config))
-    shapes = [[list(w.shape), "float32"] for w in params]
-    optimizer = {w.name: [list(w.shape), "float32"] for w in (*m, *v)}
-    return {"params": dict(zip(paths, shapes)), "optimizer": optimizer, "gradients": dict(zip(paths, shapes))}
+    held = {"params": params, "optimizer": (*m, *v)}
+    return {kind: {w.name: [list(w.shape), "float32"] for w in tensors} for kind, tensors in held.items()}
 
 
 def padded(sharding, spec):

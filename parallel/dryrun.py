@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from parallel import standin
 
-VERSIONS = ("2.10.0",)  # whose logs and files this has read
+VERSIONS = ("2.7.1", "2.10.0")  # whose logs and files this has read
 RESULT = "RESULT "  # before the line of JSON that the process prints
 HEADER, ALIGNMENT = 32, 512  # bytes that the allocator adds to a tensor's, and to multiples of which it then rounds up
 ITEMSIZE = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "float64": 8}
@@ -34,7 +34,8 @@ MARGIN_GIB = 2.0
 
 
 class Block(NamedTuple):
-    """Device memory from one moment to another, in the tracker's own clock. kind: input, constant or kernel. name: of what made it."""
+    """Device memory from one moment to another, in the tracker's own clock. kind: input, weight (a Parameter), constant or kernel. name: of
+    what made it."""
 
     first: int
     last: int
@@ -137,7 +138,8 @@ def read_blocks(path):
 
 
 def _block(row):
-    kind = "constant" if row["type"] == "ConstantValue" else "input" if row["task_name"].endswith("HostDSActor") else "kernel"
+    of_type = {"ConstantValue": "constant", "Weight": "weight"}
+    kind = of_type.get(row["type"]) or ("input" if row["task_name"].endswith("HostDSActor") else "kernel")
     first, last, size = (int(row[key]) for key in ("start_time_stamp", "end_time_stamp", "size"))
     return Block(first, last, size, kind, row["node_name"], row["graph_name"])
 
@@ -172,7 +174,8 @@ def _lines(folder):
         text = path.read_text(encoding="utf-8")
         graph = SUBGRAPH.search(text)
         for name, comments in NODE.findall(text):
-            ours = [place.removeprefix(tree) for place in SOURCE.findall(comments) if place.startswith(tree)]
+            places = [place for place in SOURCE.findall(comments) if place.startswith(tree) and "site-packages" not in place]
+            ours = [place.removeprefix(tree) for place in places]
             if ours:
                 out[graph[1] if graph else "", name] = ours[-1]
     return out

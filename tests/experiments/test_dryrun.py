@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import dryrun_jobs, dryrun_plot, dryrun_report
+from experiments import dryrun_jobs, dryrun_plot, dryrun_report, dryrun_shard
 from experiments import flags as command_line
 from experiments.dryrun_search import candidates, estimate, table
 from parallel import dryrun
@@ -156,6 +156,35 @@ def test_generation_compiles():
     assert report["problems"] == [] and report["figures"]["cache_bytes"] == 2 * 2 * 4 * 64 * 2 * 16 * 2
 
 
+@needs_standin
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, layout", [((), ("--dp=2", "--tp=2", "--seq_parallel")), (MOE, ("--dp=2", "--tp=2", "--ep=2", "--seq_parallel"))]
+)
+def test_mindspore_partitions_as_the_signatures_say(model, layout):
+    """The same local shapes in both lowerings, and every collective foretold; what they send differs in sums alone."""
+    config = read(*MODEL, *model, *layout)
+    manual, shard = (compiled(dryrun_jobs.lowered(config, lowering), rank=0) for lowering in ("manual", "shard"))
+    assert manual["problems"] == shard["problems"] == []
+    assert manual["figures"]["local_shapes"] == shard["figures"]["local_shapes"]
+    rest = [[row for row in report["figures"]["collectives"] if row[0] != "AllReduce"] for report in (manual, shard)]
+    assert rest[0] == rest[1] != []
+    text = "\n".join(dryrun_report.beside(manual, shard))
+    assert "the local shapes of all" in text and "peak with fragments" in text
+
+
+def test_what_the_partitioner_is_not_given_is_refused_by_its_key():
+    for option, step, message in (
+        ("--zero=1", "train", "parallel.zero=1 with parallel.lowering=shard"),
+        ("--micro_batches=2", "train", "parallel.micro_batches=2 with parallel.lowering=shard"),
+        ("--config.train.recompute=full", "train", "train.recompute=full with parallel.lowering=shard"),
+        ("--seq_parallel", "generate", "--step=generate with parallel.lowering=shard"),
+    ):
+        config = read(*MODEL, "--dp=2", "--tp=2", option)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            dryrun_shard.check(config, command_line.model_config(config, "any"), step)
+
+
 REFUSED = [  # options, ranks, depths, what the error says
     ((), [4], [], "--ranks=4: the layout has ranks 0 to 3"),
     ((), [0], [2], "--layers=2 must be two depths"),
@@ -179,7 +208,8 @@ def test_axes_that_are_not_given_are_one_and_dp_is_what_is_left():
 
 def test_an_unknown_mindspore_is_named(monkeypatch):
     monkeypatch.setattr(dryrun.importlib.metadata, "version", lambda name: "2.11.0")
-    assert "MindSpore 2.10.0 writes" in dryrun.unavailable() and "this is 2.11.0; pip install mindspore==2.10.0" in dryrun.unavailable()
+    reason = dryrun.unavailable()
+    assert "MindSpore 2.7.1 and 2.10.0 writes" in reason and "this is 2.11.0; pip install mindspore==2.10.0" in reason
 
 
 BLOCKS = """start_time_stamp,end_time_stamp,size,type,task_name,node_name,graph_name
