@@ -40,7 +40,7 @@ def check(config, world, ranks, depths):
 
 def run(config, step, ranks, depths, hbm_gb, jobs=1, module=MODULE, variables=None):
     """A report of each rank, as JSON: {lowering, rank, layers, figures of the whole model, compiled: [[layers, figures]], problems, fits,
-    verdict}, and, for a plot, the timeline of its deepest compile. module: the process that compiles, and more variables of its environment,
+    verdict}, and, for a plot, the timeline of its deepest compile. module: the process that compiles; variables: more of its environment,
     for tests."""
     whole = command_line.model_config(config, "any").num_layers
     depths = depths or [whole]
