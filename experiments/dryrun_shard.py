@@ -89,19 +89,24 @@ def _compiled(config, cfg, sharding, specs, params, m, v):
 
 
 def _update(config, sharding, specs, kernels):
-    """update(params, grads, m, v, scalars), flat, in place: the trainer's AdamW and clipping. What follows the gradients is not split by
-    MindSpore: it works on this rank's parts, and their norm is summed as by hand."""
-    norm = zero.global_norm_squared(shard.inside(sharding), tree_leaves(place(sharding, specs)), optim.in_norm(specs))
+    """update(params, grads, m, v, scalars) -> the gradient's norm, flat, in place: the trainer's clipping and AdamW. MindSpore splits
+    nothing that follows the gradients: it works on this rank's parts, and their norm is summed as by hand."""
+    flat = tree_leaves(specs)
+    squares = zero.global_norm_squared(shard.inside(sharding), tree_leaves(place(sharding, specs)), optim.in_norm(specs))
     # the reference, as the others take shapes of the global view into what they compute
-    apply = optim.adamw(tree_leaves(specs), config.optim, replace(kernels, adamw="reference"), norm)
-    assign, count = ops.Assign(), len(tree_leaves(specs))
+    control, leaf = optim.norm_control(config.optim), optim.leaf_update(config.optim, replace(kernels, adamw="reference"))
+    kinds, count = tuple(optim.leaf_kind(config.optim.weight_decay, spec) for spec in flat), len(flat)
+    sqrt, assign, depend = ops.Sqrt(), ops.Assign(), ops.depend
 
     def update(params, grads, m, v, values):
-        new, _, norm, _ = apply(params, grads, m, v, values[0] * 0, values, ())
-        for i in range(count):
-            done = assign(params[i], new[i][0]), assign(m[i], new[i][1]), assign(v[i], new[i][2])
-            norm = ops.depend(norm, done)
-        return norm
+        norm = sqrt(squares(grads))
+        scale, keep, _ = control(norm, values[0] * 0, values[3])
+        done = scale
+        for i in range(count):  # one after the other, or products such as b1 * m are computed for all at once, some before the backward
+            p, g, m_old, v_old = depend(params[i], done), depend(grads[i], done), depend(m[i], done), depend(v[i], done)
+            new = leaf(values, scale, keep, kinds[i], p, g, m_old, v_old)
+            done = assign(params[i], new[0]), assign(m[i], new[1]), assign(v[i], new[2])
+        return depend(norm, done)
 
     return update
 
