@@ -12,7 +12,7 @@ import sys
 
 from absl import flags
 
-from experiments import dryrun_jobs, dryrun_plot, dryrun_report, dryrun_search, layout_table
+from experiments import dryrun_jobs, dryrun_plot, dryrun_report, dryrun_search, dryrun_shard, layout_table
 from experiments import flags as command_line
 from parallel.mesh import AXES, WORLD
 
@@ -40,17 +40,23 @@ def main(_):
         print("\n".join(dryrun_search.table(_one_rank(), FLAGS.world_size, FLAGS.hbm_gb, FLAGS.top)))
         return
     _fill_axes()
+    lowerings = _lowerings()
     config = command_line.resolve(FLAGS, world=FLAGS.world_size or 0)
     world = math.prod(config.parallel[axis] for axis in WORLD)
     ranks, depths = _numbers("ranks"), _numbers("layers")
     dryrun_jobs.check(config, world, ranks, depths)
+    if "shard" in lowerings:
+        dryrun_shard.check(config, command_line.model_config(config, "any"), FLAGS.step)
     print(
         f"{config.model}, {FLAGS.step} step, {layout_table.summary(config)}\ncompiled for Ascend in simulation; not run on a device",
         flush=True,
     )
-    reports = dryrun_jobs.run(config, FLAGS.step, ranks, depths, FLAGS.hbm_gb, FLAGS.jobs)
+    each = [dryrun_jobs.run(dryrun_jobs.lowered(config, name), FLAGS.step, ranks, depths, FLAGS.hbm_gb, FLAGS.jobs) for name in lowerings]
+    reports = [report for of_rank in zip(*each) for report in of_rank]
     for report in reports:
         print("\n".join(dryrun_report.text(report)))
+    for both in zip(*each) if len(each) > 1 else ():
+        print("\n".join(dryrun_report.beside(*both)))
     if FLAGS.json:
         with open(FLAGS.json, "w", encoding="utf-8") as file:
             json.dump({"config": config.to_dict(), "step": FLAGS.step, "hbm_gb": FLAGS.hbm_gb, "ranks": reports}, file)
@@ -67,6 +73,12 @@ def _fill_axes():
         for axis in AXES:
             if axis not in given:
                 FLAGS[axis].value = -1 if axis == "dp" else 1
+
+
+def _lowerings():
+    """Which are compiled: with --lowering=shard, which trains nowhere yet, also the manual one, to hold it against."""
+    asked, FLAGS["lowering"].value = FLAGS.lowering, None if FLAGS.lowering == "shard" else FLAGS.lowering
+    return ("manual", "shard") if asked == "shard" else ("manual",)
 
 
 def _one_rank():

@@ -39,16 +39,17 @@ def check(config, world, ranks, depths):
 
 
 def run(config, step, ranks, depths, hbm_gb, jobs=1, module=MODULE, variables=None):
-    """A report of each rank, as JSON: {rank, layers, figures of the whole model, compiled: [[layers, figures]], problems, fits, verdict},
-    and, for a plot, the timeline of its deepest compile. module: the process that compiles, and more
-    variables of its environment, for tests."""
+    """A report of each rank, as JSON: {lowering, rank, layers, figures of the whole model, compiled: [[layers, figures]], problems, fits,
+    verdict}, and, for a plot, the timeline of its deepest compile. module: the process that compiles; variables: more of its environment,
+    for tests."""
     whole = command_line.model_config(config, "any").num_layers
     depths = depths or [whole]
     todo = [Job.of(config, step, rank, layers) for rank in ranks for layers in depths]
     with ThreadPoolExecutor(jobs) as pool:
         done = list(pool.map(lambda job: job.compiled(module, variables), todo))
     each = [done[i : i + len(depths)] for i in range(0, len(done), len(depths))]
-    return [_report(rank, whole, depths, compiled, hbm_gb) for rank, compiled in zip(ranks, each)]
+    lowering = config.parallel.lowering
+    return [{"lowering": lowering, **_report(rank, whole, depths, compiled, hbm_gb)} for rank, compiled in zip(ranks, each)]
 
 
 class Job(NamedTuple):
@@ -66,7 +67,7 @@ class Job(NamedTuple):
         config = _at_depth(config, layers)
         cfg, parallel = command_line.model_config(config, "any"), config.parallel
         mesh = layout.mesh(cfg, parallel, rank)
-        sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero)
+        sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
         return cls(config, step, mesh, *dryrun_report.expected(config, cfg, sharding, step))
 
     def compiled(self, module, variables):
@@ -76,6 +77,13 @@ class Job(NamedTuple):
             trace = dryrun.trace(module, job, self.mesh.world, self.mesh.rank, folder, variables)
         problems = dryrun_report.problems(trace, self.held, self.calls)
         return dryrun_report.figures(trace, self.mesh), problems, dryrun.timeline(trace.blocks)[0]
+
+
+def lowered(config, lowering):
+    """The config in a lowering, which no other main takes but `manual`."""
+    config = ConfigDict(config.to_dict(), convert_dict=True)
+    config.parallel.lowering = lowering
+    return FrozenConfigDict(config)
 
 
 def _at_depth(config, layers):

@@ -13,8 +13,8 @@ import mindspore as ms
 from mindspore.communication import init
 from ml_collections import FrozenConfigDict
 
+from experiments import dryrun_shard, layout
 from experiments import flags as command_line
-from experiments import layout
 from experiments.dryrun_steps import STEPS
 from parallel.dryrun import RESULT
 from parallel.sharding import Sharding
@@ -29,9 +29,13 @@ def main(path):
     config = FrozenConfigDict(job["config"])
     cfg, rank = command_line.model_config(config, "any"), int(os.environ["RANK_ID"])
     parallel = config.parallel
-    sharding = Sharding(layout.mesh(cfg, parallel, rank), seq_parallel=parallel.seq_parallel, zero=parallel.zero)
+    mesh = layout.mesh(cfg, parallel, rank)
+    sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
     began = time.perf_counter()
     step, times = STEPS[job["step"]]
+    if parallel.lowering == "shard":
+        dryrun_shard.prepare(mesh.world)
+        step = dryrun_shard.train_step
     found = step(config, cfg, sharding)
     found.update(steps=times, compile_s=time.perf_counter() - began, host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     print(RESULT + json.dumps(found), flush=True)

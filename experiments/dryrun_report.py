@@ -16,6 +16,7 @@ LARGEST = 12  # source lines of the buffers that are listed
 # kind or name of a Block -> what is said of it
 NAMES = {
     "input": "given from the host",
+    "weight": "parameters and moments",
     "constant": "constants of the graph",
     "UpdateOutputDeviceAddress": "results of a graph, as the state",
 }
@@ -30,7 +31,9 @@ def expected(config, cfg, sharding, step):
 
     if step != "train":
         return {"params": shapes("stored")}, None
-    held = {"params": shapes("stored"), "gradients": shapes("state"), "optimizer": {**shapes("state", "m."), **shapes("state", "v.")}}
+    held = {"params": shapes("stored"), "optimizer": {**shapes("state", "m."), **shapes("state", "v.")}}
+    if sharding.lowering == "manual":
+        held["gradients"] = shapes("state")
     calls = Counter()
     for call, count in layout_traffic.step_calls(config, cfg, sharding).items():
         calls[Exchange(call.kind, sharding.mesh.members(call.atoms), call.elements, call.itemsize)] += count
@@ -64,7 +67,7 @@ def train_steps(trace):
 
 def _missing_inputs(trace):
     """Tensors that the process gave the step, and for which the allocator gave out nothing of their size."""
-    given = Counter(block.size for block in trace.blocks if block.kind == "input")
+    given = Counter(block.size for block in trace.blocks if block.kind in ("input", "weight"))
     wanted = Counter(dryrun.aligned(nbytes(w)) for kind in ("params", "optimizer") for w in trace.said.get(kind, {}).values())
     lacking = wanted - given
     return [f"{count} inputs of {size:,} bytes were not given memory" for size, count in sorted(lacking.items())]
@@ -141,6 +144,7 @@ def verdict(found, hbm_gb):
     return fits, f"{'fits' if fits else 'DOES NOT FIT'}: {what} = {used + spare:.1f} GiB, of {hbm_gb:g}"
 
 
+LOWERINGS = {"manual": "every rank's part by hand", "shard": "partitioned by MindSpore"}
 ROWS = (
     ("parameters", "params_bytes"),
     ("gradients", "gradients_bytes"),
@@ -157,7 +161,7 @@ def text(report):
     found, depths = report["figures"], [layers for layers, _ in report["compiled"]]
     how = "" if depths == [report["layers"]] else f", by a straight line from {depths[0]} and {depths[1]}"
     took = " and ".join(f"{figures['compile_s']:.0f} s, {figures['host_bytes'] / GIB:.1f} GiB here" for _, figures in report["compiled"])
-    out = [f"rank {report['rank']}, {report['layers']} layers{how} (compiled and run in {took})"]
+    out = [f"rank {report['rank']}, {report['layers']} layers, {LOWERINGS[report['lowering']]}{how} (compiled and run in {took})"]
     out += [f"  {name:<22} {found[key] / GIB:9.3f} GiB" for name, key in ROWS if found[key]]
     if found["collectives"]:
         out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5} {'calls':>9} {'GiB a rank':>12}")
@@ -166,6 +170,22 @@ def text(report):
     out += [f"  {size / GIB:9.3f} GiB in {count:>4}  {made}" for size, count, made in found["largest"]]
     out += [f"  WRONG {line}" for line in report["problems"]] or ["  every part and every collective is as the layout says"]
     return [*out, f"  {report['verdict']}"]
+
+
+def beside(manual, shard):
+    """The lines that hold a rank's two reports, one of each lowering, against each other."""
+    both = manual, shard
+    shapes = [report["compiled"][-1][1]["local_shapes"] for report in both]
+    other = [path for path in shapes[0] if shapes[0][path] != shapes[1].get(path)]
+    shaped = f"other local shapes: {', '.join(other)}" if other else f"the local shapes of all {len(shapes[0])} parameters are the same"
+    out = [f"rank {manual['rank']}, by hand | partitioned by MindSpore", f"  {shaped}"]
+    out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5}" + f" {'calls':>9} {'GiB a rank':>12}" * 2)
+    rows = [{tuple(row[:3]): row[3:] for row in report["figures"]["collectives"]} for report in both]
+    for kind, axes, n in sorted({*rows[0], *rows[1]}):
+        sides = "".join(f" {calls:>9,.0f} {sent / GIB:>12.3f}" for calls, sent in (side.get((kind, axes, n), (0, 0)) for side in rows))
+        out.append(f"  {kind:<22} {axes:<8} {n:>5}{sides}")
+    peaks = "".join(f" {report['figures']['with_fragments_bytes'] / GIB:>22.3f}" for report in both)
+    return [*out, f"  {'peak with fragments':<37}{peaks}"]
 
 
 def _words(exchange):

@@ -86,10 +86,10 @@ def adamw(specs, optim, kernels, norm_squared=None):
     norm_squared(flat gradients): their squared norm, where they are split over ranks. after: what has to be computed before anything is
     changed, as some implementations work in place; the gradients are, in any case. in_place() says on which leaves.
     """
-    kinds = to_tuple(tree_map(partial(_kind, optim.weight_decay), specs))
+    kinds = to_tuple(tree_map(partial(leaf_kind, optim.weight_decay), specs))
     flatten, apply, sqrt = flatten_in_graph(kinds), ops.HyperMap(), ops.Sqrt()
-    leaf, squares = _leaf_update(optim, kernels), norm_squared or _sum_of_squares(in_norm(specs), pick(kernels, "adamw", "squares")())
-    control = _norm_control(optim)
+    leaf, squares = leaf_update(optim, kernels), norm_squared or _sum_of_squares(in_norm(specs), pick(kernels, "adamw", "squares")())
+    control = norm_control(optim)
 
     def update(params, grads, m, v, mean_norm, values, after):
         flat = flatten(grads)
@@ -112,7 +112,7 @@ def in_norm(specs):
     return tuple(i for i, spec in enumerate(tree_leaves(specs)) if spec.optimizer != "sign")
 
 
-def _kind(decay, spec):
+def leaf_kind(decay, spec):
     if spec.optimizer == "sign":
         return SIGN
     return float(decay) if len(spec.shape) > 1 else NO_DECAY
@@ -130,7 +130,7 @@ def _sum_of_squares(counted, of_leaf):
     return squares
 
 
-def _norm_control(optim):
+def norm_control(optim):
     """control(norm, running mean, warm) -> (factor on the gradients, 1 to update or 0 to skip, running mean)"""
     clip, limit = optim.clip_norm, optim.skip_spikes
     minimum, cast, select = ops.Minimum(), ops.Cast(), ops.Select()
@@ -146,7 +146,7 @@ def _norm_control(optim):
     return control
 
 
-def _leaf_update(optim, kernels):
+def leaf_update(optim, kernels):
     # what is changed in place has to be kept from a gradient that is not finite, too
     make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=bool(optim.skip_spikes) or kernels.adamw != "reference")
     decayed, plain = make(decay=float(optim.weight_decay)), make(decay=NO_DECAY)

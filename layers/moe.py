@@ -221,7 +221,7 @@ def _experts_elsewhere(cfg, kernels, sharding):
         sent = send(x, source)
         slot, source, group = plan(received)
         y = feed_forward(dispatch(sent, source), group, w_gate, w_up, w_down, adapters)
-        return combine(send_back(y, slot), place, weight), reshape(total(lost, (0, 1)), (1,))
+        return combine(send_back(y, slot), place, weight), ops.stop_gradient(reshape(total(lost, (0, 1)), (1,)))  # a count
 
     return experts
 

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 from parallel import standin
 
-VERSIONS = ("2.10.0",)  # whose logs and files this has read
+VERSIONS = ("2.7.1", "2.10.0")  # whose logs and files this has read
 RESULT = "RESULT "  # before the line of JSON that the process prints
 HEADER, ALIGNMENT = 32, 512  # bytes that the allocator adds to a tensor's, and to multiples of which it then rounds up
 ITEMSIZE = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "float64": 8}
-COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "Broadcast", "Send", "Receive")
+NAMES = {"AllToAll": "AlltoAll"}  # what the device's own form of a collective is called -> what it is in the graph
 
 # What simulation does not count, in GiB: the two buffers of 200 MB that CANN's communication library takes for each group of ranks
 # (HCCL_BUFFSIZE's default), and for kernels' workspaces and the runtime a round figure, as nothing here can measure them.
@@ -34,7 +34,8 @@ MARGIN_GIB = 2.0
 
 
 class Block(NamedTuple):
-    """Device memory from one moment to another, in the tracker's own clock. kind: input, constant or kernel. name: of what made it."""
+    """Device memory from one moment to another, in the tracker's own clock. kind: input, weight (a Parameter), constant or kernel. name: of
+    what made it."""
 
     first: int
     last: int
@@ -137,13 +138,14 @@ def read_blocks(path):
 
 
 def _block(row):
-    kind = "constant" if row["type"] == "ConstantValue" else "input" if row["task_name"].endswith("HostDSActor") else "kernel"
+    of_type = {"ConstantValue": "constant", "Weight": "weight"}
+    kind = of_type.get(row["type"]) or ("input" if row["task_name"].endswith("HostDSActor") else "kernel")
     first, last, size = (int(row[key]) for key in ("start_time_stamp", "end_time_stamp", "size"))
     return Block(first, last, size, kind, row["node_name"], row["graph_name"])
 
 
 # () = (%2) Default/AllReduce-op0(%1), ..., attrs {group=...;comm_rank=0 8;...} and the types in the line below, results first
-TASK = re.compile(r"= \S*?(" + "|".join(COLLECTIVES) + r")-op\d+\(.*?comm_rank=([\d ]+)[^\n]*\n\s+\((.*?)\) <- \((.*?)\)\n")
+TASK = re.compile(r"= (?:\S*/)?(\w+)-op\d+\([^\n]*comm_rank=([\d ]+)[^\n]*\n\s+\((.*?)\) <- \((.*?)\)\n")
 TENSOR = re.compile(r"(\w+):\[([\d, ]*)\]")
 
 
@@ -152,7 +154,7 @@ def read_exchanges(path):
     out = Counter()
     for kind, ranks, result, operand in TASK.findall(Path(path).read_text(encoding="utf-8")):
         dtype, shape = TENSOR.search(result if kind == "AllGather" else operand).groups()
-        out[Exchange(kind, tuple(map(int, ranks.split())), _product(shape), ITEMSIZE[dtype.lower()])] += 1
+        out[Exchange(NAMES.get(kind, kind), tuple(map(int, ranks.split())), _product(shape), ITEMSIZE[dtype.lower()])] += 1
     return out
 
 
@@ -172,7 +174,8 @@ def _lines(folder):
         text = path.read_text(encoding="utf-8")
         graph = SUBGRAPH.search(text)
         for name, comments in NODE.findall(text):
-            ours = [place.removeprefix(tree) for place in SOURCE.findall(comments) if place.startswith(tree)]
+            places = [place for place in SOURCE.findall(comments) if place.startswith(tree) and "site-packages" not in place]
+            ours = [place.removeprefix(tree) for place in places]
             if ours:
                 out[graph[1] if graph else "", name] = ours[-1]
     return out

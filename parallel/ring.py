@@ -55,7 +55,8 @@ class _Ring(nn.Cell):
     def bprop(self, q, k, v, segments, order, out, dout):
         segment, place = self.part(segments, self.at), self.part(order, self.at)
         dq, dk, dv = self.backward(q, k, v, segment, segment, place, place, out[0], out[1], dout[0], dout[1])
-        kv, dkv = self.stack((k, v)), self.stack((self.cast(dk, ms.float32), self.cast(dv, ms.float32)))
+        # waiting for the cotangent, or the compiler would keep the forward's keys of all ranks instead of sending them again
+        kv, dkv = self.stack((ops.depend(k, dout[0]), v)), self.stack((self.cast(dk, ms.float32), self.cast(dv, ms.float32)))
         dq = self.cast(dq, ms.float32)
         for step in range(1, self.n):
             kv = self.pass_on(kv)

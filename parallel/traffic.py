@@ -2,7 +2,7 @@
 
 How often an op runs, and which cotangents flow through it, is seen by running the model once on one device, as small as one likes, with
 every op watched. What it then sends in a layout follows from its signature, and the payload from the sizes of the signature's dims.
-Holds for the manual lowering and its unrolled layers; see again() for what scanned layers add.
+Holds for unrolled layers, in both lowerings; see again() for what scanned layers add.
 """
 
 import math
@@ -26,6 +26,8 @@ DIRECTIONS = {
     "split": (None, "AllGather"),
     "all_to_all": ("AlltoAll", "AlltoAll"),
 }
+# The same where MindSpore's partitioner makes the backward: a tensor that ranks hold alike has partial cotangents, see parallel/shard.py.
+PARTITIONED = {**DIRECTIONS, "psum": ("AllReduce", "AllReduce"), "pvary": (None, None)}
 FLOAT32 = 4  # bytes; those of an int32 too
 
 
@@ -109,7 +111,7 @@ def _differentiable(x):
 
 def of_ops(layout, bound, seen, sizes, itemsize):
     """Counter of the Calls of watched ops in a layout. sizes: {dim: global size} of what travels. itemsize: of the compute dtype."""
-    out = Counter()
+    out, directions = Counter(), PARTITIONED if layout.lowering == "shard" else DIRECTIONS
     for place, (operands, results, kind, reduce, dtype, around) in enumerate(bound):
         if kind == "elementwise" or not seen[place, ("run",)]:
             continue
@@ -119,7 +121,7 @@ def of_ops(layout, bound, seen, sizes, itemsize):
         for what, i, part, steps in _sides(layout, operands, results, kind, reduce):
             item = FLOAT32 if dtype and what == "result" else _itemsize(layout, part, itemsize)
             for name, atoms, whole in _payloads(layout, part, steps, what):
-                forward, backward = DIRECTIONS[name] if name != "sliced" else ("AllGather", None)
+                forward, backward = directions[name] if name != "sliced" else ("AllGather", None)
                 for phase, kind, step in (("forward", forward, ("run",)), ("backward", backward, (what, i))):
                     if kind and seen[place, step]:
                         elements = math.prod(-(-_size(sizes, dim) // n) for dim, n in whole)
@@ -190,6 +192,8 @@ def _itemsize(layout, part, itemsize):
 def of_update(layout, placed, micro_batches=1):
     """Counter of the Calls of gradient sums, the gathering of updated parameters, and the gradient's norm."""
     out, mesh = Counter(), layout.mesh
+    if layout.lowering == "shard":
+        return _of_partitioned_update(mesh, placed)
     for atoms, split, elements in _bucket_sizes(mesh, placed):
         times = micro_batches if layout.zero >= 2 else 1
         if not (split and layout.zero == 3):
@@ -200,6 +204,17 @@ def of_update(layout, placed, micro_batches=1):
         out[Call("update", "AllReduce", tuple(mesh.sizes), 1)] += 1
     if micro_batches > 1 and layout.data_atoms:
         out[Call("update", "AllReduce", layout.data_atoms, micro_batches)] += 1
+    return out
+
+
+def _of_partitioned_update(mesh, placed):
+    """MindSpore sums each parameter's gradient by itself, over all ranks that hold it alike; the norm is ours."""
+    out = Counter({Call("update", "AllReduce", tuple(mesh.sizes), 1): 1} if mesh.world > 1 else {})
+    for p in placed:
+        split = {atom for atoms in p.used for atom in atoms}
+        alike = tuple(atom for atom in mesh.sizes if atom not in split)
+        if alike:
+            out[Call("update", "AllReduce", alike, math.prod(local_shape(mesh, p.spec, p.used)))] += 1
     return out
 
 
