@@ -21,6 +21,7 @@ from mindspore.communication import GlobalComm, init
 from experiments.configs import common
 from experiments.train import build_program
 from layers import linear
+from ops.ascendc import build as ascendc
 from ops.registry import OPS
 from parallel import collectives
 from parallel.mesh import Mesh
@@ -100,6 +101,7 @@ CASES = {
     "cp-ulysses": Case(DENSE, True, axes=dict(dp=1, tp=2, cp=2, ulysses=2)),
     "dense-scan": Case(DENSE, layer_loop="scan"),
     "references": Case(MOE, True, ops={op: "reference" for op in OPS}),
+    "ascendc": Case(MOE, True, ops={op: "ascendc" for op in ascendc.families()}),
     "float32": Case(DENSE.replace(num_layers=1, compute_dtype="float32")),
     "generate": Case(DENSE, axes=dict(dp=1, tp=1)),
     "unscattered": Case(ONE_LAYER, True, planted="unscattered"),
