@@ -91,7 +91,7 @@ inline void DataCopyPad(const GlobalTensor<T> &dst, const LocalTensor<T> &src, c
   }
 }
 
-// Whole blocks of 32 bytes, from an address that is a multiple of 32 bytes.
+// Whole blocks of 32 bytes.
 template <typename T>
 inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const uint32_t count, EMULATOR_HERE) {
   using namespace emulator;

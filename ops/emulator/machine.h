@@ -13,7 +13,7 @@ enum pipe_t : int { PIPE_S, PIPE_V, PIPE_M, PIPE_MTE1, PIPE_MTE2, PIPE_MTE3, PIP
 
 namespace emulator {
 
-enum : int { PIPES = 7, EVENTS = 8, CROSS_FLAGS = 16, CROSS_MOST = 15, BLOCK = 32 };
+enum : int { PIPES = 7, EVENTS = 8, CROSS_FLAGS = 11, CROSS_MOST = 15, BLOCK = 32 };
 enum class Kind : uint8_t { AIC, AIV };
 enum class Memory : uint8_t { UB, L1, L0A, L0B, L0C };
 enum : int { MEMORIES = 5 };
@@ -56,6 +56,7 @@ struct Core {
   std::vector<uint8_t> memory[MEMORIES];
   std::vector<Access> shadow[MEMORIES];
   uint32_t used[MEMORIES] = {};            // bytes that TPipe has given away
+  uint32_t queue_buffers[PIPES][PIPES] = {};
   struct Cross {
     int count = 0;
     Clock clock;

@@ -93,6 +93,7 @@ class TQueBind {
     Buffer *b = mine("EnQue", tensor, where);
     if (b->state != Buffer::TAKEN)
       emulator::fail(where, emulator::text("EnQue: a tensor that was %s at %s", state_name(b->state), b->line.text().c_str()));
+    if (waiting_.size() == depth) emulator::fail(where, emulator::text("EnQue: %d tensors wait already, and the queue's depth is %d", depth, depth));
     b->state = Buffer::QUEUED, b->line = where, b->enqueued = emulator::done(stage_.from);
     waiting_.push_back(b);
     return true;
@@ -117,6 +118,11 @@ class TQueBind {
   }
 
   void init(uint32_t num, uint32_t bytes, emulator::Where where) {
+    uint32_t &events = emulator::core().queue_buffers[stage_.from][stage_.to];
+    events += num;
+    if (events > emulator::EVENTS)
+      emulator::fail(where, emulator::text("InitBuffer: %u buffers of queues from %s to %s, each of which needs an event; a pair of pipes has %d", events,
+                                           emulator::PIPE_NAMES[stage_.from], emulator::PIPE_NAMES[stage_.to], emulator::EVENTS));
     for (uint32_t i = 0; i < num; i++) {
       buffers_.push_back(std::make_unique<Buffer>());
       Buffer &b = *buffers_.back();

@@ -12,6 +12,8 @@ def machine():
     library = ctypes.CDLL(build.emulator())
     library.emulator_message.restype = ctypes.c_char_p
     library.emulator_set_seconds.argtypes = [ctypes.c_double]
+    library.emulator_drop.argtypes = [ctypes.c_int, ctypes.c_int64]
+    library.emulator_syncs.restype = ctypes.c_int64
     return library
 
 

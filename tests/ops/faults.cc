@@ -41,7 +41,7 @@ using namespace optiling;
 
 enum Fault : uint32_t {
   NONE, MISALIGNED, UB_OVERRUN, BUFFER_OVERRUN, ENQUEUED_TWICE, NOT_FREED, WRONG_POSITION, PAST_THE_ARRAY, NOT_ENQUEUED, NO_BARRIER,
-  NO_SCALAR_WAIT, FREED, NEVER_SET, LEFT_SET, SOME_SYNC, ENDLESS, NO_SYNC, EMPTY_QUEUE, OVERLAP, ODD_COPY, SYNC_ALONE,
+  NO_SCALAR_WAIT, FREED, NEVER_SET, LEFT_SET, SOME_SYNC, ENDLESS, NO_SYNC, EMPTY_QUEUE, OVERLAP, ODD_COPY, SYNC_ALONE, DEPTH, EVENTS_SPENT,
   // of the mixed kernel
   L1_OVERRUN, NO_CROSS_WAIT, NO_CROSS_SET, CROSS_LEFT, WRONG_MATRIX, ONE_ROW, NO_LOAD_WAIT,
 };
@@ -56,7 +56,9 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   TQue<TPosition::VECIN, 1> in;
   TQue<TPosition::VECOUT, 1> out;
   TBuf<TPosition::VECCALC> spare;
-  pipe.InitBuffer(in, 1, n * 4);
+  pipe.InitBuffer(in, fault == DEPTH ? 2 : 1, n * 4);
+  TQue<TPosition::VECIN, 1> more;
+  if (fault == EVENTS_SPENT) pipe.InitBuffer(more, 8, n * 4);  // EVENTS_SPENT
   pipe.InitBuffer(out, 1, n * 4);
   pipe.InitBuffer(spare, fault == UB_OVERRUN ? 192 * 1024 : n * 4);  // UB_OVERRUN
   GlobalTensor<float> from, to, shared;
@@ -68,6 +70,7 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   if (fault == NOT_ENQUEUED) Muls(a, a, 1.0f, n);  // NOT_ENQUEUED
   in.EnQue(a);
   if (fault == ENQUEUED_TWICE) in.EnQue(a);  // ENQUEUED_TWICE
+  if (fault == DEPTH) in.EnQue(in.AllocTensor<float>());  // DEPTH
   a = in.DeQue<float>();
   if (fault == EMPTY_QUEUE) a = in.DeQue<float>();  // EMPTY_QUEUE
   if (fault == NOT_FREED) a = in.AllocTensor<float>();  // NOT_FREED

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ops.ascendc import build
-from tests.ops.emulated import call, machine
+from tests.ops.emulated import call, cores, machine
 
 SOURCE = Path(__file__).parent / "faults.cc"
 # fault: what the message says. The line named is the one that bears the fault's name in the source.
@@ -28,6 +28,8 @@ COPY = {
     "SOME_SYNC": "vector core 0 waits in SyncAll",
     "EMPTY_QUEUE": "DeQue: the queue is empty",
     "OVERLAP": "Muls: dst and src overlap in part",
+    "DEPTH": "EnQue: 1 tensors wait already, and the queue's depth is 1",
+    "EVENTS_SPENT": "InitBuffer: 9 buffers of queues from MTE2 to vector, each of which needs an event; a pair of pipes has 8",
     "SYNC_ALONE": "SyncAll in a kernel of KERNEL_TYPE_AIV_ONLY",
     "ODD_COPY": "DataCopy: 252 bytes are no whole blocks of 32",
 }
@@ -90,3 +92,40 @@ def test_a_kernel_that_does_not_end():
     finally:
         machine().emulator_set_seconds(300.0)
     assert f"faults.cc:{lines_of('ENDLESS')[0]}: still running after 0 s" in message
+
+
+KINDS = ("barriers", "flags", "queues", "crossings")  # emulator::Sync
+
+
+def attention_and_its_gradient(library):
+    """The emulator's messages for both, for 150 tokens of two heads over one."""
+    S, rng = 150, np.random.default_rng(0)
+    q, k, v, dout = (rng.normal(0, 1, (1, S, heads, 16)).astype(np.float32) for heads in (2, 1, 1, 2))
+    ones, order = np.ones((1, S), np.int32), np.arange(S, dtype=np.int32)[None]
+    o, lse = np.empty_like(q), np.empty((1, 2, S), np.float32)
+    inputs = [q, k, v, ones, ones, order, order]
+    yield lambda: call(library, "qwen_attention", inputs, [o, lse], [0.3, 0])
+    yield lambda: call(library, "qwen_attention_grad", [*inputs, o, lse, dout], [np.empty_like(x) for x in (q, k, v)], [0.3, 0])
+
+
+@pytest.mark.slow
+def test_a_kernel_that_lacks_a_synchronisation_is_caught():
+    """Of attention's, one in seven each on its own is made to have no effect. Not every one is needed: what a flag orders, a later one may
+    order too; a buffer's first use waits for nothing. Without one that is, a kernel computes the same here, and is refused."""
+    library, emulator, found = build.emulated("attention"), machine(), {}
+    with cores(2):
+        for run in attention_and_its_gradient(library):
+            assert run() == ""
+            counts = [emulator.emulator_syncs(kind) for kind in range(len(KINDS))]
+            for kind, count in enumerate(counts):
+                for n in range(0, count, 7):
+                    emulator.emulator_drop(kind, n)
+                    try:
+                        message = run()
+                    finally:
+                        emulator.emulator_drop(-1, 0)
+                    assert message == "" or "may still be" in message, message
+                    found.setdefault(KINDS[kind], []).append(message != "")
+    share = {kind: np.mean(caught) for kind, caught in found.items()}
+    print({kind: f"{sum(caught)} of {len(caught)}" for kind, caught in found.items()})
+    assert min(share[kind] for kind in ("barriers", "flags", "crossings")) > 0.5 and share["queues"] > 0.3, share

@@ -63,7 +63,7 @@ __aicore__ inline void SpreadRows(const LocalTensor<float> &to, const LocalTenso
 class Hidden {
  public:
   __aicore__ inline void Init(TPipe &pipe) {
-    pipe.InitBuffer(ints_, 4, HALF * sizeof(int32_t));
+    pipe.InitBuffer(ints_, 2, HALF * sizeof(int32_t));
     pipe.InitBuffer(segments_, HALF * 32), pipe.InitBuffer(orders_, HALF * 32), pipe.InitBuffer(keys_, 2 * KEYS * sizeof(int32_t));
     pipe.InitBuffer(hidden_, HALF * KEYS * sizeof(float)), pipe.InitBuffer(spare_, HALF * KEYS * sizeof(float));
   }

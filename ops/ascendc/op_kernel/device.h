@@ -68,7 +68,7 @@ class In {
   }
 
  private:
-  TQue<TPosition::VECIN, 1> queue_;
+  TQue<TPosition::VECIN, 2> queue_;  // two tiles may wait
   TBuf<TPosition::VECCALC> wide_;
   LocalTensor<T> held_;
 };
@@ -163,7 +163,7 @@ __aicore__ inline void MulEach(const LocalTensor<float> &dst, const LocalTensor<
 template <typename T>
 class SumOfParts {
  public:
-  __aicore__ inline void Init(TPipe &pipe) { in_.Init(pipe, COLUMNS, 2), out_.Init(pipe, COLUMNS, 2); }
+  __aicore__ inline void Init(TPipe &pipe) { in_.Init(pipe, COLUMNS, 1), out_.Init(pipe, COLUMNS, 1); }
   __aicore__ inline void Run(const GlobalTensor<float> &parts, uint32_t count, uint32_t n, uint32_t row, const GlobalTensor<T> &to) {
     for (uint32_t c = GetBlockIdx() * COLUMNS; c < n; c += GetBlockNum() * COLUMNS) {
       const uint32_t columns = Least(COLUMNS, n - c);

@@ -107,8 +107,8 @@ class Products {
     LoadData(to, from, load);
   }
 
-  TQue<TPosition::A1, 1> a1_;
-  TQue<TPosition::B1, 1> b1_;
+  TQue<TPosition::A1, 2> a1_;
+  TQue<TPosition::B1, 2> b1_;
   TQue<TPosition::A2, 1> a2_;
   TQue<TPosition::B2, 1> b2_;
 };

@@ -171,7 +171,7 @@ class RopeNormGrad {
     const uint32_t elements = 2 * size_.Elements(), angles = tiling.tile * AlignUp(size_.half, FLOATS);
     w_in_.Init(pipe_, 2 * size_.padded, 1);
     x_in_.Init(pipe_, elements, 2), dy_in_.Init(pipe_, elements, 2), dx_out_.Init(pipe_, elements, 2);
-    cos_in_.Init(pipe_, angles, 2), sin_in_.Init(pipe_, angles, 2);
+    cos_in_.Init(pipe_, angles, 1), sin_in_.Init(pipe_, angles, 1);  // there are 8 events for all queues that come in
     pipe_.InitBuffer(turned_, elements * sizeof(float)), pipe_.InitBuffer(spare_, elements * sizeof(float));
     pipe_.InitBuffer(total_, 2 * size_.padded * sizeof(float));
     scales_.Init(pipe_, size_.Rows()), dots_.Init(pipe_, size_.Rows());
