@@ -36,11 +36,8 @@ def _compiled(name, inputs, outputs, shapes, dtypes, attrs):
     function = f"aclnn{build.type_of(name)}"
     info = _info(function, inputs, outputs)
     for key, value in attrs.items():
-        info = info.attr(key, "required", type(value).__name__, str(value))  # takes words only
-    primitive = _primitive(function, shapes, dtypes, info.target("Ascend"))
-    for key, value in attrs.items():
-        primitive.add_prim_attr(key, value)
-    return primitive
+        info = info.attr(key, "required", type(value).__name__, value=value)
+    return _primitive(function, shapes, dtypes, info.target("Ascend"))
 
 
 def _emulated(function, inputs, outputs, shapes, dtypes, attrs):

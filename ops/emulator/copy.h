@@ -45,8 +45,8 @@ namespace AscendC {
 // From global memory: strides are the gaps between rows, of the source in bytes, of the destination in blocks. What fills the last block of
 // a row is `paddingValue`, or nobody's: NaN here.
 template <typename T>
-inline void DataCopyPad(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const DataCopyExtParams &p, const DataCopyPadExtParams<T> &pad,
-                        EMULATOR_HERE) {
+inline void DataCopyPad(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const DataCopyExtParams &p,
+                        const DataCopyPadExtParams<T> &pad, EMULATOR_HERE) {
   using namespace emulator;
   wants_position("DataCopyPad", "dst", dst.GetPosition(), {TPosition::VECIN, TPosition::VECCALC}, where);
   rows_in_range("DataCopyPad", p, where);
@@ -84,7 +84,8 @@ inline void DataCopyPad(const GlobalTensor<T> &dst, const LocalTensor<T> &src, c
     if (core().atomic_add) {
       if constexpr (std::is_same_v<T, float>)
         for (uint32_t i = 0; i < p.blockLen / sizeof(T); i++) reinterpret_cast<float *>(to)[i] += from[i];
-      else fail(where, "DataCopyPad: the emulator adds atomically in float only");
+      else
+        fail(where, "DataCopyPad: the emulator adds atomically in float only");
     } else {
       std::memcpy(to, from, p.blockLen);
     }
@@ -97,7 +98,8 @@ inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, cons
   using namespace emulator;
   wants_position("DataCopy", "dst", dst.GetPosition(), {TPosition::VECIN, TPosition::VECCALC}, where);
   dst.aligned("DataCopy", "dst", where);
-  if (count * sizeof(T) % BLOCK) fail(where, text("DataCopy: %zu bytes are no whole blocks of %d; DataCopyPad copies those", count * sizeof(T), BLOCK));
+  if (count * sizeof(T) % BLOCK)
+    fail(where, text("DataCopy: %zu bytes are no whole blocks of %d; DataCopyPad copies those", count * sizeof(T), BLOCK));
   issue(PIPE_MTE2, where);
   global_access("DataCopy", PIPE_MTE2, src.address(), count * sizeof(T), false, where);
   std::memcpy(static_cast<void *>(dst.touch("DataCopy", PIPE_MTE2, 0, count, true, where)), src.address(), count * sizeof(T));
@@ -108,7 +110,8 @@ inline void DataCopy(const GlobalTensor<T> &dst, const LocalTensor<T> &src, cons
   using namespace emulator;
   wants_position("DataCopy", "src", src.GetPosition(), {TPosition::VECOUT, TPosition::VECCALC}, where);
   src.aligned("DataCopy", "src", where);
-  if (count * sizeof(T) % BLOCK) fail(where, text("DataCopy: %zu bytes are no whole blocks of %d; DataCopyPad copies those", count * sizeof(T), BLOCK));
+  if (count * sizeof(T) % BLOCK)
+    fail(where, text("DataCopy: %zu bytes are no whole blocks of %d; DataCopyPad copies those", count * sizeof(T), BLOCK));
   issue(PIPE_MTE3, where);
   global_access("DataCopy", PIPE_MTE3, dst.address(), count * sizeof(T), true, where);
   std::memcpy(static_cast<void *>(dst.address()), src.touch("DataCopy", PIPE_MTE3, 0, count, false, where), count * sizeof(T));
@@ -123,8 +126,8 @@ inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, cons
   dst.aligned("DataCopy", "dst", where);
   if (p.ndNum != 1 || p.dstNzNStride != 1) fail(where, "DataCopy: the emulator copies one matrix, with rows side by side (dstNzNStride 1)");
   if (p.nValue < 1 || p.nValue > 16384 || p.dValue < 1 || p.dstNzC0Stride < p.nValue || p.dstNzC0Stride > 16384)
-    fail(where, text("DataCopy: %u rows of %u with dstNzC0Stride %u; they are 1 to 16384, and the stride at least the rows", p.nValue, p.dValue,
-                     p.dstNzC0Stride));
+    fail(where, text("DataCopy: %u rows of %u with dstNzC0Stride %u; they are 1 to 16384, and the stride at least the rows", p.nValue,
+                     p.dValue, p.dstNzC0Stride));
   if (p.srcDValue < p.dValue) fail(where, text("DataCopy: rows of %u that are %u apart", p.dValue, p.srcDValue));
   issue(PIPE_MTE2, where);
   constexpr uint32_t c = BLOCK / sizeof(T);

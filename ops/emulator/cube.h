@@ -104,7 +104,8 @@ inline void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const
     fail(where, text("LoadData: %u rows (1 to 32767), channelSize %u and kExtension %u (multiples of %u), mExtension %u (of 16)", rows,
                      p.channelSize, k, c, m));
   if (p.mStartPt + m > (rows + 15) / 16 * 16 || p.kStartPt + k > p.channelSize)
-    fail(where, text("LoadData: rows %u to %u of %u, columns %u to %u of %u", p.mStartPt, p.mStartPt + m, rows, p.kStartPt, p.kStartPt + k, p.channelSize));
+    fail(where, text("LoadData: rows %u to %u of %u, columns %u to %u of %u", p.mStartPt, p.mStartPt + m, rows, p.kStartPt, p.kStartPt + k,
+                     p.channelSize));
   const bool to_b = dst.GetPosition() == TPosition::B2;
   if (!to_b && !p.enTranspose) fail(where, "LoadData: of LoadData3DParamsV2 the emulator knows L0A with enTranspose, and L0B");
   if (k % 16) fail(where, text("LoadData: kExtension %u is no multiple of 16, the rows or columns of the fractals made", k));
@@ -132,7 +133,8 @@ inline void InitConstValue(const LocalTensor<T> &dst, const InitConstValueParams
   issue(PIPE_MTE2, where);
   constexpr uint32_t c = BLOCK / sizeof(T);
   for (uint32_t r = 0; r < p.repeatTimes; r++)
-    std::fill_n(dst.touch("InitConstValue", PIPE_MTE2, r * (p.blockNum + p.dstGap) * c, p.blockNum * c, true, where), p.blockNum * c, p.initValue);
+    std::fill_n(dst.touch("InitConstValue", PIPE_MTE2, r * (p.blockNum + p.dstGap) * c, p.blockNum * c, true, where), p.blockNum * c,
+                p.initValue);
 }
 
 // dst (+)= a b, [m, k] by [k, n].
@@ -144,13 +146,16 @@ inline void Mmad(const LocalTensor<float> &dst, const LocalTensor<T> &a, const L
   wants_position("Mmad", "fm", a.GetPosition(), {TPosition::A2}, where);
   wants_position("Mmad", "filter", b.GetPosition(), {TPosition::B2}, where);
   dst.aligned("Mmad", "dst", where, 1024), a.aligned("Mmad", "fm", where, FRACTAL), b.aligned("Mmad", "filter", where, FRACTAL);
-  if (p.m < 1 || p.m > 4095 || p.n < 1 || p.n > 4095 || p.k < 1 || p.k > 4095) fail(where, text("Mmad: m %u, n %u, k %u; each is 1 to 4095", p.m, p.n, p.k));
+  if (p.m < 1 || p.m > 4095 || p.n < 1 || p.n > 4095 || p.k < 1 || p.k > 4095)
+    fail(where, text("Mmad: m %u, n %u, k %u; each is 1 to 4095", p.m, p.n, p.k));
   if (p.m == 1) fail(where, "Mmad: m is 1, for which the chip takes the first matrix as a vector in another layout; make m 16");
   if (p.kDirectionAlign && sizeof(T) != 4) fail(where, "Mmad: kDirectionAlign is for float");
   issue(PIPE_M, where);
   constexpr uint32_t c = BLOCK / sizeof(T);
-  const uint32_t mb = (p.m + 15) / 16, nb = (p.n + 15) / 16, kb = (p.k + c - 1) / c, kb_of_a = p.kDirectionAlign ? (p.k + 15) / 16 * 16 / c : kb;
-  const T *x = a.touch("Mmad", PIPE_M, 0, mb * kb_of_a * 16 * c, false, where), *y = b.touch("Mmad", PIPE_M, 0, kb * nb * 16 * c, false, where);
+  const uint32_t mb = (p.m + 15) / 16, nb = (p.n + 15) / 16, kb = (p.k + c - 1) / c,
+                 kb_of_a = p.kDirectionAlign ? (p.k + 15) / 16 * 16 / c : kb;
+  const T *x = a.touch("Mmad", PIPE_M, 0, mb * kb_of_a * 16 * c, false, where),
+          *y = b.touch("Mmad", PIPE_M, 0, kb * nb * 16 * c, false, where);
   if (!p.cmatrixInitVal) dst.touch("Mmad", PIPE_M, 0, mb * nb * 256, false, where);
   float *z = dst.touch("Mmad", PIPE_M, 0, mb * nb * 256, true, where);
   static thread_local std::vector<float> rows, columns;
@@ -177,11 +182,13 @@ inline void Fixpipe(const GlobalTensor<T> &dst, const LocalTensor<U> &src, const
   static_assert(config.format == CO2Layout::ROW_MAJOR, "the emulator writes rows: CFG_ROW_MAJOR");
   wants_position("Fixpipe", "src", src.GetPosition(), {TPosition::CO1}, where);
   src.aligned("Fixpipe", "src", where, 64);
-  const QuantMode_t wanted = std::is_same_v<T, half> ? QuantMode_t::F322F16 : std::is_same_v<T, bfloat16_t> ? QuantMode_t::F322BF16 : QuantMode_t::NoQuant;
+  const QuantMode_t wanted = std::is_same_v<T, half>         ? QuantMode_t::F322F16
+                             : std::is_same_v<T, bfloat16_t> ? QuantMode_t::F322BF16
+                                                             : QuantMode_t::NoQuant;
   if (p.quantPre != wanted) fail(where, text("Fixpipe: quantPre does not make %s", type_name<T>()));
   if (p.nSize < 1 || p.nSize > 4095 || p.mSize < 1 || p.mSize > 8192 || p.ndNum != 1 || p.srcStride % 16 || p.srcStride < p.mSize)
-    fail(where, text("Fixpipe: nSize %u (1 to 4095), mSize %u (1 to 8192), srcStride %u (a multiple of 16, at least mSize), ndNum %u (1)", p.nSize,
-                     p.mSize, p.srcStride, p.ndNum));
+    fail(where, text("Fixpipe: nSize %u (1 to 4095), mSize %u (1 to 8192), srcStride %u (a multiple of 16, at least mSize), ndNum %u (1)",
+                     p.nSize, p.mSize, p.srcStride, p.ndNum));
   issue(PIPE_FIX, where);
   for (uint32_t i = 0; i < p.mSize; i++) {
     T *to = dst.address() + static_cast<size_t>(i) * p.dstStride;
@@ -190,8 +197,10 @@ inline void Fixpipe(const GlobalTensor<T> &dst, const LocalTensor<U> &src, const
       const uint32_t n = std::min<uint32_t>(16, p.nSize - j);
       const float *from = src.touch("Fixpipe", PIPE_FIX, j * p.srcStride + i * 16, n, false, where);
       for (uint32_t e = 0; e < n; e++) {
-        if constexpr (std::is_same_v<T, float>) to[j + e] = core().atomic_add ? to[j + e] + from[e] : from[e];
-        else to[j + e] = from_float<T>(from[e]);
+        if constexpr (std::is_same_v<T, float>)
+          to[j + e] = core().atomic_add ? to[j + e] + from[e] : from[e];
+        else
+          to[j + e] = from_float<T>(from[e]);
       }
     }
   }

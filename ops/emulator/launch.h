@@ -56,7 +56,9 @@ struct Call {
 };
 
 template <typename... Pointers, size_t... I>
-inline void call_with(void (*kernel)(Pointers...), uint8_t **arrays, std::index_sequence<I...>) { kernel(arrays[I]...); }
+inline void call_with(void (*kernel)(Pointers...), uint8_t **arrays, std::index_sequence<I...>) {
+  kernel(arrays[I]...);
+}
 
 // The kernel's pointers: inputs, outputs, workspace, tiling data.
 template <typename... Pointers>
@@ -80,12 +82,15 @@ inline int launch(const char *type, void (*kernel)(Pointers...), bool cube, bool
     types.push_back(type_of(a.dtypes[i]));
     const gert::Shape shape = shape_of(a, i);
     const size_t width = bytes_of(types.back()), bytes = shape.GetShapeSize() * width;
-    if (i < static_cast<int>(inputs)) context.inputs.push_back({shape}), context.types.push_back({static_cast<ge::DataType>(types.back())});
-    else std::memset(a.data[i], 0xff, bytes);  // what a kernel does not write is NaN
+    if (i < static_cast<int>(inputs))
+      context.inputs.push_back({shape}), context.types.push_back({static_cast<ge::DataType>(types.back())});
+    else
+      std::memset(a.data[i], 0xff, bytes);  // what a kernel does not write is NaN
     launch.arrays.push_back({static_cast<uint8_t *>(a.data[i]), bytes, width});
   }
   if (!fits(*def, types)) return emulator_report(text("%s: arrays of types that its definition does not list", type).c_str());
-  if (def->core.tiling(&context) != ge::GRAPH_SUCCESS) return emulator_report(text("%s: its tiling function refuses these shapes: %s", type, context.refusal.c_str()).c_str());
+  if (def->core.tiling(&context) != ge::GRAPH_SUCCESS)
+    return emulator_report(text("%s: its tiling function refuses these shapes: %s", type, context.refusal.c_str()).c_str());
   std::vector<uint8_t> workspace(context.workspace + GUARD, 0xff);
   launch.arrays.push_back({workspace.data(), context.workspace, 4});
   launch.arrays.push_back({context.tiling.bytes.data(), context.tiling.bytes.size(), 4});
@@ -109,7 +114,7 @@ inline int launch(const char *type, void (*kernel)(Pointers...), bool cube, bool
 }  // namespace emulator
 
 // EMULATED(snake_name, OpType, cube cores, vector cores)
-#define EMULATED(name, type, cube, vector)                                                                                       \
-  extern "C" int name##_emulated(int count, void **data, int *ndims, int64_t **shapes, const char **dtypes, void *, void *) {    \
-    return emulator::launch(#type, &name, cube, vector, {count, data, ndims, shapes, dtypes});                                   \
+#define EMULATED(name, type, cube, vector)                                                                                    \
+  extern "C" int name##_emulated(int count, void **data, int *ndims, int64_t **shapes, const char **dtypes, void *, void *) { \
+    return emulator::launch(#type, &name, cube, vector, {count, data, ndims, shapes, dtypes});                                \
   }

@@ -107,7 +107,7 @@ static std::string line_of(const Core &c, int pipe, uint32_t n) {
 static void unordered(const char *name, pipe_t pipe, bool write, const char *what, const Core &other, int before, bool wrote, uint32_t n,
                       Where where) {
   const bool same = &other == &core();
-  const std::string fix = !same ? "no flag between the cores orders them"
+  const std::string fix = !same            ? "no flag between the cores orders them"
                           : before == pipe ? text("no PipeBarrier<PIPE_%s> lies between", pipe == PIPE_V ? "V" : "M")
                                            : text("no queue or flag from %s to %s lies between", PIPE_NAMES[before], PIPE_NAMES[pipe]);
   const std::string who = same ? text("the %s pipe", PIPE_NAMES[before]) : emulator::name(other);
@@ -156,8 +156,10 @@ void global_access(const char *name, pipe_t pipe, const void *address, size_t by
         unordered(name, pipe, write, "global memory", *machine->cores[s.writer / PIPES], s.writer % PIPES, true, s.written, where);
       if (write && s.read > c.clock[pipe][s.reader] && s.reader != me)
         unordered(name, pipe, true, "global memory", *machine->cores[s.reader / PIPES], s.reader % PIPES, false, s.read, where);
-      if (write) s.written = n, s.writer = static_cast<uint16_t>(me);
-      else s.read = n, s.reader = static_cast<uint16_t>(me);
+      if (write)
+        s.written = n, s.writer = static_cast<uint16_t>(me);
+      else
+        s.read = n, s.reader = static_cast<uint16_t>(me);
     }
     return;
   }
@@ -198,7 +200,8 @@ void wait_flag(pipe_t from, pipe_t to, int event, Where where) {
   c.last = where;
   if (event < 0 || event >= EVENTS) fail(where, text("WaitFlag of event %d; there are %d", event, EVENTS));
   if (!c.pending[from][to][event])
-    fail(where, text("WaitFlag of %s to %s, event %d, which nothing set: the core would wait for ever", PIPE_NAMES[from], PIPE_NAMES[to], event));
+    fail(where,
+         text("WaitFlag of %s to %s, event %d, which nothing set: the core would wait for ever", PIPE_NAMES[from], PIPE_NAMES[to], event));
   c.pending[from][to][event] = 0;
   if (!dropped(FLAGS)) after(to, c.flag[from][to][event]);
 }
@@ -239,9 +242,12 @@ void cross_set(int mode, pipe_t pipe, int flag, Where where) {
   for (auto &other : machine->cores) {
     if (other->block != c.block || other->kind == c.kind) continue;
     Core::Cross &cross = other->cross[c.kind == Kind::AIV ? c.sub : 0][flag];
-    if (++cross.count > CROSS_MOST) fail(where, text("CrossCoreSetFlag of flag %d, set %d times more than waited for", flag, CROSS_MOST + 1));
-    if (cross.clock.empty()) cross.clock = clock;
-    else join(cross.clock, clock);
+    if (++cross.count > CROSS_MOST)
+      fail(where, text("CrossCoreSetFlag of flag %d, set %d times more than waited for", flag, CROSS_MOST + 1));
+    if (cross.clock.empty())
+      cross.clock = clock;
+    else
+      join(cross.clock, clock);
   }
 }
 
@@ -261,7 +267,8 @@ void cross_wait(pipe_t pipe, int flag, Where where) {
 void sync_all(bool vector_only, Where where) {
   Core &c = core();
   if (vector_only && c.kind == Kind::AIC) fail(where, "SyncAll of the vector cores, called by a cube core");
-  if (c.alone) fail(where, "SyncAll in a kernel of KERNEL_TYPE_AIV_ONLY or KERNEL_TYPE_AIC_ONLY; KERNEL_TYPE_MIX_AIV_1_0 is for those that wait");
+  if (c.alone)
+    fail(where, "SyncAll in a kernel of KERNEL_TYPE_AIV_ONLY or KERNEL_TYPE_AIC_ONLY; KERNEL_TYPE_MIX_AIV_1_0 is for those that wait");
   const uint64_t mine = ++c.barriers;
   Clock &meeting = machine->meeting[mine % 2];
   auto all = [&](auto test) {

@@ -1,8 +1,9 @@
 // The machine that kernels are emulated on: cores, their memories, what is known to have happened before what, and failures.
 //
 // Every core is a coroutine, and one runs at a time, from one wait for another core to the next; so a run is the same each time, and a
-// deadlock is seen as such. An instruction does its work when it is called. The chip's pipes do theirs later, side by side: what orders them is
-// kept as a vector clock for each pipe, and an access that no flag, queue or barrier orders after an earlier one of its bytes is a failure.
+// deadlock is seen as such. An instruction does its work when it is called. The chip's pipes do theirs later, side by side: what orders
+// them is kept as a vector clock for each pipe, and an access that no flag, queue or barrier orders after an earlier one of its bytes is a
+// failure.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -52,18 +53,18 @@ struct Core {
   uint32_t issued[PIPES] = {};
   uint8_t pending[PIPES][PIPES][EVENTS] = {};
   Where set_at[PIPES][PIPES][EVENTS] = {};
-  std::vector<Where> log[PIPES];           // of the last instructions
+  std::vector<Where> log[PIPES];  // of the last instructions
   std::vector<uint8_t> memory[MEMORIES];
   std::vector<Access> shadow[MEMORIES];
-  uint32_t used[MEMORIES] = {};            // bytes that TPipe has given away
+  uint32_t used[MEMORIES] = {};  // bytes that TPipe has given away
   uint32_t queue_buffers[PIPES][PIPES] = {};
   struct Cross {
     int count = 0;
     Clock clock;
-  } cross[2][CROSS_FLAGS];                 // set for this core, by the first and second of the other kind
+  } cross[2][CROSS_FLAGS];                                   // set for this core, by the first and second of the other kind
   bool atomic_add = false, finished = false, alone = false;  // alone: of a kernel whose cores may not wait for each other
-  uint64_t barriers = 0;                   // SyncAll calls
-  std::string waits;                       // for what, while it does
+  uint64_t barriers = 0;                                     // SyncAll calls
+  std::string waits;                                         // for what, while it does
   Where last = {"", 0};
 };
 
@@ -81,8 +82,8 @@ void global_access(const char *name, pipe_t pipe, const void *address, size_t by
 void set_flag(pipe_t from, pipe_t to, int event, Where where);
 void wait_flag(pipe_t from, pipe_t to, int event, Where where);
 void barrier(pipe_t pipe, Where where);
-Clock done(pipe_t pipe);                       // what is done once the pipe's last instruction is
-void after(pipe_t pipe, const Clock &clock);   // the pipe's next instructions come after it
+Clock done(pipe_t pipe);                      // what is done once the pipe's last instruction is
+void after(pipe_t pipe, const Clock &clock);  // the pipe's next instructions come after it
 // Whether a synchronisation is to be without effect: what a kernel would be without it. Each kind is counted on its own.
 enum Sync : int { BARRIERS, FLAGS, QUEUES, CROSSINGS, SYNCS };
 bool dropped(Sync kind);

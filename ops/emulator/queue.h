@@ -13,40 +13,67 @@ struct Stage {
 constexpr Stage stage_of(TPosition position) {
   switch (position) {
     case TPosition::A1:
-    case TPosition::B1: return {PIPE_MTE2, PIPE_MTE1};
+    case TPosition::B1:
+      return {PIPE_MTE2, PIPE_MTE1};
     case TPosition::A2:
-    case TPosition::B2: return {PIPE_MTE1, PIPE_M};
-    case TPosition::CO1: return {PIPE_M, PIPE_FIX};
-    case TPosition::VECOUT: return {PIPE_V, PIPE_MTE3};
-    default: return {PIPE_MTE2, PIPE_V};
+    case TPosition::B2:
+      return {PIPE_MTE1, PIPE_M};
+    case TPosition::CO1:
+      return {PIPE_M, PIPE_FIX};
+    case TPosition::VECOUT:
+      return {PIPE_V, PIPE_MTE3};
+    default:
+      return {PIPE_MTE2, PIPE_V};
   }
 }
 
 constexpr Stage stage_of(AscendC::HardEvent event) {
   using AscendC::HardEvent;
   switch (event) {
-    case HardEvent::MTE2_MTE1: return {PIPE_MTE2, PIPE_MTE1};
-    case HardEvent::MTE1_MTE2: return {PIPE_MTE1, PIPE_MTE2};
-    case HardEvent::MTE1_M: return {PIPE_MTE1, PIPE_M};
-    case HardEvent::M_MTE1: return {PIPE_M, PIPE_MTE1};
-    case HardEvent::MTE2_V: return {PIPE_MTE2, PIPE_V};
-    case HardEvent::V_MTE2: return {PIPE_V, PIPE_MTE2};
-    case HardEvent::MTE3_V: return {PIPE_MTE3, PIPE_V};
-    case HardEvent::V_MTE3: return {PIPE_V, PIPE_MTE3};
-    case HardEvent::M_FIX: return {PIPE_M, PIPE_FIX};
-    case HardEvent::FIX_M: return {PIPE_FIX, PIPE_M};
-    case HardEvent::MTE3_MTE2: return {PIPE_MTE3, PIPE_MTE2};
-    case HardEvent::MTE2_MTE3: return {PIPE_MTE2, PIPE_MTE3};
-    case HardEvent::S_V: return {PIPE_S, PIPE_V};
-    case HardEvent::V_S: return {PIPE_V, PIPE_S};
-    case HardEvent::S_MTE2: return {PIPE_S, PIPE_MTE2};
-    case HardEvent::MTE2_S: return {PIPE_MTE2, PIPE_S};
-    case HardEvent::S_MTE3: return {PIPE_S, PIPE_MTE3};
-    case HardEvent::MTE3_S: return {PIPE_MTE3, PIPE_S};
-    case HardEvent::FIX_MTE2: return {PIPE_FIX, PIPE_MTE2};
-    case HardEvent::MTE2_FIX: return {PIPE_MTE2, PIPE_FIX};
-    case HardEvent::FIX_S: return {PIPE_FIX, PIPE_S};
-    default: return {PIPE_M, PIPE_S};
+    case HardEvent::MTE2_MTE1:
+      return {PIPE_MTE2, PIPE_MTE1};
+    case HardEvent::MTE1_MTE2:
+      return {PIPE_MTE1, PIPE_MTE2};
+    case HardEvent::MTE1_M:
+      return {PIPE_MTE1, PIPE_M};
+    case HardEvent::M_MTE1:
+      return {PIPE_M, PIPE_MTE1};
+    case HardEvent::MTE2_V:
+      return {PIPE_MTE2, PIPE_V};
+    case HardEvent::V_MTE2:
+      return {PIPE_V, PIPE_MTE2};
+    case HardEvent::MTE3_V:
+      return {PIPE_MTE3, PIPE_V};
+    case HardEvent::V_MTE3:
+      return {PIPE_V, PIPE_MTE3};
+    case HardEvent::M_FIX:
+      return {PIPE_M, PIPE_FIX};
+    case HardEvent::FIX_M:
+      return {PIPE_FIX, PIPE_M};
+    case HardEvent::MTE3_MTE2:
+      return {PIPE_MTE3, PIPE_MTE2};
+    case HardEvent::MTE2_MTE3:
+      return {PIPE_MTE2, PIPE_MTE3};
+    case HardEvent::S_V:
+      return {PIPE_S, PIPE_V};
+    case HardEvent::V_S:
+      return {PIPE_V, PIPE_S};
+    case HardEvent::S_MTE2:
+      return {PIPE_S, PIPE_MTE2};
+    case HardEvent::MTE2_S:
+      return {PIPE_MTE2, PIPE_S};
+    case HardEvent::S_MTE3:
+      return {PIPE_S, PIPE_MTE3};
+    case HardEvent::MTE3_S:
+      return {PIPE_MTE3, PIPE_S};
+    case HardEvent::FIX_MTE2:
+      return {PIPE_FIX, PIPE_MTE2};
+    case HardEvent::MTE2_FIX:
+      return {PIPE_MTE2, PIPE_FIX};
+    case HardEvent::FIX_S:
+      return {PIPE_FIX, PIPE_S};
+    default:
+      return {PIPE_M, PIPE_S};
   }
 }
 
@@ -56,7 +83,8 @@ inline uint32_t take_memory(TPosition position, uint32_t bytes, Where where) {
   if (c.memory[m].empty()) fail(where, text("InitBuffer: this core has no %s", MEMORY_NAMES[m]));
   bytes = (bytes + BLOCK - 1) / BLOCK * BLOCK;
   if (c.used[m] + bytes > CAPACITY[m])
-    fail(where, text("InitBuffer: %u bytes more than the %u in use make the %s overrun its %u", bytes, c.used[m], MEMORY_NAMES[m], CAPACITY[m]));
+    fail(where,
+         text("InitBuffer: %u bytes more than the %u in use make the %s overrun its %u", bytes, c.used[m], MEMORY_NAMES[m], CAPACITY[m]));
   c.used[m] += bytes;
   return c.used[m] - bytes;
 }
@@ -93,7 +121,8 @@ class TQueBind {
     Buffer *b = mine("EnQue", tensor, where);
     if (b->state != Buffer::TAKEN)
       emulator::fail(where, emulator::text("EnQue: a tensor that was %s at %s", state_name(b->state), b->line.text().c_str()));
-    if (waiting_.size() == depth) emulator::fail(where, emulator::text("EnQue: %d tensors wait already, and the queue's depth is %d", depth, depth));
+    if (waiting_.size() == depth)
+      emulator::fail(where, emulator::text("EnQue: %d tensors wait already, and the queue's depth is %d", depth, depth));
     b->state = Buffer::QUEUED, b->line = where, b->enqueued = emulator::done(stage_.from);
     waiting_.push_back(b);
     return true;
@@ -121,8 +150,9 @@ class TQueBind {
     uint32_t &events = emulator::core().queue_buffers[stage_.from][stage_.to];
     events += num;
     if (events > emulator::EVENTS)
-      emulator::fail(where, emulator::text("InitBuffer: %u buffers of queues from %s to %s, each of which needs an event; a pair of pipes has %d", events,
-                                           emulator::PIPE_NAMES[stage_.from], emulator::PIPE_NAMES[stage_.to], emulator::EVENTS));
+      emulator::fail(where,
+                     emulator::text("InitBuffer: %u buffers of queues from %s to %s, each of which needs an event; a pair of pipes has %d",
+                                    events, emulator::PIPE_NAMES[stage_.from], emulator::PIPE_NAMES[stage_.to], emulator::EVENTS));
     for (uint32_t i = 0; i < num; i++) {
       buffers_.push_back(std::make_unique<Buffer>());
       Buffer &b = *buffers_.back();
@@ -155,7 +185,9 @@ template <TPosition position = TPosition::VECCALC>
 class TBuf {
  public:
   template <typename T>
-  LocalTensor<T> Get() { return LocalTensor<T>(buffer_.get(), buffer_->at); }
+  LocalTensor<T> Get() {
+    return LocalTensor<T>(buffer_.get(), buffer_->at);
+  }
 
   void init(uint32_t bytes, emulator::Where where) {
     buffer_ = std::make_unique<Buffer>();
@@ -216,14 +248,22 @@ inline void WaitFlag(int32_t id, EMULATOR_HERE) {
   emulator::wait_flag(stage.from, stage.to, id, where);
 }
 template <pipe_t pipe>
-inline void PipeBarrier(EMULATOR_HERE) { emulator::barrier(pipe, where); }
+inline void PipeBarrier(EMULATOR_HERE) {
+  emulator::barrier(pipe, where);
+}
 
 template <uint8_t mode, pipe_t pipe>
-inline void CrossCoreSetFlag(uint16_t flag, EMULATOR_HERE) { emulator::cross_set(mode, pipe, flag, where); }
+inline void CrossCoreSetFlag(uint16_t flag, EMULATOR_HERE) {
+  emulator::cross_set(mode, pipe, flag, where);
+}
 template <uint8_t mode = 0, pipe_t pipe = PIPE_S>
-inline void CrossCoreWaitFlag(uint16_t flag, EMULATOR_HERE) { emulator::cross_wait(pipe, flag, where); }
+inline void CrossCoreWaitFlag(uint16_t flag, EMULATOR_HERE) {
+  emulator::cross_wait(pipe, flag, where);
+}
 template <bool vector_only = true>
-inline void SyncAll(EMULATOR_HERE) { emulator::sync_all(vector_only, where); }
+inline void SyncAll(EMULATOR_HERE) {
+  emulator::sync_all(vector_only, where);
+}
 
 // As on the chip, the vector cores of a mixed kernel count on through the blocks.
 inline int64_t GetBlockIdx() {

@@ -77,7 +77,8 @@ inline void WholeReduceMax(const LocalTensor<float> &dst, const LocalTensor<floa
   vector_operand("WholeReduceMax", "src", src, where);
   const bool both = order == ReduceOrder::ORDER_VALUE_INDEX;
   dst.aligned("WholeReduceMax", "dst", where, both ? 8 : 4);
-  if (!both && order != ReduceOrder::ORDER_ONLY_VALUE) fail(where, "WholeReduceMax: the emulator knows ORDER_VALUE_INDEX and ORDER_ONLY_VALUE");
+  if (!both && order != ReduceOrder::ORDER_ONLY_VALUE)
+    fail(where, "WholeReduceMax: the emulator knows ORDER_VALUE_INDEX and ORDER_ONLY_VALUE");
   if (mask < 1 || mask > 64 || repeatTime < 1 || repeatTime > 255 || srcBlkStride != 1)
     fail(where, text("WholeReduceMax: a mask of %d (1 to 64), %d repeats (1 to 255), srcBlkStride %d (1)", mask, repeatTime, srcBlkStride));
   issue(PIPE_V, where);

@@ -9,11 +9,16 @@ using AscendC::TPosition;
 constexpr Memory memory_of(TPosition position) {
   switch (position) {
     case TPosition::A1:
-    case TPosition::B1: return Memory::L1;
-    case TPosition::A2: return Memory::L0A;
-    case TPosition::B2: return Memory::L0B;
-    case TPosition::CO1: return Memory::L0C;
-    default: return Memory::UB;
+    case TPosition::B1:
+      return Memory::L1;
+    case TPosition::A2:
+      return Memory::L0A;
+    case TPosition::B2:
+      return Memory::L0B;
+    case TPosition::CO1:
+      return Memory::L0C;
+    default:
+      return Memory::UB;
   }
 }
 
@@ -40,7 +45,6 @@ struct Buffer {
   Where line = {"", 0};  // of its last change of state
 };
 
-
 }  // namespace emulator
 
 namespace AscendC {
@@ -55,7 +59,9 @@ class LocalTensor {
   LocalTensor operator[](const uint32_t offset) const { return LocalTensor(buffer_, at_ + offset * static_cast<uint32_t>(sizeof(T))); }
 
   template <typename U>
-  LocalTensor<U> ReinterpretCast() const { return LocalTensor<U>(buffer_, at_); }
+  LocalTensor<U> ReinterpretCast() const {
+    return LocalTensor<U>(buffer_, at_);
+  }
 
   uint32_t GetSize() const { return (buffer_->at + buffer_->bytes - at_) / sizeof(T); }
   TPosition GetPosition() const { return buffer_->position; }

@@ -30,7 +30,9 @@ inline float to_float(bfloat16_t x) {
 }
 
 template <typename T>
-inline T from_float(float x) { return static_cast<T>(x); }
+inline T from_float(float x) {
+  return static_cast<T>(x);
+}
 template <>
 inline bfloat16_t from_float(float x) {  // to the nearest, ties to even
   uint32_t bits;
@@ -59,8 +61,28 @@ enum class TPosition : uint8_t { GM, A1, A2, B1, B2, CO1, VECIN, VECOUT, VECCALC
 using QuePosition = TPosition;
 
 enum class HardEvent : uint8_t {
-  MTE2_MTE1, MTE1_MTE2, MTE1_M, M_MTE1, MTE2_V, V_MTE2, MTE3_V, V_MTE3, M_FIX, FIX_M, MTE3_MTE2, MTE2_MTE3, S_V, V_S, S_MTE2, MTE2_S,
-  S_MTE3, MTE3_S, FIX_MTE2, MTE2_FIX, FIX_S, M_S,
+  MTE2_MTE1,
+  MTE1_MTE2,
+  MTE1_M,
+  M_MTE1,
+  MTE2_V,
+  V_MTE2,
+  MTE3_V,
+  V_MTE3,
+  M_FIX,
+  FIX_M,
+  MTE3_MTE2,
+  MTE2_MTE3,
+  S_V,
+  V_S,
+  S_MTE2,
+  MTE2_S,
+  S_MTE3,
+  MTE3_S,
+  FIX_MTE2,
+  MTE2_FIX,
+  FIX_S,
+  M_S,
 };
 
 enum class RoundMode : uint8_t { CAST_NONE, CAST_RINT, CAST_FLOOR, CAST_CEIL, CAST_ROUND, CAST_TRUNC, CAST_ODD };

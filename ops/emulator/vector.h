@@ -26,13 +26,17 @@ namespace emulator {
 // Integers wrap around; whether the chip's do is left open.
 template <typename T>
 inline T sum(T a, T b) {
-  if constexpr (std::is_same_v<T, int32_t>) return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
-  else return a + b;
+  if constexpr (std::is_same_v<T, int32_t>)
+    return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+  else
+    return a + b;
 }
 template <typename T>
 inline T difference(T a, T b) {
-  if constexpr (std::is_same_v<T, int32_t>) return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b));
-  else return a - b;
+  if constexpr (std::is_same_v<T, int32_t>)
+    return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b));
+  else
+    return a - b;
 }
 
 template <typename T>
@@ -44,7 +48,8 @@ inline void vector_operand(const char *name, const char *operand, const AscendC:
 template <typename T>
 inline void apart(const char *name, const AscendC::LocalTensor<T> &dst, const AscendC::LocalTensor<T> &src, uint32_t count, Where where) {
   const uint32_t a = dst.address(), b = src.address(), bytes = count * sizeof(T);
-  if (a != b && a < b + bytes && b < a + bytes) fail(where, text("%s: dst and src overlap in part, by %u of %u bytes", name, bytes - (a > b ? a - b : b - a), bytes));
+  if (a != b && a < b + bytes && b < a + bytes)
+    fail(where, text("%s: dst and src overlap in part, by %u of %u bytes", name, bytes - (a > b ? a - b : b - a), bytes));
 }
 
 inline void some(const char *name, int32_t count, Where where) {
@@ -69,7 +74,8 @@ inline void binary_repeats(const char *name, const AscendC::LocalTensor<T> &dst,
                            Where where, F f) {
   constexpr uint32_t c = BLOCK / sizeof(T);
   vector_operand(name, "dst", dst, where), vector_operand(name, "src0", a, where), vector_operand(name, "src1", b, where);
-  if (mask < 1 || mask > 8 * c) fail(where, text("%s: a mask of %u elements; a repeat has 1 to %u", name, static_cast<unsigned>(mask), 8 * c));
+  if (mask < 1 || mask > 8 * c)
+    fail(where, text("%s: a mask of %u elements; a repeat has 1 to %u", name, static_cast<unsigned>(mask), 8 * c));
   some(name, repeats, where);
   issue(PIPE_V, where);
   for (uint32_t r = 0; r < repeats; r++)
@@ -83,7 +89,8 @@ inline void binary_repeats(const char *name, const AscendC::LocalTensor<T> &dst,
 }
 
 template <typename T, typename F>
-inline void unary(const char *name, const AscendC::LocalTensor<T> &dst, const AscendC::LocalTensor<T> &src, int32_t count, Where where, F f) {
+inline void unary(const char *name, const AscendC::LocalTensor<T> &dst, const AscendC::LocalTensor<T> &src, int32_t count, Where where,
+                  F f) {
   vector_operand(name, "dst", dst, where), vector_operand(name, "src", src, where);
   some(name, count, where);
   issue(PIPE_V, where);
@@ -97,49 +104,50 @@ inline void unary(const char *name, const AscendC::LocalTensor<T> &dst, const As
 
 namespace AscendC {
 
-#define EMULATOR_BINARY(NAME, EXPRESSION, ...)                                                                                           \
-  template <typename T>                                                                                                                  \
-  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, const int32_t &count, EMULATOR_HERE) { \
-    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                                \
-    emulator::binary(#NAME, dst, src0, src1, count, where, [](T a, T b) -> T { return EXPRESSION; });                                     \
-  }                                                                                                                                      \
-  template <typename T>                                                                                                                  \
-  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, uint64_t mask,                      \
-                   const uint8_t repeatTime, const BinaryRepeatParams &params, EMULATOR_HERE) {                                           \
-    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                                \
-    emulator::binary_repeats(#NAME, dst, src0, src1, mask, repeatTime, params, where, [](T a, T b) -> T { return EXPRESSION; });          \
+#define EMULATOR_BINARY(NAME, EXPRESSION, ...)                                                                                   \
+  template <typename T>                                                                                                          \
+  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, const int32_t &count,      \
+                   EMULATOR_HERE) {                                                                                              \
+    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                        \
+    emulator::binary(#NAME, dst, src0, src1, count, where, [](T a, T b) -> T { return EXPRESSION; });                            \
+  }                                                                                                                              \
+  template <typename T>                                                                                                          \
+  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, uint64_t mask,             \
+                   const uint8_t repeatTime, const BinaryRepeatParams &params, EMULATOR_HERE) {                                  \
+    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                        \
+    emulator::binary_repeats(#NAME, dst, src0, src1, mask, repeatTime, params, where, [](T a, T b) -> T { return EXPRESSION; }); \
   }
 
 EMULATOR_BINARY(Add, emulator::sum(a, b), float, half, int32_t)
 EMULATOR_BINARY(Sub, emulator::difference(a, b), float, half, int32_t)
-EMULATOR_BINARY(Mul, a * b, float, half)
+EMULATOR_BINARY(Mul, a *b, float, half)
 EMULATOR_BINARY(Div, a / b, float, half)
 EMULATOR_BINARY(Max, a > b ? a : b, float, half, int32_t)
 EMULATOR_BINARY(Min, a < b ? a : b, float, half, int32_t)
 #undef EMULATOR_BINARY
 
-#define EMULATOR_SCALAR(NAME, EXPRESSION)                                                                                                \
-  template <typename T>                                                                                                                  \
-  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src, const T &scalar, const int32_t &count, EMULATOR_HERE) {          \
-    static_assert(emulator::is_one_of<T, float, half, int32_t>, #NAME " does not take this type");                                       \
-    const T b = scalar;                                                                                                                  \
-    emulator::unary(#NAME, dst, src, count, where, [b](T a) -> T { return EXPRESSION; });                                                 \
+#define EMULATOR_SCALAR(NAME, EXPRESSION)                                                                                        \
+  template <typename T>                                                                                                          \
+  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src, const T &scalar, const int32_t &count, EMULATOR_HERE) { \
+    static_assert(emulator::is_one_of<T, float, half, int32_t>, #NAME " does not take this type");                               \
+    const T b = scalar;                                                                                                          \
+    emulator::unary(#NAME, dst, src, count, where, [b](T a) -> T { return EXPRESSION; });                                        \
   }
 
 EMULATOR_SCALAR(Adds, emulator::sum(a, b))
-EMULATOR_SCALAR(Muls, a * b)
+EMULATOR_SCALAR(Muls, a *b)
 EMULATOR_SCALAR(Maxs, a > b ? a : b)
 EMULATOR_SCALAR(Mins, a < b ? a : b)
 #undef EMULATOR_SCALAR
 
-#define EMULATOR_UNARY(NAME, EXPRESSION)                                                                                \
-  template <typename T>                                                                                                \
-  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src, const int32_t &count, EMULATOR_HERE) {         \
-    static_assert(emulator::is_one_of<T, float, half>, #NAME " does not take this type");                              \
-    emulator::unary(#NAME, dst, src, count, where, [](T v) -> T {                                                       \
-      const float a = static_cast<float>(v);                                                                           \
-      return static_cast<T>(EXPRESSION);                                                                               \
-    });                                                                                                                \
+#define EMULATOR_UNARY(NAME, EXPRESSION)                                                                        \
+  template <typename T>                                                                                         \
+  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src, const int32_t &count, EMULATOR_HERE) { \
+    static_assert(emulator::is_one_of<T, float, half>, #NAME " does not take this type");                       \
+    emulator::unary(#NAME, dst, src, count, where, [](T v) -> T {                                               \
+      const float a = static_cast<float>(v);                                                                    \
+      return static_cast<T>(EXPRESSION);                                                                        \
+    });                                                                                                         \
   }
 
 EMULATOR_UNARY(Exp, std::exp(a))
@@ -172,28 +180,34 @@ inline void Brcb(const LocalTensor<T> &dst, const LocalTensor<T> &src, const uin
   emulator::issue(PIPE_V, where);
   for (uint32_t r = 0; r < repeatTime; r++) {
     const T *x = src.touch("Brcb", PIPE_V, r * 8, 8, false, where);
-    for (uint32_t k = 0; k < 8; k++) std::fill_n(dst.touch("Brcb", PIPE_V, (r * p.dstRepStride + k * p.dstBlkStride) * c, c, true, where), c, x[k]);
+    for (uint32_t k = 0; k < 8; k++)
+      std::fill_n(dst.touch("Brcb", PIPE_V, (r * p.dstRepStride + k * p.dstBlkStride) * c, c, true, where), c, x[k]);
   }
 }
 
 template <typename T, typename U>
 inline void Cast(const LocalTensor<T> &dst, const LocalTensor<U> &src, const RoundMode &mode, const uint32_t count, EMULATOR_HERE) {
   using namespace emulator;
-  constexpr bool widens = std::is_same_v<T, float> && is_one_of<U, half, bfloat16_t>, narrows = std::is_same_v<U, float> && is_one_of<T, half, bfloat16_t>;
-  constexpr bool from_int = std::is_same_v<T, float> && std::is_same_v<U, int32_t>, to_int = std::is_same_v<T, int32_t> && std::is_same_v<U, float>;
+  constexpr bool widens = std::is_same_v<T, float> && is_one_of<U, half, bfloat16_t>,
+                 narrows = std::is_same_v<U, float> && is_one_of<T, half, bfloat16_t>;
+  constexpr bool from_int = std::is_same_v<T, float> && std::is_same_v<U, int32_t>,
+                 to_int = std::is_same_v<T, int32_t> && std::is_same_v<U, float>;
   static_assert(widens || narrows || from_int || to_int, "Cast between these types is not one of the emulator's");
   vector_operand("Cast", "dst", dst, where), vector_operand("Cast", "src", src, where);
   some("Cast", static_cast<int32_t>(count), where);
   const bool sound = widens ? mode == RoundMode::CAST_NONE : mode == RoundMode::CAST_RINT || (to_int && mode == RoundMode::CAST_TRUNC);
-  if (!sound) fail(where, text("Cast from %s to %s in round mode %d; the emulator knows CAST_NONE to wider types and CAST_RINT to others",
-                               type_name<U>(), type_name<T>(), static_cast<int>(mode)));
+  if (!sound)
+    fail(where, text("Cast from %s to %s in round mode %d; the emulator knows CAST_NONE to wider types and CAST_RINT to others",
+                     type_name<U>(), type_name<T>(), static_cast<int>(mode)));
   issue(PIPE_V, where);
   const U *x = src.touch("Cast", PIPE_V, 0, count, false, where);
   T *z = dst.touch("Cast", PIPE_V, 0, count, true, where);
   for (uint32_t i = 0; i < count; i++) {
     const float wide = to_float(x[i]);
-    if constexpr (to_int) z[i] = static_cast<int32_t>(mode == RoundMode::CAST_TRUNC ? std::trunc(wide) : std::nearbyint(wide));
-    else z[i] = from_float<T>(wide);
+    if constexpr (to_int)
+      z[i] = static_cast<int32_t>(mode == RoundMode::CAST_TRUNC ? std::trunc(wide) : std::nearbyint(wide));
+    else
+      z[i] = from_float<T>(wide);
   }
 }
 

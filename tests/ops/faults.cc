@@ -40,10 +40,37 @@ using namespace optiling;
 #include "device.h"
 
 enum Fault : uint32_t {
-  NONE, MISALIGNED, UB_OVERRUN, BUFFER_OVERRUN, ENQUEUED_TWICE, NOT_FREED, WRONG_POSITION, PAST_THE_ARRAY, NOT_ENQUEUED, NO_BARRIER,
-  NO_SCALAR_WAIT, FREED, NEVER_SET, LEFT_SET, SOME_SYNC, ENDLESS, NO_SYNC, EMPTY_QUEUE, OVERLAP, ODD_COPY, SYNC_ALONE, DEPTH, EVENTS_SPENT,
+  NONE,
+  MISALIGNED,
+  UB_OVERRUN,
+  BUFFER_OVERRUN,
+  ENQUEUED_TWICE,
+  NOT_FREED,
+  WRONG_POSITION,
+  PAST_THE_ARRAY,
+  NOT_ENQUEUED,
+  NO_BARRIER,
+  NO_SCALAR_WAIT,
+  FREED,
+  NEVER_SET,
+  LEFT_SET,
+  SOME_SYNC,
+  ENDLESS,
+  NO_SYNC,
+  EMPTY_QUEUE,
+  OVERLAP,
+  ODD_COPY,
+  SYNC_ALONE,
+  DEPTH,
+  EVENTS_SPENT,
   // of the mixed kernel
-  L1_OVERRUN, NO_CROSS_WAIT, NO_CROSS_SET, CROSS_LEFT, WRONG_MATRIX, ONE_ROW, NO_LOAD_WAIT,
+  L1_OVERRUN,
+  NO_CROSS_WAIT,
+  NO_CROSS_SET,
+  CROSS_LEFT,
+  WRONG_MATRIX,
+  ONE_ROW,
+  NO_LOAD_WAIT,
 };
 
 // y = 2 x, [64] by each of two cores
@@ -65,27 +92,27 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   from.SetGlobalBuffer((__gm__ float *)x + me * n), to.SetGlobalBuffer((__gm__ float *)y + me * n);
   shared.SetGlobalBuffer((__gm__ float *)GetUserWorkspace(workspace));
   LocalTensor<float> a = in.AllocTensor<float>();
-  if (fault == ODD_COPY) DataCopy(a, from, 63);  // ODD_COPY
+  if (fault == ODD_COPY) DataCopy(a, from, 63);                  // ODD_COPY
   DataCopy(a, fault == PAST_THE_ARRAY ? from[n + 1] : from, n);  // PAST_THE_ARRAY
-  if (fault == NOT_ENQUEUED) Muls(a, a, 1.0f, n);  // NOT_ENQUEUED
+  if (fault == NOT_ENQUEUED) Muls(a, a, 1.0f, n);                // NOT_ENQUEUED
   in.EnQue(a);
-  if (fault == ENQUEUED_TWICE) in.EnQue(a);  // ENQUEUED_TWICE
+  if (fault == ENQUEUED_TWICE) in.EnQue(a);               // ENQUEUED_TWICE
   if (fault == DEPTH) in.EnQue(in.AllocTensor<float>());  // DEPTH
   a = in.DeQue<float>();
-  if (fault == EMPTY_QUEUE) a = in.DeQue<float>();  // EMPTY_QUEUE
+  if (fault == EMPTY_QUEUE) a = in.DeQue<float>();      // EMPTY_QUEUE
   if (fault == NOT_FREED) a = in.AllocTensor<float>();  // NOT_FREED
   LocalTensor<float> b = out.AllocTensor<float>(), c = spare.Get<float>();
   if (fault == WRONG_POSITION) DataCopy(b, from, n);  // WRONG_POSITION
   Muls(c, a, 2.0f, n);
   if (fault != NO_BARRIER) PipeBarrier<PIPE_V>();
-  Muls(b, c, 1.0f, fault == BUFFER_OVERRUN ? n + 8 : n);  // NO_BARRIER BUFFER_OVERRUN
-  if (fault == MISALIGNED) Muls(b[1], c, 1.0f, 8);  // MISALIGNED
+  Muls(b, c, 1.0f, fault == BUFFER_OVERRUN ? n + 8 : n);                   // NO_BARRIER BUFFER_OVERRUN
+  if (fault == MISALIGNED) Muls(b[1], c, 1.0f, 8);                         // MISALIGNED
   if (fault == OVERLAP) PipeBarrier<PIPE_ALL>(), Muls(c[8], c, 1.0f, 16);  // OVERLAP
-  if (fault == NO_SCALAR_WAIT) c.GetValue(0);  // NO_SCALAR_WAIT
+  if (fault == NO_SCALAR_WAIT) c.GetValue(0);                              // NO_SCALAR_WAIT
   in.FreeTensor(a);
-  if (fault == FREED) Muls(b, a, 1.0f, n);  // FREED
+  if (fault == FREED) Muls(b, a, 1.0f, n);              // FREED
   if (fault == NEVER_SET) WaitFlag<HardEvent::V_S>(0);  // NEVER_SET
-  if (fault == LEFT_SET) SetFlag<HardEvent::V_S>(0);  // LEFT_SET
+  if (fault == LEFT_SET) SetFlag<HardEvent::V_S>(0);    // LEFT_SET
   out.EnQue(b);
   b = out.DeQue<float>();
   DataCopy(to, b, n);
@@ -134,7 +161,7 @@ extern "C" void mixed(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
     MmadParams multiply;
     multiply.m = fault == ONE_ROW ? 1 : n, multiply.n = n, multiply.k = n;
     if (fault == WRONG_MATRIX) Mmad(c, b, a, multiply);  // WRONG_MATRIX
-    Mmad(c, a, b, multiply);  // ONE_ROW
+    Mmad(c, a, b, multiply);                             // ONE_ROW
     left.FreeTensor(a), right.FreeTensor(b);
     result.EnQue(c);
     c = result.DeQue<float>();

@@ -14,7 +14,8 @@ static ge::graphStatus TileAttention(gert::TilingContext *context, bool grad) {
   AttentionTiling tiling;
   const uint64_t batch = DimOf(context, 0, 0), queries = DimOf(context, 0, 1), heads = DimOf(context, 0, 2), size = DimOf(context, 0, 3);
   const uint64_t keys = DimOf(context, 1, 1), kv_heads = DimOf(context, 1, 2);
-  if (batch * queries * heads * keys * kv_heads * size == 0 || heads % kv_heads) return Refuse(context, "no dim may be 0, and K has to divide N");
+  if (batch * queries * heads * keys * kv_heads * size == 0 || heads % kv_heads)
+    return Refuse(context, "no dim may be 0, and K has to divide N");
   if (size > MOST_SIZE) return Refuse(context, "a head has up to 128 elements");
   if (heads * size > MOST_STRIDE) return Refuse(context, "the heads of a token have up to 65535 elements");
   tiling.set_batch(batch);
@@ -59,8 +60,16 @@ class QwenAttentionGrad : public OpDef {
  public:
   explicit QwenAttentionGrad(const char *name) : OpDef(name) {
     Declare(*this,
-            {{"q", 'T'}, {"k", 'T'}, {"v", 'T'}, {"segment", 'i'}, {"key_segment", 'i'}, {"order", 'i'}, {"key_order", 'i'}, {"o", 'T'},
-             {"lse", 'f'}, {"dout", 'T'}},
+            {{"q", 'T'},
+             {"k", 'T'},
+             {"v", 'T'},
+             {"segment", 'i'},
+             {"key_segment", 'i'},
+             {"order", 'i'},
+             {"key_order", 'i'},
+             {"o", 'T'},
+             {"lse", 'f'},
+             {"dout", 'T'}},
             {{"dq", 'T'}, {"dk", 'T'}, {"dv", 'T'}}, optiling::TileGrad);
     this->Attr("scale").AttrType(REQUIRED).Float();
     this->Attr("in_order").AttrType(REQUIRED).Int();

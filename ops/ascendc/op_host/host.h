@@ -24,7 +24,9 @@ inline int64_t DimOf(gert::TilingContext *context, size_t input, int d) {
   const auto &shape = context->GetInputShape(input)->GetStorageShape();
   return shape.GetDim(d < 0 ? shape.GetDimNum() + d : d);
 }
-inline int64_t SizeOf(gert::TilingContext *context, size_t input) { return context->GetInputShape(input)->GetStorageShape().GetShapeSize(); }
+inline int64_t SizeOf(gert::TilingContext *context, size_t input) {
+  return context->GetInputShape(input)->GetStorageShape().GetShapeSize();
+}
 
 inline uint32_t UbBytes(gert::TilingContext *context) {
   uint64_t bytes = 0;
@@ -78,8 +80,10 @@ inline void Declare(OpDef &def, std::initializer_list<Port> inputs, std::initial
   const auto is_t = [](const Port &p) { return p.kind == 'T'; };
   const size_t n = std::any_of(inputs.begin(), inputs.end(), is_t) ? 3 : 1;
   const std::vector<ge::Format> formats(n, ge::FORMAT_ND);
-  for (const Port &p : inputs) def.Input(p.name).ParamType(REQUIRED).DataType(TypesOf(p.kind, n)).Format(formats).UnknownShapeFormat(formats);
-  for (const Port &p : outputs) def.Output(p.name).ParamType(REQUIRED).DataType(TypesOf(p.kind, n)).Format(formats).UnknownShapeFormat(formats);
+  for (const Port &p : inputs)
+    def.Input(p.name).ParamType(REQUIRED).DataType(TypesOf(p.kind, n)).Format(formats).UnknownShapeFormat(formats);
+  for (const Port &p : outputs)
+    def.Output(p.name).ParamType(REQUIRED).DataType(TypesOf(p.kind, n)).Format(formats).UnknownShapeFormat(formats);
   def.AICore().SetTiling(tiling).AddConfig("ascend910b");
 }
 

@@ -14,7 +14,8 @@ constexpr uint32_t MOST_ROWS = 64;   // of a tile: enough for long copies
 constexpr uint32_t MOST_PARTS = 64;  // fixed by the shape, so that the sums do not depend on the number of cores
 
 // ins, outs: the arrays of rows; plain: the float32 rows beside them, of one row or of a tile.
-static ge::graphStatus TileRows(gert::TilingContext *context, uint32_t w, uint32_t ins, uint32_t outs, uint32_t row_plain, uint32_t plain, bool grad) {
+static ge::graphStatus TileRows(gert::TilingContext *context, uint32_t w, uint32_t ins, uint32_t outs, uint32_t row_plain, uint32_t plain,
+                                bool grad) {
   RmsNormTiling tiling;
   const ge::DataType type = context->GetInputDesc(0)->GetDataType();
   const uint32_t width = WidthOf(type), n = static_cast<uint32_t>(DimOf(context, 0, -1));

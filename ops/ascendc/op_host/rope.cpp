@@ -19,7 +19,8 @@ static ge::graphStatus TileHeads(gert::TilingContext *context, uint32_t queues, 
   tiling.set_sign(normed ? 1 : static_cast<int32_t>(*context->GetAttrs()->GetInt(0)));
   tiling.set_eps(normed ? *context->GetAttrs()->GetFloat(0) : 0.0f);
   const ge::DataType type = context->GetInputDesc(0)->GetDataType();
-  const uint32_t width = WidthOf(type), heads = static_cast<uint32_t>(DimOf(context, 0, 2)), size = static_cast<uint32_t>(DimOf(context, 0, 3));
+  const uint32_t width = WidthOf(type), heads = static_cast<uint32_t>(DimOf(context, 0, 2)),
+                 size = static_cast<uint32_t>(DimOf(context, 0, 3));
   const uint32_t tokens = static_cast<uint32_t>(DimOf(context, 0, 0) * DimOf(context, 0, 1)), half = size / 2;
   if (tokens == 0 || heads == 0 || half == 0 || size % 2) return Refuse(context, "x has to be [B, S, N, H], none of them 0, H even");
   if (heads > MOST_HEADS || half > 2040) return Refuse(context, "there are up to 248 heads of up to 4080");

@@ -78,7 +78,8 @@ OP_ADD(QwenTopK);
 class QwenTopKGrad : public OpDef {
  public:
   explicit QwenTopKGrad(const char *name) : OpDef(name) {
-    Declare(*this, {{"probs", 'f'}, {"expert", 'i'}, {"weight", 'f'}, {"dprobs", 'f'}, {"dweight", 'f'}}, {{"dlogits", 'f'}}, optiling::TileTopKGrad);
+    Declare(*this, {{"probs", 'f'}, {"expert", 'i'}, {"weight", 'f'}, {"dprobs", 'f'}, {"dweight", 'f'}}, {{"dlogits", 'f'}},
+            optiling::TileTopKGrad);
     this->Attr("shares").AttrType(REQUIRED).Int();
   }
 };

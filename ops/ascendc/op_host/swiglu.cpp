@@ -13,7 +13,8 @@ constexpr uint32_t MOST = 4096;  // elements: 44 bytes each in the gradient's bu
 static ge::graphStatus TileSwiglu(gert::TilingContext *context) {
   SwigluTiling tiling;
   const uint64_t size = SizeOf(context, 0);
-  if (size == 0 || size != static_cast<uint64_t>(SizeOf(context, 1))) return Refuse(context, "gate and up have to have one shape, and elements");
+  if (size == 0 || size != static_cast<uint64_t>(SizeOf(context, 1)))
+    return Refuse(context, "gate and up have to have one shape, and elements");
   const uint64_t each = (size + VectorCores(context) - 1) / VectorCores(context);
   const uint32_t tile = static_cast<uint32_t>(std::min<uint64_t>(MOST, (each + 63) / 64 * 64));
   const uint32_t tiles = static_cast<uint32_t>((size + tile - 1) / tile);

@@ -8,8 +8,8 @@
 template <typename T>
 class Attention {
  public:
-  __aicore__ inline void Run(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR segment, GM_ADDR key_segment, GM_ADDR order, GM_ADDR key_order, GM_ADDR o,
-                             GM_ADDR lse, GM_ADDR workspace, const AttentionTiling &tiling) {
+  __aicore__ inline void Run(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR segment, GM_ADDR key_segment, GM_ADDR order, GM_ADDR key_order,
+                             GM_ADDR o, GM_ADDR lse, GM_ADDR workspace, const AttentionTiling &tiling) {
     in_.Init(q, k, v, segment, key_segment, order, key_order, tiling);
     o_.SetGlobalBuffer((__gm__ T *)o), lse_.SetGlobalBuffer((__gm__ float *)lse);
     const uint64_t floats = 2 * ROWS * KEYS + ROWS * TILE, bytes = floats * sizeof(float) + ROWS * KEYS * sizeof(T);
@@ -26,8 +26,10 @@ class Attention {
     for (uint32_t task = BlockOf(); task < tasks; task += GetBlockNum()) {
       const uint32_t b = task / tiles / in_.heads, head = task / tiles % in_.heads, first = task % tiles * ROWS;
       const uint32_t rows = Least(ROWS, in_.S - first), keys = in_.KeysFor(first + rows - 1);
-      if (ASCEND_IS_AIC) Cube(b, head, first, rows, keys);
-      else Vector(b, head, MineOf(first, rows), keys);
+      if (ASCEND_IS_AIC)
+        Cube(b, head, first, rows, keys);
+      else
+        Vector(b, head, MineOf(first, rows), keys);
     }
   }
 
@@ -46,7 +48,8 @@ class Attention {
       CrossCoreSetFlag<2, PIPE_FIX>(RESULT_READY);
     }
   }
-  __aicore__ inline void Scores(uint32_t b, uint32_t head, uint32_t kv, uint32_t first, uint32_t rows, uint32_t key, uint32_t n, uint32_t slot) {
+  __aicore__ inline void Scores(uint32_t b, uint32_t head, uint32_t kv, uint32_t first, uint32_t rows, uint32_t key, uint32_t n,
+                                uint32_t slot) {
     LocalTensor<float> c = c_.AllocTensor<float>();
     Matrix<T, false> q = {in_.q[in_.Query(b, first, head)], in_.QueryStride()};
     Matrix<T, true> k = {in_.k[in_.Key(b, key, kv)], in_.KeyStride()};
@@ -88,7 +91,8 @@ class Attention {
   // The weights of a tile's keys, of which the columns past n are nobody's. `fall` is left: what the sum and the result so far are times.
   __aicore__ inline void Weights(uint32_t b, uint32_t rows, uint32_t key, uint32_t n, uint32_t slot) {
     const uint32_t count = rows * KEYS, skipped = GetSubBlockIdx() * HALF;
-    LocalTensor<float> numbers = numbers_.Get<float>(), top = numbers, total = numbers[HALF], fall = numbers[2 * HALF], most = numbers[3 * HALF];
+    LocalTensor<float> numbers = numbers_.Get<float>(), top = numbers, total = numbers[HALF], fall = numbers[2 * HALF],
+                       most = numbers[3 * HALF];
     LocalTensor<float> spread = spread_.Get<float>(), spare = hidden_.Spare();
     scores_in_.Load(scores_[(slot * ROWS + skipped) * KEYS], 1, count);
     hidden_.Keys(in_, b, key, n);
@@ -159,8 +163,10 @@ class Attention {
   __aicore__ inline void Store(uint64_t at, uint32_t rows) {
     LocalTensor<T> o = o_out_.template AllocTensor<T>();
     VectorBarrier();
-    if constexpr (IsSameType<T, float>::value) Muls(o, sum_.Get<float>(), 1.0f, rows * TILE);
-    else Cast(o, sum_.Get<float>(), RoundMode::CAST_RINT, rows * TILE);
+    if constexpr (IsSameType<T, float>::value)
+      Muls(o, sum_.Get<float>(), 1.0f, rows * TILE);
+    else
+      Cast(o, sum_.Get<float>(), RoundMode::CAST_RINT, rows * TILE);
     o_out_.EnQue(o);
     o = o_out_.template DeQue<T>();
     DataCopyExtParams copy;

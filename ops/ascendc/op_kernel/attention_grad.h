@@ -3,16 +3,17 @@
 //   1. of each tile of queries, over tiles of keys     dq += ds k
 //   2. of each tile of keys, over the heads that share them and tiles of queries     dv += p^T do, dk += ds^T q
 //
-// where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do). Both make scores and do v^T again, by the cube, and p and ds,
-// by the vector cores; what is summed stays in L0C.
+// where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do). Both make scores and do v^T again, by the cube, and p and
+// ds, by the vector cores; what is summed stays in L0C.
 #pragma once
 #include "attention_tiles.h"
 
 template <typename T>
 class AttentionGrad {
  public:
-  __aicore__ inline void Run(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR segment, GM_ADDR key_segment, GM_ADDR order, GM_ADDR key_order, GM_ADDR o,
-                             GM_ADDR lse, GM_ADDR dout, GM_ADDR dq, GM_ADDR dk, GM_ADDR dv, GM_ADDR workspace, const AttentionTiling &tiling) {
+  __aicore__ inline void Run(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR segment, GM_ADDR key_segment, GM_ADDR order, GM_ADDR key_order,
+                             GM_ADDR o, GM_ADDR lse, GM_ADDR dout, GM_ADDR dq, GM_ADDR dk, GM_ADDR dv, GM_ADDR workspace,
+                             const AttentionTiling &tiling) {
     in_.Init(q, k, v, segment, key_segment, order, key_order, tiling);
     o_.SetGlobalBuffer((__gm__ T *)o), lse_.SetGlobalBuffer((__gm__ float *)lse), dout_.SetGlobalBuffer((__gm__ T *)dout);
     dq_.SetGlobalBuffer((__gm__ T *)dq), dk_.SetGlobalBuffer((__gm__ T *)dk), dv_.SetGlobalBuffer((__gm__ T *)dv);
@@ -20,10 +21,13 @@ class AttentionGrad {
     GM_ADDR user = GetUserWorkspace(workspace);
     GM_ADDR mine = user + BlockOf() * bytes;
     scores_.SetGlobalBuffer((__gm__ float *)mine), dweights_.SetGlobalBuffer((__gm__ float *)mine + 2 * tile);
-    p_.SetGlobalBuffer((__gm__ T *)(mine + 4 * tile * sizeof(float))), ds_.SetGlobalBuffer((__gm__ T *)(mine + 4 * tile * sizeof(float)) + tile);
+    p_.SetGlobalBuffer((__gm__ T *)(mine + 4 * tile * sizeof(float))),
+        ds_.SetGlobalBuffer((__gm__ T *)(mine + 4 * tile * sizeof(float)) + tile);
     deltas_.SetGlobalBuffer((__gm__ float *)(user + GetBlockNum() * bytes)), delta_row_ = AlignUp(in_.S, FLOATS);
-    if (ASCEND_IS_AIC) CubeBuffers();
-    else VectorBuffers();
+    if (ASCEND_IS_AIC)
+      CubeBuffers();
+    else
+      VectorBuffers();
     Queries();
     PipeBarrier<PIPE_ALL>();
     SyncAll<false>();
@@ -40,8 +44,10 @@ class AttentionGrad {
     for (uint32_t task = BlockOf(); task < tasks; task += GetBlockNum()) {
       Task t = {task / tiles / in_.heads, task / tiles % in_.heads, task % tiles * ROWS, 0, 0, 0};
       t.rows = Least(ROWS, in_.S - t.first);
-      if (ASCEND_IS_AIC) QueriesCube(t);
-      else QueriesVector(t);
+      if (ASCEND_IS_AIC)
+        QueriesCube(t);
+      else
+        QueriesVector(t);
     }
   }
   __aicore__ inline void Keys() {
@@ -49,8 +55,10 @@ class AttentionGrad {
     for (uint32_t task = BlockOf(); task < tasks; task += GetBlockNum()) {
       Task t = {task / tiles / in_.kv_heads, task / tiles % in_.kv_heads, 0, 0, task % tiles * KEYS, 0};
       t.n = Least(KEYS, in_.keys - t.key);
-      if (ASCEND_IS_AIC) KeysCube(t);
-      else KeysVector(t);
+      if (ASCEND_IS_AIC)
+        KeysCube(t);
+      else
+        KeysVector(t);
     }
   }
   // The i-th tile of queries over which a tile of keys is summed; false past the last.
@@ -91,8 +99,8 @@ class AttentionGrad {
       next.key += KEYS;
       if (next.key < keys) next.n = Least(KEYS, keys - next.key), Scores(next, (i + 1) % 2);
       CrossCoreWaitFlag(WEIGHTS_READY);
-      products_.Multiply(sum, Matrix<T, false>{ds_, KEYS}, Matrix<T, false>{in_.k[in_.Key(t.b, t.key, kv)], in_.KeyStride()}, t.rows, in_.size, t.n,
-                         i > 0);
+      products_.Multiply(sum, Matrix<T, false>{ds_, KEYS}, Matrix<T, false>{in_.k[in_.Key(t.b, t.key, kv)], in_.KeyStride()}, t.rows,
+                         in_.size, t.n, i > 0);
       Taken();
       t = next;
     }
@@ -129,7 +137,8 @@ class AttentionGrad {
   // The vector cores.
   __aicore__ inline void VectorBuffers() {
     hidden_.Init(pipe_);
-    scores_in_.Init(pipe_, HALF * KEYS, 1), dweights_in_.Init(pipe_, HALF * KEYS, 1), p_out_.Init(pipe_, HALF * KEYS, 1), ds_out_.Init(pipe_, HALF * KEYS, 1);
+    scores_in_.Init(pipe_, HALF * KEYS, 1), dweights_in_.Init(pipe_, HALF * KEYS, 1), p_out_.Init(pipe_, HALF * KEYS, 1),
+        ds_out_.Init(pipe_, HALF * KEYS, 1);
     numbers_in_.Init(pipe_, HALF, 2);
     pipe_.InitBuffer(lse_spread_, HALF * 32), pipe_.InitBuffer(delta_spread_, HALF * 32);
     pipe_.InitBuffer(delta_, 1, HALF * sizeof(float)), pipe_.InitBuffer(part_, HALF * sizeof(float));

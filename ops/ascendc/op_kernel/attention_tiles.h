@@ -1,10 +1,11 @@
-// What attention and its gradient share: tiles of 128 queries of one head by 64 keys, of which a block's cube makes the products and its two
-// vector cores, 64 queries each, the rest; they hand tiles over in global memory, one flag for each kind. A row of 64 keys is one repeat.
+// What attention and its gradient share: tiles of 128 queries of one head by 64 keys, of which a block's cube makes the products and its
+// two vector cores, 64 queries each, the rest; they hand tiles over in global memory, one flag for each kind. A row of 64 keys is one
+// repeat.
 #pragma once
 #include "product.h"
 
 constexpr uint32_t ROWS = 128, HALF = 64, KEYS = 64;  // queries of a tile, and of a vector core; keys of a tile
-constexpr float HIDE = -1e9f;                          // added to a score, so that exp of it is 0
+constexpr float HIDE = -1e9f;                         // added to a score, so that exp of it is 0
 
 // Flags between the cores of a block.
 constexpr uint16_t SCORES_READY = 0, WEIGHTS_READY = 1, RESULT_READY = 2;
@@ -106,12 +107,15 @@ class Hidden {
   // n numbers, each as a block if `spread`
   __aicore__ inline void Load(const GlobalTensor<int32_t> &from, uint32_t n, const LocalTensor<int32_t> &to, bool spread) {
     LocalTensor<int32_t> tile = ints_.AllocTensor<int32_t>();
-    DataCopyPad(tile, from, DataCopyExtParams{1, static_cast<uint32_t>(n * sizeof(int32_t)), 0, 0, 0}, DataCopyPadExtParams<int32_t>{false, 0, 0, 0});
+    DataCopyPad(tile, from, DataCopyExtParams{1, static_cast<uint32_t>(n * sizeof(int32_t)), 0, 0, 0},
+                DataCopyPadExtParams<int32_t>{false, 0, 0, 0});
     ints_.EnQue(tile);
     tile = ints_.DeQue<int32_t>();
     VectorBarrier();
-    if (spread) Brcb(to, tile, static_cast<uint8_t>(AlignUp(n, FLOATS) / FLOATS), {1, 8});
-    else Adds(to, tile, 0, n);
+    if (spread)
+      Brcb(to, tile, static_cast<uint8_t>(AlignUp(n, FLOATS) / FLOATS), {1, 8});
+    else
+      Adds(to, tile, 0, n);
     ints_.FreeTensor(tile);
   }
   TQue<TPosition::VECIN, 1> ints_;

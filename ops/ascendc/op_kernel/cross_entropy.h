@@ -12,13 +12,14 @@ __aicore__ inline float FloatOf(uint32_t bits) {
 }
 
 constexpr uint32_t MINUS_INFINITY = 0xff800000, LOWEST = 0xff7fffff;  // as bits of a float
-constexpr uint32_t RESULTS = 64;                                        // rows whose results are written together
+constexpr uint32_t RESULTS = 64;                                      // rows whose results are written together
 
 class CrossEntropy {
  public:
   __aicore__ inline void Run(GM_ADDR z, GM_ADDR at, GM_ADDR top, GM_ADDR total, GM_ADDR picked, const CrossEntropyTiling &tiling) {
     z_.SetGlobalBuffer((__gm__ float *)z), at_.SetGlobalBuffer((__gm__ int32_t *)at);
-    top_.SetGlobalBuffer((__gm__ float *)top), total_.SetGlobalBuffer((__gm__ float *)total), picked_.SetGlobalBuffer((__gm__ float *)picked);
+    top_.SetGlobalBuffer((__gm__ float *)top), total_.SetGlobalBuffer((__gm__ float *)total),
+        picked_.SetGlobalBuffer((__gm__ float *)picked);
     z_in_.Init(pipe_, tiling.tile, 2);
     pipe_.InitBuffer(exp_, tiling.tile * sizeof(float));
     pipe_.InitBuffer(work_, AlignUp((tiling.tile + 63) / 64, FLOATS) * sizeof(float));
@@ -34,7 +35,8 @@ class CrossEntropy {
       results_.EnQue(results);
       results = results_.DeQue<float>();
       DataCopyExtParams copy{1, static_cast<uint32_t>(rows * sizeof(float)), 0, 0, 0};
-      DataCopyPad(top_[r], results, copy), DataCopyPad(total_[r], results[RESULTS], copy), DataCopyPad(picked_[r], results[2 * RESULTS], copy);
+      DataCopyPad(top_[r], results, copy), DataCopyPad(total_[r], results[RESULTS], copy),
+          DataCopyPad(picked_[r], results[2 * RESULTS], copy);
       results_.FreeTensor(results);
     }
   }
@@ -103,7 +105,8 @@ class CrossEntropy {
 // dz = d total exp(z - top), and d picked more at the picked one
 class CrossEntropyGrad {
  public:
-  __aicore__ inline void Run(GM_ADDR z, GM_ADDR at, GM_ADDR top, GM_ADDR dtotal, GM_ADDR dpicked, GM_ADDR dz, const CrossEntropyTiling &tiling) {
+  __aicore__ inline void Run(GM_ADDR z, GM_ADDR at, GM_ADDR top, GM_ADDR dtotal, GM_ADDR dpicked, GM_ADDR dz,
+                             const CrossEntropyTiling &tiling) {
     z_.SetGlobalBuffer((__gm__ float *)z), at_.SetGlobalBuffer((__gm__ int32_t *)at), dz_.SetGlobalBuffer((__gm__ float *)dz);
     top_.SetGlobalBuffer((__gm__ float *)top), dtotal_.SetGlobalBuffer((__gm__ float *)dtotal);
     dpicked_.SetGlobalBuffer((__gm__ float *)dpicked);

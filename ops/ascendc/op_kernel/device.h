@@ -20,7 +20,9 @@ __aicore__ inline void VectorBarrier() { PipeBarrier<PIPE_V>(); }
 
 // The elements of a row of n as it lies in UB: whole blocks of 32 bytes.
 template <typename T>
-__aicore__ inline uint32_t Padded(uint32_t n) { return AlignUp(n, 32 / sizeof(T)); }
+__aicore__ inline uint32_t Padded(uint32_t n) {
+  return AlignUp(n, 32 / sizeof(T));
+}
 
 // Tiles of rows on their way into float32.
 template <typename T>
@@ -115,7 +117,8 @@ class Out {
     queue_.FreeTensor(tile);
   }
   // Writes `x`, computed elsewhere, and leaves in it what was written.
-  __aicore__ inline void StoreRounded(const GlobalTensor<T> &to, const LocalTensor<float> &x, uint32_t rows, uint32_t n, uint32_t elements) {
+  __aicore__ inline void StoreRounded(const GlobalTensor<T> &to, const LocalTensor<float> &x, uint32_t rows, uint32_t n,
+                                      uint32_t elements) {
     held_ = queue_.template AllocTensor<T>();
     if constexpr (IsSameType<T, float>::value) {
       Muls(held_, x, 1.0f, elements);
@@ -144,16 +147,16 @@ class Out {
 constexpr uint32_t REPEAT = 64;  // floats
 
 // dst = src * row, the same row for `rows` rows
-__aicore__ inline void MulRow(const LocalTensor<float> &dst, const LocalTensor<float> &src, const LocalTensor<float> &row, uint32_t rows, uint32_t n,
-                              uint32_t padded) {
+__aicore__ inline void MulRow(const LocalTensor<float> &dst, const LocalTensor<float> &src, const LocalTensor<float> &row, uint32_t rows,
+                              uint32_t n, uint32_t padded) {
   const uint8_t stride = padded / FLOATS;
   for (uint32_t c = 0; c < n; c += REPEAT)
     Mul(dst[c], src[c], row[c], static_cast<uint64_t>(Least(REPEAT, n - c)), static_cast<uint8_t>(rows), {1, 1, 1, stride, stride, 0});
 }
 
 // dst = src * a number of each row, which fills a block of `each`
-__aicore__ inline void MulEach(const LocalTensor<float> &dst, const LocalTensor<float> &src, const LocalTensor<float> &each, uint32_t rows, uint32_t n,
-                               uint32_t padded) {
+__aicore__ inline void MulEach(const LocalTensor<float> &dst, const LocalTensor<float> &src, const LocalTensor<float> &each, uint32_t rows,
+                               uint32_t n, uint32_t padded) {
   const uint8_t stride = padded / FLOATS;
   for (uint32_t c = 0; c < n; c += REPEAT)
     Mul(dst[c], src[c], each, static_cast<uint64_t>(Least(REPEAT, n - c)), static_cast<uint8_t>(rows), {1, 1, 0, stride, stride, 1});

@@ -40,10 +40,12 @@ class IntsOut {
 template <typename T>
 class Permute {
  public:
-  __aicore__ inline void Run(GM_ADDR x, GM_ADDR expert, GM_ADDR rows, GM_ADDR slot, GM_ADDR group, GM_ADDR workspace, const PermuteTiling &tiling) {
+  __aicore__ inline void Run(GM_ADDR x, GM_ADDR expert, GM_ADDR rows, GM_ADDR slot, GM_ADDR group, GM_ADDR workspace,
+                             const PermuteTiling &tiling) {
     k_ = tiling.k, experts_ = tiling.experts, width_ = tiling.width, padded_ = AlignUp(experts_, FLOATS);
     x_.SetGlobalBuffer((__gm__ T *)x), rows_.SetGlobalBuffer((__gm__ T *)rows);
-    expert_.SetGlobalBuffer((__gm__ int32_t *)expert), slot_.SetGlobalBuffer((__gm__ int32_t *)slot), group_.SetGlobalBuffer((__gm__ int32_t *)group);
+    expert_.SetGlobalBuffer((__gm__ int32_t *)expert), slot_.SetGlobalBuffer((__gm__ int32_t *)slot),
+        group_.SetGlobalBuffer((__gm__ int32_t *)group);
     counts_.SetGlobalBuffer((__gm__ int32_t *)GetUserWorkspace(workspace));
     pipe_.InitBuffer(own_, padded_ * sizeof(int32_t)), pipe_.InitBuffer(before_, padded_ * sizeof(int32_t));
     pipe_.InitBuffer(total_, padded_ * sizeof(int32_t)), pipe_.InitBuffer(counts_in_, 2, padded_ * sizeof(int32_t));
@@ -170,8 +172,10 @@ class Combine {
       rows_in_.Load(rows_[static_cast<uint64_t>(slot) * tiling.width + c], 1, n);
       LocalTensor<float> row = rows_in_.Wait(n);
       VectorBarrier();
-      if constexpr (WEIGHTED) Axpy(sum, row, weight_.GetValue(i), n);
-      else Add(sum, sum, row, n);
+      if constexpr (WEIGHTED)
+        Axpy(sum, row, weight_.GetValue(i), n);
+      else
+        Add(sum, sum, row, n);
       rows_in_.Free();
     }
     out_out_.Store(out_[static_cast<uint64_t>(token) * tiling.width + c], 1, n, n);
@@ -189,9 +193,11 @@ class Combine {
 template <typename T>
 class CombineGrad {
  public:
-  __aicore__ inline void Run(GM_ADDR y, GM_ADDR slot, GM_ADDR weight, GM_ADDR dout, GM_ADDR dy, GM_ADDR dweight, const PermuteTiling &tiling) {
+  __aicore__ inline void Run(GM_ADDR y, GM_ADDR slot, GM_ADDR weight, GM_ADDR dout, GM_ADDR dy, GM_ADDR dweight,
+                             const PermuteTiling &tiling) {
     y_.SetGlobalBuffer((__gm__ T *)y), dout_.SetGlobalBuffer((__gm__ T *)dout), dy_.SetGlobalBuffer((__gm__ T *)dy);
-    slot_.SetGlobalBuffer((__gm__ int32_t *)slot), weight_.SetGlobalBuffer((__gm__ float *)weight), dweight_.SetGlobalBuffer((__gm__ float *)dweight);
+    slot_.SetGlobalBuffer((__gm__ int32_t *)slot), weight_.SetGlobalBuffer((__gm__ float *)weight),
+        dweight_.SetGlobalBuffer((__gm__ float *)dweight);
     y_in_.Init(pipe_, COLUMNS, 2), dout_in_.Init(pipe_, COLUMNS, 1), dy_out_.Init(pipe_, COLUMNS, 2);
     pipe_.InitBuffer(products_, COLUMNS * sizeof(float)), pipe_.InitBuffer(work_, COLUMNS / 64 * sizeof(float));
     pipe_.InitBuffer(dots_, (tiling.k + 1) * 32), pipe_.InitBuffer(dweight_out_, 1, AlignUp(tiling.k, FLOATS) * sizeof(float));
@@ -218,10 +224,12 @@ class CombineGrad {
     Sync<HardEvent::S_V>();
     dweight_out_.EnQue(dweight);
     dweight = dweight_out_.DeQue<float>();
-    DataCopyPad(dweight_[static_cast<uint64_t>(token) * tiling.k], dweight, DataCopyExtParams{1, static_cast<uint32_t>(tiling.k * sizeof(float)), 0, 0, 0});
+    DataCopyPad(dweight_[static_cast<uint64_t>(token) * tiling.k], dweight,
+                DataCopyExtParams{1, static_cast<uint32_t>(tiling.k * sizeof(float)), 0, 0, 0});
     dweight_out_.FreeTensor(dweight);
   }
-  __aicore__ inline void Choice(uint64_t i, uint32_t j, uint32_t c, uint32_t n, const LocalTensor<float> &dout, const PermuteTiling &tiling) {
+  __aicore__ inline void Choice(uint64_t i, uint32_t j, uint32_t c, uint32_t n, const LocalTensor<float> &dout,
+                                const PermuteTiling &tiling) {
     const uint32_t slot = static_cast<uint32_t>(slot_.GetValue(i));
     if (slot >= tiling.rows) return;
     const uint64_t at = static_cast<uint64_t>(slot) * tiling.width + c;

@@ -1,7 +1,7 @@
 // Products of matrices in global memory by the cube: tiles of up to 128 by 128, through L1 and L0, with two buffers on each way.
 //
-// Sizes on 910B, of 2 and of 4 bytes an element: the first matrix's tile is 128 x 128 or 128 x 64, 32 KiB, and so is the second's; two of each
-// take 128 of L1's 512 KiB and all of L0A and L0B (64 KiB each). The result is 128 x 128 floats, 64 of L0C's 128 KiB.
+// Sizes on 910B, of 2 and of 4 bytes an element: the first matrix's tile is 128 x 128 or 128 x 64, 32 KiB, and so is the second's; two of
+// each take 128 of L1's 512 KiB and all of L0A and L0B (64 KiB each). The result is 128 x 128 floats, 64 of L0C's 128 KiB.
 #pragma once
 #include "device.h"
 
@@ -30,8 +30,8 @@ class Products {
 
   // c (+)= a b, of [m, k] and [k, n]; m and n are up to TILE. c lies in L0C.
   template <bool TURNED_A, bool TURNED_B>
-  __aicore__ inline void Multiply(const LocalTensor<float> &c, const Matrix<T, TURNED_A> &a, const Matrix<T, TURNED_B> &b, uint32_t m, uint32_t n,
-                                  uint32_t k, bool add) {
+  __aicore__ inline void Multiply(const LocalTensor<float> &c, const Matrix<T, TURNED_A> &a, const Matrix<T, TURNED_B> &b, uint32_t m,
+                                  uint32_t n, uint32_t k, bool add) {
     Load(a, b, m, n, 0, Least(DEPTH, k));
     for (uint32_t at = 0; at < k; at += DEPTH) {
       const uint32_t depth = Least(DEPTH, k - at), next = at + depth;
@@ -53,7 +53,8 @@ class Products {
 
  private:
   template <bool TURNED_A, bool TURNED_B>
-  __aicore__ inline void Load(const Matrix<T, TURNED_A> &a, const Matrix<T, TURNED_B> &b, uint32_t m, uint32_t n, uint32_t k, uint32_t depth) {
+  __aicore__ inline void Load(const Matrix<T, TURNED_A> &a, const Matrix<T, TURNED_B> &b, uint32_t m, uint32_t n, uint32_t k,
+                              uint32_t depth) {
     LocalTensor<T> a1 = a1_.template AllocTensor<T>(), b1 = b1_.template AllocTensor<T>();
     ToL1(a1, a.From(0, k), TURNED_A ? depth : m, TURNED_A ? m : depth, a.stride);
     ToL1(b1, b.From(k, 0), TURNED_B ? n : depth, TURNED_B ? depth : n, b.stride);
@@ -69,10 +70,14 @@ class Products {
   __aicore__ inline void Part(const LocalTensor<float> &c, uint32_t m, uint32_t n, uint32_t depth, bool add) {
     LocalTensor<T> a1 = a1_.template DeQue<T>(), b1 = b1_.template DeQue<T>();
     LocalTensor<T> a2 = a2_.template AllocTensor<T>(), b2 = b2_.template AllocTensor<T>();
-    if constexpr (TURNED_A) Turn(a2, a1, depth, m);
-    else Rows(a2, a1, m, depth);
-    if constexpr (TURNED_B) Columns(b2, b1, n, depth);
-    else Turn(b2, b1, depth, n);
+    if constexpr (TURNED_A)
+      Turn(a2, a1, depth, m);
+    else
+      Rows(a2, a1, m, depth);
+    if constexpr (TURNED_B)
+      Columns(b2, b1, n, depth);
+    else
+      Turn(b2, b1, depth, n);
     a1_.FreeTensor(a1), b1_.FreeTensor(b1);
     a2_.EnQue(a2), b2_.EnQue(b2);
     a2 = a2_.template DeQue<T>(), b2 = b2_.template DeQue<T>();

@@ -1,7 +1,7 @@
 #include "routing.h"
 
-extern "C" __global__ __aicore__ void qwen_permute_grad(GM_ADDR drows, GM_ADDR slot, GM_ADDR expert, GM_ADDR dx,
-                                                        GM_ADDR workspace, GM_ADDR tiling) {
+extern "C" __global__ __aicore__ void qwen_permute_grad(GM_ADDR drows, GM_ADDR slot, GM_ADDR expert, GM_ADDR dx, GM_ADDR workspace,
+                                                        GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   GET_TILING_DATA_WITH_STRUCT(PermuteTiling, data, tiling);
   if (TILING_KEY_IS(0)) Combine<float, false>().Run(drows, slot, nullptr, dx, data);

@@ -107,7 +107,8 @@ class RmsNorm {
 template <typename T, bool ADD>
 class RmsNormGrad {
  public:
-  __aicore__ inline void Run(GM_ADDR x, GM_ADDR w, GM_ADDR dy, GM_ADDR dh, GM_ADDR dx, GM_ADDR dw, GM_ADDR workspace, const RmsNormTiling &tiling) {
+  __aicore__ inline void Run(GM_ADDR x, GM_ADDR w, GM_ADDR dy, GM_ADDR dh, GM_ADDR dx, GM_ADDR dw, GM_ADDR workspace,
+                             const RmsNormTiling &tiling) {
     n_ = tiling.n, padded_ = Padded<T>(n_), row_ = AlignUp(n_, FLOATS), eps_ = tiling.eps, parts_ = tiling.parts;
     x_.SetGlobalBuffer((__gm__ T *)x), dy_.SetGlobalBuffer((__gm__ T *)dy), dx_.SetGlobalBuffer((__gm__ T *)dx);
     w_.SetGlobalBuffer((__gm__ T *)w), dw_.SetGlobalBuffer((__gm__ T *)dw);

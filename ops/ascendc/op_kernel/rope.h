@@ -193,7 +193,8 @@ class RopeNormGrad {
     const uint32_t count = 2 * size.Elements(), rows = size.Rows();
     x_in_.LoadHalves(x_[at], rows, size.half, size.Elements()), dy_in_.LoadHalves(dy_[at], rows, size.half, size.Elements());
     cos_in_.Load(cos_[angle], tokens, size.half), sin_in_.Load(sin_[angle], tokens, size.half);
-    LocalTensor<float> x = x_in_.Wait(count), dy = dy_in_.Wait(count), dx = dx_out_.Get(), g = turned_.Get<float>(), spare = spare_.Get<float>();
+    LocalTensor<float> x = x_in_.Wait(count), dy = dy_in_.Wait(count), dx = dx_out_.Get(), g = turned_.Get<float>(),
+                       spare = spare_.Get<float>();
     LocalTensor<float> cos = cos_in_.Wait(0), sin = sin_in_.Wait(0);
     VectorBarrier();
     Turn(g, dy, spare, cos, sin, size, -1);
@@ -210,7 +211,8 @@ class RopeNormGrad {
     Mul(spare, dx, x, count);
     VectorBarrier();
     Back(size, spare);
-    for (uint32_t h = 0; h < 2; h++) MulEach(spare[h * size.Elements()], x[h * size.Elements()], dots_.Spread(size), rows, size.half, size.padded);
+    for (uint32_t h = 0; h < 2; h++)
+      MulEach(spare[h * size.Elements()], x[h * size.Elements()], dots_.Spread(size), rows, size.half, size.padded);
     Mul(g, g, x, count);
     VectorBarrier();
     Sub(dx, dx, spare, count);

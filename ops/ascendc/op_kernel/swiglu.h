@@ -67,7 +67,8 @@ class SwigluGrad {
 
  private:
   __aicore__ inline void Tile(uint64_t at, uint32_t n) {
-    LocalTensor<float> g = gate_in_.Wait(n), u = up_in_.Wait(n), dy = dy_in_.Wait(n), dg = dgate_out_.Get(), du = dup_out_.Get(), s = s_.Get<float>();
+    LocalTensor<float> g = gate_in_.Wait(n), u = up_in_.Wait(n), dy = dy_in_.Wait(n), dg = dgate_out_.Get(), du = dup_out_.Get(),
+                       s = s_.Get<float>();
     VectorBarrier();
     Duplicate(du, 1.0f, n);
     VectorBarrier();

@@ -54,7 +54,8 @@ class TopK {
  public:
   __aicore__ inline void Run(GM_ADDR logits, GM_ADDR bias, GM_ADDR probs, GM_ADDR expert, GM_ADDR weight, const TopKTiling &tiling) {
     n_ = tiling.experts, k_ = tiling.k, padded_ = AlignUp(n_, FLOATS), choices_ = AlignUp(k_, FLOATS), tile_ = tiling.tile;
-    logits_.SetGlobalBuffer((__gm__ float *)logits), bias_.SetGlobalBuffer((__gm__ float *)bias), probs_.SetGlobalBuffer((__gm__ float *)probs);
+    logits_.SetGlobalBuffer((__gm__ float *)logits), bias_.SetGlobalBuffer((__gm__ float *)bias),
+        probs_.SetGlobalBuffer((__gm__ float *)probs);
     expert_.SetGlobalBuffer((__gm__ int32_t *)expert), weight_.SetGlobalBuffer((__gm__ float *)weight);
     logits_in_.Init(pipe_, tile_ * padded_, 2), probs_out_.Init(pipe_, tile_ * padded_, 2), bias_in_.Init(pipe_, padded_, 1);
     weight_out_.Init(pipe_, tile_ * choices_, 2);
@@ -77,7 +78,8 @@ class TopK {
     logits_in_.Free();
     const uint8_t stride = padded_ / FLOATS;
     for (uint32_t c = 0; c < n_; c += LANES)
-      Add(score[c], probs[c], bias[c], static_cast<uint64_t>(Least(LANES, n_ - c)), static_cast<uint8_t>(rows), {1, 1, 1, stride, stride, 0});
+      Add(score[c], probs[c], bias[c], static_cast<uint64_t>(Least(LANES, n_ - c)), static_cast<uint8_t>(rows),
+          {1, 1, 1, stride, stride, 0});
     LocalTensor<int32_t> expert = expert_out_.AllocTensor<int32_t>();
     LocalTensor<float> weight = weight_out_.Get();
     Sync<HardEvent::MTE3_S>();

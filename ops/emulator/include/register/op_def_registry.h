@@ -95,7 +95,10 @@ class OpParamDef {
   std::string name;
   std::vector<ge::DataType> types;
   OpParamDef &ParamType(ParamKind) { return *this; }
-  OpParamDef &DataType(std::vector<ge::DataType> list) { types = std::move(list); return *this; }
+  OpParamDef &DataType(std::vector<ge::DataType> list) {
+    types = std::move(list);
+    return *this;
+  }
   OpParamDef &Format(std::vector<ge::Format>) { return *this; }
   OpParamDef &UnknownShapeFormat(std::vector<ge::Format>) { return *this; }
 };
@@ -114,8 +117,14 @@ class OpAICoreDef {
  public:
   TilingFunc tiling = nullptr;
   std::vector<std::string> chips;
-  OpAICoreDef &SetTiling(TilingFunc f) { tiling = f; return *this; }
-  OpAICoreDef &AddConfig(const char *chip) { chips.push_back(chip); return *this; }
+  OpAICoreDef &SetTiling(TilingFunc f) {
+    tiling = f;
+    return *this;
+  }
+  OpAICoreDef &AddConfig(const char *chip) {
+    chips.push_back(chip);
+    return *this;
+  }
 };
 
 class OpDef {
@@ -125,9 +134,19 @@ class OpDef {
   std::vector<std::unique_ptr<OpParamDef>> inputs, outputs;
   std::vector<std::unique_ptr<OpAttrDef>> attrs;
   OpAICoreDef core;
-  OpParamDef &Input(const char *name) { inputs.push_back(std::make_unique<OpParamDef>(name)); return *inputs.back(); }
-  OpParamDef &Output(const char *name) { outputs.push_back(std::make_unique<OpParamDef>(name)); return *outputs.back(); }
-  OpAttrDef &Attr(const char *name) { attrs.push_back(std::make_unique<OpAttrDef>()); attrs.back()->name = name; return *attrs.back(); }
+  OpParamDef &Input(const char *name) {
+    inputs.push_back(std::make_unique<OpParamDef>(name));
+    return *inputs.back();
+  }
+  OpParamDef &Output(const char *name) {
+    outputs.push_back(std::make_unique<OpParamDef>(name));
+    return *outputs.back();
+  }
+  OpAttrDef &Attr(const char *name) {
+    attrs.push_back(std::make_unique<OpAttrDef>());
+    attrs.back()->name = name;
+    return *attrs.back();
+  }
   OpAICoreDef &AICore() { return core; }
 };
 
