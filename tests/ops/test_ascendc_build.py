@@ -19,7 +19,7 @@ def test_every_operator_has_a_definition_and_a_kernel_of_its_name():
             kernel = (build.KERNEL / f"{name}.cpp").read_text()
             inputs = re.search(rf"void {name}\((.*?)\) \{{", kernel, re.S)[1]
             assert inputs.split()[-1] == "tiling" and inputs.split()[-3] == "workspace,", name
-            ports = re.search(rf"class {build.type_of(name)} .*?Declare\(\*this,(.*?), optiling::", source, re.S)[1]
+            ports = re.search(rf"class {build.type_of(name)} .*?Declare\(\*this,(.*?),\s+optiling::", source, re.S)[1]
             assert re.findall(r'\{"(\w+)"', ports) == re.findall(r"GM_ADDR (\w+)", inputs)[:-2], name
 
 

@@ -119,7 +119,8 @@ def compile_step(case, lowering):
     text = graph.read_text()
     graph.unlink()
     found = {"collectives": collectives_of(text), "invented": invented_splits(text)}
-    return {"slices": slices, **found, "primitives": primitives_of(text), "dtypes": dtypes_of(text)}
+    customs = dict(Counter(re.findall(r'\bfunc_name: "(\w+)"', text)))
+    return {"slices": slices, **found, "primitives": primitives_of(text), "dtypes": dtypes_of(text), "customs": customs}
 
 
 def _global_view(case, rank):
