@@ -69,7 +69,8 @@ def built(name, text, sources):
     """The library of a text that includes `sources`, written against the emulator."""
     machine = emulator()
     include = [f"-I{folder}" for folder in (EMULATOR / "include", EMULATOR, HOST, KERNEL)]
-    return _library(name, text, (*include, machine, f"-Wl,-rpath,{Path(machine).parent}"), sources)
+    # hidden: what inline functions keep would else be shared by all libraries, and outlive the one that made it
+    return _library(name, text, ("-fvisibility=hidden", *include, machine, f"-Wl,-rpath,{Path(machine).parent}"), sources)
 
 
 @functools.cache

@@ -115,6 +115,7 @@ inline int launch(const char *type, void (*kernel)(Pointers...), bool cube, bool
 
 // EMULATED(snake_name, OpType, cube cores, vector cores)
 #define EMULATED(name, type, cube, vector)                                                                                    \
-  extern "C" int name##_emulated(int count, void **data, int *ndims, int64_t **shapes, const char **dtypes, void *, void *) { \
+  extern "C" __attribute__((visibility("default"))) int name##_emulated(int count, void **data, int *ndims, int64_t **shapes, \
+                                                                        const char **dtypes, void *, void *) {                \
     return emulator::launch(#type, &name, cube, vector, {count, data, ndims, shapes, dtypes});                                \
   }

@@ -150,9 +150,10 @@ class OpDef {
   OpAICoreDef &AICore() { return core; }
 };
 
+// Of one library, and never destroyed: MindSpore closes libraries in an order of its own.
 inline std::map<std::string, std::function<std::unique_ptr<OpDef>()>> &definitions() {
-  static std::map<std::string, std::function<std::unique_ptr<OpDef>()>> all;
-  return all;
+  static auto *all = new std::map<std::string, std::function<std::unique_ptr<OpDef>()>>;
+  return *all;
 }
 
 #define OP_ADD(type) static const bool added_##type = (::ops::definitions()[#type] = [] { return std::make_unique<type>(#type); }, true)
