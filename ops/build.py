@@ -89,9 +89,13 @@ def _key(name, cxx, flags):
     digest = hashlib.sha256()
     for path in [SOURCES / f"{name}.cc", *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.read_bytes())
-    target = _run(cxx, "--version") + _run(cxx, *FLAGS[:2], "-Q", "--help=target")  # the second: what native means here
-    digest.update("\0".join([target, *FLAGS, *flags]).encode())
+    digest.update("\0".join([target(cxx), *FLAGS, *flags]).encode())
     return digest.hexdigest()[:16]
+
+
+def target(cxx):
+    """The compiler, and what it takes this machine's kind of CPU for."""
+    return _run(cxx, "--version") + _run(cxx, *FLAGS[:2], "-Q", "--help=target")
 
 
 @functools.cache

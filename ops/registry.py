@@ -5,16 +5,18 @@
 
 An op's module has a factory for each implementation: `reference`, in plain MindSpore ops; `cpu`, in C++; `vendor`, a kernel that MindSpore
 has for Ascend, with vendor_missing(use) to say why it cannot serve, empty if it can. Where a module has several functions, theirs are named
-`reference_add`, `cpu_add` and so on.
+`reference_add`, `cpu_add` and so on. `ascendc`, our own kernel for Ascend, which an emulator runs on CPU, is in ops/ascendc, in a module of
+the op's name; it is taken only where it is asked for.
 """
 
 import importlib
 from dataclasses import asdict, dataclass, fields, replace
 
 from ops import build
+from ops.ascendc import build as ascendc
 
 DEVICES = {"vendor": "Ascend", "cpu": "CPU"}  # where implementations run that do not run everywhere; auto tries them in this order
-IMPLEMENTATIONS = ("reference", *reversed(DEVICES))
+IMPLEMENTATIONS = ("reference", *reversed(DEVICES), "ascendc")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ ANY_DTYPE = ("adamw", "sampling")  # not computed in the model's dtype
 def pick(kernels, op, function=""):
     """The factory of an op's implementation, or of one of its functions."""
     name = getattr(kernels, op)
-    return getattr(_module(op), f"{name}_{function}" if function else name)
+    return getattr(_module(op, name), f"{name}_{function}" if function else name)
 
 
 def choose(asked, device, dtype, **more):
@@ -106,6 +108,8 @@ def _choose(op, asked, use):
 
 def _missing(op, name, use):
     """Why an implementation of an op cannot serve; empty if it can."""
+    if name == "ascendc":
+        return _ascendc_missing(op, use)
     if name == "vendor" and not hasattr(_module(op), "vendor_missing"):
         return "does not exist, as MindSpore has no such kernel"
     if name in DEVICES and use.device != DEVICES[name]:
@@ -119,8 +123,20 @@ def _missing(op, name, use):
     return ""
 
 
-def _module(op):
-    return importlib.import_module(f"ops.{op}")
+def _ascendc_missing(op, use):
+    if op not in ascendc.families():
+        return "does not exist, as no kernel was written for it"
+    if use.device == "CPU" and build.compiler() is None:
+        return "is emulated here, by what g++ builds on first use, and there is none"
+    if use.device == "Ascend" and (missing := ascendc.not_installed()):
+        return f"needs the operator package: {missing}"
+    if use.device not in ("CPU", "Ascend"):
+        return f"runs on Ascend, and emulated on CPU, and this is {use.device}"
+    return _module(op, "ascendc").ascendc_missing(use)
+
+
+def _module(op, name=""):
+    return importlib.import_module(f"ops.ascendc.{op}" if name == "ascendc" else f"ops.{op}")
 
 
 def describe(kernels, device):

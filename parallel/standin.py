@@ -26,6 +26,7 @@ MODULES = {  # no `te`: MindSpore complains of its absence, but imports the whol
     "hccl/__init__.py": "from . import sys_version\n",
     "hccl/sys_version.py": '__sys_version__ = "8.5.0"\n',
 }
+HEADERS = {"latest/cann/include/acl/acl_base.h": "#pragma once\n#include <cstdint>\n"}  # of the call that MindSpore makes of a custom op
 
 # What must do more than return 0.
 SOURCE = r"""
@@ -149,6 +150,9 @@ def _make(folder):
     for name, text in MODULES.items():
         (folder / PYTHON / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / PYTHON / name).write_text(text)
+    for name, text in HEADERS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
     source = folder / "standin.c"
     source.write_text(SOURCE + "".join(_definition(i, name) for i, name in enumerate(symbols) if f" {name}(" not in _flat(SOURCE)))
     target = lib64 / "libascendcl.so"

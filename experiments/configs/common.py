@@ -69,7 +69,7 @@ def get_config():
     c.checkpoint = _checkpoint()
     c.data = _data()
 
-    c.ops = ConfigDict({op: "auto" for op in OPS})  # of each op: reference, cpu, vendor, or auto = the fastest that serves
+    c.ops = ConfigDict({op: "auto" for op in OPS})  # of each: reference, cpu, vendor, ascendc, or auto = the fastest that serves
 
     c.parallel = _parallel()  # also --dp, --tp, ... on the command line
     return c.lock()

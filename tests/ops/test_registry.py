@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from ops import build, registry
+from ops.ascendc import build as ascendc
 from ops.registry import OPS, Kernels, choose, describe, pick
 
 
@@ -128,9 +129,22 @@ def test_without_a_compiler_the_references_run_and_say_so(monkeypatch):
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_its_implementations(op):
-    for name in ("reference", "cpu", *(["vendor"] if op in SERVED else [])):
+    for name in ("reference", "cpu", *(["vendor"] if op in SERVED else []), *(["ascendc"] if op in ascendc.families() else [])):
         assert callable(pick(Kernels(**{op: name}), op, {"routing": "permute"}.get(op, "")))
-    assert set(registry.IMPLEMENTATIONS) == {"reference", "cpu", "vendor"}
+    assert set(registry.IMPLEMENTATIONS) == {"reference", "cpu", "vendor", "ascendc"}
+
+
+def test_our_own_kernels_for_ascend_are_taken_where_they_are_asked_for(monkeypatch):
+    kernels = choose({"rms_norm": "ascendc"}, "CPU", "float32")
+    assert kernels.rms_norm == "ascendc" and kernels.swiglu == "cpu" and kernels.decode_mlp == "reference"
+    assert choose({"rms_norm": "ascendc"}, "CPU", "float16").rms_norm == "ascendc"
+    with pytest.raises(ValueError, match="ops.adamw=ascendc does not exist, as no kernel was written for it; use"):
+        choose({"adamw": "ascendc"}, "CPU", "float32")
+    monkeypatch.delenv("ASCEND_CUSTOM_OPP_PATH", raising=False)
+    with pytest.raises(
+        ValueError, match="ops.rms_norm=ascendc needs the operator package: ASCEND_CUSTOM_OPP_PATH names no folder vendors/qwen3"
+    ):
+        choose({"rms_norm": "ascendc"}, "Ascend", "bfloat16")
 
 
 def test_processes_that_build_at_once_build_one_library(tmp_path):

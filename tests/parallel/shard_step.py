@@ -22,6 +22,7 @@ from experiments import optim
 from experiments.configs import common
 from experiments.train import build_program
 from layers import linear
+from ops.ascendc import build as ascendc
 from ops.registry import OPS
 from parallel import collectives, zero
 from parallel.mesh import Mesh
@@ -101,6 +102,7 @@ CASES = {
     "cp-ulysses": Case(DENSE, True, axes=dict(dp=1, tp=2, cp=2, ulysses=2)),
     "dense-scan": Case(DENSE, layer_loop="scan"),
     "references": Case(MOE, True, ops={op: "reference" for op in OPS}),
+    "ascendc": Case(MOE, True, ops={op: "ascendc" for op in ascendc.families()}),
     "float32": Case(DENSE.replace(num_layers=1, compute_dtype="float32")),
     "generate": Case(DENSE, axes=dict(dp=1, tp=1)),
     "unscattered": Case(ONE_LAYER, True, planted="unscattered"),
@@ -118,7 +120,8 @@ def compile_step(case, lowering):
     text = graph.read_text()
     graph.unlink()
     found = {"collectives": collectives_of(text), "invented": invented_splits(text)}
-    return {"slices": slices, **found, "primitives": primitives_of(text), "dtypes": dtypes_of(text)}
+    customs = dict(Counter(re.findall(r'\bfunc_name: "(\w+)"', text)))
+    return {"slices": slices, **found, "primitives": primitives_of(text), "dtypes": dtypes_of(text), "customs": customs}
 
 
 def _global_view(case, rank):

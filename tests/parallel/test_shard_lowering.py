@@ -29,7 +29,7 @@ RANKS = {"shard": 0, "manual": 3, "generate": 0}  # whose program is compiled
 FAST = {"shard": ("moe-sp",), "manual": ("dense-sp",)}
 PLANTED = ("unscattered", "summed_twice", "unannotated")
 SLOW = {"shard": ("dense", "dense-sp", "moe", "moe-ep-sp", *PLANTED), "manual": ("dense", "moe-ep-sp")}
-SLOW_OPS = {"shard": ("references",), "manual": ("dense-scan", "float32"), "generate": ("generate",)}
+SLOW_OPS = {"shard": ("references", "ascendc"), "manual": ("dense-scan", "float32", "ascendc"), "generate": ("generate",)}
 SLOW_TRAFFIC = (*SLOW["manual"], "zero1", "zero2", "zero3", "cp-ring", "cp-ulysses")
 
 pytestmark = pytest.mark.skipif(standin.unavailable() is not None, reason=str(standin.unavailable()))
@@ -237,6 +237,32 @@ def test_mindspores_own_kernels_are_in_the_graph_and_the_references_are_not(comp
 def test_asked_for_references_are_in_the_graph_and_nothing_else(compiled):
     found = compiled("shard", "references")
     assert of_vendor(found) == {} and set(REFERENCES) <= set(found["primitives"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["manual", "shard"])
+def test_our_own_kernels_are_in_the_graph_as_often_as_layers_call_them(compiled, lowering):
+    """Two layers with experts: forward and backward, and the last norm and the loss."""
+    found, L = compiled(lowering, "ascendc"), CASES["ascendc"].cfg.num_layers
+    layer = {
+        "RmsNorm": 1,
+        "AddRmsNorm": 1,
+        "RopeNorm": 2,
+        "Attention": 1,
+        "TopK": 1,
+        "Permute": 1,
+        "Combine": 1,
+        "Swiglu": 1,
+        "GroupedMatmul": 3,
+    }
+    expected = {f"aclnnQwen{name}": L * n for name, n in layer.items()}
+    expected.update({f"aclnnQwen{name}Grad": L * n for name, n in layer.items() if name != "GroupedMatmul"})
+    expected.update({f"aclnnQwenGroupedMatmul{kind}": 3 * L for kind in ("Dx", "Dw")})
+    for last in ("RmsNorm", "CrossEntropy"):
+        for name in (f"aclnnQwen{last}", f"aclnnQwen{last}Grad"):
+            expected[name] = expected.get(name, 0) + 1
+    assert found["customs"] == expected and found["primitives"]["Custom"] == sum(expected.values())
+    assert of_vendor(found) == {} and "BatchMatMul" not in found["primitives"]
 
 
 @pytest.mark.slow

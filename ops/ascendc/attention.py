@@ -1,0 +1,56 @@
+"""Flash attention in AscendC. See ops/attention.py for what it computes, and docs/ops.md for how."""
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from ops.ascendc.custom import kernel
+from ops.attention import ARGUMENTS, GROUPED
+
+MOST_SIZE = 128  # elements of a head: op_kernel/attention_tiles.h
+
+
+def ascendc(scale, in_order=False):
+    """The same as reference, in memory linear in S and T, forward and backward; scores and softmax in float32. Orders are below 2**30."""
+    attend = _Attention(scale, in_order)
+
+    def attention(q, k, v, segment, key_segment, order, key_order):
+        return attend(q, k, v, segment, key_segment, order, key_order)[0]
+
+    return attention
+
+
+def ascendc_missing(use):
+    if use.spans > 1:
+        return f"is not built for keys in {use.spans} parts, as ring attention has them"
+    if use.head_dim is not None and use.head_dim > MOST_SIZE:
+        return f"needs a head_dim of up to {MOST_SIZE}, and this is {use.head_dim}"
+    return ""
+
+
+class _Attention(nn.Cell):
+    def __init__(self, scale, in_order):
+        super().__init__()
+        attrs = {"scale": float(scale), "in_order": int(in_order)}
+        self.forward = kernel("attention", "qwen_attention", ARGUMENTS, _forward_shapes, _forward_dtypes, attrs=attrs, **GROUPED)
+        self.backward = kernel("attention", "qwen_attention_grad", 10, _first_three, _first_three, attrs=attrs)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, q, k, v, segment, key_segment, order, key_order):
+        return self.forward(q, k, v, segment, key_segment, order, key_order)
+
+    def bprop(self, q, k, v, segment, key_segment, order, key_order, out, dout):
+        dq, dk, dv = self.backward(q, k, v, segment, key_segment, order, key_order, out[0], out[1], dout[0])
+        zeros, key_zeros = self.zeros_like(segment), self.zeros_like(key_segment)
+        return dq, dk, dv, zeros, key_zeros, zeros, key_zeros
+
+
+def _forward_shapes(q, *rest):
+    return q, (q[0], q[2], q[1])
+
+
+def _forward_dtypes(q, *rest):
+    return q, ms.float32
+
+
+def _first_three(q, k, v, *rest):
+    return q, k, v

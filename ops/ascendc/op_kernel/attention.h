@@ -1,0 +1,3 @@
+#pragma once
+#include "attention_forward.h"
+#include "attention_grad.h"

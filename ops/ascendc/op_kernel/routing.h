@@ -1,0 +1,3 @@
+#pragma once
+#include "permute.h"
+#include "top_k.h"

@@ -1,0 +1,60 @@
+"""Rotary embedding in AscendC, alone and after an RMS norm of each head. See ops/rope.py for what it computes, and docs/ops.md for how."""
+
+from mindspore import nn, ops
+
+from ops.ascendc.custom import kernel
+from ops.rope import ARGUMENTS, NORMED
+
+
+def ascendc():
+    """The same as reference. The gradients of cos and sin are 0."""
+    return _Rotate()
+
+
+def ascendc_norm(eps):
+    """The same as reference_norm, in float32 within, rounded once. The gradients of cos and sin are 0."""
+    return _NormRotate(eps)
+
+
+def ascendc_missing(use):
+    if use.head_dim is not None and use.head_dim % 2:
+        return f"needs an even head_dim, and this is {use.head_dim}"
+    return ""
+
+
+class _Rotate(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = kernel("rope", "qwen_rope", ARGUMENTS, _first, _first, attrs={"sign": 1})
+        self.backward = kernel("rope", "qwen_rope", 3, _first, _first, attrs={"sign": -1})
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, x, cos, sin):
+        return self.forward(x, cos, sin)
+
+    def bprop(self, x, cos, sin, out, dout):
+        return self.backward(dout, cos, sin), self.zeros_like(cos), self.zeros_like(sin)
+
+
+class _NormRotate(nn.Cell):
+    def __init__(self, eps):
+        super().__init__()
+        attrs = {"eps": float(eps)}
+        self.forward = kernel("rope", "qwen_rope_norm", NORMED.replace("w H", "w same H"), _first, _first, attrs=attrs)
+        self.backward = kernel("rope", "qwen_rope_norm_grad", 5, _first_two, _first_two, attrs=attrs)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, x, w, cos, sin):
+        return self.forward(x, w, cos, sin)
+
+    def bprop(self, x, w, cos, sin, out, dout):
+        dx, dw = self.backward(x, w, cos, sin, dout)
+        return dx, dw, self.zeros_like(cos), self.zeros_like(sin)
+
+
+def _first(x, *rest):
+    return x
+
+
+def _first_two(x, w, *rest):
+    return x, w

@@ -1,0 +1,118 @@
+"""MoE routing in AscendC: the choice of experts, and rows to them and back. See ops/routing.py for what, docs/ops.md for how."""
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from ops.ascendc.custom import kernel
+from ops.routing import BIASED, COMBINED, PERMUTED, vendor_missing
+
+
+def ascendc_top_k(k, normalise, biased=False):
+    """The same as reference_top_k. A row with NaN among its logits gets some experts."""
+    return (_BiasedTopK if biased else _TopK)(k, normalise)
+
+
+def ascendc_permute(num_experts, limit):
+    """The same as reference_permute, for blocks of one row. Raises ValueError for others."""
+    if limit != 1:
+        raise ValueError(f"ops.routing=ascendc makes blocks of one row, not of {limit}; use --config.ops.grouped_matmul=ascendc")
+    return _Permute(num_experts)
+
+
+def ascendc_combine():
+    """The same as reference_combine, where every row of y is in one slot, as ascendc_permute gives them. The weights are in float32."""
+    return _Combine()
+
+
+def ascendc_missing(use):
+    return vendor_missing(use) if use.expert_shards > 1 or use.padded else ""
+
+
+class _TopK(nn.Cell):
+    def __init__(self, k, normalise):
+        super().__init__()
+        self.choose, self.zeros_like = _BiasedTopK(k, normalise), ops.ZerosLike()
+
+    def construct(self, logits):
+        return self.choose(logits, self.zeros_like(logits[0]))
+
+
+class _BiasedTopK(nn.Cell):
+    def __init__(self, k, normalise):
+        super().__init__()
+
+        def shapes(logits, bias):
+            return logits, (logits[0], k), (logits[0], k)
+
+        attrs = {"k": k, "shares": int(normalise)}
+        self.forward = kernel("routing", "qwen_top_k", BIASED, shapes, _top_k_dtypes, attrs=attrs, least={"E": k})
+        self.backward = kernel("routing", "qwen_top_k_grad", 5, _first, _first, attrs={"shares": int(normalise)})
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, logits, bias):
+        return self.forward(logits, bias)
+
+    def bprop(self, logits, bias, out, dout):
+        return self.backward(out[0], out[1], out[2], dout[0], dout[2]), self.zeros_like(bias)
+
+
+class _Permute(nn.Cell):
+    def __init__(self, num_experts):
+        super().__init__()
+        self.forward = kernel("routing", "qwen_permute", PERMUTED, _rows, _rows_dtypes, attrs={"experts": num_experts})
+        self.backward = kernel("routing", "qwen_permute_grad", 3, _unpermuted, _first)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, x, expert):
+        return self.forward(x, expert)
+
+    def bprop(self, x, expert, out, dout):
+        return self.backward(dout[0], out[1], expert), self.zeros_like(expert)
+
+
+class _Combine(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = kernel("routing", "qwen_combine", COMBINED.replace("weight R k", "weight float32 R k"), _combined, _first)
+        self.backward = kernel("routing", "qwen_combine_grad", 4, _combine_grads, _combine_grads_dtypes)
+        self.zeros_like = ops.ZerosLike()
+
+    def construct(self, y, slot, weight):
+        return self.forward(y, slot, weight)
+
+    def bprop(self, y, slot, weight, out, dout):
+        dy, d_weight = self.backward(y, slot, weight, dout)
+        return dy, self.zeros_like(slot), d_weight
+
+
+def _first(x, *rest):
+    return x
+
+
+def _top_k_dtypes(logits, bias):
+    return logits, ms.int32, logits
+
+
+def _rows(x, expert):
+    n = expert[0] * expert[1]
+    return (n, 1, x[1]), (n,), (n,)
+
+
+def _rows_dtypes(x, expert):
+    return x, expert, expert
+
+
+def _unpermuted(drows, slot, expert):
+    return expert[0], drows[-1]
+
+
+def _combined(y, slot, weight):
+    return weight[0], y[-1]
+
+
+def _combine_grads(y, slot, weight, dout):
+    return y, weight
+
+
+def _combine_grads_dtypes(y, slot, weight, dout):
+    return y, weight

@@ -1,0 +1,154 @@
+// Copies between global memory and a core's: rows with gaps and padding, and rows of a matrix into the cube's blocks.
+#pragma once
+#include "tensor.h"
+
+namespace AscendC {
+
+struct DataCopyExtParams {
+  uint16_t blockCount = 0;
+  uint32_t blockLen = 0, srcStride = 0, dstStride = 0, rsv = 0;
+  DataCopyExtParams() = default;
+  DataCopyExtParams(uint16_t count, uint32_t len, uint32_t src, uint32_t dst, uint32_t rsv)
+      : blockCount(count), blockLen(len), srcStride(src), dstStride(dst), rsv(rsv) {}
+};
+
+template <typename T>
+struct DataCopyPadExtParams {
+  bool isPad = false;
+  uint8_t leftPadding = 0, rightPadding = 0;
+  T paddingValue{};
+  DataCopyPadExtParams() = default;
+  DataCopyPadExtParams(bool pad, uint8_t left, uint8_t right, T value)
+      : isPad(pad), leftPadding(left), rightPadding(right), paddingValue(value) {}
+};
+
+struct Nd2NzParams {
+  uint16_t ndNum = 0, nValue = 0, dValue = 0, srcNdMatrixStride = 0, srcDValue = 0, dstNzC0Stride = 0, dstNzNStride = 0;
+  uint16_t dstNzMatrixStride = 0;
+};
+
+}  // namespace AscendC
+
+namespace emulator {
+
+inline void rows_in_range(const char *name, const AscendC::DataCopyExtParams &p, Where where) {
+  if (p.blockCount < 1 || p.blockCount > 4095) fail(where, text("%s: blockCount is %u, and it is 1 to 4095", name, p.blockCount));
+  if (p.blockLen < 1 || p.blockLen > 2097151) fail(where, text("%s: blockLen is %u bytes, and it is 1 to 2097151", name, p.blockLen));
+}
+
+inline uint32_t whole_blocks(uint32_t bytes) { return (bytes + BLOCK - 1) / BLOCK * BLOCK; }
+
+}  // namespace emulator
+
+namespace AscendC {
+
+// From global memory: strides are the gaps between rows, of the source in bytes, of the destination in blocks. What fills the last block of
+// a row is `paddingValue`, or nobody's: NaN here.
+template <typename T>
+inline void DataCopyPad(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const DataCopyExtParams &p,
+                        const DataCopyPadExtParams<T> &pad, EMULATOR_HERE) {
+  using namespace emulator;
+  wants_position("DataCopyPad", "dst", dst.GetPosition(), {TPosition::VECIN, TPosition::VECCALC}, where);
+  rows_in_range("DataCopyPad", p, where);
+  dst.aligned("DataCopyPad", "dst", where);
+  if (pad.isPad && (pad.leftPadding || pad.rightPadding * sizeof(T) > BLOCK))
+    fail(where, text("DataCopyPad: padding of %u and %u elements; the emulator knows right padding of up to 32 bytes", pad.leftPadding,
+                     pad.rightPadding));
+  if (p.blockLen % sizeof(T)) fail(where, text("DataCopyPad: blockLen of %u bytes is no number of %s", p.blockLen, type_name<T>()));
+  issue(PIPE_MTE2, where);
+  const uint32_t n = p.blockLen / sizeof(T), filled = pad.isPad ? n + pad.rightPadding : n;
+  const uint32_t row = whole_blocks(filled * sizeof(T)) / sizeof(T), step = row + p.dstStride * BLOCK / sizeof(T);
+  for (uint32_t r = 0; r < p.blockCount; r++) {
+    const uint8_t *from = reinterpret_cast<const uint8_t *>(src.address()) + static_cast<size_t>(r) * (p.blockLen + p.srcStride);
+    global_access("DataCopyPad", PIPE_MTE2, from, p.blockLen, false, where);
+    T *to = dst.touch("DataCopyPad", PIPE_MTE2, r * step, row, true, where);
+    std::memset(static_cast<void *>(to), 0xff, row * sizeof(T));
+    std::memcpy(static_cast<void *>(to), from, p.blockLen);
+    for (uint32_t i = n; i < filled; i++) to[i] = pad.paddingValue;
+  }
+}
+
+// To global memory, without what pads the rows.
+template <typename T>
+inline void DataCopyPad(const GlobalTensor<T> &dst, const LocalTensor<T> &src, const DataCopyExtParams &p, EMULATOR_HERE) {
+  using namespace emulator;
+  wants_position("DataCopyPad", "src", src.GetPosition(), {TPosition::VECOUT, TPosition::VECCALC}, where);
+  rows_in_range("DataCopyPad", p, where);
+  src.aligned("DataCopyPad", "src", where);
+  issue(PIPE_MTE3, where);
+  const uint32_t row = whole_blocks(p.blockLen) / sizeof(T), step = row + p.srcStride * BLOCK / sizeof(T);
+  for (uint32_t r = 0; r < p.blockCount; r++) {
+    uint8_t *to = reinterpret_cast<uint8_t *>(dst.address()) + static_cast<size_t>(r) * (p.blockLen + p.dstStride);
+    global_access("DataCopyPad", PIPE_MTE3, to, p.blockLen, true, where);
+    const T *from = src.touch("DataCopyPad", PIPE_MTE3, r * step, row, false, where);
+    if (core().atomic_add) {
+      if constexpr (std::is_same_v<T, float>)
+        for (uint32_t i = 0; i < p.blockLen / sizeof(T); i++) reinterpret_cast<float *>(to)[i] += from[i];
+      else
+        fail(where, "DataCopyPad: the emulator adds atomically in float only");
+    } else {
+      std::memcpy(to, from, p.blockLen);
+    }
+  }
+}
+
+// Whole blocks of 32 bytes.
+template <typename T>
+inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const uint32_t count, EMULATOR_HERE) {
+  using namespace emulator;
+  wants_position("DataCopy", "dst", dst.GetPosition(), {TPosition::VECIN, TPosition::VECCALC}, where);
+  dst.aligned("DataCopy", "dst", where);
+  if (count * sizeof(T) % BLOCK)
+    fail(where, text("DataCopy: %zu bytes are no whole blocks of %d; DataCopyPad copies those", count * sizeof(T), BLOCK));
+  issue(PIPE_MTE2, where);
+  global_access("DataCopy", PIPE_MTE2, src.address(), count * sizeof(T), false, where);
+  std::memcpy(static_cast<void *>(dst.touch("DataCopy", PIPE_MTE2, 0, count, true, where)), src.address(), count * sizeof(T));
+}
+
+template <typename T>
+inline void DataCopy(const GlobalTensor<T> &dst, const LocalTensor<T> &src, const uint32_t count, EMULATOR_HERE) {
+  using namespace emulator;
+  wants_position("DataCopy", "src", src.GetPosition(), {TPosition::VECOUT, TPosition::VECCALC}, where);
+  src.aligned("DataCopy", "src", where);
+  if (count * sizeof(T) % BLOCK)
+    fail(where, text("DataCopy: %zu bytes are no whole blocks of %d; DataCopyPad copies those", count * sizeof(T), BLOCK));
+  issue(PIPE_MTE3, where);
+  global_access("DataCopy", PIPE_MTE3, dst.address(), count * sizeof(T), true, where);
+  std::memcpy(static_cast<void *>(dst.address()), src.touch("DataCopy", PIPE_MTE3, 0, count, false, where), count * sizeof(T));
+}
+
+// A matrix of n rows of d into L1, in columns of blocks of 32 bytes: element (i, j) at (j / c) * dstNzC0Stride + i, c to a block. The last
+// block of a row is filled up with zeros.
+template <typename T>
+inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const Nd2NzParams &p, EMULATOR_HERE) {
+  using namespace emulator;
+  wants_position("DataCopy", "dst", dst.GetPosition(), {TPosition::A1, TPosition::B1}, where);
+  dst.aligned("DataCopy", "dst", where);
+  if (p.ndNum != 1 || p.dstNzNStride != 1) fail(where, "DataCopy: the emulator copies one matrix, with rows side by side (dstNzNStride 1)");
+  if (p.nValue < 1 || p.nValue > 16384 || p.dValue < 1 || p.dstNzC0Stride < p.nValue || p.dstNzC0Stride > 16384)
+    fail(where, text("DataCopy: %u rows of %u with dstNzC0Stride %u; they are 1 to 16384, and the stride at least the rows", p.nValue,
+                     p.dValue, p.dstNzC0Stride));
+  if (p.srcDValue < p.dValue) fail(where, text("DataCopy: rows of %u that are %u apart", p.dValue, p.srcDValue));
+  issue(PIPE_MTE2, where);
+  constexpr uint32_t c = BLOCK / sizeof(T);
+  const uint32_t columns = (p.dValue + c - 1) / c;
+  for (uint32_t i = 0; i < p.nValue; i++)
+    global_access("DataCopy", PIPE_MTE2, src.address() + static_cast<size_t>(i) * p.srcDValue, p.dValue * sizeof(T), false, where);
+  for (uint32_t j = 0; j < columns; j++) {
+    T *to = dst.touch("DataCopy", PIPE_MTE2, j * p.dstNzC0Stride * c, p.nValue * c, true, where);
+    const uint32_t n = std::min<uint32_t>(c, p.dValue - j * c);
+    for (uint32_t i = 0; i < p.nValue; i++) {
+      const T *from = src.address() + static_cast<size_t>(i) * p.srcDValue + j * c;
+      for (uint32_t e = 0; e < c; e++) to[i * c + e] = e < n ? from[e] : T{};
+    }
+  }
+}
+
+template <typename T>
+inline void SetAtomicAdd() {
+  static_assert(std::is_same_v<T, float>, "the emulator adds atomically in float only");
+  emulator::core().atomic_add = true;
+}
+inline void SetAtomicNone() { emulator::core().atomic_add = false; }
+
+}  // namespace AscendC
