@@ -40,6 +40,8 @@ def main(_):
         print("\n".join(dryrun_search.table(_one_rank(), FLAGS.world_size, FLAGS.hbm_gb, FLAGS.top)))
         return
     _fill_axes()
+    if FLAGS.step == "generate":
+        _for_generation()
     config = command_line.resolve(FLAGS, world=FLAGS.world_size or 0)
     world = math.prod(config.parallel[axis] for axis in WORLD)
     ranks, depths = _numbers("ranks"), _numbers("layers")
@@ -67,6 +69,13 @@ def _fill_axes():
         for axis in AXES:
             if axis not in given:
                 FLAGS[axis].value = -1 if axis == "dp" else 1
+
+
+def _for_generation():
+    """What a layout has for training alone is left out, and weights are as released files have them."""
+    for name, value in (("micro_batches", 1), ("zero", 0), ("seq_parallel", False)):
+        FLAGS[name].value = value
+    FLAGS.config.model_args.param_dtype = "bfloat16"
 
 
 def _one_rank():

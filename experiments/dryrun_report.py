@@ -24,13 +24,15 @@ NAMES = {
 def expected(config, cfg, sharding, step):
     """({kind: {path: local shape}} from the specs, Counter of the Exchanges of a training step from the signatures; None of generation)"""
     placed = tree_leaves(place(sharding, param_specs(cfg)))
+    trained = [p for p in placed if p.spec.trains]
 
-    def shapes(axes, tag=""):
+    def shapes(placed, axes, tag=""):
         return {tag + p.path: list(local_shape(sharding.mesh, p.spec, getattr(p, axes))) for p in placed}
 
     if step != "train":
-        return {"params": shapes("stored")}, None
-    held = {"params": shapes("stored"), "gradients": shapes("state"), "optimizer": {**shapes("state", "m."), **shapes("state", "v.")}}
+        return {"params": shapes(placed, "stored")}, None
+    held = {"params": shapes(placed, "stored"), "gradients": shapes(trained, "state")}
+    held["optimizer"] = {**shapes(trained, "state", "m."), **shapes(trained, "state", "v.")}
     calls = Counter()
     for call, count in layout_traffic.step_calls(config, cfg, sharding).items():
         calls[Exchange(call.kind, sharding.mesh.members(call.atoms), call.elements, call.itemsize)] += count

@@ -50,16 +50,23 @@ def notes(config, cfg):
 def step_calls(config, cfg, sharding):
     """Counter of traffic.Call for one optimizer step of the trainer."""
     micro, scan = config.parallel.micro_batches, uses_scan(cfg, config.train.layer_loop)
-    sizes, recompute = (config.train.batch_size // micro, config.train.seq_len), config.train.recompute
-    rest, layers = model_calls(cfg, sharding, *sizes)
-    if recompute == "attention":
-        layers = layers + traffic.times(traffic.again(attention_calls(cfg, sharding, *sizes), 1), cfg.num_layers)
-    elif recompute == "full" and not scan:
-        layers = layers + traffic.again(layers, 1)
+    rest, layers = model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
+    layers = layers + recomputed_calls(config, cfg, sharding, layers, cfg.num_layers)
     if scan:
         layers = layers + traffic.again(layers)
     update = traffic.of_update(sharding, [p for p in tree_leaves(placements(cfg, sharding, scan)) if p.spec.trains], micro)
     return traffic.times(rest + layers, micro) + update
+
+
+def recomputed_calls(config, cfg, sharding, layers, count):
+    """Counter of the calls that train.recompute makes again in one global micro-batch. layers: those of `count` layers."""
+    recompute = config.train.recompute
+    if recompute == "full" and not uses_scan(cfg, config.train.layer_loop):
+        return traffic.again(layers, 1)
+    if recompute != "attention":
+        return Counter()
+    of_one = attention_calls(cfg, sharding, config.train.batch_size // config.parallel.micro_batches, config.train.seq_len)
+    return traffic.times(traffic.again(of_one, 1), count)
 
 
 def attention_calls(cfg, sharding, batch_size, seq_len):
