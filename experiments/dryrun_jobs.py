@@ -1,7 +1,6 @@
 """The processes of a dry run: which ranks at which depths, and a report of each rank."""
 
 import tempfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -46,13 +45,12 @@ def run(config, step, ranks, depths, hbm_gb, jobs=1, module=MODULE, variables=No
 
 
 class Job(NamedTuple):
-    """One compile, and what it is to be like: as dryrun_report.expected gives it."""
+    """One compile, and what it is to be like."""
 
     config: FrozenConfigDict
     step: str
     mesh: Mesh
-    held: dict
-    calls: Counter | None
+    wanted: dryrun_report.Expected
 
     @classmethod
     def of(cls, config, step, rank, layers):
@@ -61,14 +59,14 @@ class Job(NamedTuple):
         cfg, parallel = command_line.model_config(config, "any"), config.parallel
         mesh = layout.mesh(cfg, parallel, rank)
         sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero)
-        return cls(config, step, mesh, *dryrun_report.expected(config, cfg, sharding, step))
+        return cls(config, step, mesh, dryrun_report.expected(config, cfg, sharding, step))
 
     def compiled(self, module, variables):
         """(figures, problems, timeline)"""
         job = {"config": self.config.to_dict(), "step": self.step}
         with tempfile.TemporaryDirectory(prefix="dryrun-") as folder:
             trace = dryrun.trace(module, job, self.mesh.world, self.mesh.rank, folder, variables)
-        problems = dryrun_report.problems(trace, self.held, self.calls)
+        problems = dryrun_report.problems(trace, self.wanted)
         return dryrun_report.figures(trace, self.mesh), problems, dryrun.timeline(trace.blocks)[0]
 
 

@@ -150,7 +150,7 @@ class Gradients:
         return _sum_shared(parts, [g for s in parts.mine for g in self.total[s].arrays]), found
 
     def _start(self):
-        self.found = np.zeros(1 + sum(math.prod(shape) for shape in _metric_shapes(self.parts.cfg)))
+        self.found = np.zeros(count_found(self.parts.cfg))
         for total in self.total.values():
             total.start()
 
@@ -227,6 +227,11 @@ def _sum_shared(parts, totals):
             collectives.send(mesh, a, totals[i])
             totals[i] = collectives.receive(mesh, a, totals[i].shape, ms.float32)
     return totals
+
+
+def count_found(cfg):
+    """Numbers that a step finds of a batch: the objective, and those of metric_names."""
+    return 1 + sum(math.prod(shape) for shape in _metric_shapes(cfg))
 
 
 def _metric_shapes(cfg):

@@ -45,7 +45,8 @@ class Block(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A collective: its kind, the ranks, the elements of the whole that they exchange, and the bytes of one."""
+    """A collective: its kind, the ranks, the elements of the whole that they exchange, and the bytes of one. A Send or Receive between
+    pipeline stages does not say its ranks."""
 
     kind: str
     ranks: tuple
@@ -55,6 +56,8 @@ class Exchange(NamedTuple):
     def sent(self):
         """Bytes that a rank sends in a ring, as parallel.traffic.Call counts them."""
         n = len(self.ranks)
+        if not n:
+            return self.elements * self.itemsize if self.kind == "Send" else 0
         return (2 if self.kind == "AllReduce" else 1) * (n - 1) * self.elements * self.itemsize // n
 
 
@@ -144,15 +147,22 @@ def _block(row):
 
 # () = (%2) Default/AllReduce-op0(%1), ..., attrs {group=...;comm_rank=0 8;...} and the types in the line below, results first
 TASK = re.compile(r"= \S*?(" + "|".join(COLLECTIVES) + r")-op\d+\(.*?comm_rank=([\d ]+)[^\n]*\n\s+\((.*?)\) <- \((.*?)\)\n")
+# (%1) = DistCommIsend(%1), ... of a tensor that is sent outside of graphs
+TRANSFERS = {"DistCommIsend": "Send", "DistCommIrecv": "Receive"}
+TRANSFER = re.compile(r"= (" + "|".join(TRANSFERS) + r")\([^\n]*\n\s+\((.*?)\) <- ")
 TENSOR = re.compile(r"(\w+):\[([\d, ]*)\]")
 
 
 def read_exchanges(path):
     """Counter of the Exchanges that were run, of a tracker_graph.ir."""
     out = Counter()
-    for kind, ranks, result, operand in TASK.findall(Path(path).read_text(encoding="utf-8")):
+    text = Path(path).read_text(encoding="utf-8")
+    for kind, ranks, result, operand in TASK.findall(text):
         dtype, shape = TENSOR.search(result if kind == "AllGather" else operand).groups()
         out[Exchange(kind, tuple(map(int, ranks.split())), _product(shape), ITEMSIZE[dtype.lower()])] += 1
+    for kind, operand in TRANSFER.findall(text):
+        dtype, shape = TENSOR.search(operand).groups()
+        out[Exchange(TRANSFERS[kind], (), _product(shape), ITEMSIZE[dtype.lower()])] += 1
     return out
 
 
@@ -205,4 +215,4 @@ def aligned(nbytes):
 
 def margin_gib(exchanges):
     """What is to stay free for what simulation does not count, given the groups of ranks that exchange something."""
-    return MARGIN_GIB + MARGIN_PER_GROUP_GIB * len({exchange.ranks for exchange in exchanges})
+    return MARGIN_GIB + MARGIN_PER_GROUP_GIB * len({exchange.ranks for exchange in exchanges if exchange.ranks})

@@ -189,17 +189,24 @@ def _itemsize(layout, part, itemsize):
 
 def of_update(layout, placed, micro_batches=1):
     """Counter of the Calls of gradient sums, the gathering of updated parameters, and the gradient's norm."""
-    out, mesh = Counter(), layout.mesh
+    out, mesh = of_sums(layout, placed, micro_batches), layout.mesh
     for atoms, split, elements in _bucket_sizes(mesh, placed):
-        times = micro_batches if layout.zero >= 2 else 1
-        if not (split and layout.zero == 3):
-            out[Call("update", "ReduceScatter" if split and layout.zero == 2 else "AllReduce", atoms, elements)] += times
         if split and layout.zero < 3:
             out[Call("update", "AllGather", atoms, elements)] += 1
     if mesh.world > 1:
         out[Call("update", "AllReduce", tuple(mesh.sizes), 1)] += 1
     if micro_batches > 1 and layout.data_atoms:
         out[Call("update", "AllReduce", layout.data_atoms, micro_batches)] += 1
+    return out
+
+
+def of_sums(layout, placed, micro_batches):
+    """Counter of the Calls of gradient sums alone."""
+    out = Counter()
+    for atoms, split, elements in _bucket_sizes(layout.mesh, placed):
+        times = micro_batches if layout.zero >= 2 else 1
+        if not (split and layout.zero == 3):
+            out[Call("update", "ReduceScatter" if split and layout.zero == 2 else "AllReduce", atoms, elements)] += times
     return out
 
 
