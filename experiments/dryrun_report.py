@@ -143,7 +143,8 @@ def largest(trace, live):
 
 
 def extrapolated(low, high, layers):
-    """The figures of a depth from those of two others, on a straight line. low, high: (number of layers, figures)."""
+    """The figures of a depth from those of two others, on a straight line. low, high: (number of layers, figures). What fragments lose does
+    not grow with depth; it is the larger of the two."""
     (a, x), (b, y) = low, high
 
     def line(p, q):
@@ -152,6 +153,7 @@ def extrapolated(low, high, layers):
     out = {key: line(x[key], y[key]) for key in x if key.endswith("_bytes") and key != "host_bytes"}
     first = {tuple(row[:3]): row[3:] for row in x["collectives"]}
     rows = [[*row[:3], *(line(p, q) for p, q in zip(first.get(tuple(row[:3]), (0, 0)), row[3:]))] for row in y["collectives"]]
+    out["with_fragments_bytes"] = out["peak_bytes"] + max(found["with_fragments_bytes"] - found["peak_bytes"] for found in (x, y))
     return {**out, "collectives": rows, "largest": y["largest"]}
 
 
@@ -177,9 +179,9 @@ ROWS = (
 def text(report):
     """The lines of a rank's report."""
     found, depths = report["figures"], [layers for layers, _ in report["compiled"]]
-    how = "" if depths == [report["layers"]] else f", by a straight line from {depths[0]} and {depths[1]}"
+    how = "" if len(depths) == 1 else f", by a straight line from {depths[0]} and {depths[1]}"
     took = " and ".join(f"{figures['compile_s']:.0f} s, {figures['host_bytes'] / GIB:.1f} GiB here" for _, figures in report["compiled"])
-    out = [f"rank {report['rank']}, {report['layers']} layers{how} (compiled and run in {took})"]
+    out = [f"rank {report['rank']}, {report['layers']:g} layers{report['of']}{how} (compiled and run in {took})"]
     out += [f"  {name:<22} {found[key] / GIB:9.3f} GiB" for name, key in ROWS if found[key]]
     if found["collectives"]:
         out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5} {'calls':>9} {'GiB a rank':>12}")
