@@ -104,8 +104,15 @@ def model_calls(cfg, sharding, batch_size, seq_len):
         gathered = _gathered(sharding, layer_specs(cfg, number))
         rest.subtract(one_more)
         layers += traffic.times(+one_more + gathered, sum(cfg.is_moe_layer(i) == kind for i in range(cfg.num_layers)))
-    tables = traffic.times(_gathered(sharding, embed.specs(cfg)), 2)  # where tokens are looked up, and in the head, tied or not
-    return +rest + tables + _gathered(sharding, norm.specs(cfg)), layers
+    return +rest + _tables(cfg, sharding) + _gathered(sharding, norm.specs(cfg)), layers
+
+
+def _tables(cfg, sharding):
+    """Counter of the Calls for the matrices of the embedding and of the head. Of two gathers of one tied matrix MindSpore's compiler makes
+    one; the gradients of its two uses are scattered each by itself."""
+    once = _gathered(sharding, embed.specs(cfg))
+    forward = Counter({call: count for call, count in once.items() if call.phase == "forward"})
+    return traffic.times(once, 2) - (forward if cfg.tie_embeddings else Counter())
 
 
 def _gathered(sharding, specs):

@@ -25,7 +25,7 @@ VERSIONS = ("2.10.0",)  # whose logs and files this has read
 RESULT = "RESULT "  # before the line of JSON that the process prints
 HEADER, ALIGNMENT = 32, 512  # bytes that the allocator adds to a tensor's, and to multiples of which it then rounds up
 ITEMSIZE = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "float64": 8}
-COLLECTIVES = ("AllReduce", "AllGather", "ReduceScatter", "AlltoAll", "AlltoAllV", "Broadcast", "Send", "Receive")
+NAMES = {"AllToAll": "AlltoAll"}  # what the device's own form of a collective is called -> what it is in the graph
 
 # What simulation does not count, in GiB: the two buffers of 200 MB that CANN's communication library takes for each group of ranks
 # (HCCL_BUFFSIZE's default), and for kernels' workspaces and the runtime a round figure, as nothing here can measure them.
@@ -146,7 +146,7 @@ def _block(row):
 
 
 # () = (%2) Default/AllReduce-op0(%1), ..., attrs {group=...;comm_rank=0 8;...} and the types in the line below, results first
-TASK = re.compile(r"= \S*?(" + "|".join(COLLECTIVES) + r")-op\d+\(.*?comm_rank=([\d ]+)[^\n]*\n\s+\((.*?)\) <- \((.*?)\)\n")
+TASK = re.compile(r"= (?:\S*/)?(\w+)-op\d+\([^\n]*comm_rank=([\d ]+)[^\n]*\n\s+\((.*?)\) <- \((.*?)\)\n")
 # (%1) = DistCommIsend(%1), ... of a tensor that is sent outside of graphs
 TRANSFERS = {"DistCommIsend": "Send", "DistCommIrecv": "Receive"}
 TRANSFER = re.compile(r"= (" + "|".join(TRANSFERS) + r")\([^\n]*\n\s+\((.*?)\) <- ")
@@ -159,7 +159,7 @@ def read_exchanges(path):
     text = Path(path).read_text(encoding="utf-8")
     for kind, ranks, result, operand in TASK.findall(text):
         dtype, shape = TENSOR.search(result if kind == "AllGather" else operand).groups()
-        out[Exchange(kind, tuple(map(int, ranks.split())), _product(shape), ITEMSIZE[dtype.lower()])] += 1
+        out[Exchange(NAMES.get(kind, kind), tuple(map(int, ranks.split())), _product(shape), ITEMSIZE[dtype.lower()])] += 1
     for kind, operand in TRANSFER.findall(text):
         dtype, shape = TENSOR.search(operand).groups()
         out[Exchange(TRANSFERS[kind], (), _product(shape), ITEMSIZE[dtype.lower()])] += 1
