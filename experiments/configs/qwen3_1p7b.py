@@ -18,6 +18,7 @@ def get_config():
     c.train.steps = 10_000
     c.train.seq_len = 4096
     c.train.batch_size = 8
+    c.train.layer_loop = "unroll"  # as it was compiled
     c.optim.warmup_steps = 500
     c.parallel.tp = 8
     c.parallel.seq_parallel = True
