@@ -44,8 +44,9 @@ SAVED_ROWS, SAVED_HEADS, SAVED_FFN = 6, 3, 3
 SAVED_LOGITS = 5  # float32 [rows, vocabulary] alive at once in the loss and its backward
 
 
-def table(config, world, hbm_gb, top):
-    """Lines of text: the `top` fastest of the layouts that fit, and the formulas. Batch, sequence and model are the config's."""
+def search(config, world, hbm_gb, top):
+    """(lines of text: the `top` fastest of the layouts that fit, and the formulas; the configs of those). Batch, sequence and model are the
+    config's."""
     tried = [(each, *estimate(each)) for each in candidates(config, world)]
     fitting = [row for row in tried if row[1]["peak"] + row[1]["margin"] <= hbm_gb * GIB]
     fitting.sort(key=lambda row: (sum(row[2].values()), row[1]["peak"]))
@@ -60,7 +61,7 @@ def table(config, world, hbm_gb, top):
     formulas = FORMULAS.format(**constants)
     for name, value in saved.items():
         formulas = formulas.replace(name, str(value))
-    return [*lines, formulas]
+    return [*lines, formulas], [each for each, *_ in fitting[:top]]
 
 
 def _line(config, memory, seconds):

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import dryrun_jobs, dryrun_plot, dryrun_report
 from experiments import flags as command_line
-from experiments.dryrun_search import candidates, estimate, table
+from experiments.dryrun_search import candidates, estimate, search
 from parallel import dryrun
 from parallel.pipeline import stage_ranges
 from parallel.placement import nbytes, place
@@ -274,11 +274,12 @@ def test_what_fragments_lose_does_not_grow_with_depth():
 
 def test_the_search_ranks_what_fits_and_says_how():
     config = read("--config=experiments/configs/qwen3_0p6b.py", "--dp=1", "--tp=1")
-    lines = table(config, 8, 58.0, 3)
+    lines, found = search(config, 8, 58.0, 3)
+    assert len(found) == 3 and lines[2].startswith(f"--dp={found[0].parallel.dp} --tp={found[0].parallel.tp}")
     assert " fit 58 GiB" in lines[0] and lines[2].startswith("--dp=") and any("seconds of a step" in line for line in lines)
     for each in candidates(config, 8):
         memory, seconds = estimate(each)
         assert memory["peak"] >= memory["state"] + memory["gradients"] and (seconds["bubble"] > 0) == (each.parallel.pp > 1)
     times = [sum(map(float, line.split()[-3:])) for line in lines[2:5]]
     assert times == sorted(times)
-    assert "none fits" in "\n".join(table(config, 8, 0.5, 3))
+    assert "none fits" in "\n".join(search(config, 8, 0.5, 3)[0])
