@@ -7,6 +7,7 @@ from mindspore import ops
 from mindspore.ops.auto_generate import InplaceCopy
 
 from experiments import optim as optimizer
+from parallel.source import function
 from parallel.step import in_device_memory, jit
 
 EACH = ops.HyperMap()
@@ -21,7 +22,7 @@ class RunningSum:
 
     def __init__(self, like, in_place):
         self.like, self.in_place, self.arrays = like, in_place, None
-        self.add = _add_in_place() if in_place else _add
+        self.add = _add_in_place(len(like)) if in_place else _add
         self.clear = jit(_clear())
 
     def start(self):
@@ -45,16 +46,17 @@ def _add(share, arrays, gradients):
     return EACH(partial(_sum, share), arrays, gradients)
 
 
-def _add_in_place():
+def _add_in_place(count):
+    """The last arrays first, as a backward comes to them: what changes in place does so in the order of the program, and what waits for it
+    takes memory."""
     copy = InplaceCopy()
 
     def into(share, total, g):
         return copy(total, _sum(share, total, g))
 
-    def add(share, arrays, gradients):
-        return ops.depend(share, EACH(partial(into, share), arrays, gradients))
-
-    return add
+    lines = [f"done{i} = into(share, arrays[{i}], gradients[{i}])" for i in reversed(range(count))]
+    done = "".join(f"done{i}, " for i in range(count))
+    return function("add(share, arrays, gradients)", [*lines, f"return depend(share, ({done}))"], into=into, depend=ops.depend)
 
 
 def _clear():
