@@ -14,6 +14,7 @@ from parallel.spec import tree_leaves
 from qwen3.model import param_specs
 
 GIB = 2**30
+HELD = ("params_bytes", "gradients_bytes", "optimizer_bytes", "cache_bytes")
 LARGEST = 12  # source lines of the buffers that are listed
 # kind or name of a Block -> what is said of it
 NAMES = {
@@ -99,11 +100,12 @@ def nbytes(tensor):
 
 def figures(trace, mesh):
     """What a report says of one rank at one depth, as JSON."""
-    held = {f"{kind}_bytes": sum(map(nbytes, trace.said.get(kind, {}).values())) for kind in ("params", "gradients", "optimizer", "cache")}
+    held = {key: sum(map(nbytes, trace.said.get(key.removesuffix("_bytes"), {}).values())) for key in HELD}
     top, live = dryrun.peak(trace.blocks)
     return {
         **held,
         "peak_bytes": top,
+        "peaks": dryrun.peaks(trace.blocks),
         "rest_bytes": top - sum(held.values()),
         "with_fragments_bytes": max(top, trace.with_fragments),
         "margin_bytes": int(dryrun.margin_gib(trace.exchanges) * GIB),
@@ -143,18 +145,20 @@ def largest(trace, live):
 
 
 def extrapolated(low, high, layers):
-    """The figures of a depth from those of two others, on a straight line. low, high: (number of layers, figures). What fragments lose does
-    not grow with depth; it is the larger of the two."""
+    """The figures of a depth from those of two others, on a straight line. low, high: (number of layers, figures). The peak is the highest
+    of those of the graphs, each on its own line. What fragments lose does not grow with depth; it is the larger of the two."""
     (a, x), (b, y) = low, high
 
     def line(p, q):
         return p + (q - p) * (layers - a) / (b - a)
 
-    out = {key: line(x[key], y[key]) for key in x if key.endswith("_bytes") and key != "host_bytes"}
+    held = {key: line(x[key], y[key]) for key in HELD if key in x}
+    peak = max(line(x["peaks"].get(graph, top), top) for graph, top in y["peaks"].items())
+    lost = max(found["with_fragments_bytes"] - found["peak_bytes"] for found in (x, y))
+    out = {**held, "peak_bytes": peak, "rest_bytes": peak - sum(held.values()), "with_fragments_bytes": peak + lost}
     first = {tuple(row[:3]): row[3:] for row in x["collectives"]}
     rows = [[*row[:3], *(line(p, q) for p, q in zip(first.get(tuple(row[:3]), (0, 0)), row[3:]))] for row in y["collectives"]]
-    out["with_fragments_bytes"] = out["peak_bytes"] + max(found["with_fragments_bytes"] - found["peak_bytes"] for found in (x, y))
-    return {**out, "collectives": rows, "largest": y["largest"]}
+    return {**out, "margin_bytes": line(x["margin_bytes"], y["margin_bytes"]), "collectives": rows, "largest": y["largest"]}
 
 
 def verdict(found, hbm_gb):

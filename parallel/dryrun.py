@@ -208,6 +208,16 @@ def peak(blocks):
     return sum(block.size for block in live), live
 
 
+def peaks(blocks):
+    """{graph: the most bytes live while it ran}. What comes before the first, and between two, counts with the one before."""
+    begun = {block.first: block.graph for block in blocks if block.kind == "kernel" and block.graph}
+    out, graph = {}, ""
+    for moment, live in timeline(blocks)[0]:
+        graph = begun.get(moment, graph)
+        out[graph] = max(out.get(graph, 0), live)
+    return out
+
+
 def aligned(nbytes):
     """Bytes that the allocator gives out for a tensor."""
     return -(-(nbytes + HEADER) // ALIGNMENT) * ALIGNMENT

@@ -233,6 +233,7 @@ def test_a_block_that_ends_makes_room_for_one_that_begins(tmp_path):
     blocks = dryrun.read_blocks(path)
     top, live = dryrun.peak(blocks)
     assert top == 1024 + 512 + 4096 and [block.kind for block in live] == ["input", "constant", "kernel"]
+    assert dryrun.peaks(blocks) == {"": 1024 + 512, "kernel_graph0": 1024 + 512 + 4096}
     assert dryrun.timeline(blocks)[0] == [(1, 1024), (2, 1536), (3, 3584), (5, 5632), (7, 1536), (9, 0)]
 
 
@@ -265,11 +266,13 @@ def test_collectives_are_read_as_often_as_they_ran(tmp_path):
     assert (gather.sent(), reduce.sent(), send.sent()) == (32, 4, 512)
 
 
-def test_what_fragments_lose_does_not_grow_with_depth():
-    low, high = ({"peak_bytes": 100, "with_fragments_bytes": 130, "collectives": [], "largest": []} for _ in range(2))
-    high.update(peak_bytes=200, with_fragments_bytes=210)
+def test_each_graphs_peak_goes_on_its_own_line():
+    """The update's is the higher of two at two depths, and grows less; what fragments lose does not grow."""
+    low = {"peaks": {"backward": 50, "update": 100}, "with_fragments_bytes": 130, "peak_bytes": 100, "margin_bytes": 5}
+    high = {"peaks": {"backward": 110, "update": 120}, "with_fragments_bytes": 130, "peak_bytes": 120, "margin_bytes": 5}
+    low, high = ({**each, "collectives": [], "largest": []} for each in (low, high))
     found = dryrun_report.extrapolated((2, low), (6, high), 14)
-    assert (found["peak_bytes"], found["with_fragments_bytes"]) == (400, 430)
+    assert (found["peak_bytes"], found["with_fragments_bytes"], found["margin_bytes"]) == (230, 260, 5)
 
 
 def test_the_search_ranks_what_fits_and_says_how():
