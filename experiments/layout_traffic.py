@@ -14,7 +14,7 @@ from ops.routing import shard_capacity
 from parallel import context, pipeline, traffic
 from parallel.placement import local_shape, place
 from parallel.sharding import Sharding
-from parallel.spec import init_params, tree_leaves, tree_map
+from parallel.spec import init_params, tree_leaves, tree_map, tree_paths, unflatten
 from parallel.step import value_and_grad
 from qwen3.model import build, choose_kernels, layer_specs, param_specs
 from qwen3.stages import build_stage, carried_shapes, stage_specs
@@ -91,7 +91,8 @@ def attention_calls(cfg, sharding, batch_size, seq_len):
 
 
 def model_calls(cfg, sharding, batch_size, seq_len):
-    """(Counter of the calls outside the layers, of those in them) for forward and backward of one global micro-batch."""
+    """(Counter of the calls outside the layers, of those in them) for forward and backward of one global micro-batch. Where the first layer
+    makes fewer than the others, as where nothing before it trains, those outside are below 0."""
     kinds = sorted({cfg.is_moe_layer(i) for i in range(cfg.num_layers)})
     of = partial(_watched, cfg, sharding, _sizes(cfg, sharding, batch_size, seq_len))
     each_once = of(kinds)
@@ -99,12 +100,13 @@ def model_calls(cfg, sharding, batch_size, seq_len):
     for kind in kinds:
         one_more = of([*kinds, kind])
         one_more.subtract(each_once)
-        assert min(one_more.values()) >= 0
+        assert min(one_more.values(), default=0) >= 0
         number = next(i for i in range(cfg.num_layers) if cfg.is_moe_layer(i) == kind)
         gathered = _gathered(sharding, layer_specs(cfg, number))
         rest.subtract(one_more)
         layers += traffic.times(+one_more + gathered, sum(cfg.is_moe_layer(i) == kind for i in range(cfg.num_layers)))
-    return +rest + _tables(cfg, sharding) + _gathered(sharding, norm.specs(cfg)), layers
+    rest.update(_tables(cfg, sharding) + _gathered(sharding, norm.specs(cfg)))
+    return rest, layers
 
 
 def _tables(cfg, sharding):
@@ -141,16 +143,22 @@ def _run(small, sharding):
     """(the ops of a model, how often each ran), on one device."""
     key = small, tuple(sharding.shards(dim) for dim in sharding.rules)
     if key not in _runs:
-        watched = traffic.Watched(sharding)
-        params = tree_map(ms.Tensor, init_params(param_specs(small), 0))
-        value_and_grad(_loss(build(small, watched)))(params, _batch())
+        watched, specs = traffic.Watched(sharding), param_specs(small)
+        params = tree_map(ms.Tensor, init_params(specs, 0))
+        trains = {path for path, spec in tree_paths(specs) if spec.trains}
+        moving = {path: w for path, w in tree_paths(params) if path in trains}
+        fixed = {path: w for path, w in tree_paths(params) if path not in trains}
+        value_and_grad(_loss(build(small, watched), specs, fixed))(moving, _batch())
         _runs[key] = watched.bound, watched.seen
     return _runs[key]
 
 
-def _loss(model):
-    def loss(params, batch):
-        return model.loss_fn(params, batch)[0]
+def _loss(model, specs, fixed):
+    paths = [path for path, _ in tree_paths(specs)]
+
+    def loss(moving, batch):
+        leaves = {**moving, **fixed}
+        return model.loss_fn(unflatten(specs, [leaves[path] for path in paths]), batch)[0]
 
     return loss
 

@@ -102,11 +102,8 @@ def _step(cfg, config, sharding, gradient, trained, placed, kernels):
     """Program.step. trained, placed: the specs and Placed of what trains."""
     update, noisy = update_of(trained, placed, sharding, config.optim, kernels), _noise(cfg, config, sharding.mesh)
     micro, names = config.parallel.micro_batches, metric_names(cfg)
-    if micro == 1:
-        run_step = _one_batch(gradient, update)
-    else:
-        in_place = optimizer.changes_in_place(kernels)
-        run_step = _accumulated(gradient, names, update, sharding, placed, micro, in_place)
+    several = partial(_accumulated, gradient, names, update, sharding, placed, micro, optimizer.changes_in_place(kernels))
+    run_step = _one_batch(gradient, update) if micro == 1 else several()
 
     def step(state, batch, lr, at):
         batch = context.cut(sharding.mesh, noisy(batch, at))
@@ -380,8 +377,7 @@ def _accumulated(grad, names, update, sharding, placed, count, in_place):
     """
     sum_gradients, flatten, apply = update.sum_gradients, update.flatten, update.apply
     early, late = (sum_gradients, zero.same) if sharding.zero >= 2 else (zero.same, sum_gradients)
-    parts = tuple(tree_leaves(shapes(sharding.mesh, placed, "state" if sharding.zero >= 2 else "used")))
-    total = RunningSum(parts, in_place)
+    total = RunningSum(tuple(tree_leaves(shapes(sharding.mesh, placed, "state" if sharding.zero >= 2 else "used"))), in_place)
     add = total.add
 
     def accumulate(params, frozen, total, share, batch):

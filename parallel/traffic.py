@@ -181,10 +181,10 @@ def _size(sizes, dim):
 
 
 def _itemsize(layout, part, itemsize):
-    """Of activations along embed, or heads, that of the compute dtype. The others are float32, or int32."""
+    """Of activations along embed, heads or an adapter's rank, that of the compute dtype. The others are float32, or int32."""
     dims = {dim for dim, _ in part}
     of_data = any(axis[:2] in DATA for dim in dims for axis in layout.rules[dim])
-    return itemsize if of_data and dims & {"embed", "head_dim"} else FLOAT32
+    return itemsize if of_data and dims & {"embed", "head_dim", "rank"} else FLOAT32
 
 
 def of_update(layout, placed, micro_batches=1):

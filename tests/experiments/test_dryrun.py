@@ -276,13 +276,20 @@ def test_each_graphs_peak_goes_on_its_own_line():
 
 
 def test_the_search_ranks_what_fits_and_says_how():
-    config = read("--config=experiments/configs/qwen3_0p6b.py", "--dp=1", "--tp=1")
-    lines, found = search(config, 8, 58.0, 3)
+    config = read(
+        "--config=experiments/configs/qwen3_0p6b.py",
+        "--dp=1",
+        "--tp=1",
+        "--config.train.batch_size=4",
+        "--noseq_parallel",
+        "--micro_batches=1",
+    )
+    lines, found = search(config, 4, 58.0, 3)
     assert len(found) == 3 and lines[2].startswith(f"--dp={found[0].parallel.dp} --tp={found[0].parallel.tp}")
     assert " fit 58 GiB" in lines[0] and lines[2].startswith("--dp=") and any("seconds of a step" in line for line in lines)
-    for each in candidates(config, 8):
+    for each in candidates(config, 4):
         memory, seconds = estimate(each)
         assert memory["peak"] >= memory["state"] + memory["gradients"] and (seconds["bubble"] > 0) == (each.parallel.pp > 1)
     times = [sum(map(float, line.split()[-3:])) for line in lines[2:5]]
     assert times == sorted(times)
-    assert "none fits" in "\n".join(search(config, 8, 0.5, 3)[0])
+    assert "none fits" in "\n".join(search(config, 2, 0.5, 3)[0])
