@@ -287,7 +287,7 @@ def test_the_search_ranks_what_fits_and_says_how():
     lines, found = search(config, 4, 58.0, 3)
     assert len(found) == 3 and lines[2].startswith(f"--dp={found[0].parallel.dp} --tp={found[0].parallel.tp}")
     assert " fit 58 GiB" in lines[0] and lines[2].startswith("--dp=") and any("seconds of a step" in line for line in lines)
-    for each in candidates(config, 4):
+    for each in candidates(config, 2):
         memory, seconds = estimate(each)
         assert memory["peak"] >= memory["state"] + memory["gradients"] and (seconds["bubble"] > 0) == (each.parallel.pp > 1)
     times = [sum(map(float, line.split()[-3:])) for line in lines[2:5]]
