@@ -18,9 +18,9 @@ HELD = ("params_bytes", "gradients_bytes", "optimizer_bytes", "cache_bytes")
 LARGEST = 12  # source lines of the buffers that are listed
 # kind or name of a Block -> what is said of it
 NAMES = {
-    "input": "given from the host",
+    "input": "parameters and state, and what else comes from the host",
     "constant": "constants of the graph",
-    "UpdateOutputDeviceAddress": "results of a graph, as the state",
+    "UpdateOutputDeviceAddress": "results of graphs",
 }
 
 
