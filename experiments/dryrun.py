@@ -7,14 +7,13 @@ read it. Exit status 1: it does not fit, or the compiled step is not what the la
 """
 
 import json
-import math
 import sys
 
 from absl import flags
 
-from experiments import dryrun_jobs, dryrun_plot, dryrun_report, dryrun_search, dryrun_shard, layout_table
+from experiments import dryrun_jobs, dryrun_plot, dryrun_search
 from experiments import flags as command_line
-from parallel.mesh import AXES, WORLD
+from parallel.mesh import AXES
 
 FLAGS = flags.FLAGS
 
@@ -23,56 +22,52 @@ def define_flags():
     command_line.define("experiments/configs/qwen3_32b.py")
     flags.DEFINE_integer("world_size", None, "ranks of the job; default: as many as the layout asks for", lower_bound=1)
     flags.DEFINE_list("ranks", ["0"], "whose programs are compiled, each in a process of its own")
-    flags.DEFINE_list(
-        "layers", [], "two depths to compile, from which a straight line gives the whole model's figures; none: the whole model"
-    )
+    flags.DEFINE_list("layers", [], "two depths to compile, from which a straight line gives the whole model's figures; none: all layers")
     flags.DEFINE_enum("step", "train", ["train", "generate"], "what is compiled: a training step, or a prompt and a token after it")
     flags.DEFINE_float("hbm_gb", 58.0, "device memory that a job may take, in GiB", lower_bound=0.1)
     flags.DEFINE_integer("jobs", 1, "processes at a time; one of a deep model takes some GB of this machine's memory", lower_bound=1)
     flags.DEFINE_string("json", None, "file for all figures")
     flags.DEFINE_string("plot", None, "file for a plot of memory over time, .svg or .png")
-    flags.DEFINE_boolean("search", False, "rank the layouts of --world_size by formulas, and compile none")
+    flags.DEFINE_boolean("search", False, "rank the layouts of --world_size by formulas, and compile none, or --compile of them")
+    flags.DEFINE_integer("compile", 0, "how many of the layouts that --search prints are compiled too, the first ones", lower_bound=0)
     flags.DEFINE_integer("top", 10, "how many layouts --search prints", lower_bound=1)
 
 
 def main(_):
     if FLAGS.search:
-        print("\n".join(dryrun_search.table(_one_rank(), FLAGS.world_size, FLAGS.hbm_gb, FLAGS.top)))
-        return
-    _fill_axes()
-    lowerings = _lowerings()
-    config = command_line.resolve(FLAGS, world=FLAGS.world_size or 0)
-    world = math.prod(config.parallel[axis] for axis in WORLD)
-    ranks, depths = _numbers("ranks"), _numbers("layers")
-    dryrun_jobs.check(config, world, ranks, depths)
-    if "shard" in lowerings:
-        dryrun_shard.check(config, command_line.model_config(config, "any"), FLAGS.step)
-    print(
-        f"{config.model}, {FLAGS.step} step, {layout_table.summary(config)}\ncompiled for Ascend in simulation; not run on a device",
-        flush=True,
-    )
-    each = [dryrun_jobs.run(dryrun_jobs.lowered(config, name), FLAGS.step, ranks, depths, FLAGS.hbm_gb, FLAGS.jobs) for name in lowerings]
-    reports = [report for of_rank in zip(*each) for report in of_rank]
-    for report in reports:
-        print("\n".join(dryrun_report.text(report)))
-    for both in zip(*each) if len(each) > 1 else ():
-        print("\n".join(dryrun_report.beside(*both)))
+        lines, found = dryrun_search.search(_one_rank(), FLAGS.world_size, FLAGS.hbm_gb, FLAGS.top)
+        print("\n".join(lines), flush=True)
+        done = [_compiled(config, ("manual",)) for config in found[: FLAGS.compile]]
+    else:
+        _fill_axes()
+        lowerings = _lowerings()
+        done = [_compiled(command_line.resolve(FLAGS, world=FLAGS.world_size or 0), lowerings)]
+    reports = [report for each in done for report in each["ranks"]]
     if FLAGS.json:
         with open(FLAGS.json, "w", encoding="utf-8") as file:
-            json.dump({"config": config.to_dict(), "step": FLAGS.step, "hbm_gb": FLAGS.hbm_gb, "ranks": reports}, file)
-    if FLAGS.plot:
+            json.dump(done if FLAGS.search else done[0], file)
+    if FLAGS.plot and reports:
         dryrun_plot.plot(reports, FLAGS.hbm_gb, FLAGS.plot)
     if not all(report["fits"] and not report["problems"] for report in reports):
         sys.exit(1)
 
 
+def _compiled(config, lowerings):
+    return dryrun_jobs.compiled(config, lowerings, FLAGS.step, _numbers("ranks"), _numbers("layers"), FLAGS.hbm_gb, FLAGS.jobs)
+
+
 def _fill_axes():
-    """Where axes are given for a number of ranks, the others are 1, and dp is what is left."""
+    """Where axes are given for a number of ranks, the others are 1, and dp is what is left. For generation what a layout has for training
+    alone is left out, and weights are as released files have them."""
     given = [axis for axis in AXES if FLAGS[axis].value is not None]
     if FLAGS.world_size and given:
         for axis in AXES:
             if axis not in given:
                 FLAGS[axis].value = -1 if axis == "dp" else 1
+    if FLAGS.step == "generate":
+        for name, value in (("micro_batches", 1), ("zero", 0), ("seq_parallel", False)):
+            FLAGS[name].value = value
+        FLAGS.config.model_args.param_dtype = "bfloat16"
 
 
 def _lowerings():

@@ -5,12 +5,13 @@ used is then compiled, by the dry run itself.
 """
 
 import itertools
+from collections import Counter
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import flags as command_line
-from experiments import layout, layout_traffic, metrics
-from parallel import dryrun
+from experiments import layout, layout_traffic, metrics, train_pipeline
+from parallel import dryrun, traffic
 from parallel.placement import nbytes, place
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves
@@ -26,14 +27,16 @@ CALL_S = 20e-6  # what a collective takes besides
 
 FORMULAS = """\
 memory of a rank, in GiB
-  state     parameters + 2 moments, float32, each over the ranks that its placement says
-  gradients float32 as the model uses them; with micro-batches twice (the sum so far and the next), from ZeRO 2 on split over dp
+  state     parameters + 2 moments, float32, each over the ranks that its placement says; of a pipeline, of the rank that has most
+  gradients float32 as the model uses them, from ZeRO 2 on split over dp
   saved     micro-batch tokens of a rank x [layers x (SAVED_ROWS x hidden / rows' ranks + SAVED_HEADS x (heads + 2 kv heads) x head_dim / tp
-            + SAVED_FFN x ffn / tp) x 2 bytes + SAVED_LOGITS x vocabulary / tp x 4 bytes]; with experts, ffn counts the chosen ones'
+            + SAVED_FFN x ffn / tp) x 2 bytes + SAVED_LOGITS x vocabulary / tp x 4 bytes]; with experts, ffn counts the chosen ones';
+            recomputed layers count with hidden alone, and one in full; of a pipeline, layers of a stage, and hidden for each live input
   peak      state + gradients + the larger of saved and, in the update, what is not written in place: with ZeRO 1 and 2 the parameters
 seconds of a step
-  compute   model FLOPs of a step / (ranks x {flops:.3g} x {products:g})
-  sent      bytes of each collective / ({inside:.3g} a second in a node of {node}, {between:.3g} between) + {call:.0e} for each
+  compute   model FLOPs of a step / (ranks x {flops:.3g} x {products:g}); a third more for recomputed layers, and in a pipeline
+  sent      bytes of each collective, and between stages, / ({inside:.3g} a second in a node of {node}, {between:.3g} between) + {call:.0e}
+            for each
   bubble    compute x (pp - 1) / micro-batches"""
 
 # Tensors of bfloat16 that a layer keeps for its backward, counted from compiled graphs: of [rows, hidden], of the heads, of the ffn.
@@ -41,13 +44,14 @@ SAVED_ROWS, SAVED_HEADS, SAVED_FFN = 6, 3, 3
 SAVED_LOGITS = 5  # float32 [rows, vocabulary] alive at once in the loss and its backward
 
 
-def table(config, world, hbm_gb, top):
-    """Lines of text: the `top` fastest of the layouts that fit, and the formulas. Batch, sequence and model are the config's."""
+def search(config, world, hbm_gb, top):
+    """(lines of text: the `top` fastest of the layouts that fit, and the formulas; the configs of those). Batch, sequence and model are the
+    config's."""
     tried = [(each, *estimate(each)) for each in candidates(config, world)]
     fitting = [row for row in tried if row[1]["peak"] + row[1]["margin"] <= hbm_gb * GIB]
     fitting.sort(key=lambda row: (sum(row[2].values()), row[1]["peak"]))
     lines = [f"{len(tried)} layouts of {world} ranks; {len(fitting)} fit {hbm_gb:g} GiB with their margins; by formula, none compiled"]
-    head = f"{'layout':<58}{'state':>8}{'grad.':>8}{'saved':>8}{'peak':>8}{'margin':>8}{'compute s':>11}{'sent s':>9}{'bubble s':>10}"
+    head = f"{'layout':<66}{'state':>8}{'grad.':>8}{'saved':>8}{'peak':>8}{'margin':>8}{'compute s':>11}{'sent s':>9}{'bubble s':>10}"
     lines += [head] + [_line(*row) for row in fitting[:top]]
     if not fitting and tried:
         least = min(tried, key=lambda row: row[1]["peak"])
@@ -57,28 +61,29 @@ def table(config, world, hbm_gb, top):
     formulas = FORMULAS.format(**constants)
     for name, value in saved.items():
         formulas = formulas.replace(name, str(value))
-    return [*lines, formulas]
+    return [*lines, formulas], [each for each, *_ in fitting[:top]]
 
 
 def _line(config, memory, seconds):
     p = config.parallel
-    name = f"--dp={p.dp} --tp={p.tp}" + f" --ep={p.ep}" * (p.ep > 1) + f" --zero={p.zero}" * (p.zero > 0)
+    name = f"--dp={p.dp} --tp={p.tp}" + f" --pp={p.pp}" * (p.pp > 1) + f" --ep={p.ep}" * (p.ep > 1) + f" --zero={p.zero}" * (p.zero > 0)
     name += " --seq_parallel" * p.seq_parallel + f" --micro_batches={p.micro_batches}"
     gib = "".join(f"{memory[key] / GIB:8.1f}" for key in ("state", "gradients", "saved", "peak", "margin"))
-    return f"{name:<58}{gib}{seconds['compute']:11.3f}{seconds['sent']:9.3f}{seconds['bubble']:10.3f}"
+    return f"{name:<66}{gib}{seconds['compute']:11.3f}{seconds['sent']:9.3f}{seconds['bubble']:10.3f}"
 
 
 def candidates(config, world):
-    """The configs of all layouts that the model, the batch and the number of ranks allow, without pipeline and context parallel."""
+    """The configs of all layouts that the model, the batch and the number of ranks allow, without context parallel; pipelines with as many
+    micro-batches as stages, or a multiple."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     rows = config.train.batch_size
     experts = sizes if command_line.model_config(config, "any").num_experts else [1]
-    for tp, ep, zero, seq, micro in itertools.product(sizes, experts, range(4), (False, True), range(1, rows + 1)):
-        dp = world // tp
-        if rows % (dp * micro) or (zero and dp == 1) or (seq and tp == 1):
+    for tp, pp, ep, zero, seq, micro in itertools.product(sizes, sizes, experts, range(4), (False, True), range(1, rows + 1)):
+        dp = world // (tp * pp)
+        if not dp or rows % (dp * micro) or (zero and dp == 1) or (seq and tp == 1) or micro % pp:
             continue
         each = ConfigDict(config.to_dict(), convert_dict=True)
-        each.parallel.update(dp=dp, tp=tp, pp=1, cp=1, ep=ep, zero=zero, seq_parallel=seq, micro_batches=micro)
+        each.parallel.update(dp=dp, tp=tp, pp=pp, cp=1, ep=ep, zero=zero, seq_parallel=seq, micro_batches=micro)
         each.train.layer_loop = "unroll"
         try:
             layout.check(each, command_line.model_config(each, "any"), world)
@@ -91,32 +96,65 @@ def estimate(config):
     """({state, gradients, saved, peak, margin}: bytes of a rank, {compute, sent, bubble}: seconds of a step)"""
     cfg, parallel = command_line.model_config(config, "any"), config.parallel
     sharding = Sharding(layout.mesh(cfg, parallel), seq_parallel=parallel.seq_parallel, zero=parallel.zero)
-    placed = tree_leaves(place(sharding, param_specs(cfg)))
-    stored, used, part = (sum(nbytes(sharding.mesh, p, axes) for p in placed) for axes in ("stored", "used", "state"))
-    calls = layout_traffic.step_calls(config, cfg, sharding)
-    state = stored + 2 * part
-    gradients = used if parallel.micro_batches == 1 else 2 * (part if parallel.zero >= 2 else used)
+    mesh, pp = sharding.mesh, parallel.pp
+    placed = max(_placed(config, cfg, sharding), key=lambda each: _bytes(mesh, each, "stored"))
+    stored, used, part = (_bytes(mesh, placed, axes) for axes in ("stored", "used", "state"))
+    state, gradients = stored + 2 * part, part if parallel.zero >= 2 else used
     saved, beside = saved_bytes(config, cfg, sharding), stored if parallel.zero in (1, 2) else 0
-    groups = {sharding.mesh.members(call.atoms) for call in calls}
+    calls = _calls(config, cfg, sharding, placed)
+    groups = {mesh.members(call.atoms) for call in calls} | ({mesh.members(("pp",))} if pp > 1 else set())
     margin = int((dryrun.MARGIN_GIB + dryrun.MARGIN_PER_GROUP_GIB * len(groups)) * GIB)
     memory = {"state": state, "gradients": gradients, "saved": saved, "peak": state + gradients + max(saved, beside), "margin": margin}
     compute = metrics.flops_per_token(cfg, config.train.seq_len) * config.train.batch_size * config.train.seq_len
-    compute /= sharding.mesh.world * FLOPS * PRODUCTS
-    sent = sum(count * (call.sent(sharding.mesh) / _rate(sharding.mesh, call) + CALL_S) for call, count in calls.items())
-    return memory, {"compute": compute, "sent": sent, "bubble": compute * (parallel.pp - 1) / parallel.micro_batches}
+    compute *= (1 + ((config.train.recompute == "full") + (pp > 1)) / 3) / (mesh.world * FLOPS * PRODUCTS)
+    sent = sum(count * (call.sent(mesh) / _rate(mesh.members(call.atoms)) + CALL_S) for call, count in calls.items())
+    if pp > 1:
+        message = _tokens(config) * cfg.hidden_size * 2 / (parallel.tp if parallel.seq_parallel else 1)
+        sent += 2 * parallel.micro_batches * (message / _rate(mesh.members(("pp",))[:2]) + CALL_S)
+    return memory, {"compute": compute, "sent": sent, "bubble": compute * (pp - 1) / parallel.micro_batches}
 
 
-def _rate(mesh, call):
-    ranks = mesh.members(call.atoms)
+def _placed(config, cfg, sharding):
+    """For each rank along pp the Placed that it has."""
+    pp = config.parallel.pp
+    if pp == 1:
+        return [tree_leaves(place(sharding, param_specs(cfg)))]
+    _, stages, _ = train_pipeline.placements(cfg, config, sharding)
+    return [tree_leaves(tuple(stages[rank::pp])) for rank in range(pp)]
+
+
+def _bytes(mesh, placed, axes):
+    return sum(nbytes(mesh, p, axes) for p in placed)
+
+
+def _calls(config, cfg, sharding, placed):
+    """Counter of the calls of a step; of a pipeline those of an even share of the layers, and of both of its ends."""
+    micro, pp = config.parallel.micro_batches, config.parallel.pp
+    if pp == 1:
+        return layout_traffic.step_calls(config, cfg, sharding)
+    rest, layers = layout_traffic.model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
+    layers = layers + layout_traffic.recomputed_calls(config, cfg, sharding, layers, cfg.num_layers) + traffic.again(layers, 1)
+    mine = Counter({call: count / pp for call, count in layers.items()})
+    return traffic.times(rest + mine, micro) + traffic.of_update(sharding, placed, micro)
+
+
+def _rate(ranks):
     return INSIDE if ranks[0] // NODE == ranks[-1] // NODE else BETWEEN
+
+
+def _tokens(config):
+    """Of a rank's micro-batch."""
+    parallel = config.parallel
+    return config.train.batch_size // (parallel.dp * parallel.micro_batches) * config.train.seq_len
 
 
 def saved_bytes(config, cfg, sharding):
     """What the backward of a micro-batch needs of its forward."""
-    parallel, tp = config.parallel, config.parallel.tp
-    tokens = config.train.batch_size // (parallel.dp * parallel.micro_batches) * config.train.seq_len
+    parallel, tp, pp = config.parallel, config.parallel.tp, config.parallel.pp
     ffn = cfg.moe_ffn_size * cfg.experts_per_token if cfg.num_experts else cfg.ffn_size
-    rows = SAVED_ROWS * cfg.hidden_size / (tp if parallel.seq_parallel else 1)
+    given = cfg.hidden_size / (tp if parallel.seq_parallel else 1)
     heads = SAVED_HEADS * (cfg.num_heads + 2 * max(cfg.num_kv_heads, tp)) * cfg.head_dim / tp
-    layer = (rows + heads + SAVED_FFN * ffn / tp) * 2
-    return int(tokens * (cfg.num_layers * layer + SAVED_LOGITS * cfg.vocab_size / tp * 4))
+    layer, count = SAVED_ROWS * given + heads + SAVED_FFN * ffn / tp, -(-cfg.num_layers // pp)
+    kept = {"none": count * layer, "attention": count * (layer - heads) + heads, "full": count * given + layer}[config.train.recompute]
+    kept += min(parallel.micro_batches, pp - 1) * given
+    return int(_tokens(config) * (2 * kept + SAVED_LOGITS * cfg.vocab_size / tp * 4))

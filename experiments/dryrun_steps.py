@@ -3,15 +3,17 @@
 Their tensors are zeros that nothing has touched, so that they take no memory on the machine that compiles.
 """
 
+from functools import partial
+
 import mindspore as ms
 import ml_dtypes
 import numpy as np
 
-from experiments import optim, train
+from experiments import optim, train, train_pipeline
 from ops import signature
 from parallel.placement import local_shape, place
 from parallel.spec import tree_leaves, tree_map, tree_paths
-from parallel.step import jit, to_tuple
+from parallel.step import in_device_memory, jit, to_tuple
 from qwen3.cache import round_up
 from qwen3.model import build, choose_kernels, param_specs
 
@@ -20,19 +22,31 @@ TRAIN_STEPS = 2  # the second is given what the first returned, as every later o
 
 
 def train_step(config, cfg, sharding):
-    """Two steps of the trainer. Returns {params, optimizer, gradients: {path: [shape, dtype]}}."""
-    placed, gradients = train.placements(cfg, sharding, False), {}
+    """Two steps of the trainer. Returns {params, optimizer, gradients: {path: [shape, dtype]}}; what is frozen is in params alone."""
+    placed, gradients = held_parts(config, cfg, sharding), {}
     signature.listeners.append(_gradients_to(gradients))
-    program = train.build_program(cfg, config, sharding)
-    state = {kind: to_tuple(_blank(train.shapes(sharding.mesh, placed, axes))) for kind, axes in train.STATE.items()}
-    paths = [p.path for p in tree_leaves(placed)]
+    build = partial(train_pipeline.build_program, waits=False) if sharding.mesh.pp > 1 else train.build_program
+    program = build(cfg, config, sharding)
+    state = {kind: to_tuple(_blank(train.shapes(sharding.mesh, placed.moving, axes))) for kind, axes in train.STATE.items()}
+    if placed.fixed:
+        state["frozen"] = to_tuple(_blank(train.shapes(sharding.mesh, placed.fixed, "stored")))
+    paths, frozen = ([p.path for p in tree_leaves(part or ())] for part in placed)
     given = {kind: [[list(w.shape), "float32"] for w in tree_leaves(state[kind])] for kind in state}
     state = optim.resident(choose_kernels(config.ops, cfg, sharding))({**state, "norm": ms.Tensor(0.0, ms.float32)})
     for step in range(TRAIN_STEPS):
         state, _ = program.step(state, _batch(config, sharding.mesh.dp), 1e-3, step)
+    params = {**dict(zip(paths, given["params"])), **dict(zip(frozen, given.get("frozen", ())))}
     taken = [gradients.get(tuple(shape), [shape, "float32"]) for shape, _ in given["m"]]
     optimizer = {f"{kind}.{path}": w for kind in ("m", "v") for path, w in zip(paths, given[kind])}
-    return {"params": dict(zip(paths, given["params"])), "optimizer": optimizer, "gradients": dict(zip(paths, taken))}
+    return {"params": params, "optimizer": optimizer, "gradients": dict(zip(paths, taken))}
+
+
+def held_parts(config, cfg, sharding):
+    """experiments.train.Parts of the Placed that a rank has: of the whole model, or a tree for each of its pipeline stages."""
+    if sharding.mesh.pp == 1:
+        return train.Parts.of(train.placements(cfg, sharding, False))
+    _, stages, _ = train_pipeline.placements(cfg, config, sharding)
+    return train.Parts.of(tuple(stages[sharding.mesh.index(("pp",)) :: sharding.mesh.pp]))
 
 
 def _gradients_to(found):
@@ -60,10 +74,10 @@ def generate_step(config, cfg, sharding):
     mesh, rows = sharding.mesh, config.train.batch_size // sharding.mesh.dp
     length, dtype = round_up(config.train.seq_len), cfg.param_dtype
     placed = place(sharding, param_specs(cfg))
-    params = tree_map(lambda p: _empty(local_shape(mesh, p.spec, p.stored), dtype), placed)
+    params = in_device_memory(tree_map(lambda p: _empty(local_shape(mesh, p.spec, p.used), dtype), placed))
     heads = cfg.num_kv_heads * mesh.kv_repeat // mesh.tp
     shape = rows, length, heads, cfg.head_dim
-    cache = tuple((_empty(shape, cfg.compute_dtype), _empty(shape, cfg.compute_dtype)) for _ in range(cfg.num_layers))
+    cache = in_device_memory(tuple((_empty(shape, cfg.compute_dtype), _empty(shape, cfg.compute_dtype)) for _ in range(cfg.num_layers)))
     extend = jit(build(cfg, sharding, kernels=choose_kernels(config.ops, cfg, sharding)).extend)
     last = ms.Tensor(np.zeros(rows, np.int32))
     for width in (length, 1):

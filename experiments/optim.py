@@ -12,7 +12,7 @@ from mindspore import ops
 
 from ops.registry import pick
 from parallel.spec import tree_leaves, tree_map
-from parallel.step import flatten_in_graph, jit, to_tuple
+from parallel.step import flatten_in_graph, in_device_memory, to_tuple
 
 NO_DECAY, SIGN = 0.0, -1.0
 NORM_MEMORY = 0.95  # of the running mean of gradient norms
@@ -55,16 +55,14 @@ def init_state(params):
     return {"m": zeros_like(params), "v": zeros_like(params), "norm": ms.Tensor(0.0, ms.float32)}
 
 
+def changes_in_place(kernels):
+    """Whether AdamW changes arrays in the device's memory; what else changes from step to step then does, too."""
+    return kernels.adamw == "vendor"
+
+
 def resident(kernels):
-    """f(tree of tensors) -> the tree in the device's memory, where AdamW changes it in place: of what comes from the host, Ascend's graphs
-    get another copy in each call."""
-    if kernels.adamw != "vendor":
-        return _same
-
-    def copied(x):
-        return x * 1
-
-    return partial(tree_map, jit(copied))
+    """f(tree of tensors) -> the tree in the device's memory, where AdamW changes it in place."""
+    return in_device_memory if changes_in_place(kernels) else _same
 
 
 def zeros_like(params):

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import optim as optimizer
+from experiments.accumulate import RunningSum
 from experiments.data.loader import rank_rows
 from experiments.metrics import held_out
 from layers import lora
@@ -100,7 +101,8 @@ def _step(cfg, config, sharding, gradient, trained, placed, kernels):
     """Program.step. trained, placed: the specs and Placed of what trains."""
     update, noisy = update_of(trained, placed, sharding, config.optim, kernels), noise(cfg, config, sharding.mesh)
     micro, names = config.parallel.micro_batches, metric_names(cfg)
-    run_step = _one_batch(gradient, update) if micro == 1 else _accumulated(gradient, trained, names, update, sharding, placed, micro)
+    several = partial(_accumulated, gradient, names, update, sharding, placed, micro, optimizer.changes_in_place(kernels))
+    run_step = _one_batch(gradient, update) if micro == 1 else several()
 
     def step(state, batch, lr, at):
         batch = context.cut(sharding.mesh, noisy(batch, at))
@@ -357,7 +359,7 @@ def _one_batch(grad, update):
         norm, skipped, changed = apply(params, sum_gradients(flatten(grads)), m, v, mean_norm, values, (loss, aux))
         return (loss, aux, norm, skipped), changed
 
-    fused = jit(fused)
+    fused = jit(fused, order="dfs")
 
     def run(state, batch, values):
         out, changed = fused(state["params"], state.get("frozen"), state["m"], state["v"], state["norm"], values, tensors(batch))
@@ -366,38 +368,37 @@ def _one_batch(grad, update):
     return run
 
 
-def _accumulated(grad, specs, names, update, sharding, placed, count):
+def _accumulated(grad, names, update, sharding, placed, count, in_place):
     """Gradients of micro-batches, each weighted by its share of the targets, and one update: two graphs.
 
     From ZeRO stage 2 on they are summed over the data ranks as they come, and a rank keeps its part of the sum; before, once at the end.
+    in_place: of the sum, see RunningSum.
     """
     sum_gradients, flatten, apply = update.sum_gradients, update.flatten, update.apply
     early, late = (sum_gradients, zero.same) if sharding.zero >= 2 else (zero.same, sum_gradients)
-    parts = tuple(tree_leaves(shapes(sharding.mesh, placed, "state" if sharding.zero >= 2 else "used")))
-
-    def add_share(share, total, g):
-        return total + share * ms.ops.Cast()(g, ms.float32)
-
-    add_all = ms.ops.HyperMap()
+    total = RunningSum(tuple(tree_leaves(shapes(sharding.mesh, placed, "state" if sharding.zero >= 2 else "used"))), in_place)
+    add = total.add
 
     def accumulate(params, frozen, total, share, batch):
         (loss, aux), grads = grad(params, frozen, batch)
-        return loss, aux, add_all(partial(add_share, share), total, early(flatten(grads)))
+        return loss, aux, add(share, total, early(flatten(grads)))
 
     def finish(params, total, m, v, mean_norm, values):
         return apply(params, late(total), m, v, mean_norm, values, ())
 
-    accumulate, finish = jit(accumulate), jit(finish)
+    accumulate, finish = jit(accumulate), jit(finish, order="dfs")
 
     def run(state, batch, values):
-        total, loss, aux = optimizer.zeros_like(parts), 0.0, [0.0] * len(names)
+        total.start()
+        loss, aux = 0.0, [0.0] * len(names)
         slices, weights = micro_batches(batch, count)
         for share, part in zip(shares(collectives.host_sum(sharding.mesh, DATA, weights)), slices):
             weight, rows = ms.Tensor(share, ms.float32), tensors(part)
-            part_loss, part_aux, total = accumulate(state["params"], state.get("frozen"), total, weight, rows)
+            part_loss, part_aux, added = accumulate(state["params"], state.get("frozen"), total.arrays, weight, rows)
+            total.take(added)
             loss += share * _number(part_loss)
             aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
-        norm, skipped, changed = finish(state["params"], total, state["m"], state["v"], state["norm"], values)
+        norm, skipped, changed = finish(state["params"], total.arrays, state["m"], state["v"], state["norm"], values)
         return update.merge(state, changed), (loss, aux, norm, skipped)
 
     return run

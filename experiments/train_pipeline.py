@@ -5,7 +5,6 @@ What a state's trees are made of here is one tree for each of a rank's stages; n
 
 import math
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import mindspore as ms
@@ -14,6 +13,7 @@ from mindspore import ops
 
 from experiments import optim as optimizer
 from experiments import train
+from experiments.accumulate import RunningSum
 from layers import lora
 from parallel import collectives, context, pipeline, zero
 from parallel.pipeline_run import Executor
@@ -27,9 +27,10 @@ from qwen3.stages import build_stage, carried_shapes, stage_specs
 EVAL_GROUP = 4  # times the stages: micro-batches of one run of forwards, after which all ranks wait for each other
 
 
-def build_program(cfg, config, sharding):
-    """experiments.train's Program for a mesh with pp > 1."""
-    parts = Parts(cfg, config, sharding)
+def build_program(cfg, config, sharding, waits=True):
+    """experiments.train's Program for a mesh with pp > 1. waits: whether there are other ranks, for which a first step compiles all at
+    once; a simulated rank has none."""
+    parts = Parts(cfg, config, sharding, waits)
     step, executor, held_there = _step(parts), parts.executor, optimizer.resident(parts.kernels)
 
     def init(params):
@@ -77,8 +78,8 @@ class Parts:
     for each of those, fixed None where nothing is frozen; whole one for the model. kinds: the moving and the fixed together, as a state has
     them."""
 
-    def __init__(self, cfg, config, sharding):
-        self.cfg, self.config, self.sharding, self.mesh = cfg, config, sharding, sharding.mesh
+    def __init__(self, cfg, config, sharding, waits=True):
+        self.cfg, self.config, self.sharding, self.mesh, self.waits = cfg, config, sharding, sharding.mesh, waits
         self.layers, stages, self.whole = placements(cfg, config, sharding)
         _check_trains(stages)
         self.last, self.kernels = len(self.layers) - 1, choose_kernels(config.ops, cfg, sharding)
@@ -155,10 +156,11 @@ class Gradients:
         self.parts, self.micro = parts, config.parallel.micro_batches
         lists = pipeline.schedule(config.parallel.pp_schedule, mesh.pp, self.micro, config.parallel.virtual_stages)
         self.actions = lists[mesh.index(("pp",))]
-        self.backward = {s: jit(_backward(parts, s)) for s in parts.mine}
-        axes = "state" if zero_stage >= 2 else "used"
-        self.shapes = {s: tuple(tree_leaves(train.shapes(mesh, placed, axes))) for s, placed in zip(parts.mine, parts.moving)}
-        self.compiled = False
+        axes, in_place = "state" if zero_stage >= 2 else "used", optimizer.changes_in_place(parts.kernels)
+        shapes = [tuple(tree_leaves(train.shapes(mesh, placed, axes))) for placed in parts.moving]
+        self.total = {s: RunningSum(each, in_place) for s, each in zip(parts.mine, shapes)}
+        self.backward = {s: jit(_backward(parts, s, self.total[s].add)) for s in parts.mine}
+        self.compiled = not parts.waits
 
     def of(self, state, batch):
         """(flat gradients of what trains of this rank's parameters, [objective, *metrics] on all ranks)"""
@@ -172,11 +174,12 @@ class Gradients:
             self._start()
         parts.executor.run(self.actions, self._on_forward, self._on_backward)
         found = collectives.host_sum(parts.mesh, ("pp",), self.found)
-        return _sum_shared(parts, [g for s in parts.mine for g in self.total[s]]), found
+        return _sum_shared(parts, [g for s in parts.mine for g in self.total[s].arrays]), found
 
     def _start(self):
-        self.found = np.zeros(1 + sum(math.prod(shape) for shape in _metric_shapes(self.parts.cfg)))
-        self.total = {s: optimizer.zeros_like(shapes) for s, shapes in self.shapes.items()}
+        self.found = np.zeros(count_found(self.parts.cfg))
+        for total in self.total.values():
+            total.start()
 
     def _both_ways(self, stage, carried, cotangents):
         self._on_forward(pipeline.Forward(0, stage), carried)
@@ -192,7 +195,8 @@ class Gradients:
         s, share = action.stage, self.shares[action.micro]
         inputs = (self.state["params"][self.parts.mine.index(s)], *((carried,) if carried else ()))
         given = self.parts.frozen(self.state, s), self.batches[action.micro], *((cotangents,) if cotangents else ())
-        self.total[s], *out = self.backward[s](inputs, self.total[s], ms.Tensor(share, ms.float32), *given)
+        added, *out = self.backward[s](inputs, self.total[s].arrays, ms.Tensor(share, ms.float32), *given)
+        self.total[s].take(added)
         if s == self.parts.last:
             objective, aux = out.pop()
             each = [share * objective.asnumpy().reshape(-1)]
@@ -202,11 +206,11 @@ class Gradients:
         return out[0] if out else ()
 
 
-def _backward(parts, number):
-    """f((params, carried if any) nested, flat sums, share, frozen nested, batch, cotangents) -> (flat sums, this micro-batch's share added;
-    cotangents of what came from the stage before; of the last stage, which takes no cotangents, also (objective, metrics)). From ZeRO stage
-    2 on the gradients are summed over the data ranks at once, and a rank keeps its part."""
-    k, sharding, add_all, cast = parts.mine.index(number), parts.sharding, ops.HyperMap(), ops.Cast()
+def _backward(parts, number, add):
+    """f((params, carried if any) nested, flat sums, share, frozen nested, batch, cotangents) -> (what a RunningSum takes, whose `add` it
+    is; cotangents of what came from the stage before; of the last stage, which takes no cotangents, also (objective, metrics)). From ZeRO
+    stage 2 on the gradients are summed over the data ranks at once, and a rank keeps its part."""
+    k, sharding, cast = parts.mine.index(number), parts.sharding, ops.Cast()
     names, stage = metric_names(parts.cfg), parts.stage(number)
     early = zero.sum_gradients(sharding, tree_leaves(parts.moving[k])) if sharding.zero >= 2 else zero.same
     join = joined(parts.specs[k], parts.moving[k], *((parts.fixed[k],) if parts.fixed[k] else ()))
@@ -237,20 +241,17 @@ def _backward(parts, number):
 
     grad = grad_of_nested(run, names) if number == parts.last else grad_of_nested(along)
 
-    def add_share(share, total, g):
-        return total + share * cast(g, ms.float32)
-
     def first(inputs, sums, share, frozen, batch, cotangents):
         _, grads = grad(inputs, frozen, batch, cotangents)
-        return (add_all(partial(add_share, share), sums, early(flatten(grads[0]))),)
+        return (add(share, sums, early(flatten(grads[0]))),)
 
     def inner(inputs, sums, share, frozen, batch, cotangents):
         _, grads = grad(inputs, frozen, batch, cotangents)
-        return add_all(partial(add_share, share), sums, early(flatten(grads[0]))), grads[1]
+        return add(share, sums, early(flatten(grads[0]))), grads[1]
 
     def last(inputs, sums, share, frozen, batch):
         out, grads = grad(inputs, frozen, batch)
-        return add_all(partial(add_share, share), sums, early(flatten(grads[0]))), grads[1], out
+        return add(share, sums, early(flatten(grads[0]))), grads[1], out
 
     return last if number == parts.last else inner if number else first
 
@@ -268,6 +269,11 @@ def _sum_shared(parts, totals):
             collectives.send(mesh, a, totals[i])
             totals[i] = collectives.receive(mesh, a, totals[i].shape, ms.float32)
     return totals
+
+
+def count_found(cfg):
+    """Numbers that a step finds of a batch: the objective, and those of metric_names."""
+    return 1 + sum(math.prod(shape) for shape in _metric_shapes(cfg))
 
 
 def _metric_shapes(cfg):
@@ -296,7 +302,7 @@ def _step(parts):
     def finish(params, total, m, v, mean_norm, values):
         return apply(params, late(total), m, v, mean_norm, values, ())
 
-    finish = jit(finish)
+    finish = jit(finish, order="dfs")
 
     def step(state, batch, lr, at):
         total, found = gradients.of(state, context.cut(parts.mesh, noisy(batch, at)))

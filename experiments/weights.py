@@ -15,6 +15,7 @@ from parallel.checkpoint import match, wanted
 from parallel.checkpoint_read import Reader, find
 from parallel.placement import load, place
 from parallel.spec import init_array, tree_paths
+from parallel.step import in_device_memory
 from qwen3 import hf
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
@@ -174,7 +175,7 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None):
         return hf.cast(read(path, slices), dtype, path)
 
     def params(sharding):
-        return load(sharding.mesh, place(sharding, own_specs(cfg, sharding.mesh)), read_cast, "used")
+        return in_device_memory(load(sharding.mesh, place(sharding, own_specs(cfg, sharding.mesh)), read_cast, "used"))
 
     return Inference(cfg, params, tokenizer, weights.folder, text)
 

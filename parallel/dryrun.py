@@ -23,6 +23,7 @@ from parallel import standin
 
 VERSIONS = ("2.7.1", "2.10.0")  # whose logs and files this has read
 RESULT = "RESULT "  # before the line of JSON that the process prints
+COPIED = ("PyNativeOutput", "Muls")  # what parallel.step.in_device_memory makes of a tensor from the host
 HEADER, ALIGNMENT = 32, 512  # bytes that the allocator adds to a tensor's, and to multiples of which it then rounds up
 ITEMSIZE = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "float64": 8}
 NAMES = {"AllToAll": "AlltoAll"}  # what the device's own form of a collective is called -> what it is in the graph
@@ -46,7 +47,8 @@ class Block(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A collective: its kind, the ranks, the elements of the whole that they exchange, and the bytes of one."""
+    """A collective: its kind, the ranks, the elements of the whole that they exchange, and the bytes of one. A Send or Receive between
+    pipeline stages does not say its ranks."""
 
     kind: str
     ranks: tuple
@@ -56,6 +58,8 @@ class Exchange(NamedTuple):
     def sent(self):
         """Bytes that a rank sends in a ring, as parallel.traffic.Call counts them."""
         n = len(self.ranks)
+        if not n:
+            return self.elements * self.itemsize if self.kind == "Send" else 0
         return (2 if self.kind == "AllReduce" else 1) * (n - 1) * self.elements * self.itemsize // n
 
 
@@ -140,21 +144,30 @@ def read_blocks(path):
 def _block(row):
     of_type = {"ConstantValue": "constant", "Weight": "weight"}
     kind = of_type.get(row["type"]) or ("input" if row["task_name"].endswith("HostDSActor") else "kernel")
+    if (row["type"], row["node_name"]) == COPIED:
+        kind = "input"
     first, last, size = (int(row[key]) for key in ("start_time_stamp", "end_time_stamp", "size"))
     return Block(first, last, size, kind, row["node_name"], row["graph_name"])
 
 
 # () = (%2) Default/AllReduce-op0(%1), ..., attrs {group=...;comm_rank=0 8;...} and the types in the line below, results first
 TASK = re.compile(r"= (?:\S*/)?(\w+)-op\d+\([^\n]*comm_rank=([\d ]+)[^\n]*\n\s+\((.*?)\) <- \((.*?)\)\n")
+# (%1) = DistCommIsend(%1), ... of a tensor that is sent outside of graphs
+TRANSFERS = {"DistCommIsend": "Send", "DistCommIrecv": "Receive"}
+TRANSFER = re.compile(r"= (" + "|".join(TRANSFERS) + r")\([^\n]*\n\s+\((.*?)\) <- ")
 TENSOR = re.compile(r"(\w+):\[([\d, ]*)\]")
 
 
 def read_exchanges(path):
     """Counter of the Exchanges that were run, of a tracker_graph.ir."""
     out = Counter()
-    for kind, ranks, result, operand in TASK.findall(Path(path).read_text(encoding="utf-8")):
+    text = Path(path).read_text(encoding="utf-8")
+    for kind, ranks, result, operand in TASK.findall(text):
         dtype, shape = TENSOR.search(result if kind == "AllGather" else operand).groups()
         out[Exchange(NAMES.get(kind, kind), tuple(map(int, ranks.split())), _product(shape), ITEMSIZE[dtype.lower()])] += 1
+    for kind, operand in TRANSFER.findall(text):
+        dtype, shape = TENSOR.search(operand).groups()
+        out[Exchange(TRANSFERS[kind], (), _product(shape), ITEMSIZE[dtype.lower()])] += 1
     return out
 
 
@@ -201,6 +214,16 @@ def peak(blocks):
     return sum(block.size for block in live), live
 
 
+def peaks(blocks):
+    """{graph: the most bytes live while it ran}. What comes before the first, and between two, counts with the one before."""
+    begun = {block.first: block.graph for block in blocks if block.kind == "kernel" and block.graph}
+    out, graph = {}, ""
+    for moment, live in timeline(blocks)[0]:
+        graph = begun.get(moment, graph)
+        out[graph] = max(out.get(graph, 0), live)
+    return out
+
+
 def aligned(nbytes):
     """Bytes that the allocator gives out for a tensor."""
     return -(-(nbytes + HEADER) // ALIGNMENT) * ALIGNMENT
@@ -208,4 +231,4 @@ def aligned(nbytes):
 
 def margin_gib(exchanges):
     """What is to stay free for what simulation does not count, given the groups of ranks that exchange something."""
-    return MARGIN_GIB + MARGIN_PER_GROUP_GIB * len({exchange.ranks for exchange in exchanges})
+    return MARGIN_GIB + MARGIN_PER_GROUP_GIB * len({exchange.ranks for exchange in exchanges if exchange.ranks})

@@ -104,26 +104,27 @@ def _tree_function(argument, expression, lines=()):
     return function(f"tree_of({argument})", [*lines, f"return {expression}"])
 
 
-def jit(fn):
+def jit(fn, order="bfs"):
     """Compile fn(*trees) -> a tensor or nested tuples of tensors (not dicts).
 
-    Arguments are trees of tensors or None. New values never compile again; a new structure, shape or dtype does, once.
+    Arguments are trees of tensors or None. New values never compile again; a new structure, shape or dtype does, once. order: of ops on
+    Ascend: bfs lets work go on beside exchanges, dfs keeps fewer tensors at a time.
     """
     graphs = {}
 
     def compiled(*args):
         key = _structure(args)
         if key not in graphs:
-            graphs[key] = _graph(fn, args)
+            graphs[key] = _graph(fn, args, order)
         return graphs[key](mutable(to_tuple(tree_map(_placed, args))))
 
     return compiled
 
 
-def _graph(fn, args):
-    build = rebuild(args)
+def _graph(fn, args, order):
+    build, options = rebuild(args), {"exec_order": order} if ms.get_context("device_target") == "Ascend" else {}
 
-    @ms.jit(fullgraph=True)
+    @ms.jit(fullgraph=True, **options)
     def graph(nested):
         return fn(*build(nested))
 
@@ -132,6 +133,16 @@ def _graph(fn, args):
 
 def _placed(leaf):
     return _NONE if leaf is None else leaf.contiguous()  # a graph with loops reads a slice of a tensor from the wrong place
+
+
+def in_device_memory(tree):
+    """A tree of tensors in the device's memory. Of a tensor that comes from the host each graph on Ascend keeps a copy of its own; on CPU
+    all take the host's, and the tree is returned as it is."""
+    return tree if ms.get_context("device_target") == "CPU" else tree_map(_copied, tree)
+
+
+def _copied(x):
+    return x * 1  # not in a graph, which would keep its input
 
 
 def _structure(tree):

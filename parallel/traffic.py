@@ -183,21 +183,18 @@ def _size(sizes, dim):
 
 
 def _itemsize(layout, part, itemsize):
-    """Of activations along embed, or heads, that of the compute dtype. The others are float32, or int32."""
+    """Of activations along embed, heads or an adapter's rank, that of the compute dtype. The others are float32, or int32."""
     dims = {dim for dim, _ in part}
     of_data = any(axis[:2] in DATA for dim in dims for axis in layout.rules[dim])
-    return itemsize if of_data and dims & {"embed", "head_dim"} else FLOAT32
+    return itemsize if of_data and dims & {"embed", "head_dim", "rank"} else FLOAT32
 
 
 def of_update(layout, placed, micro_batches=1):
     """Counter of the Calls of gradient sums, the gathering of updated parameters, and the gradient's norm."""
-    out, mesh = Counter(), layout.mesh
     if layout.lowering == "shard":
-        return _of_partitioned_update(mesh, placed)
+        return _of_partitioned_update(layout.mesh, placed)
+    out, mesh = of_sums(layout, placed, micro_batches), layout.mesh
     for atoms, split, elements in _bucket_sizes(mesh, placed):
-        times = micro_batches if layout.zero >= 2 else 1
-        if not (split and layout.zero == 3):
-            out[Call("update", "ReduceScatter" if split and layout.zero == 2 else "AllReduce", atoms, elements)] += times
         if split and layout.zero < 3:
             out[Call("update", "AllGather", atoms, elements)] += 1
     if mesh.world > 1:
@@ -215,6 +212,16 @@ def _of_partitioned_update(mesh, placed):
         alike = tuple(atom for atom in mesh.sizes if atom not in split)
         if alike:
             out[Call("update", "AllReduce", alike, math.prod(local_shape(mesh, p.spec, p.used)))] += 1
+    return out
+
+
+def of_sums(layout, placed, micro_batches):
+    """Counter of the Calls of gradient sums alone."""
+    out = Counter()
+    for atoms, split, elements in _bucket_sizes(layout.mesh, placed):
+        times = micro_batches if layout.zero >= 2 else 1
+        if not (split and layout.zero == 3):
+            out[Call("update", "ReduceScatter" if split and layout.zero == 2 else "AllReduce", atoms, elements)] += times
     return out
 
 

@@ -18,6 +18,7 @@ def get_config():
     c.train.steps = 2000
     c.train.seq_len = 4096
     c.train.batch_size = 32
+    c.train.layer_loop = "unroll"  # as it was compiled
     c.train.sample_tokens = 0
     c.train.exact_match_rows = 0
     c.optim.lr = 1e-5

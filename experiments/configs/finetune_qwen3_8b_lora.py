@@ -3,7 +3,7 @@
     python -m experiments.finetune --config=experiments/configs/finetune_qwen3_8b_lora.py --workdir=runs/lora_8b \
         --hf_dir=HF_FOLDER --config.data.path=CONVERSATIONS.jsonl
 
-Hardware: 4 Ascend NPUs of 64 GB, tensor parallel over 4: frozen weights in float32, 8 GB a NPU, and 0.1 GB for adapters and their state.
+Hardware: 8 Ascend NPUs of 64 GB, tensor parallel over 8: frozen weights in float32, 4 GB a NPU. Other sizes, up to 32B, by --hf_dir.
 Expected time and loss: not measured. Not run on an NPU; the same code was run on CPU, on small models (docs/finetuning.md).
 """
 
@@ -15,5 +15,4 @@ def get_config():
     c.lora.rank = 8
     c.lora.alpha = 16.0
     c.optim.lr = 2e-4
-    c.parallel.tp = 4
     return c

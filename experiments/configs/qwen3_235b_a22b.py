@@ -5,7 +5,7 @@
 
 Hardware: 128 Ascend NPUs of 64 GB: 4 data ranks by 4 tensor ranks, which hold 16 groups of experts, by 8 pipeline stages.
 Expected time and loss: not measured.
-Needs NPUs, where this version does not train yet; `--dp=1 --tp=1 --pp=1 --ep=1 --zero=0 --seq_parallel=false` asks for one device instead.
+Neither run nor compiled yet. `--dp=1 --tp=1 --pp=1 --ep=1 --zero=0 --seq_parallel=false` is for one device.
 """
 
 from experiments.configs import common

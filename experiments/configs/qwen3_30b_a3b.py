@@ -5,7 +5,8 @@
 
 Hardware: 16 Ascend NPUs of 64 GB: 4 tensor ranks, which also hold 4 groups of experts, by 4 pipeline stages.
 Expected time and loss: not measured.
-Needs NPUs, where this version does not train yet; `--tp=1 --pp=1 --ep=1 --seq_parallel=false` asks for one device instead.
+Compiled for ranks of the 16 in simulation, not run on an NPU: docs/dryrun.md. `--tp=1 --pp=1 --ep=1 --seq_parallel=false` is for one
+device.
 """
 
 from experiments.configs import common
