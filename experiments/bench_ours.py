@@ -10,7 +10,7 @@ from experiments.configs import common
 from experiments.train import build_program, uses_scan
 from ops import registry
 from parallel import runtime
-from parallel.spec import init_params, tree_map
+from parallel.spec import init_params, tree_leaves, tree_map
 from qwen3 import hf
 from qwen3.engine import Engine, Request
 from qwen3.generate import generate, prefill
@@ -40,6 +40,8 @@ def train(job):
         at += 1
         return metrics["loss"]
 
+    for zeros in tree_leaves((state["m"], state["v"])):
+        zeros.asnumpy()[...] = 0  # what nothing was written to is not held yet
     held = held_mem_gib()
     facts = warmed_up(step, job["warmup_steps"])
     facts["held_mem_gib"] = held
