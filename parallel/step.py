@@ -142,7 +142,8 @@ def in_device_memory(tree):
 
 
 def _copied(x):
-    return x * 1  # not in a graph, which would keep its input
+    """Not in a graph, which would keep its input; nor of x itself, which would keep its own copy for as long as it is there."""
+    return ms.Tensor.from_numpy(x.asnumpy()) * 1
 
 
 def _structure(tree):
