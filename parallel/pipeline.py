@@ -10,6 +10,7 @@ it carries at once, so that of the events not done the first can always happen. 
 from dataclasses import dataclass
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
+AXES = ("pp",)  # of the mesh, along which the stages lie
 
 
 @dataclass(frozen=True)
