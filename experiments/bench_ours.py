@@ -10,7 +10,7 @@ from experiments.configs import common
 from experiments.train import build_program, uses_scan
 from ops import registry
 from parallel import runtime
-from parallel.spec import init_params, tree_leaves, tree_map
+from parallel.spec import init_params, tree_map
 from qwen3 import hf
 from qwen3.engine import Engine, Request
 from qwen3.generate import generate, prefill
@@ -40,11 +40,9 @@ def train(job):
         at += 1
         return metrics["loss"]
 
-    for zeros in tree_leaves((state["m"], state["v"])):
-        zeros.asnumpy()[...] = 0  # what nothing was written to is not held yet
+    tree_map(lambda zeros: zeros.asnumpy().fill(0), (state["m"], state["v"]))  # what nothing was written to is not held yet
     held = held_mem_gib()
-    facts = warmed_up(step, job["warmup_steps"])
-    facts["held_mem_gib"] = held
+    facts = {"held_mem_gib": held, **warmed_up(step, job["warmup_steps"])}
     facts["layer_loop"] = "scan" if uses_scan(cfg, job["layer_loop"]) else "unroll"
     return facts, lambda: {"step_time_s": timed(step)[0]}
 

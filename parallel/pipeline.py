@@ -10,12 +10,7 @@ it carries at once, so that of the events not done the first can always happen. 
 from dataclasses import dataclass
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
-AXIS = ("pp",)
-
-
-def place(mesh):
-    """A rank's place along the pipeline."""
-    return mesh.index(AXIS)
+AXES = ("pp",)  # of the mesh, along which the stages lie
 
 
 @dataclass(frozen=True)

@@ -118,14 +118,14 @@ def _concat(concat, *xs):
 
 def own_layers(cfg, mesh):
     """The range of this rank's layers where a model only computes: one stage a rank, as even as can be."""
-    return pipeline.stage_ranges(cfg.num_layers, mesh.pp)[pipeline.place(mesh)]
+    return pipeline.stage_ranges(cfg.num_layers, mesh.pp)[mesh.index(pipeline.AXES)]
 
 
 def own_specs(cfg, mesh):
     """The specs of what this rank has of a model that only computes: param_specs' own without a pipeline."""
     if mesh.pp == 1:
         return param_specs(cfg)
-    at = pipeline.place(mesh)
+    at = mesh.index(pipeline.AXES)
     return stage_specs(cfg, own_layers(cfg, mesh), at == 0, at == mesh.pp - 1)
 
 
@@ -139,8 +139,8 @@ class Relay:
 
     def __init__(self, mesh, run, arrive, results, idle):
         self.mesh, self.run, self.arrive, self.results, self.idle = mesh, run, arrive, results, idle
-        self.at, self.last, self.compiled = pipeline.place(mesh), mesh.pp - 1, set()
-        self.to_all = collectives.broadcast(mesh, pipeline.AXIS, self.last)
+        self.at, self.last, self.compiled = mesh.index(pipeline.AXES), mesh.pp - 1, set()
+        self.to_all = collectives.broadcast(mesh, pipeline.AXES, self.last)
 
     def __call__(self, arguments):
         arrive, results = self.arrive(arguments), self.results(arguments)
@@ -158,7 +158,7 @@ class Relay:
 
 def build_score(cfg, sharding, kernels):
     """score(params, tokens, targets, positions, segment_ids), all [B, S] -> (nats, gap), as qwen3.model's. params: of own_specs."""
-    layers, at, last = own_layers(cfg, sharding.mesh), pipeline.place(sharding.mesh), sharding.mesh.pp - 1
+    layers, at, last = own_layers(cfg, sharding.mesh), sharding.mesh.index(pipeline.AXES), sharding.mesh.pp - 1
     parts = build(cfg, sharding, False, kernels).parts
     run = _run(cfg, sharding, parts, layers, at == 0)
 
@@ -188,7 +188,7 @@ def build_score(cfg, sharding, kernels):
 def build_extend(cfg, sharding, kernels):
     """extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV, cache), as qwen3.generate.extended. params: of own_specs;
     cache: of this rank's layers, of which there must be one."""
-    layers, at, last = own_layers(cfg, sharding.mesh), pipeline.place(sharding.mesh), sharding.mesh.pp - 1
+    layers, at, last = own_layers(cfg, sharding.mesh), sharding.mesh.index(pipeline.AXES), sharding.mesh.pp - 1
     parts, in_place = build(cfg, sharding, False, kernels).parts, kernels.cache_write == "cpu"
     over, last_of = parts.over_cache([parts.layers[i] for i in layers], tuple(map(str, layers))), last_rows()
 
