@@ -47,7 +47,12 @@ def _pick():
 
 def cpu():
     """The same without an array of probabilities: one pass over z forward, and one backward."""
-    sums = _Sums()
+    return by_kernels(kernel)
+
+
+def by_kernels(kernel, prefix=""):
+    """The function of two kernels, by the factory and under the names of an implementation: `prefix`cross_entropy and its _grad."""
+    sums = _Sums(kernel, prefix)
 
     def measure(first, z, ids):
         return sums(z, ids - first)
@@ -56,10 +61,10 @@ def cpu():
 
 
 class _Sums(nn.Cell):
-    def __init__(self):
+    def __init__(self, kernel, prefix):
         super().__init__()
-        self.forward = kernel("cross_entropy", "cross_entropy", ARGUMENTS, _three_columns, _first_thrice)
-        self.backward = kernel("cross_entropy", "cross_entropy_grad", 5, _like_z, _first)
+        self.forward = kernel("cross_entropy", f"{prefix}cross_entropy", ARGUMENTS, _three_columns, _first_thrice)
+        self.backward = kernel("cross_entropy", f"{prefix}cross_entropy_grad", 5, _like_z, _first)
         self.zeros_like = ops.ZerosLike()
 
     def construct(self, z, at):

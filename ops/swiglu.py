@@ -37,14 +37,16 @@ def vendor_missing(use):
 
 def cpu():
     """The same in one pass over memory, forward and backward; float32."""
-    return _SwiGLU()
+    return ByKernels(kernel)
 
 
-class _SwiGLU(nn.Cell):
-    def __init__(self):
+class ByKernels(nn.Cell):
+    """The function of two kernels, by the factory and under the names of an implementation: `prefix`swiglu and its _grad."""
+
+    def __init__(self, kernel, prefix=""):
         super().__init__()
-        self.forward = kernel("swiglu", "swiglu", ARGUMENTS, _first, _first)
-        self.backward = kernel("swiglu", "swiglu_grad", 3, _first_two, _first_two)
+        self.forward = kernel("swiglu", f"{prefix}swiglu", ARGUMENTS, _first, _first)
+        self.backward = kernel("swiglu", f"{prefix}swiglu_grad", 3, _first_two, _first_two)
 
     def construct(self, gate, up):
         return self.forward(gate, up)
