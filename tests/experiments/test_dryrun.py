@@ -187,7 +187,8 @@ def test_generation_compiles():
     figures = report["figures"]
     assert report["problems"] == [] and figures["cache_bytes"] == 2 * 2 * 4 * 64 * 2 * 16 * 2
     # the weights are there once, though a graph for the prompt and one for a token take them
-    assert figures["peak_bytes"] < 2 * figures["params_bytes"] + 2 * figures["cache_bytes"]
+    given = {what: size for size, _, what in figures["largest"]}[dryrun_report.NAMES["input"]]
+    assert figures["params_bytes"] + figures["cache_bytes"] <= given < 2 * figures["params_bytes"] + figures["cache_bytes"]
 
 
 @needs_standin
