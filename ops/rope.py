@@ -65,7 +65,7 @@ def vendor_missing(use):
 
 def cpu():
     """The same as reference in one pass over memory, forward and backward; float32. The gradients of cos and sin are 0."""
-    return _Rotate()
+    return Rotate(kernel("rope", "rope", ARGUMENTS, _first, _first), kernel("rope", "rope_grad", 3, _first, _first))
 
 
 def cpu_norm(eps):
@@ -73,12 +73,12 @@ def cpu_norm(eps):
     return _NormRotate(eps)
 
 
-class _Rotate(nn.Cell):
-    def __init__(self):
+class Rotate(nn.Cell):
+    """The function of two kernels: forward(x, cos, sin) -> y, and backward(dy, cos, sin) -> dx."""
+
+    def __init__(self, forward, backward):
         super().__init__()
-        self.forward = kernel("rope", "rope", ARGUMENTS, _first, _first)
-        self.backward = kernel("rope", "rope_grad", 3, _first, _first)
-        self.zeros_like = ops.ZerosLike()
+        self.forward, self.backward, self.zeros_like = forward, backward, ops.ZerosLike()
 
     def construct(self, x, cos, sin):
         return self.forward(x, cos, sin)

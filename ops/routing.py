@@ -301,13 +301,16 @@ def vendor_combine():
 
 def cpu_top_k(k, normalise, biased=False):
     """The same in one pass over the rows."""
-    return (_BiasedTopK if biased else _TopK)(k, normalise)
+    name = "top_k_shares" if normalise else "top_k"
+    if not biased:
+        return _TopK(name, k)
+    forward = kernel("routing", f"{name}_biased", BIASED, chosen(k), _biased_top_k_dtypes, least={"E": k})
+    return BiasedTopK(forward, kernel("routing", f"{name}_grad", 5, _first, _first))
 
 
 class _TopK(nn.Cell):
-    def __init__(self, k, normalise):
+    def __init__(self, name, k):
         super().__init__()
-        name = "top_k_shares" if normalise else "top_k"
 
         def shapes(logits):
             return logits, (logits[0], k), (logits[0], k)
@@ -322,17 +325,21 @@ class _TopK(nn.Cell):
         return (self.backward(out[0], out[1], out[2], dout[0], dout[2]),)
 
 
-class _BiasedTopK(nn.Cell):
-    def __init__(self, k, normalise):
+def chosen(k):
+    """The shapes of a biased top-k's results, from its arguments'."""
+
+    def shapes(logits, bias):
+        return logits, (logits[0], k), (logits[0], k)
+
+    return shapes
+
+
+class BiasedTopK(nn.Cell):
+    """The function of two kernels: forward(logits, bias) -> probs, expert, weight, and backward(these, d_probs, d_weight) -> d_logits."""
+
+    def __init__(self, forward, backward):
         super().__init__()
-        name = "top_k_shares" if normalise else "top_k"
-
-        def shapes(logits, bias):
-            return logits, (logits[0], k), (logits[0], k)
-
-        self.forward = kernel("routing", f"{name}_biased", BIASED, shapes, _biased_top_k_dtypes, least={"E": k})
-        self.backward = kernel("routing", f"{name}_grad", 5, _first, _first)
-        self.zeros_like = ops.ZerosLike()
+        self.forward, self.backward, self.zeros_like = forward, backward, ops.ZerosLike()
 
     def construct(self, logits, bias):
         return self.forward(logits, bias)
@@ -406,15 +413,16 @@ def cpu_permute(num_experts, limit):
 
 def cpu_combine():
     """The same without a copy of the rows; float32."""
-    return _Combine()
+    backward = kernel("routing", "combine_grad", 4, combine_grads, _combine_grads_dtypes)
+    return Combine(kernel("routing", "combine", COMBINED, combined, _first), backward)
 
 
-class _Combine(nn.Cell):
-    def __init__(self):
+class Combine(nn.Cell):
+    """The function of two kernels: forward(y, slot, weight) -> x, and backward(y, slot, weight, dx) -> dy, d_weight."""
+
+    def __init__(self, forward, backward):
         super().__init__()
-        self.forward = kernel("routing", "combine", COMBINED, _combined, _first)
-        self.backward = kernel("routing", "combine_grad", 4, _combine_grads, _combine_grads_dtypes)
-        self.zeros_like = ops.ZerosLike()
+        self.forward, self.backward, self.zeros_like = forward, backward, ops.ZerosLike()
 
     def construct(self, y, slot, weight):
         return self.forward(y, slot, weight)
@@ -448,11 +456,13 @@ def _taken(x, index):
     return (*index, x[-1])
 
 
-def _combined(y, slot, weight):
+def combined(y, slot, weight):
+    """The shape of cpu_combine's result, from its arguments'."""
     return weight[0], y[-1]
 
 
-def _combine_grads(y, slot, weight, d_out):
+def combine_grads(y, slot, weight, d_out):
+    """Those of its gradients."""
     return y, weight
 
 

@@ -3,12 +3,13 @@
 from mindspore import nn, ops
 
 from ops.ascendc.custom import kernel
-from ops.rope import ARGUMENTS, NORMED
+from ops.rope import ARGUMENTS, NORMED, Rotate
 
 
 def ascendc():
     """The same as reference. The gradients of cos and sin are 0."""
-    return _Rotate()
+    backward = kernel("rope", "qwen_rope", 3, _first, _first, attrs={"sign": -1})
+    return Rotate(kernel("rope", "qwen_rope", ARGUMENTS, _first, _first, attrs={"sign": 1}), backward)
 
 
 def ascendc_norm(eps):
@@ -20,20 +21,6 @@ def ascendc_missing(use):
     if use.head_dim is not None and use.head_dim % 2:
         return f"needs an even head_dim, and this is {use.head_dim}"
     return ""
-
-
-class _Rotate(nn.Cell):
-    def __init__(self):
-        super().__init__()
-        self.forward = kernel("rope", "qwen_rope", ARGUMENTS, _first, _first, attrs={"sign": 1})
-        self.backward = kernel("rope", "qwen_rope", 3, _first, _first, attrs={"sign": -1})
-        self.zeros_like = ops.ZerosLike()
-
-    def construct(self, x, cos, sin):
-        return self.forward(x, cos, sin)
-
-    def bprop(self, x, cos, sin, out, dout):
-        return self.backward(dout, cos, sin), self.zeros_like(cos), self.zeros_like(sin)
 
 
 class _NormRotate(nn.Cell):

@@ -4,12 +4,15 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ops.ascendc.custom import kernel
-from ops.routing import BIASED, COMBINED, PERMUTED, vendor_missing
+from ops.routing import BIASED, COMBINED, PERMUTED, BiasedTopK, Combine, chosen, combine_grads, combined, vendor_missing
 
 
 def ascendc_top_k(k, normalise, biased=False):
     """The same as reference_top_k. A row with NaN among its logits gets some experts."""
-    return (_BiasedTopK if biased else _TopK)(k, normalise)
+    shares = int(normalise)
+    forward = kernel("routing", "qwen_top_k", BIASED, chosen(k), _top_k_dtypes, attrs={"k": k, "shares": shares}, least={"E": k})
+    choose = BiasedTopK(forward, kernel("routing", "qwen_top_k_grad", 5, _first, _first, attrs={"shares": shares}))
+    return choose if biased else _TopK(choose)
 
 
 def ascendc_permute(num_experts, limit):
@@ -21,7 +24,8 @@ def ascendc_permute(num_experts, limit):
 
 def ascendc_combine():
     """The same as reference_combine, where every row of y is in one slot, as ascendc_permute gives them. The weights are in float32."""
-    return _Combine()
+    forward = kernel("routing", "qwen_combine", COMBINED.replace("weight R k", "weight float32 R k"), combined, _first)
+    return Combine(forward, kernel("routing", "qwen_combine_grad", 4, combine_grads, _combine_grads_dtypes))
 
 
 def ascendc_missing(use):
@@ -29,31 +33,12 @@ def ascendc_missing(use):
 
 
 class _TopK(nn.Cell):
-    def __init__(self, k, normalise):
+    def __init__(self, choose):
         super().__init__()
-        self.choose, self.zeros_like = _BiasedTopK(k, normalise), ops.ZerosLike()
+        self.choose, self.zeros_like = choose, ops.ZerosLike()
 
     def construct(self, logits):
         return self.choose(logits, self.zeros_like(logits[0]))
-
-
-class _BiasedTopK(nn.Cell):
-    def __init__(self, k, normalise):
-        super().__init__()
-
-        def shapes(logits, bias):
-            return logits, (logits[0], k), (logits[0], k)
-
-        attrs = {"k": k, "shares": int(normalise)}
-        self.forward = kernel("routing", "qwen_top_k", BIASED, shapes, _top_k_dtypes, attrs=attrs, least={"E": k})
-        self.backward = kernel("routing", "qwen_top_k_grad", 5, _first, _first, attrs={"shares": int(normalise)})
-        self.zeros_like = ops.ZerosLike()
-
-    def construct(self, logits, bias):
-        return self.forward(logits, bias)
-
-    def bprop(self, logits, bias, out, dout):
-        return self.backward(out[0], out[1], out[2], dout[0], dout[2]), self.zeros_like(bias)
 
 
 class _Permute(nn.Cell):
@@ -68,21 +53,6 @@ class _Permute(nn.Cell):
 
     def bprop(self, x, expert, out, dout):
         return self.backward(dout[0], out[1], expert), self.zeros_like(expert)
-
-
-class _Combine(nn.Cell):
-    def __init__(self):
-        super().__init__()
-        self.forward = kernel("routing", "qwen_combine", COMBINED.replace("weight R k", "weight float32 R k"), _combined, _first)
-        self.backward = kernel("routing", "qwen_combine_grad", 4, _combine_grads, _combine_grads_dtypes)
-        self.zeros_like = ops.ZerosLike()
-
-    def construct(self, y, slot, weight):
-        return self.forward(y, slot, weight)
-
-    def bprop(self, y, slot, weight, out, dout):
-        dy, d_weight = self.backward(y, slot, weight, dout)
-        return dy, self.zeros_like(slot), d_weight
 
 
 def _first(x, *rest):
@@ -104,14 +74,6 @@ def _rows_dtypes(x, expert):
 
 def _unpermuted(drows, slot, expert):
     return expert[0], drows[-1]
-
-
-def _combined(y, slot, weight):
-    return weight[0], y[-1]
-
-
-def _combine_grads(y, slot, weight, dout):
-    return y, weight
 
 
 def _combine_grads_dtypes(y, slot, weight, dout):
