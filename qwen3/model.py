@@ -420,12 +420,8 @@ def _extend(cfg, parts):
     parallel: B are a data rank's rows, K its kv heads, and V is the whole vocabulary, of which each part is one rank's work, so that all
     ranks have the same bits.
     """
-    begin, over, last_of, logits = (
-        parts.begin,
-        parts.over_cache(parts.layers, tuple(range(cfg.num_layers))),
-        last_rows(),
-        parts.whole_logits,
-    )
+    begin, last_of, logits = parts.begin, last_rows(), parts.whole_logits
+    over = parts.over_cache(parts.layers, tuple(range(cfg.num_layers)))
     in_few_ops = all(decode for _, _, decode in parts.layers)
 
     def extend(params, cache, tokens, positions, last):
