@@ -8,7 +8,7 @@ import time
 import mindspore as ms
 import numpy as np
 
-from experiments.records import read_records
+from experiments.records import METRICS, read_records
 from ops.registry import choose, pick
 from parallel import collectives
 from parallel.checkpoint_files import write_text
@@ -64,7 +64,7 @@ class Writer:
     def __init__(self, workdir, begun=0):
         self.records, self.silent = [], workdir is None
         if not self.silent:
-            path = os.path.join(workdir, "metrics.jsonl")
+            path = os.path.join(workdir, METRICS)
             if begun:
                 self.records = [record for record in read_records(path) if record["step"] <= begun]
                 write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))

@@ -18,9 +18,10 @@ class Monitor:
 
     def __init__(self, program, mesh, optim, every, write):
         self.program, self.mesh, self.optim, self.every, self.write = program, mesh, optim, every, write
-        names = [name for name in wanted(program.held()) if name.startswith("params/")]
+        held = program.held()
+        names = [name for name in wanted(held) if name.startswith("params/")]
         self.groups = list(dict.fromkeys(map(group, names)))
-        self.adamw = {name for h in program.held() if h.spec.trains and h.spec.optimizer == "adamw" for name in h.names}
+        self.adamw = {name for h in held if h.spec.trains and h.spec.optimizer == "adamw" for name in h.names}
 
     def step(self, state, batch, rate, at):
         """Program.step, watched where it is time. All ranks call it together."""

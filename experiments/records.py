@@ -9,8 +9,6 @@ import json
 import os
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import json as arrow_json
 
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 AXES = ("step", "tokens", "time")
@@ -31,20 +29,17 @@ def read_records(path):
 
 def columns(path, names):
     """{name: float array}, an element a line, NaN where the line has no such number. Raises ValueError for a file with no such line."""
+    import pyarrow as pa  # here, as training needs of this module what takes no memory
+    from pyarrow import json as arrow_json
+
     with open(path, "rb") as file:
         data = file.read()
-    whole = data[: data.rfind(b"\n") + 1]
-    try:
-        found = _by_arrow(whole, names)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # NaN, a list in place of a number, a broken line: slower
-        found = _by_json(whole, names)
-    return found
-
-
-def _by_arrow(data, names):
-    schema = pa.schema([(name, pa.float64()) for name in names])
+    whole, schema = data[: data.rfind(b"\n") + 1], pa.schema([(name, pa.float64()) for name in names])
     options = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-    table = arrow_json.read_json(io.BytesIO(data), parse_options=options)
+    try:
+        table = arrow_json.read_json(io.BytesIO(whole), parse_options=options)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # NaN, a list in place of a number, a broken line: slower
+        return _by_json(whole, names)
     return {name: table[name].to_numpy() for name in names}
 
 
@@ -119,7 +114,7 @@ def thinned(x, values, most):
 
 def config_differences(folders):
     """{key: [value in each folder]} of the keys in which the runs' config.json differ; None where a run has no such key, or no config."""
-    every = [_flat(_config(folder)) for folder in folders]
+    every = [flat(_config(folder)) for folder in folders]
     keys = dict.fromkeys(key for config in every for key in config)
     values = {key: [config.get(key) for config in every] for key in keys}
     return {key: found for key, found in values.items() if any(v != found[0] for v in found)}
@@ -134,8 +129,9 @@ def _config(folder):
     return config if isinstance(config, dict) else {}
 
 
-def _flat(tree, path=""):
+def flat(tree, path=""):
+    """{dotted key: value} of nested dicts."""
     out = {}
     for key, value in tree.items():
-        out.update(_flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
+        out.update(flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
     return out

@@ -8,10 +8,11 @@ import os
 import secrets
 import subprocess
 
+from experiments.records import CONFIG, METRICS, flat
 from parallel import collectives
 from parallel.checkpoint_files import FOLDER, clean, steps, write_json
 
-LOCK, CONFIG, FINISHED, TOKENIZER = ".lock", "config.json", "finished.json", "tokenizer"
+LOCK, FINISHED, TOKENIZER = ".lock", "finished.json", "tokenizer"
 # What may change between the starts of one run: how it is computed, watched and saved, and how long it is.
 MAY_CHANGE = ("parallel.", "ops.", "checkpoint.", "init_from", "resume_from", "partial", "data.cache_dir", "data.skip_bad")
 MAY_CHANGE += tuple(f"train.{key}" for key in ("steps", "log_every", "eval_every", "eval_rows", "layer_loop", "save_hf"))
@@ -106,7 +107,7 @@ def own_step(path, config):
         )
     if not found:
         with contextlib.suppress(FileNotFoundError):  # an earlier try that saved nothing
-            os.replace(os.path.join(path, "metrics.jsonl"), os.path.join(path, "metrics.before.jsonl"))
+            os.replace(os.path.join(path, METRICS), os.path.join(path, "metrics.before.jsonl"))
     return found[-1] if found else 0
 
 
@@ -138,16 +139,9 @@ def to_dict(config):
 
 def differences(old, new, may_change):
     """["key=new instead of old"] for the keys that differ. may_change: keys, and prefixes of keys that end in a dot, that do not count."""
-    old, new = _flat(old), _flat(new)
+    old, new = flat(old), flat(new)
     keys = [key for key in new if not any(key == m or (m.endswith(".") and key.startswith(m)) for m in may_change)]
     return [f"{key}={old[key]!r} instead of {new[key]!r}" for key in keys if key in old and old[key] != new[key]]
-
-
-def _flat(tree, path=""):
-    out = {}
-    for key, value in tree.items():
-        out.update(_flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
-    return out
 
 
 def begin(workdir, config, tokenizer):
