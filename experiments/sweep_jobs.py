@@ -10,10 +10,9 @@ from typing import NamedTuple
 from experiments import flags as command_line
 from experiments import run_folder
 from experiments.sweeps import text
-from parallel.checkpoint_files import write_json
 from parallel.launch_process import Process, end
 
-MANIFEST, LOGS, LOCK = "sweep.json", "logs", ".lock"
+LOGS, LOCK = "logs", ".lock"
 SAVE_S = 60.0  # after SIGTERM, for the runs to save and end
 POLL_S = 0.2
 
@@ -57,7 +56,6 @@ def run_all(sweep, runs, parallel_jobs):
         except BlockingIOError:
             raise ValueError(f"--workdir={sweep.workdir}: a sweep runs there now; wait for it, or give another folder") from None
         left = [run for run in runs if not _finished(sweep, run, wanted[run.name])]
-        write_json(os.path.join(sweep.workdir, MANIFEST), {run.name: run.overrides for run in runs})
         print(f"sweep      {len(runs)} runs, {len(runs) - len(left)} of them finished before; {parallel_jobs} at a time", flush=True)
         return _run(sweep, left, parallel_jobs)
 
