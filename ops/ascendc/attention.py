@@ -6,7 +6,7 @@ from mindspore import nn, ops
 from ops.ascendc.custom import kernel
 from ops.attention import ARGUMENTS, GROUPED
 
-MOST_SIZE = 128  # elements of a head: op_kernel/attention_tiles.h
+MOST_SIZE = 256  # elements of a head: op_host/attention.cpp
 
 
 def ascendc(scale, in_order=False):

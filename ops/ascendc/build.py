@@ -1,10 +1,11 @@
 """The AscendC operators: emulated ones for CPU, built with g++ on first use, and the operator package for Ascend, built with CANN.
 
-    python -m ops.ascendc.build                 # says what is here, and builds what can be built: the emulated ones, and the package
+    python -m ops.ascendc.build                 # builds the emulated ones, and says what is missing for what needs CANN
     python -m ops.ascendc.build --install=DIR   # installs the package into DIR; set ASCEND_CUSTOM_OPP_PATH as it then says
 
 This module is the one place that knows CANN. Sources: op_host/FAMILY.cpp, the definitions and tiling functions of a family of operators,
-and op_kernel/qwen_NAME.cpp, the kernel of each.
+and op_kernel/qwen_NAME.cpp, the kernel of each. In CANN's own CPU mode and in its simulator a kernel is run by modes/run.cpp, without a
+package: tests/ops/test_ascendc_modes.py.
 """
 
 import argparse
@@ -23,12 +24,47 @@ from ops import build as cpu
 
 HERE = Path(__file__).parent
 EMULATOR = HERE.parent / "emulator"
-HOST, KERNEL = HERE / "op_host", HERE / "op_kernel"
+HOST, KERNEL, RUN = HERE / "op_host", HERE / "op_kernel", HERE / "modes" / "run.cpp"
 FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unused-parameter")
 # KERNEL_TYPE_...: cube cores, vector cores
 CORES = {"AIV_ONLY": "false, true", "MIX_AIV_1_0": "false, true", "AIC_ONLY": "true, false", "MIX_AIC_1_2": "true, true"}
 CHIP, VENDOR = "ascend910b", "qwen3"
 COMPILER = "lib/plugin/ascend/custom_compiler"  # MindSpore's, beside its plugin
+PART = "Ascend910B1"  # the part of the chip's family that CANN's CPU mode and simulator are asked for
+MODES = {"cpu": "CPU mode", "sim": "simulator"}
+CORE_MODES = {"AIV_ONLY": "AIV_MODE", "MIX_AIV_1_0": "AIV_MODE", "AIC_ONLY": "AIC_MODE", "MIX_AIC_1_2": "MIX_MODE"}  # of the CPU mode
+SYSTEM_WORKSPACE = 16 << 20  # bytes of a workspace that are CANN's own
+
+_COMPILER = {"the compiler of kernels": ("compiler/ccec_compiler/bin/ccec", "bin/ccec")}
+_HEADERS = {"the AscendC headers": ("compiler/tikcpp/tikcfw/kernel_operator.h", "include/ascendc")}
+# {what is built: {what it needs: where in CANN it is, or may be}}. CANN 9.1 has tools/cpudebug where others have tools/tikicpulib.
+NEEDS = {
+    "package": {
+        **_COMPILER,
+        **_HEADERS,
+        "the template of an operator project": ("tools/op_project_templates/ascendc", "tools/msopgen/template/operator_demo_projects"),
+    },
+    "cpu": {
+        **_HEADERS,
+        "the CMake package of the CPU mode": (
+            "tools/tikicpulib/lib/cmake/tikicpulib-config.cmake",
+            "tools/cpudebug/cmake/tikicpulib-config.cmake",
+        ),
+        "the header of the CPU mode": ("tools/tikicpulib/lib/include/tikicpulib.h", "tools/cpudebug/include/tikicpulib.h"),
+        f"the libraries of the CPU mode for {PART}": (f"tools/tikicpulib/lib/{PART}", f"tools/cpudebug/lib64/{PART}"),
+    },
+    "sim": {
+        **_COMPILER,
+        **_HEADERS,
+        "ascendc_library for CMake": (
+            "compiler/tikcpp/ascendc_kernel_cmake/ascendc.cmake",
+            "tools/tikcpp/ascendc_kernel_cmake/ascendc.cmake",
+        ),
+        "the header of its runtime": ("include/acl/acl.h",),
+        f"the simulator of {PART}": (f"tools/simulator/{PART}/lib/libruntime_camodel.so",),
+    },
+}
+TOOLS = {"package": ("cmake", "bash"), "cpu": ("cmake", "make"), "sim": ("cmake", "make")}
 
 
 def families():
@@ -107,25 +143,27 @@ def _compile(cxx, source, flags, path):
         os.replace(aside, path)
 
 
-def cann():
-    """(the folder of CANN, None where there is none; what is missing to build with it, empty if nothing is)"""
-    home = os.environ.get("ASCEND_HOME_PATH") or "/usr/local/Ascend/ascend-toolkit/latest"
-    if not os.path.isdir(home):
-        return None, f"CANN is not in {home}; install its toolkit, and source its set_env.sh, which sets ASCEND_HOME_PATH"
-    parts = {
-        "the compiler of kernels": ("compiler/ccec_compiler/bin/ccec", "bin/ccec"),
-        "the AscendC headers": ("compiler/tikcpp/tikcfw/kernel_operator.h", "include/ascendc"),
-        "the template of an operator project": ("tools/op_project_templates/ascendc", "tools/msopgen/template/operator_demo_projects"),
-    }
-    for what, places in parts.items():
-        if not any(os.path.exists(os.path.join(home, place)) for place in places):
-            return home, f"CANN in {home} lacks {what} ({' or '.join(places)}); install its toolkit with development files"
-    for tool in ("cmake", "bash"):
-        if shutil.which(tool) is None:
-            return home, f"CANN builds operators with {tool}, which PATH lacks"
-    if _compiler_of_mindspore() is None:
-        return home, "this MindSpore has no custom_compiler beside its Ascend plugin; install the wheel of PyPI"
-    return home, ""
+def home():
+    """The folder in which CANN is, or would be."""
+    return os.environ.get("ASCEND_HOME_PATH") or "/usr/local/Ascend/ascend-toolkit/latest"
+
+
+def missing(what):
+    """All that is missing to build the package, or for a mode ("cpu", "sim"), with the places of files; empty if nothing is."""
+    cann = home()
+    if not os.path.isdir(cann):
+        return f"CANN is not in {cann}; install its toolkit, and source its set_env.sh, which sets ASCEND_HOME_PATH"
+    lacks = [f"{part} ({' or '.join(places)})" for part, places in NEEDS[what].items() if _place(cann, places) is None]
+    tools = [tool for tool in TOOLS[what] if shutil.which(tool) is None]
+    found = [f"CANN in {cann} lacks {', '.join(lacks)}; install its toolkit with development files"] if lacks else []
+    found += [f"PATH lacks {', '.join(tools)}"] if tools else []
+    if what == "package" and _compiler_of_mindspore() is None:
+        found.append("this MindSpore has no custom_compiler beside its Ascend plugin; install the wheel of PyPI")
+    return ". ".join(found)
+
+
+def _place(cann, places):
+    return next((path for path in (os.path.join(cann, place) for place in places) if os.path.exists(path)), None)
 
 
 def _compiler_of_mindspore():
@@ -147,16 +185,15 @@ def not_installed():
 
 def install(folder):
     """Builds the operator package with CANN and installs it into a folder. Raises RuntimeError where that fails."""
-    home, missing = cann()
-    if missing:
-        raise RuntimeError(missing)
+    if lacks := missing("package"):
+        raise RuntimeError(lacks)
     setup = _compiler_of_mindspore()
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:  # setup.py makes its project beside itself, so it is copied
         for name in ("setup.py", "start.sh"):
             shutil.copy(setup.parent / name, work)
         command = [sys.executable, "setup.py", "-o", str(HOST), "-k", str(KERNEL), "--soc_version", CHIP, "--vendor_name", VENDOR]
-        command += ["--ascend_cann_package_path", home, "--install_path", os.path.abspath(folder), "-i"]
+        command += ["--ascend_cann_package_path", home(), "--install_path", os.path.abspath(folder), "-i"]
         done = subprocess.run(command, cwd=work, capture_output=True, text=True)
         log = Path(work, "build.log")
         if done.returncode:
@@ -165,21 +202,125 @@ def install(folder):
     return os.path.join(os.path.abspath(folder), "vendors", VENDOR)
 
 
+def program(mode, name, key, folder):
+    """Builds in a folder the program that runs the kernel of a tiling key in a mode of CANN; see modes/run.cpp. Raises RuntimeError.
+
+    Returns (its path, the environment that it needs).
+    """
+    if lacks := missing(mode):
+        raise RuntimeError(lacks)
+    folder, cann = Path(folder), home()
+    texts = {"kernel.cpp": _kernel(name, key), "call.h": _CALLS[mode](name, key), "CMakeLists.txt": _CMAKE[mode]}
+    for file, text in {**texts, "run.cpp": RUN.read_text()}.items():
+        (folder / file).write_text(text)
+    simulator = os.path.join(cann, "tools/simulator", PART, "lib")
+    libraries = [simulator, os.path.join(cann, "runtime/lib64/stub")]
+    if mode == "cpu":
+        libraries = [os.path.join(cann, place) for place in ("tools/tikicpulib/lib", "tools/cpudebug/lib64")]
+        libraries += [*(os.path.join(library, PART) for library in libraries), simulator]
+    env = {**os.environ, "LD_LIBRARY_PATH": ":".join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]), "CAMODEL_LOG_PATH": str(folder)}
+    # Makefiles: CANN's extraction of host stubs does not follow the paths that CMake writes for Ninja
+    command = ["cmake", "-S", str(folder), "-B", str(folder / "build"), "-G", "Unix Makefiles", "-DCMAKE_BUILD_TYPE=Release"]
+    command += [f"-DRUN_MODE={mode}", f"-DSOC_VERSION={PART}", f"-DASCEND_CANN_PACKAGE_PATH={cann}"]
+    if mode == "sim":
+        command.append(f"-DASCENDC_CMAKE={_place(cann, NEEDS[mode]['ascendc_library for CMake'])}")
+    for step in (command, ["cmake", "--build", str(folder / "build"), "--verbose"]):
+        done = subprocess.run(step, capture_output=True, text=True, env=env)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(step)}\nfailed:\n{(done.stdout + done.stderr)[-4000:]}")
+    return folder / "build" / "run", env
+
+
+def _kernel(name, key):
+    """A kernel as one source with what an operator package would bring: the tiling data as a struct, and how to read it."""
+    kernel = KERNEL / f"{name}.cpp"
+    structs = (HOST / f"{_family(kernel)}_tiling.h").read_text()
+    lines = [f"#define TILING_KEY_VAR {key}", '#include "kernel_operator.h"']
+    for tiling, fields in re.findall(r"BEGIN_TILING_DATA_DEF\((\w+)\);?(.*?)END_TILING_DATA_DEF", structs, re.S):
+        lines += [f"struct {tiling} {{", *(f"  {kind} {field};" for kind, field in re.findall(r"FIELD_DEF\((\w+), (\w+)\)", fields)), "};"]
+    return "\n".join([*lines, _READ_TILING, f'#include "{kernel}"']) + "\n"
+
+
+_READ_TILING = """\
+#undef GET_TILING_DATA_WITH_STRUCT
+#define GET_TILING_DATA_WITH_STRUCT(type, name, from)                   \\
+  type name;                                                            \\
+  for (uint32_t word = 0; word < sizeof(type) / sizeof(uint32_t); word++) \\
+  reinterpret_cast<uint32_t *>(&name)[word] = reinterpret_cast<__gm__ uint32_t *>(from)[word]"""
+
+
+def _pointers(name):
+    return (KERNEL / f"{name}.cpp").read_text().split("{", 1)[0].count("GM_ADDR ")
+
+
+def _call_on_cpu(name, key):
+    n, kind = _pointers(name), re.search(r"KERNEL_TYPE_(\w+)", (KERNEL / f"{name}.cpp").read_text())[1]
+    return f"""\
+#pragma once
+#include "tikicpulib.h"
+#define ARRAYS {n}
+extern "C" __global__ __aicore__ void {name}({", ".join(["GM_ADDR"] * n)});
+inline void Call(uint32_t blocks, uint8_t **a) {{
+  AscendC::SetKernelMode(KernelMode::{CORE_MODES[kind]});
+  ICPU_SET_TILING_KEY({key});
+  ICPU_RUN_KF({name}, blocks, {", ".join(f"a[{i}]" for i in range(n))});
+}}
+"""
+
+
+def _call_on_device(name, key):
+    n = _pointers(name)
+    return f"""\
+#pragma once
+#include "acl/acl.h"
+#include "aclrtlaunch_{name}.h"
+#define ARRAYS {n}
+inline void Call(uint32_t blocks, aclrtStream stream, uint8_t **a) {{
+  ACLRT_LAUNCH_KERNEL({name})(blocks, stream, {", ".join(f"a[{i}]" for i in range(n))});
+}}
+"""
+
+
+_CALLS = {"cpu": _call_on_cpu, "sim": _call_on_device}
+_CMAKE = {
+    "cpu": """\
+cmake_minimum_required(VERSION 3.16)
+project(kernel LANGUAGES CXX)
+set(CMAKE_CXX_STANDARD 17)
+list(APPEND CMAKE_PREFIX_PATH ${ASCEND_CANN_PACKAGE_PATH}/tools/tikicpulib/lib/cmake ${ASCEND_CANN_PACKAGE_PATH}/tools/cpudebug/cmake)
+find_package(tikicpulib REQUIRED)
+add_executable(run run.cpp kernel.cpp)
+target_compile_definitions(run PRIVATE ASCENDC_CPU_DEBUG=1)
+target_link_directories(run PRIVATE ${ASCEND_CANN_PACKAGE_PATH}/lib64)
+target_link_libraries(run PRIVATE tikicpulib::${SOC_VERSION} ascendcl c_sec)
+""",
+    # One source, for a second one that only declares a kernel gets a stub too. The simulator's libraries find each other when they are run.
+    "sim": """\
+cmake_minimum_required(VERSION 3.16)
+project(kernel)
+set(CMAKE_CXX_STANDARD 17)
+include(${ASCENDC_CMAKE})
+ascendc_library(kernels SHARED kernel.cpp)
+ascendc_compile_definitions(kernels PRIVATE -DHAVE_WORKSPACE -DHAVE_TILING)
+add_executable(run run.cpp)
+target_link_libraries(run PRIVATE kernels)
+target_link_options(run PRIVATE -Wl,-rpath-link,${ASCEND_CANN_PACKAGE_PATH}/tools/simulator/${SOC_VERSION}/lib -Wl,--allow-shlib-undefined)
+""",
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description="Builds the AscendC operators: emulated for CPU, and with CANN for Ascend.")
     parser.add_argument("--install", metavar="DIR", help="install the package for Ascend there")
     args = parser.parse_args()
     for family, names in families().items():
         print(f"{family:16} {len(names)} operators, emulated: {emulated(family)}", flush=True)
-    home, missing = cann()
-    if missing:
-        print(f"package for Ascend: not built. {missing}")
-    elif not args.install:
-        print(f"package for Ascend: CANN is in {home}; --install=DIR builds the package with it")
-    else:
+    for mode, words in MODES.items():
+        print(f"CANN's {words}: {missing(mode) or f'in {home()}; pytest -m slow tests/ops/test_ascendc_modes.py runs kernels in it'}")
+    if args.install:
         print(f"package for Ascend: export ASCEND_CUSTOM_OPP_PATH={install(args.install)}:$ASCEND_CUSTOM_OPP_PATH")
-    if missing and args.install:
-        raise RuntimeError("nothing was installed")
+    else:
+        print(f"package for Ascend: {missing('package') or f'CANN is in {home()}; --install=DIR builds the package with it'}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from ops.routing import BIASED, COMBINED, PERMUTED, BiasedTopK, Combine, chosen,
 
 
 def ascendc_top_k(k, normalise, biased=False):
-    """The same as reference_top_k. A row with NaN among its logits gets some experts."""
+    """The same as reference_top_k. A row with NaN among its logits gets the first k experts."""
     shares = int(normalise)
     forward = kernel("routing", "qwen_top_k", BIASED, chosen(k), _top_k_dtypes, attrs={"k": k, "shares": shares}, least={"E": k})
     choose = BiasedTopK(forward, kernel("routing", "qwen_top_k_grad", 5, _first, _first, attrs={"shares": shares}))

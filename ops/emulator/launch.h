@@ -1,6 +1,7 @@
 // An operator as a function that MindSpore's Custom calls on CPU: its definition is asked what it takes, its tiling function how to run it,
 // and its kernel runs on the emulated cores.
 #pragma once
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <utility>
@@ -60,17 +61,14 @@ inline void call_with(void (*kernel)(Pointers...), uint8_t **arrays, std::index_
   kernel(arrays[I]...);
 }
 
-// The kernel's pointers: inputs, outputs, workspace, tiling data.
-template <typename... Pointers>
-inline int launch(const char *type, void (*kernel)(Pointers...), bool cube, bool vector, Arguments a) {
+// What the definition and the tiling function make of arrays: `context` and `launch`, with the inputs and outputs. The message of what is
+// wrong, empty if nothing is.
+inline std::string plan(const char *type, bool cube, bool vector, const Arguments &a, gert::TilingContext &context, Launch &launch) {
   const std::unique_ptr<ops::OpDef> def = ops::definitions().at(type)();
   const size_t inputs = def->inputs.size(), outputs = def->outputs.size(), scalars = def->attrs.empty() ? 0 : 1;
-  if (static_cast<size_t>(a.count) != inputs + outputs + scalars || sizeof...(Pointers) != inputs + outputs + 2)
-    return emulator_report(text("%s: %d arrays; it takes %zu and gives %zu", type, a.count, inputs + scalars, outputs).c_str());
-  gert::TilingContext context;
+  if (static_cast<size_t>(a.count) != inputs + outputs + scalars)
+    return text("%s: %d arrays; it takes %zu and gives %zu", type, a.count, inputs + scalars, outputs);
   std::vector<int> types;
-  std::vector<void *> data;
-  Launch launch;
   for (int i = 0; i < a.count; i++) {
     if (scalars && i == static_cast<int>(inputs)) {
       for (size_t j = 0; j < def->attrs.size(); j++) {
@@ -88,16 +86,28 @@ inline int launch(const char *type, void (*kernel)(Pointers...), bool cube, bool
       std::memset(a.data[i], 0xff, bytes);  // what a kernel does not write is NaN
     launch.arrays.push_back({static_cast<uint8_t *>(a.data[i]), bytes, width});
   }
-  if (!fits(*def, types)) return emulator_report(text("%s: arrays of types that its definition does not list", type).c_str());
+  if (!fits(*def, types)) return text("%s: arrays of types that its definition does not list", type);
   if (def->core.tiling(&context) != ge::GRAPH_SUCCESS)
-    return emulator_report(text("%s: its tiling function refuses these shapes: %s", type, context.refusal.c_str()).c_str());
-  std::vector<uint8_t> workspace(context.workspace + GUARD, 0xff);
-  launch.arrays.push_back({workspace.data(), context.workspace, 4});
-  launch.arrays.push_back({context.tiling.bytes.data(), context.tiling.bytes.size(), 4});
+    return text("%s: its tiling function refuses these shapes: %s", type, context.refusal.c_str());
   launch.blocks = static_cast<int>(context.blocks), launch.key = context.key, launch.cube = cube, launch.vector = vector;
   const int most = cube ? cores() : 2 * cores();
   if (launch.blocks < 1 || launch.blocks > most)
-    return emulator_report(text("%s: its tiling asks for %d blocks; the chip runs 1 to %d at once", type, launch.blocks, most).c_str());
+    return text("%s: its tiling asks for %d blocks; the chip runs 1 to %d at once", type, launch.blocks, most);
+  return "";
+}
+
+// The kernel's pointers: inputs, outputs, workspace, tiling data.
+template <typename... Pointers>
+inline int launch(const char *type, void (*kernel)(Pointers...), bool cube, bool vector, Arguments a) {
+  gert::TilingContext context;
+  Launch launch;
+  const std::string refused = plan(type, cube, vector, a, context, launch);
+  if (!refused.empty()) return emulator_report(refused.c_str());
+  if (sizeof...(Pointers) != launch.arrays.size() + 2)
+    return emulator_report(text("%s: its kernel has %zu pointers, for %zu arrays", type, sizeof...(Pointers), launch.arrays.size()).c_str());
+  std::vector<uint8_t> workspace(context.workspace + GUARD, 0xff);
+  launch.arrays.push_back({workspace.data(), context.workspace, 4});
+  launch.arrays.push_back({context.tiling.bytes.data(), context.tiling.bytes.size(), 4});
   Call call;
   call.function = reinterpret_cast<void *>(kernel);
   call.invoke = [](void *function, uint8_t **arrays) {
@@ -111,6 +121,19 @@ inline int launch(const char *type, void (*kernel)(Pointers...), bool cube, bool
   return emulator_report(run(launch, body, &call).c_str());
 }
 
+// How a kernel would be run: made = {blocks, key, bytes of the workspace, of the tiling data}, and the tiling data, up to `capacity` bytes.
+inline int tiled(const char *type, bool cube, bool vector, Arguments a, int64_t *made, uint8_t *tiling, size_t capacity) {
+  gert::TilingContext context;
+  Launch launch;
+  const std::string refused = plan(type, cube, vector, a, context, launch);
+  if (!refused.empty()) return emulator_report(refused.c_str());
+  const std::vector<uint8_t> &bytes = context.tiling.bytes;
+  made[0] = launch.blocks, made[1] = static_cast<int64_t>(launch.key), made[2] = static_cast<int64_t>(context.workspace);
+  made[3] = static_cast<int64_t>(bytes.size());
+  std::memcpy(tiling, bytes.data(), std::min(bytes.size(), capacity));
+  return emulator_report("");
+}
+
 }  // namespace emulator
 
 // EMULATED(snake_name, OpType, cube cores, vector cores)
@@ -118,4 +141,9 @@ inline int launch(const char *type, void (*kernel)(Pointers...), bool cube, bool
   extern "C" __attribute__((visibility("default"))) int name##_emulated(int count, void **data, int *ndims, int64_t **shapes, \
                                                                         const char **dtypes, void *, void *) {                \
     return emulator::launch(#type, &name, cube, vector, {count, data, ndims, shapes, dtypes});                                \
+  }                                                                                                                           \
+  extern "C" __attribute__((visibility("default"))) int name##_tiled(int count, void **data, int *ndims, int64_t **shapes,    \
+                                                                     const char **dtypes, int64_t *made, uint8_t *tiling,     \
+                                                                     size_t capacity) {                                       \
+    return emulator::tiled(#type, cube, vector, {count, data, ndims, shapes, dtypes}, made, tiling, capacity);                \
   }

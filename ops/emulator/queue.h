@@ -139,7 +139,7 @@ class TQueBind {
   }
 
   template <typename T>
-  void FreeTensor(const LocalTensor<T> &tensor, EMULATOR_HERE) {
+  void FreeTensor(LocalTensor<T> &tensor, EMULATOR_HERE) {
     Buffer *b = mine("FreeTensor", tensor, where);
     if (b->state != Buffer::OUT && b->state != Buffer::TAKEN)
       emulator::fail(where, emulator::text("FreeTensor: a tensor that was %s at %s", state_name(b->state), b->line.text().c_str()));

@@ -39,6 +39,8 @@ OP_ADD(Mixed);
 using namespace optiling;
 #include "device.h"
 
+using namespace AscendC;
+
 enum Fault : uint32_t {
   NONE,
   MISALIGNED,
@@ -123,7 +125,8 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   a = in.AllocTensor<float>();
   DataCopy(a, shared[(1 - me) * n], n);
   in.EnQue(a);
-  in.FreeTensor(in.DeQue<float>());
+  a = in.DeQue<float>();
+  in.FreeTensor(a);
   while (fault == ENDLESS) spare.Get<float>().SetValue(0, 1.0f);  // ENDLESS
 }
 
@@ -137,9 +140,10 @@ extern "C" void mixed(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   TPipe pipe;
   GlobalTensor<float> from, to, product;
   from.SetGlobalBuffer((__gm__ float *)x), to.SetGlobalBuffer((__gm__ float *)y);
-  const uint64_t block = ASCEND_IS_AIC ? GetBlockIdx() : GetBlockIdx() / 2;
+  uint64_t block = GetBlockIdx() / 2;
+  if ASCEND_IS_AIC block = GetBlockIdx();
   product.SetGlobalBuffer((__gm__ float *)GetUserWorkspace(workspace) + block * n * n);
-  if (ASCEND_IS_AIC) {
+  if ASCEND_IS_AIC {
     TQue<TPosition::A1, 1> rows;
     TQue<TPosition::A2, 1> left;
     TQue<TPosition::B2, 1> right;

@@ -29,6 +29,8 @@ def test_kernels_use_cann_s_header_and_their_own_alone():
         text = re.sub(r"//.*", "", path.read_text())
         assert set(re.findall(r"#include [<\"](.*?)[>\"]", text)) <= own | {"kernel_operator.h"}, path
         assert not re.search(r"std::|emulat|EMULAT|\b(printf|malloc|new|throw|expf?|sqrtf?|logf?)\b\s*\(", text), path
+        if path.suffix == ".h" and re.search(r"^(class|struct|constexpr|__aicore__)", text, re.M):
+            assert re.search(r"^namespace qwen \{.*^\}", text, re.M | re.S), path  # beside CANN's names, not among them
 
 
 def test_definitions_use_cann_s_headers_and_their_own_alone():
@@ -40,11 +42,12 @@ def test_definitions_use_cann_s_headers_and_their_own_alone():
 
 def test_what_is_missing_to_build_the_package_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "none"))
-    assert build.cann() == (None, build.cann()[1]) and "install its toolkit, and source its set_env.sh" in build.cann()[1]
+    assert "install its toolkit, and source its set_env.sh" in build.missing("package")
     with pytest.raises(RuntimeError, match="CANN is not in"):
         build.install(tmp_path / "package")
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
-    assert re.search(r"CANN in .* lacks the compiler of kernels \(compiler/ccec_compiler/bin/ccec or bin/ccec\)", build.cann()[1])
+    lacks = r"CANN in .* lacks the compiler of kernels \(compiler/ccec_compiler/bin/ccec or bin/ccec\), the AscendC headers \("
+    assert re.search(lacks, build.missing("package"))
 
 
 def test_where_the_package_is_installed_is_asked_of_the_environment(tmp_path, monkeypatch):
@@ -59,11 +62,12 @@ def test_where_the_package_is_installed_is_asked_of_the_environment(tmp_path, mo
 def test_the_command_builds_what_can_be_built():
     done = subprocess.run([sys.executable, "-m", "ops.ascendc.build"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == list(build.families())
-    assert done.stdout.splitlines()[-1].startswith("package for Ascend: ")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:-3]] == list(build.families())
+    assert [line.split(": ")[0] for line in lines[-3:]] == ["CANN's CPU mode", "CANN's simulator", "package for Ascend"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(build.cann()[1] != "", reason=build.cann()[1])
+@pytest.mark.skipif(build.missing("package") != "", reason=build.missing("package"))
 def test_cann_builds_the_package(tmp_path):
     assert os.path.isdir(build.install(tmp_path))

@@ -8,7 +8,7 @@ namespace optiling {
 REGISTER_TILING_DATA_CLASS(QwenAttention, AttentionTiling)
 REGISTER_TILING_DATA_CLASS(QwenAttentionGrad, AttentionTiling)
 
-constexpr uint64_t ROWS = 128, KEYS = 64, MOST_SIZE = 128, MOST_STRIDE = 65535;  // see op_kernel/attention.h
+constexpr uint64_t ROWS = 128, KEYS = 64, PANEL = 128, MOST_SIZE = 256, MOST_STRIDE = 65535;  // see op_kernel/attention_tiles.h
 
 static ge::graphStatus TileAttention(gert::TilingContext *context, bool grad) {
   AttentionTiling tiling;
@@ -16,7 +16,7 @@ static ge::graphStatus TileAttention(gert::TilingContext *context, bool grad) {
   const uint64_t keys = DimOf(context, 1, 1), kv_heads = DimOf(context, 1, 2);
   if (batch * queries * heads * keys * kv_heads * size == 0 || heads % kv_heads)
     return Refuse(context, "no dim may be 0, and K has to divide N");
-  if (size > MOST_SIZE) return Refuse(context, "a head has up to 128 elements");
+  if (size > MOST_SIZE) return Refuse(context, "a head has up to 256 elements");
   if (heads * size > MOST_STRIDE) return Refuse(context, "the heads of a token have up to 65535 elements");
   tiling.set_batch(batch);
   tiling.set_queries(queries);
@@ -28,11 +28,12 @@ static ge::graphStatus TileAttention(gert::TilingContext *context, bool grad) {
   const int64_t in_order = *context->GetAttrs()->GetInt(1);
   if (in_order && queries != keys) return Refuse(context, "rows in order have as many queries as keys");
   tiling.set_in_order(static_cast<uint32_t>(in_order));
-  const uint64_t tiles = batch * heads * ((queries + ROWS - 1) / ROWS), of_keys = batch * kv_heads * ((keys + KEYS - 1) / KEYS);
+  const uint64_t panels = (size + PANEL - 1) / PANEL, high = grad ? ROWS / panels : ROWS, wide = KEYS / panels;
+  const uint64_t tiles = batch * heads * ((queries + high - 1) / high), of_keys = batch * kv_heads * ((keys + wide - 1) / wide);
   const uint32_t blocks = static_cast<uint32_t>(std::min<uint64_t>(grad ? std::max(tiles, of_keys) : tiles, CubeCores(context)));
   // Of a block: scores of two tiles, weights and results of one; of the gradient scores and their gradients of two tiles, both of one.
   const uint64_t width = WidthOf(context->GetInputDesc(0)->GetDataType());
-  const uint64_t each = grad ? ROWS * KEYS * (4 * 4 + 2 * width) : ROWS * KEYS * (2 * 4 + width) + ROWS * MOST_SIZE * 4;
+  const uint64_t each = grad ? ROWS * KEYS * (4 * 4 + 2 * width) : ROWS * KEYS * (2 * 4 + width) + ROWS * panels * PANEL * 4;
   const uint64_t deltas = grad ? batch * heads * RoundUp(static_cast<uint32_t>(queries), 8) * 4 : 0;
   return Finish(context, tiling, blocks, DtypeKey(context->GetInputDesc(0)->GetDataType()), each * blocks + deltas);
 }

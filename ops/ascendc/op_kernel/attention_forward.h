@@ -5,6 +5,8 @@
 #pragma once
 #include "attention_tiles.h"
 
+namespace qwen {
+
 template <typename T>
 class Attention {
  public:
@@ -12,11 +14,11 @@ class Attention {
                              GM_ADDR o, GM_ADDR lse, GM_ADDR workspace, const AttentionTiling &tiling) {
     in_.Init(q, k, v, segment, key_segment, order, key_order, tiling);
     o_.SetGlobalBuffer((__gm__ T *)o), lse_.SetGlobalBuffer((__gm__ float *)lse);
-    const uint64_t floats = 2 * ROWS * KEYS + ROWS * TILE, bytes = floats * sizeof(float) + ROWS * KEYS * sizeof(T);
+    const uint64_t floats = 2 * ROWS * KEYS + in_.panels * ROWS * TILE, bytes = floats * sizeof(float) + ROWS * KEYS * sizeof(T);
     GM_ADDR mine = GetUserWorkspace(workspace) + BlockOf() * bytes;
     scores_.SetGlobalBuffer((__gm__ float *)mine), result_.SetGlobalBuffer((__gm__ float *)mine + 2 * ROWS * KEYS);
     weights_.SetGlobalBuffer((__gm__ T *)(mine + floats * sizeof(float)));
-    if (ASCEND_IS_AIC) {
+    if ASCEND_IS_AIC {
       products_.Init(pipe_);
       pipe_.InitBuffer(c_, 2, ROWS * TILE * sizeof(float));
     } else {
@@ -26,7 +28,7 @@ class Attention {
     for (uint32_t task = BlockOf(); task < tasks; task += GetBlockNum()) {
       const uint32_t b = task / tiles / in_.heads, head = task / tiles % in_.heads, first = task % tiles * ROWS;
       const uint32_t rows = Least(ROWS, in_.S - first), keys = in_.KeysFor(first + rows - 1);
-      if (ASCEND_IS_AIC)
+      if ASCEND_IS_AIC
         Cube(b, head, first, rows, keys);
       else
         Vector(b, head, MineOf(first, rows), keys);
@@ -41,10 +43,8 @@ class Attention {
       const uint32_t next = t + KEYS, n = Least(KEYS, keys - t);
       if (next < keys) Scores(b, head, kv, first, rows, next, Least(KEYS, keys - next), (i + 1) % 2);
       CrossCoreWaitFlag(WEIGHTS_READY);
-      LocalTensor<float> c = c_.AllocTensor<float>();
       Matrix<T, false> p = {weights_, KEYS}, v = {in_.v[in_.Key(b, t, kv)], in_.KeyStride()};
-      products_.Multiply(c, p, v, rows, in_.size, n, false);
-      Put(result_, c, rows, in_.size, TILE);
+      for (uint32_t panel = 0; panel < in_.panels; panel++) Result(p, v, rows, n, panel);
       CrossCoreSetFlag<2, PIPE_FIX>(RESULT_READY);
     }
   }
@@ -57,6 +57,13 @@ class Attention {
     Put(scores_[slot * ROWS * KEYS], c, rows, n, KEYS);
     CrossCoreSetFlag<2, PIPE_FIX>(SCORES_READY);
   }
+  __aicore__ inline void Result(const Matrix<T, false> &p, Matrix<T, false> v, uint32_t rows, uint32_t n, uint32_t panel) {
+    const uint32_t columns = in_.PanelSize(panel);
+    LocalTensor<float> c = c_.AllocTensor<float>();
+    v.at = v.From(0, panel * TILE);
+    products_.Multiply(c, p, v, rows, columns, n, false);
+    Put(result_[panel * ROWS * TILE], c, rows, columns, TILE);
+  }
   __aicore__ inline void Put(const GlobalTensor<float> &to, const LocalTensor<float> &made, uint32_t m, uint32_t n, uint32_t stride) {
     c_.EnQue(made);
     LocalTensor<float> c = c_.DeQue<float>();
@@ -66,17 +73,17 @@ class Attention {
 
   __aicore__ inline void Buffers() {
     hidden_.Init(pipe_);
-    scores_in_.Init(pipe_, HALF * KEYS, 1), weights_out_.Init(pipe_, HALF * KEYS, 1), result_in_.Init(pipe_, HALF * TILE, 1);
+    in_tile_.Init(pipe_, HALF * TILE, 1), weights_out_.Init(pipe_, HALF * KEYS, 1);
     pipe_.InitBuffer(o_out_, 1, HALF * TILE * sizeof(T));
-    pipe_.InitBuffer(sum_, HALF * TILE * sizeof(float)), pipe_.InitBuffer(spread_, HALF * 32);
+    pipe_.InitBuffer(sum_, in_.panels * HALF * TILE * sizeof(float)), pipe_.InitBuffer(spread_, HALF * 32);
     pipe_.InitBuffer(numbers_, 4 * HALF * sizeof(float)), pipe_.InitBuffer(lse_out_, 1, HALF * sizeof(float));
   }
   __aicore__ inline void Vector(uint32_t b, uint32_t head, Mine mine, uint32_t keys) {
-    LocalTensor<float> top = numbers_.Get<float>(), total = top[HALF], sum = sum_.Get<float>();
-    const uint32_t width = AlignUp(in_.size, FLOATS);
+    LocalTensor<float> top = numbers_.Get<float>(), total = top[HALF];
     if (mine.rows) {
       VectorBarrier();
-      Duplicate(top, -3.0e38f, HALF), Duplicate(total, 0.0f, HALF), Duplicate(sum, 0.0f, mine.rows * TILE);
+      Duplicate(top, -3.0e38f, HALF), Duplicate(total, 0.0f, HALF);
+      for (uint32_t panel = 0; panel < in_.panels; panel++) Duplicate(Sum(panel), 0.0f, mine.rows * TILE);
       hidden_.Queries(in_, b, mine);
     }
     for (uint32_t t = 0, i = 0; t < keys; t += KEYS, i++) {
@@ -84,9 +91,9 @@ class Attention {
       if (mine.rows) Weights(b, mine.rows, t, Least(KEYS, keys - t), i % 2);
       CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY);
       CrossCoreWaitFlag(RESULT_READY);
-      if (mine.rows) AddUp(mine.rows, width);
+      if (mine.rows) AddUp(mine.rows);
     }
-    if (mine.rows) Finish(b, head, mine, width);
+    if (mine.rows) Finish(b, head, mine);
   }
   // The weights of a tile's keys, of which the columns past n are nobody's. `fall` is left: what the sum and the result so far are times.
   __aicore__ inline void Weights(uint32_t b, uint32_t rows, uint32_t key, uint32_t n, uint32_t slot) {
@@ -94,12 +101,12 @@ class Attention {
     LocalTensor<float> numbers = numbers_.Get<float>(), top = numbers, total = numbers[HALF], fall = numbers[2 * HALF],
                        most = numbers[3 * HALF];
     LocalTensor<float> spread = spread_.Get<float>(), spare = hidden_.Spare();
-    scores_in_.Load(scores_[(slot * ROWS + skipped) * KEYS], 1, count);
+    in_tile_.Load(scores_[(slot * ROWS + skipped) * KEYS], 1, count);
     hidden_.Keys(in_, b, key, n);
-    LocalTensor<float> hidden = hidden_.Of(rows, n), s = scores_in_.Wait(count), p = weights_out_.Get();
+    LocalTensor<float> hidden = hidden_.Of(rows, n), s = in_tile_.Wait(count), p = weights_out_.Get();
     VectorBarrier();
     Muls(p, s, in_.scale, count);
-    scores_in_.Free();
+    in_tile_.Free();
     VectorBarrier();
     Axpy(p, hidden, HIDE, count);
     VectorBarrier();
@@ -126,28 +133,37 @@ class Attention {
     Add(total, total, most, rows);
     weights_out_.Store(weights_[skipped * KEYS], 1, count, count);
   }
-  // result = result * fall + the tile's
-  __aicore__ inline void AddUp(uint32_t rows, uint32_t width) {
-    LocalTensor<float> sum = sum_.Get<float>(), spread = spread_.Get<float>();
-    SpreadRows(spread, numbers_.Get<float>()[2 * HALF], rows);
-    MulEach(sum, sum, spread, rows, width, TILE);
-    result_in_.Load(result_[GetSubBlockIdx() * HALF * TILE], 1, rows * TILE);
-    LocalTensor<float> part = result_in_.Wait(rows * TILE);
-    VectorBarrier();
-    Add(sum, sum, part, rows * TILE);
-    result_in_.Free();
+  // [HALF, TILE]: the sum so far
+  __aicore__ inline LocalTensor<float> Sum(uint32_t panel) { return sum_.Get<float>()[panel * HALF * TILE]; }
+  // sum = sum * numbers of rows
+  __aicore__ inline void Scale(uint32_t rows) {
+    for (uint32_t panel = 0; panel < in_.panels; panel++) {
+      LocalTensor<float> sum = Sum(panel);
+      MulEach(sum, sum, spread_.Get<float>(), rows, AlignUp(in_.PanelSize(panel), FLOATS), TILE);
+    }
   }
-  // o = result / total, lse = top + ln(total). A query that sees no key has a total of 0, and a result of 0.
-  __aicore__ inline void Finish(uint32_t b, uint32_t head, Mine mine, uint32_t width) {
+  // sum = sum * fall + the tile's
+  __aicore__ inline void AddUp(uint32_t rows) {
+    SpreadRows(spread_.Get<float>(), numbers_.Get<float>()[2 * HALF], rows);
+    Scale(rows);
+    for (uint32_t panel = 0; panel < in_.panels; panel++) {
+      in_tile_.Load(result_[(panel * ROWS + GetSubBlockIdx() * HALF) * TILE], 1, rows * TILE);
+      LocalTensor<float> sum = Sum(panel), part = in_tile_.Wait(rows * TILE);
+      VectorBarrier();
+      Add(sum, sum, part, rows * TILE);
+      in_tile_.Free();
+    }
+  }
+  // o = sum / total, lse = top + ln(total). A query that sees no key has a total of 0, and a result of 0.
+  __aicore__ inline void Finish(uint32_t b, uint32_t head, Mine mine) {
     LocalTensor<float> numbers = numbers_.Get<float>(), top = numbers, total = numbers[HALF], share = numbers[3 * HALF];
-    LocalTensor<float> spread = spread_.Get<float>(), sum = sum_.Get<float>();
     VectorBarrier();
-    Maxs(total, total, 1.0e-30f, mine.rows);
+    Adds(total, total, 1.0e-30f, mine.rows);  // to no effect on others, which are at least 1; a NaN stays
     Duplicate(share, 1.0f, HALF);
     VectorBarrier();
     Div(share, share, total, mine.rows);
-    SpreadRows(spread, share, mine.rows);
-    MulEach(sum, sum, spread, mine.rows, width, TILE);
+    SpreadRows(spread_.Get<float>(), share, mine.rows);
+    Scale(mine.rows);
     LocalTensor<float> lse = lse_out_.AllocTensor<float>();
     Ln(lse, total, mine.rows);
     VectorBarrier();
@@ -157,21 +173,22 @@ class Attention {
     const uint64_t at = (static_cast<uint64_t>(b) * in_.heads + head) * in_.S + mine.first;
     DataCopyPad(lse_[at], lse, DataCopyExtParams{1, static_cast<uint32_t>(mine.rows * sizeof(float)), 0, 0, 0});
     lse_out_.FreeTensor(lse);
-    Store(in_.Query(b, mine.first, head), mine.rows);
+    for (uint32_t panel = 0; panel < in_.panels; panel++) Store(in_.Query(b, mine.first, head) + panel * TILE, mine.rows, panel);
   }
   // Rows of the result, which lie TILE apart, into those of a head.
-  __aicore__ inline void Store(uint64_t at, uint32_t rows) {
+  __aicore__ inline void Store(uint64_t at, uint32_t rows, uint32_t panel) {
+    const uint32_t columns = in_.PanelSize(panel);
     LocalTensor<T> o = o_out_.template AllocTensor<T>();
     VectorBarrier();
     if constexpr (IsSameType<T, float>::value)
-      Muls(o, sum_.Get<float>(), 1.0f, rows * TILE);
+      Muls(o, Sum(panel), 1.0f, rows * TILE);
     else
-      Cast(o, sum_.Get<float>(), RoundMode::CAST_RINT, rows * TILE);
+      Cast(o, Sum(panel), RoundMode::CAST_RINT, rows * TILE);
     o_out_.EnQue(o);
     o = o_out_.template DeQue<T>();
     DataCopyExtParams copy;
-    copy.blockCount = rows, copy.blockLen = in_.size * sizeof(T), copy.dstStride = (in_.QueryStride() - in_.size) * sizeof(T);
-    copy.srcStride = (TILE - Padded<T>(in_.size)) * sizeof(T) / 32;
+    copy.blockCount = rows, copy.blockLen = columns * sizeof(T), copy.dstStride = (in_.QueryStride() - columns) * sizeof(T);
+    copy.srcStride = (TILE - Padded<T>(columns)) * sizeof(T) / 32;
     DataCopyPad(o_[at], o, copy);
     o_out_.FreeTensor(o);
   }
@@ -185,8 +202,10 @@ class Attention {
   TQue<TPosition::CO1, 1> c_;
   // of the vector cores
   Hidden hidden_;
-  In<float> scores_in_, result_in_;
+  In<float> in_tile_;  // of scores, and of a panel of the result
   Out<T> weights_out_;
   TQue<TPosition::VECOUT, 1> o_out_, lse_out_;
   TBuf<TPosition::VECCALC> sum_, spread_, numbers_;
 };
+
+}  // namespace qwen

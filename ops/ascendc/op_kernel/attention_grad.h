@@ -4,9 +4,12 @@
 //   2. of each tile of keys, over the heads that share them and tiles of queries     dv += p^T do, dk += ds^T q
 //
 // where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do). Both make scores and do v^T again, by the cube, and p and
-// ds, by the vector cores; what is summed stays in L0C.
+// ds, by the vector cores; what is summed stays in L0C. Of heads in two panels that is twice as wide, so tiles are half as high: 64 queries
+// in 1, and 32 keys in 2.
 #pragma once
 #include "attention_tiles.h"
+
+namespace qwen {
 
 template <typename T>
 class AttentionGrad {
@@ -24,7 +27,7 @@ class AttentionGrad {
     p_.SetGlobalBuffer((__gm__ T *)(mine + 4 * tile * sizeof(float))),
         ds_.SetGlobalBuffer((__gm__ T *)(mine + 4 * tile * sizeof(float)) + tile);
     deltas_.SetGlobalBuffer((__gm__ float *)(user + GetBlockNum() * bytes)), delta_row_ = AlignUp(in_.S, FLOATS);
-    if (ASCEND_IS_AIC)
+    if ASCEND_IS_AIC
       CubeBuffers();
     else
       VectorBuffers();
@@ -40,22 +43,22 @@ class AttentionGrad {
   };
 
   __aicore__ inline void Queries() {
-    const uint32_t tiles = (in_.S + ROWS - 1) / ROWS, tasks = in_.batch * in_.heads * tiles;
+    const uint32_t high = ROWS / in_.panels, tiles = (in_.S + high - 1) / high, tasks = in_.batch * in_.heads * tiles;
     for (uint32_t task = BlockOf(); task < tasks; task += GetBlockNum()) {
-      Task t = {task / tiles / in_.heads, task / tiles % in_.heads, task % tiles * ROWS, 0, 0, 0};
-      t.rows = Least(ROWS, in_.S - t.first);
-      if (ASCEND_IS_AIC)
+      Task t = {task / tiles / in_.heads, task / tiles % in_.heads, task % tiles * high, 0, 0, 0};
+      t.rows = Least(high, in_.S - t.first);
+      if ASCEND_IS_AIC
         QueriesCube(t);
       else
-        QueriesVector(t);
+        QueriesVector(t, MineOf(t.first, t.rows, high / 2));
     }
   }
   __aicore__ inline void Keys() {
-    const uint32_t tiles = (in_.keys + KEYS - 1) / KEYS, tasks = in_.batch * in_.kv_heads * tiles;
+    const uint32_t wide = KEYS / in_.panels, tiles = (in_.keys + wide - 1) / wide, tasks = in_.batch * in_.kv_heads * tiles;
     for (uint32_t task = BlockOf(); task < tasks; task += GetBlockNum()) {
-      Task t = {task / tiles / in_.kv_heads, task / tiles % in_.kv_heads, 0, 0, task % tiles * KEYS, 0};
-      t.n = Least(KEYS, in_.keys - t.key);
-      if (ASCEND_IS_AIC)
+      Task t = {task / tiles / in_.kv_heads, task / tiles % in_.kv_heads, 0, 0, task % tiles * wide, 0};
+      t.n = Least(wide, in_.keys - t.key);
+      if ASCEND_IS_AIC
         KeysCube(t);
       else
         KeysVector(t);
@@ -99,14 +102,14 @@ class AttentionGrad {
       next.key += KEYS;
       if (next.key < keys) next.n = Least(KEYS, keys - next.key), Scores(next, (i + 1) % 2);
       CrossCoreWaitFlag(WEIGHTS_READY);
-      products_.Multiply(sum, Matrix<T, false>{ds_, KEYS}, Matrix<T, false>{in_.k[in_.Key(t.b, t.key, kv)], in_.KeyStride()}, t.rows,
-                         in_.size, t.n, i > 0);
+      Matrix<T, false> k = {in_.k[in_.Key(t.b, t.key, kv)], in_.KeyStride()};
+      AddTo(sum, ROWS, Matrix<T, false>{ds_, KEYS}, k, t.rows, t.n, i > 0);
       Taken();
       t = next;
     }
     sums_.EnQue(sum);
     sum = sums_.DeQue<float>();
-    Write(dq_[in_.Query(t.b, t.first, t.head)], sum, t.rows, in_.size, in_.QueryStride());
+    Store(dq_[in_.Query(t.b, t.first, t.head)], sum, ROWS, t.rows, in_.QueryStride());
     sums_.FreeTensor(sum);
   }
   __aicore__ inline void KeysCube(Task t) {
@@ -120,16 +123,30 @@ class AttentionGrad {
       CrossCoreWaitFlag(WEIGHTS_READY);
       const uint64_t query = in_.Query(t.b, t.first, t.head);
       Matrix<T, false> q = {in_.q[query], in_.QueryStride()}, dout = {dout_[query], in_.QueryStride()};
-      products_.Multiply(dv, Matrix<T, true>{p_, KEYS}, dout, t.n, in_.size, t.rows, i > 0);
-      products_.Multiply(dk, Matrix<T, true>{ds_, KEYS}, q, t.n, in_.size, t.rows, i > 0);
+      AddTo(dv, KEYS, Matrix<T, true>{p_, KEYS}, dout, t.n, t.rows, i > 0);
+      AddTo(dk, KEYS, Matrix<T, true>{ds_, KEYS}, q, t.n, t.rows, i > 0);
       Taken();
     }
     sums_.EnQue(sum);
     sum = sums_.DeQue<float>();
     const uint64_t at = in_.Key(t.b, t.key, kv);
-    Write(dv_[at], sum, t.n, in_.size, in_.KeyStride());
-    Write(dk_[at], sum[KEYS * TILE], t.n, in_.size, in_.KeyStride());
+    Store(dv_[at], sum, KEYS, t.n, in_.KeyStride());
+    Store(dk_[at], sum[KEYS * TILE], KEYS, t.n, in_.KeyStride());
     sums_.FreeTensor(sum);
+  }
+  // sum (+)= a b, [m, k] by [k, size], in panels that share `high` rows of L0C.
+  template <bool TURNED>
+  __aicore__ inline void AddTo(const LocalTensor<float> &sum, uint32_t high, const Matrix<T, TURNED> &a, Matrix<T, false> b, uint32_t m,
+                               uint32_t k, bool add) {
+    const GlobalTensor<T> first = b.at;
+    for (uint32_t panel = 0; panel < in_.panels; panel++) {
+      b.at = first[panel * TILE];
+      products_.Multiply(sum[panel * (high / in_.panels) * TILE], a, b, m, in_.PanelSize(panel), k, add);
+    }
+  }
+  __aicore__ inline void Store(const GlobalTensor<T> &to, const LocalTensor<float> &sum, uint32_t high, uint32_t m, uint32_t stride) {
+    for (uint32_t panel = 0; panel < in_.panels; panel++)
+      Write(to[panel * TILE], sum[panel * (high / in_.panels) * TILE], m, in_.PanelSize(panel), stride);
   }
   // The tile of weights was read, and may be written again.
   __aicore__ inline void Taken() { CrossCoreSetFlag<2, PIPE_MTE2>(RESULT_READY); }
@@ -144,9 +161,8 @@ class AttentionGrad {
     pipe_.InitBuffer(delta_, 1, HALF * sizeof(float)), pipe_.InitBuffer(part_, HALF * sizeof(float));
     o_in_.Init(pipe_, HALF * KEYS, 1), dout_in_.Init(pipe_, HALF * KEYS, 1);
   }
-  __aicore__ inline void QueriesVector(Task t) {
+  __aicore__ inline void QueriesVector(Task t, Mine mine) {
     const uint32_t keys = in_.KeysFor(t.first + t.rows - 1);
-    const Mine mine = MineOf(t.first, t.rows);
     if (mine.rows) {
       hidden_.Queries(in_, t.b, mine);
       Delta(t, mine);
@@ -155,7 +171,7 @@ class AttentionGrad {
     for (uint32_t i = 0; t.key < keys; i++, t.key += KEYS) {
       t.n = Least(KEYS, keys - t.key);
       if (mine.rows) hidden_.Keys(in_, t.b, t.key, t.n);
-      Weights(t, mine.rows, i, false);
+      Weights(t, mine, i, false);
     }
     CrossCoreWaitFlag(RESULT_READY);  // the last tile of this task was read
   }
@@ -168,7 +184,7 @@ class AttentionGrad {
         hidden_.Queries(in_, t.b, mine);
         Numbers(t, mine);
       }
-      Weights(t, mine.rows, i, true);
+      Weights(t, mine, i, true);
     }
     CrossCoreWaitFlag(RESULT_READY);
   }
@@ -208,10 +224,11 @@ class AttentionGrad {
     numbers_in_.Free();
   }
   // ds of a tile, and with `both` p, for the cube.
-  __aicore__ inline void Weights(const Task &t, uint32_t rows, uint32_t i, bool both) {
+  __aicore__ inline void Weights(const Task &t, Mine mine, uint32_t i, bool both) {
+    const uint32_t rows = mine.rows;
     CrossCoreWaitFlag(SCORES_READY);
     if (rows) {
-      const uint32_t count = rows * KEYS, skipped = GetSubBlockIdx() * HALF * KEYS, at = i % 2 * ROWS * KEYS + skipped;
+      const uint32_t count = rows * KEYS, skipped = mine.skipped * KEYS, at = i % 2 * ROWS * KEYS + skipped;
       scores_in_.Load(scores_[at], 1, count), dweights_in_.Load(dweights_[at], 1, count);
       LocalTensor<float> hidden = hidden_.Of(rows, t.n), spare = hidden_.Spare();
       LocalTensor<float> s = scores_in_.Wait(count), dp = dweights_in_.Wait(count), ds = ds_out_.Get();
@@ -262,3 +279,5 @@ class AttentionGrad {
   TQue<TPosition::VECOUT, 1> delta_;
   TBuf<TPosition::VECCALC> lse_spread_, delta_spread_, part_;
 };
+
+}  // namespace qwen

@@ -1,8 +1,10 @@
 // What attention and its gradient share: tiles of 128 queries of one head by 64 keys, of which a block's cube makes the products and its
 // two vector cores, 64 queries each, the rest; they hand tiles over in global memory, one flag for each kind. A row of 64 keys is one
-// repeat.
+// repeat. Heads of more than 128 elements are results in two panels of up to 128 columns, each a tile of its own.
 #pragma once
 #include "product.h"
+
+namespace qwen {
 
 constexpr uint32_t ROWS = 128, HALF = 64, KEYS = 64;  // queries of a tile, and of a vector core; keys of a tile
 constexpr float HIDE = -1e9f;                         // added to a score, so that exp of it is 0
@@ -15,6 +17,7 @@ struct Inputs {
   GlobalTensor<T> q, k, v;
   GlobalTensor<int32_t> segment, key_segment, order, key_order;
   uint32_t batch, S, keys, heads, kv_heads, size;
+  uint32_t panels;  // of a head
   bool in_order;
   float scale;
 
@@ -24,7 +27,7 @@ struct Inputs {
     segment.SetGlobalBuffer((__gm__ int32_t *)segment_at), key_segment.SetGlobalBuffer((__gm__ int32_t *)key_segment_at);
     order.SetGlobalBuffer((__gm__ int32_t *)order_at), key_order.SetGlobalBuffer((__gm__ int32_t *)key_order_at);
     batch = t.batch, S = t.queries, keys = t.keys, heads = t.heads, kv_heads = t.kv_heads, size = t.size;
-    in_order = t.in_order, scale = t.scale;
+    panels = (size + TILE - 1) / TILE, in_order = t.in_order, scale = t.scale;
   }
   // Places of a query's or a key's head, and how far apart two of a row are.
   __aicore__ inline uint64_t Query(uint32_t b, uint32_t s, uint32_t head) const {
@@ -35,21 +38,22 @@ struct Inputs {
   }
   __aicore__ inline uint32_t QueryStride() const { return heads * size; }
   __aicore__ inline uint32_t KeyStride() const { return kv_heads * size; }
+  __aicore__ inline uint32_t PanelSize(uint32_t panel) const { return Least(TILE, size - panel * TILE); }
   // The keys that queries up to `last` may see.
   __aicore__ inline uint32_t KeysFor(uint32_t last) const { return in_order ? Least(keys, last + 1) : keys; }
 };
 
-// The queries of a tile that are this vector core's: `rows` from `first`, which may be none.
+// The queries of a tile that are this vector core's: `rows` from `first`, which may be none, behind `skipped` of the tile.
 struct Mine {
-  uint32_t first, rows;
+  uint32_t first, rows, skipped;
 };
-__aicore__ inline Mine MineOf(uint32_t first, uint32_t rows) {
-  const uint32_t skipped = GetSubBlockIdx() * HALF;
-  return {first + skipped, rows > skipped ? Least(HALF, rows - skipped) : 0};
+__aicore__ inline Mine MineOf(uint32_t first, uint32_t rows, uint32_t half = HALF) {
+  const uint32_t skipped = GetSubBlockIdx() * half;
+  return {first + skipped, rows > skipped ? Least(half, rows - skipped) : 0, skipped};
 }
 
 __aicore__ inline uint64_t BlockOf() {
-  if (ASCEND_IS_AIC) return GetBlockIdx();
+  if ASCEND_IS_AIC return GetBlockIdx();
   return GetBlockIdx() / 2;
 }
 
@@ -121,3 +125,5 @@ class Hidden {
   TQue<TPosition::VECIN, 1> ints_;
   TBuf<TPosition::VECCALC> segments_, orders_, keys_, hidden_, spare_;
 };
+
+}  // namespace qwen

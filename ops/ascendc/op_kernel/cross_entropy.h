@@ -3,6 +3,8 @@
 #pragma once
 #include "device.h"
 
+namespace qwen {
+
 __aicore__ inline float FloatOf(uint32_t bits) {
   union {
     uint32_t bits;
@@ -150,3 +152,5 @@ class CrossEntropyGrad {
   In<float> z_in_;
   Out<float> dz_out_;
 };
+
+}  // namespace qwen

@@ -2,6 +2,9 @@
 #pragma once
 #include "kernel_operator.h"
 
+// A namespace of its own: names that are declared here hide CANN's, of which there are many (AlignUp is one).
+namespace qwen {
+
 using namespace AscendC;
 
 constexpr uint32_t FLOATS = 8;  // of a block of 32 bytes
@@ -196,3 +199,5 @@ struct Share {
 __aicore__ inline Share ShareOf(uint32_t n, uint32_t b, uint32_t blocks) {
   return {static_cast<uint32_t>(static_cast<uint64_t>(n) * b / blocks), static_cast<uint32_t>(static_cast<uint64_t>(n) * (b + 1) / blocks)};
 }
+
+}  // namespace qwen

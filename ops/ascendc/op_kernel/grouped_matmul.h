@@ -3,6 +3,8 @@
 #pragma once
 #include "product.h"
 
+namespace qwen {
+
 enum class Side { Y, DX };
 
 template <typename T>
@@ -94,3 +96,5 @@ class GroupedMatmulDw : GroupedBase<T> {
   GlobalTensor<T> x_, dy_, dw_;
   uint32_t from_, to_;
 };
+
+}  // namespace qwen

@@ -2,6 +2,8 @@
 #pragma once
 #include "device.h"
 
+namespace qwen {
+
 constexpr uint32_t COLUMNS = 4096;  // of a row in UB at a time
 constexpr uint32_t SLOTS = 1024;    // numbers written together
 
@@ -256,3 +258,5 @@ class CombineGrad {
   TBuf<TPosition::VECCALC> products_, work_, dots_;
   TQue<TPosition::VECOUT, 1> dweight_out_;
 };
+
+}  // namespace qwen

@@ -5,6 +5,8 @@
 #pragma once
 #include "device.h"
 
+namespace qwen {
+
 constexpr uint32_t TILE = 128, FRACTAL_ROWS = 16;
 
 // A matrix in global memory: rows `stride` elements apart. TURNED: it lies there transposed.
@@ -127,3 +129,5 @@ __aicore__ inline void Write(const GlobalTensor<U> &to, const LocalTensor<float>
   if constexpr (IsSameType<U, bfloat16_t>::value) out.quantPre = QuantMode_t::F322BF16;
   Fixpipe<U, float, CFG_ROW_MAJOR>(to, c, out);
 }
+
+}  // namespace qwen

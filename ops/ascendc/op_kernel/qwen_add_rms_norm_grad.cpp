@@ -4,7 +4,7 @@ extern "C" __global__ __aicore__ void qwen_add_rms_norm_grad(GM_ADDR h, GM_ADDR 
                                                              GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);
   GET_TILING_DATA_WITH_STRUCT(RmsNormTiling, data, tiling);
-  if (TILING_KEY_IS(0)) RmsNormGrad<float, true>().Run(h, w, dnormed, dh, dx, dw, workspace, data);
-  if (TILING_KEY_IS(1)) RmsNormGrad<half, true>().Run(h, w, dnormed, dh, dx, dw, workspace, data);
-  if (TILING_KEY_IS(2)) RmsNormGrad<bfloat16_t, true>().Run(h, w, dnormed, dh, dx, dw, workspace, data);
+  if (TILING_KEY_IS(0)) qwen::RmsNormGrad<float, true>().Run(h, w, dnormed, dh, dx, dw, workspace, data);
+  if (TILING_KEY_IS(1)) qwen::RmsNormGrad<half, true>().Run(h, w, dnormed, dh, dx, dw, workspace, data);
+  if (TILING_KEY_IS(2)) qwen::RmsNormGrad<bfloat16_t, true>().Run(h, w, dnormed, dh, dx, dw, workspace, data);
 }

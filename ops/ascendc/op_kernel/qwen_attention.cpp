@@ -4,7 +4,7 @@ extern "C" __global__ __aicore__ void qwen_attention(GM_ADDR q, GM_ADDR k, GM_AD
                                                      GM_ADDR key_order, GM_ADDR o, GM_ADDR lse, GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
   GET_TILING_DATA_WITH_STRUCT(AttentionTiling, data, tiling);
-  if (TILING_KEY_IS(0)) Attention<float>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, workspace, data);
-  if (TILING_KEY_IS(1)) Attention<half>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, workspace, data);
-  if (TILING_KEY_IS(2)) Attention<bfloat16_t>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, workspace, data);
+  if (TILING_KEY_IS(0)) qwen::Attention<float>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, workspace, data);
+  if (TILING_KEY_IS(1)) qwen::Attention<half>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, workspace, data);
+  if (TILING_KEY_IS(2)) qwen::Attention<bfloat16_t>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, workspace, data);
 }

@@ -6,9 +6,9 @@ extern "C" __global__ __aicore__ void qwen_attention_grad(GM_ADDR q, GM_ADDR k, 
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
   GET_TILING_DATA_WITH_STRUCT(AttentionTiling, data, tiling);
   if (TILING_KEY_IS(0))
-    AttentionGrad<float>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, dout, dq, dk, dv, workspace, data);
+    qwen::AttentionGrad<float>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, dout, dq, dk, dv, workspace, data);
   if (TILING_KEY_IS(1))
-    AttentionGrad<half>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, dout, dq, dk, dv, workspace, data);
+    qwen::AttentionGrad<half>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, dout, dq, dk, dv, workspace, data);
   if (TILING_KEY_IS(2))
-    AttentionGrad<bfloat16_t>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, dout, dq, dk, dv, workspace, data);
+    qwen::AttentionGrad<bfloat16_t>().Run(q, k, v, segment, key_segment, order, key_order, o, lse, dout, dq, dk, dv, workspace, data);
 }

@@ -4,7 +4,7 @@ extern "C" __global__ __aicore__ void qwen_grouped_matmul_dx(GM_ADDR dy, GM_ADDR
                                                              GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIC_ONLY);
   GET_TILING_DATA_WITH_STRUCT(GroupedMatmulTiling, data, tiling);
-  if (TILING_KEY_IS(0)) GroupedMatmul<float, Side::DX>().Run(dy, w, ends, dx, data);
-  if (TILING_KEY_IS(1)) GroupedMatmul<half, Side::DX>().Run(dy, w, ends, dx, data);
-  if (TILING_KEY_IS(2)) GroupedMatmul<bfloat16_t, Side::DX>().Run(dy, w, ends, dx, data);
+  if (TILING_KEY_IS(0)) qwen::GroupedMatmul<float, qwen::Side::DX>().Run(dy, w, ends, dx, data);
+  if (TILING_KEY_IS(1)) qwen::GroupedMatmul<half, qwen::Side::DX>().Run(dy, w, ends, dx, data);
+  if (TILING_KEY_IS(2)) qwen::GroupedMatmul<bfloat16_t, qwen::Side::DX>().Run(dy, w, ends, dx, data);
 }

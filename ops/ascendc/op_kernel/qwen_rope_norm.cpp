@@ -4,7 +4,7 @@ extern "C" __global__ __aicore__ void qwen_rope_norm(GM_ADDR x, GM_ADDR w, GM_AD
                                                      GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   GET_TILING_DATA_WITH_STRUCT(RopeTiling, data, tiling);
-  if (TILING_KEY_IS(0)) Rope<float, true>().Run(x, w, cos, sin, y, data);
-  if (TILING_KEY_IS(1)) Rope<half, true>().Run(x, w, cos, sin, y, data);
-  if (TILING_KEY_IS(2)) Rope<bfloat16_t, true>().Run(x, w, cos, sin, y, data);
+  if (TILING_KEY_IS(0)) qwen::Rope<float, true>().Run(x, w, cos, sin, y, data);
+  if (TILING_KEY_IS(1)) qwen::Rope<half, true>().Run(x, w, cos, sin, y, data);
+  if (TILING_KEY_IS(2)) qwen::Rope<bfloat16_t, true>().Run(x, w, cos, sin, y, data);
 }

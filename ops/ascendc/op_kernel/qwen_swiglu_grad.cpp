@@ -4,7 +4,7 @@ extern "C" __global__ __aicore__ void qwen_swiglu_grad(GM_ADDR gate, GM_ADDR up,
                                                        GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   GET_TILING_DATA_WITH_STRUCT(SwigluTiling, data, tiling);
-  if (TILING_KEY_IS(0)) SwigluGrad<float>().Run(gate, up, dy, dgate, dup, data);
-  if (TILING_KEY_IS(1)) SwigluGrad<half>().Run(gate, up, dy, dgate, dup, data);
-  if (TILING_KEY_IS(2)) SwigluGrad<bfloat16_t>().Run(gate, up, dy, dgate, dup, data);
+  if (TILING_KEY_IS(0)) qwen::SwigluGrad<float>().Run(gate, up, dy, dgate, dup, data);
+  if (TILING_KEY_IS(1)) qwen::SwigluGrad<half>().Run(gate, up, dy, dgate, dup, data);
+  if (TILING_KEY_IS(2)) qwen::SwigluGrad<bfloat16_t>().Run(gate, up, dy, dgate, dup, data);
 }

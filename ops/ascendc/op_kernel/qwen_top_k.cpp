@@ -4,5 +4,5 @@ extern "C" __global__ __aicore__ void qwen_top_k(GM_ADDR logits, GM_ADDR bias, G
                                                  GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   GET_TILING_DATA_WITH_STRUCT(TopKTiling, data, tiling);
-  TopK().Run(logits, bias, probs, expert, weight, data);
+  qwen::TopK().Run(logits, bias, probs, expert, weight, data);
 }

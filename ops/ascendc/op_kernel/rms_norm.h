@@ -2,6 +2,8 @@
 #pragma once
 #include "device.h"
 
+namespace qwen {
+
 // The scales of rows: 1 / sqrt(sum / n + eps) of sums that lie a block apart, for the scalar unit.
 class Scales {
  public:
@@ -203,3 +205,5 @@ class RmsNormGrad {
   uint32_t n_, padded_, row_, parts_;
   float eps_;
 };
+
+}  // namespace qwen

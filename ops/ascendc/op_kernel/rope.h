@@ -5,6 +5,8 @@
 #pragma once
 #include "device.h"
 
+namespace qwen {
+
 struct HeadRows {
   uint32_t tokens, heads, half, padded;
   __aicore__ inline uint32_t Rows() const { return tokens * heads; }
@@ -266,3 +268,5 @@ class RopeNormGrad {
   HeadRows size_;
   uint32_t row_;
 };
+
+}  // namespace qwen

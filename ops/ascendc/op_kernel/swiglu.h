@@ -2,6 +2,8 @@
 #pragma once
 #include "device.h"
 
+namespace qwen {
+
 // s of n elements, over a buffer that may not be the gate's.
 __aicore__ inline void Sigmoid(const LocalTensor<float> &s, const LocalTensor<float> &gate, const LocalTensor<float> &ones, uint32_t n) {
   Muls(s, gate, -1.0f, n);
@@ -94,3 +96,5 @@ class SwigluGrad {
   Out<T> dgate_out_, dup_out_;
   TBuf<TPosition::VECCALC> s_;
 };
+
+}  // namespace qwen

@@ -5,6 +5,8 @@
 #pragma once
 #include "device.h"
 
+namespace qwen {
+
 constexpr uint32_t LANES = 64;              // floats of a repeat
 constexpr uint32_t OUT_OF_IT = 0xff7fffff;  // the lowest float, as bits
 
@@ -130,6 +132,7 @@ class TopK {
         if (!(best.GetValue(pair) > most)) continue;
         most = best.GetValue(pair), at = c + place.GetValue(pair + 1);
       }
+      if (!(most > lowest.value)) at = j;  // all of a row is NaN where one of it is: the first k
       expert.SetValue(r * choices_ + j, static_cast<int32_t>(at));
       weight.SetValue(r * choices_ + j, probs.GetValue(r * padded_ + at));
       score.SetValue(r * padded_ + at, lowest.value);
@@ -209,3 +212,5 @@ class TopKGrad {
   RowNumbers numbers_;
   uint32_t n_, k_, padded_;
 };
+
+}  // namespace qwen

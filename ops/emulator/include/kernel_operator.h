@@ -7,8 +7,9 @@
 #define __gm__
 #define __ubuf__
 #define GM_ADDR uint8_t *
-#define ASCEND_IS_AIC (::emulator::core().kind == ::emulator::Kind::AIC)
-#define ASCEND_IS_AIV (::emulator::core().kind == ::emulator::Kind::AIV)
+// For a device these are `constexpr(...)`, and nothing but `if ASCEND_IS_AIC` compiles; the semicolon sees to that here.
+#define ASCEND_IS_AIC (const auto kind = ::emulator::core().kind; kind == ::emulator::Kind::AIC)
+#define ASCEND_IS_AIV (const auto kind = ::emulator::core().kind; kind == ::emulator::Kind::AIV)
 #define TILING_KEY_IS(key) (::emulator::tiling_key() == (key))
 #define GET_TILING_DATA_WITH_STRUCT(type, name, address) const type name = *reinterpret_cast<const type *>(address)
 // Which cores run a kernel is told to the emulator by its build; here, whether it may use what makes all of them wait.
