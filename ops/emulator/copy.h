@@ -36,6 +36,22 @@ inline void rows_in_range(const char *name, const AscendC::DataCopyExtParams &p,
   if (p.blockLen < 1 || p.blockLen > 2097151) fail(where, text("%s: blockLen is %u bytes, and it is 1 to 2097151", name, p.blockLen));
 }
 
+// The side of a copy that is in a core's memory.
+template <typename T>
+inline void takes(const char *name, const char *operand, const AscendC::LocalTensor<T> &tensor, std::initializer_list<TPosition> allowed,
+                  Where where) {
+  wants_position(name, operand, tensor.GetPosition(), allowed, where);
+  tensor.aligned(name, operand, where);
+}
+
+// The bytes of a copy by count.
+template <typename T>
+inline size_t counted(uint32_t count, Where where) {
+  const size_t bytes = count * sizeof(T);
+  if (bytes % BLOCK) fail(where, text("DataCopy: %zu bytes are no whole blocks of %d; DataCopyPad copies those", bytes, BLOCK));
+  return bytes;
+}
+
 inline uint32_t whole_blocks(uint32_t bytes) { return (bytes + BLOCK - 1) / BLOCK * BLOCK; }
 
 }  // namespace emulator
@@ -48,9 +64,8 @@ template <typename T>
 inline void DataCopyPad(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const DataCopyExtParams &p,
                         const DataCopyPadExtParams<T> &pad, EMULATOR_HERE) {
   using namespace emulator;
-  wants_position("DataCopyPad", "dst", dst.GetPosition(), {TPosition::VECIN, TPosition::VECCALC}, where);
+  takes("DataCopyPad", "dst", dst, {TPosition::VECIN, TPosition::VECCALC}, where);
   rows_in_range("DataCopyPad", p, where);
-  dst.aligned("DataCopyPad", "dst", where);
   if (pad.isPad && (pad.leftPadding || pad.rightPadding * sizeof(T) > BLOCK))
     fail(where, text("DataCopyPad: padding of %u and %u elements; the emulator knows right padding of up to 32 bytes", pad.leftPadding,
                      pad.rightPadding));
@@ -72,23 +87,15 @@ inline void DataCopyPad(const LocalTensor<T> &dst, const GlobalTensor<T> &src, c
 template <typename T>
 inline void DataCopyPad(const GlobalTensor<T> &dst, const LocalTensor<T> &src, const DataCopyExtParams &p, EMULATOR_HERE) {
   using namespace emulator;
-  wants_position("DataCopyPad", "src", src.GetPosition(), {TPosition::VECOUT, TPosition::VECCALC}, where);
+  takes("DataCopyPad", "src", src, {TPosition::VECOUT, TPosition::VECCALC}, where);
   rows_in_range("DataCopyPad", p, where);
-  src.aligned("DataCopyPad", "src", where);
   issue(PIPE_MTE3, where);
   const uint32_t row = whole_blocks(p.blockLen) / sizeof(T), step = row + p.srcStride * BLOCK / sizeof(T);
   for (uint32_t r = 0; r < p.blockCount; r++) {
     uint8_t *to = reinterpret_cast<uint8_t *>(dst.address()) + static_cast<size_t>(r) * (p.blockLen + p.dstStride);
     global_access("DataCopyPad", PIPE_MTE3, to, p.blockLen, true, where);
     const T *from = src.touch("DataCopyPad", PIPE_MTE3, r * step, row, false, where);
-    if (core().atomic_add) {
-      if constexpr (std::is_same_v<T, float>)
-        for (uint32_t i = 0; i < p.blockLen / sizeof(T); i++) reinterpret_cast<float *>(to)[i] += from[i];
-      else
-        fail(where, "DataCopyPad: the emulator adds atomically in float only");
-    } else {
-      std::memcpy(to, from, p.blockLen);
-    }
+    std::memcpy(to, from, p.blockLen);
   }
 }
 
@@ -96,25 +103,21 @@ inline void DataCopyPad(const GlobalTensor<T> &dst, const LocalTensor<T> &src, c
 template <typename T>
 inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const uint32_t count, EMULATOR_HERE) {
   using namespace emulator;
-  wants_position("DataCopy", "dst", dst.GetPosition(), {TPosition::VECIN, TPosition::VECCALC}, where);
-  dst.aligned("DataCopy", "dst", where);
-  if (count * sizeof(T) % BLOCK)
-    fail(where, text("DataCopy: %zu bytes are no whole blocks of %d; DataCopyPad copies those", count * sizeof(T), BLOCK));
+  takes("DataCopy", "dst", dst, {TPosition::VECIN, TPosition::VECCALC}, where);
+  const size_t bytes = counted<T>(count, where);
   issue(PIPE_MTE2, where);
-  global_access("DataCopy", PIPE_MTE2, src.address(), count * sizeof(T), false, where);
-  std::memcpy(static_cast<void *>(dst.touch("DataCopy", PIPE_MTE2, 0, count, true, where)), src.address(), count * sizeof(T));
+  global_access("DataCopy", PIPE_MTE2, src.address(), bytes, false, where);
+  std::memcpy(static_cast<void *>(dst.touch("DataCopy", PIPE_MTE2, 0, count, true, where)), src.address(), bytes);
 }
 
 template <typename T>
 inline void DataCopy(const GlobalTensor<T> &dst, const LocalTensor<T> &src, const uint32_t count, EMULATOR_HERE) {
   using namespace emulator;
-  wants_position("DataCopy", "src", src.GetPosition(), {TPosition::VECOUT, TPosition::VECCALC}, where);
-  src.aligned("DataCopy", "src", where);
-  if (count * sizeof(T) % BLOCK)
-    fail(where, text("DataCopy: %zu bytes are no whole blocks of %d; DataCopyPad copies those", count * sizeof(T), BLOCK));
+  takes("DataCopy", "src", src, {TPosition::VECOUT, TPosition::VECCALC}, where);
+  const size_t bytes = counted<T>(count, where);
   issue(PIPE_MTE3, where);
-  global_access("DataCopy", PIPE_MTE3, dst.address(), count * sizeof(T), true, where);
-  std::memcpy(static_cast<void *>(dst.address()), src.touch("DataCopy", PIPE_MTE3, 0, count, false, where), count * sizeof(T));
+  global_access("DataCopy", PIPE_MTE3, dst.address(), bytes, true, where);
+  std::memcpy(static_cast<void *>(dst.address()), src.touch("DataCopy", PIPE_MTE3, 0, count, false, where), bytes);
 }
 
 // A matrix of n rows of d into L1, in columns of blocks of 32 bytes: element (i, j) at (j / c) * dstNzC0Stride + i, c to a block. The last
@@ -122,8 +125,7 @@ inline void DataCopy(const GlobalTensor<T> &dst, const LocalTensor<T> &src, cons
 template <typename T>
 inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const Nd2NzParams &p, EMULATOR_HERE) {
   using namespace emulator;
-  wants_position("DataCopy", "dst", dst.GetPosition(), {TPosition::A1, TPosition::B1}, where);
-  dst.aligned("DataCopy", "dst", where);
+  takes("DataCopy", "dst", dst, {TPosition::A1, TPosition::B1}, where);
   if (p.ndNum != 1 || p.dstNzNStride != 1) fail(where, "DataCopy: the emulator copies one matrix, with rows side by side (dstNzNStride 1)");
   if (p.nValue < 1 || p.nValue > 16384 || p.dValue < 1 || p.dstNzC0Stride < p.nValue || p.dstNzC0Stride > 16384)
     fail(where, text("DataCopy: %u rows of %u with dstNzC0Stride %u; they are 1 to 16384, and the stride at least the rows", p.nValue,
@@ -143,12 +145,5 @@ inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, cons
     }
   }
 }
-
-template <typename T>
-inline void SetAtomicAdd() {
-  static_assert(std::is_same_v<T, float>, "the emulator adds atomically in float only");
-  emulator::core().atomic_add = true;
-}
-inline void SetAtomicNone() { emulator::core().atomic_add = false; }
 
 }  // namespace AscendC

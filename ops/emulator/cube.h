@@ -174,7 +174,7 @@ inline void Mmad(const LocalTensor<float> &dst, const LocalTensor<T> &a, const L
     }
 }
 
-// mSize rows of nSize out of L0C, dstStride elements apart, rounded to T; added where SetAtomicAdd says so.
+// mSize rows of nSize out of L0C, dstStride elements apart, rounded to T.
 template <typename T, typename U, const FixpipeConfig &config = CFG_NZ>
 inline void Fixpipe(const GlobalTensor<T> &dst, const LocalTensor<U> &src, const FixpipeParamsV220 &p, EMULATOR_HERE) {
   using namespace emulator;
@@ -196,12 +196,7 @@ inline void Fixpipe(const GlobalTensor<T> &dst, const LocalTensor<U> &src, const
     for (uint32_t j = 0; j < p.nSize; j += 16) {
       const uint32_t n = std::min<uint32_t>(16, p.nSize - j);
       const float *from = src.touch("Fixpipe", PIPE_FIX, j * p.srcStride + i * 16, n, false, where);
-      for (uint32_t e = 0; e < n; e++) {
-        if constexpr (std::is_same_v<T, float>)
-          to[j + e] = core().atomic_add ? to[j + e] + from[e] : from[e];
-        else
-          to[j + e] = from_float<T>(from[e]);
-      }
+      for (uint32_t e = 0; e < n; e++) to[j + e] = from_float<T>(from[e]);
     }
   }
 }

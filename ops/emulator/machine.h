@@ -61,10 +61,10 @@ struct Core {
   struct Cross {
     int count = 0;
     Clock clock;
-  } cross[2][CROSS_FLAGS];                                   // set for this core, by the first and second of the other kind
-  bool atomic_add = false, finished = false, alone = false;  // alone: of a kernel whose cores may not wait for each other
-  uint64_t barriers = 0;                                     // SyncAll calls
-  std::string waits;                                         // for what, while it does
+  } cross[2][CROSS_FLAGS];               // set for this core, by the first and second of the other kind
+  bool finished = false, alone = false;  // alone: of a kernel whose cores may not wait for each other
+  uint64_t barriers = 0;                 // SyncAll calls
+  std::string waits;                     // for what, while it does
   Where last = {"", 0};
 };
 
