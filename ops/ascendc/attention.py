@@ -19,27 +19,42 @@ def ascendc(scale, in_order=False):
     return attention
 
 
+def ascendc_parts(scale):
+    """attention.reference_parts in the kernels of `ascendc`. The lse of a query that sees no key is some -1e9."""
+    attend, swap = _Attention(scale, False), ops.Transpose()
+
+    def of_part(*inputs):
+        o, lse = attend.forward(*inputs)
+        return o, swap(lse, (0, 2, 1))
+
+    def gradients(q, k, v, segment, key_segment, order, key_order, o, lse, do, dlse):
+        lse, dlse = swap(lse, (0, 2, 1)), swap(dlse, (0, 2, 1))
+        return attend.backward(q, k, v, segment, key_segment, order, key_order, o, lse, do, dlse)
+
+    return of_part, gradients
+
+
 def ascendc_missing(use):
-    if use.spans > 1:
-        return f"is not built for keys in {use.spans} parts, as ring attention has them"
     if use.head_dim is not None and use.head_dim > MOST_SIZE:
         return f"needs a head_dim of up to {MOST_SIZE}, and this is {use.head_dim}"
     return ""
 
 
 class _Attention(nn.Cell):
+    """-> (o_BSNH, lse_BNS float32)"""
+
     def __init__(self, scale, in_order):
         super().__init__()
         attrs = {"scale": float(scale), "in_order": int(in_order)}
         self.forward = kernel("attention", "qwen_attention", ARGUMENTS, _forward_shapes, _forward_dtypes, attrs=attrs, **GROUPED)
-        self.backward = kernel("attention", "qwen_attention_grad", 10, _first_three, _first_three, attrs=attrs)
+        self.backward = kernel("attention", "qwen_attention_grad", 11, _first_three, _first_three, attrs=attrs)
         self.zeros_like = ops.ZerosLike()
 
     def construct(self, q, k, v, segment, key_segment, order, key_order):
         return self.forward(q, k, v, segment, key_segment, order, key_order)
 
     def bprop(self, q, k, v, segment, key_segment, order, key_order, out, dout):
-        dq, dk, dv = self.backward(q, k, v, segment, key_segment, order, key_order, out[0], out[1], dout[0])
+        dq, dk, dv = self.backward(q, k, v, segment, key_segment, order, key_order, out[0], out[1], dout[0], dout[1])
         zeros, key_zeros = self.zeros_like(segment), self.zeros_like(key_segment)
         return dq, dk, dv, zeros, key_zeros, zeros, key_zeros
 

@@ -218,7 +218,8 @@ def program(mode, name, key, folder):
     if mode == "cpu":
         libraries = [os.path.join(cann, place) for place in ("tools/tikicpulib/lib", "tools/cpudebug/lib64")]
         libraries += [*(os.path.join(library, PART) for library in libraries), simulator]
-    env = {**os.environ, "LD_LIBRARY_PATH": ":".join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]), "CAMODEL_LOG_PATH": str(folder)}
+    libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])  # an empty one would be the folder it is run in
+    env = {**os.environ, "LD_LIBRARY_PATH": ":".join(libraries), "CAMODEL_LOG_PATH": str(folder)}
     # Makefiles: CANN's extraction of host stubs does not follow the paths that CMake writes for Ninja
     command = ["cmake", "-S", str(folder), "-B", str(folder / "build"), "-G", "Unix Makefiles", "-DCMAKE_BUILD_TYPE=Release"]
     command += [f"-DRUN_MODE={mode}", f"-DSOC_VERSION={PART}", f"-DASCEND_CANN_PACKAGE_PATH={cann}"]

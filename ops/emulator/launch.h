@@ -104,7 +104,7 @@ inline int launch(const char *type, void (*kernel)(Pointers...), bool cube, bool
   const std::string refused = plan(type, cube, vector, a, context, launch);
   if (!refused.empty()) return emulator_report(refused.c_str());
   if (sizeof...(Pointers) != launch.arrays.size() + 2)
-    return emulator_report(text("%s: its kernel has %zu pointers, for %zu arrays", type, sizeof...(Pointers), launch.arrays.size()).c_str());
+    return emulator_report(text("%s: a kernel of %zu pointers, for %zu arrays", type, sizeof...(Pointers), launch.arrays.size()).c_str());
   std::vector<uint8_t> workspace(context.workspace + GUARD, 0xff);
   launch.arrays.push_back({workspace.data(), context.workspace, 4});
   launch.arrays.push_back({context.tiling.bytes.data(), context.tiling.bytes.size(), 4});

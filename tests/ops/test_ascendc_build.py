@@ -33,6 +33,22 @@ def test_kernels_use_cann_s_header_and_their_own_alone():
             assert re.search(r"^namespace qwen \{.*^\}", text, re.M | re.S), path  # beside CANN's names, not among them
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("void f(uint32_t &n) { if (ASCEND_IS_AIC) n = 1; }", "expected"),
+        ("uint32_t AlignUp(uint32_t n, uint32_t to) { return n / to * to; } uint32_t f() { return AlignUp(3, 8); }", "ambiguous"),
+        ("void f(TQue<TPosition::VECIN, 1> &queue) { queue.FreeTensor(queue.DeQue<float>()); }", "cannot bind non-const"),
+    ],
+)
+def test_what_a_device_compiler_would_refuse_does_not_compile(line, words):
+    head = '#include "kernel_operator.h"\nusing namespace AscendC;\n'
+    build.built("taken", f"{head}void f(uint32_t &n) {{ if ASCEND_IS_AIC n = 1; }}\n", ())
+    with pytest.raises(RuntimeError, match=words):
+        build.built("refused", f"{head}{line}\n", ())
+
+
 def test_definitions_use_cann_s_headers_and_their_own_alone():
     cann = {"register/op_def_registry.h", "register/tilingdata_base.h", "tiling/platform/platform_ascendc.h"}
     own, standard = {path.name for path in build.HOST.glob("*.h")}, {"algorithm", "cstdint", "cstdio", "initializer_list"}

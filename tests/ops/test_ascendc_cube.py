@@ -17,6 +17,7 @@ from tests.ops.test_attention import SCALE, anything, cache, documents, formula,
 from tests.ops.test_grouped_matmul import GROUPS
 from tests.ops.test_references import draw
 from tests.ops.test_routing import CHOICES, probs_and_weight
+from tests.parallel import test_context
 from tests.tiny import assert_close, host
 
 EAGER = {"ways": ("eager",)}
@@ -202,6 +203,31 @@ def test_large_scores_do_not_overflow():
     assert_close(expected, ascendc_attention.ascendc(SCALE)(*tensors(q, k, v, *mask)), 5e-3)
 
 
+@pytest.mark.parametrize("mask", [documents, anything])
+def test_parts_of_the_keys_join_as_in_a_ring(mask):
+    test_context.test_parts_of_the_keys_give_attention_to_all(ascendc_attention.ascendc_parts, mask)
+
+
+PARTS = [(2, 30, 17, 4, 2, 16), (1, 150, 70, 2, 1, 130), (2, 3, 9, 2, 2, 5)]
+
+
+@pytest.mark.parametrize("shape", slow_but(PARTS, PARTS[0]), ids=str)
+def test_parts_of_ring_attention(shape):
+    """A part's results, and its gradients from o and lse of all keys; the lse of queries which see a key in it."""
+    mask, inputs = anything(*shape[:3]), qkv(*shape)
+    (forward, backward), (own_forward, own_backward) = attention.reference_parts(SCALE), ascendc_attention.ascendc_parts(SCALE)
+    o, lse = forward(*tensors(*inputs, *mask))
+    own_o, own_lse = own_forward(*tensors(*inputs, *mask))
+    sees = host(lse) > attention.MASKED / 2
+    assert 0 < sees.sum() and (host(own_lse)[~sees] < attention.MASKED / 2).all()
+    assert_close(o, own_o, 1e-5)
+    assert_close(host(lse)[sees], host(own_lse)[sees], 1e-5)
+    of_all = lse + ms.Tensor(np.where(sees, np.abs(draw(*lse.shape)), 0).astype(np.float32))  # other parts' keys add to it
+    given = (*tensors(*inputs, *mask), o * 0.7, of_all, *tensors(draw(*o.shape), draw(*lse.shape)))
+    for name, a, b in zip("qkv", backward(*given), own_backward(*given)):
+        assert_close(a, b, 1e-5, name)
+
+
 @pytest.mark.parametrize("size", [64, pytest.param(256, marks=SLOW)])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_attention_in_half_precision(dtype, size):
@@ -230,7 +256,9 @@ def test_bits_do_not_depend_on_the_number_of_cores(size):
         o, lse, *grads = (np.empty(shape, np.float32) for shape in (*outputs, q.shape, k.shape, v.shape))
         with cores(chip):
             assert call(build.emulated("attention"), "qwen_attention", inputs, [o, lse], [SCALE, 0]) == ""
-            assert call(build.emulated("attention"), "qwen_attention_grad", [*inputs, o, lse, np.cos(o)], grads, [SCALE, 0]) == ""
+            assert (
+                call(build.emulated("attention"), "qwen_attention_grad", [*inputs, o, lse, np.cos(o), np.sin(lse)], grads, [SCALE, 0]) == ""
+            )
         found.append((o, lse, *grads))
     for other in found[1:]:
         for a, b in zip(found[0], other):

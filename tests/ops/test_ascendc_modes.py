@@ -146,7 +146,7 @@ def test_what_cmake_is_asked_for(mode, cann):
     else:
         assert "find_package(tikicpulib REQUIRED)" in lists and "tikicpulib::${SOC_VERSION}" in lists
         assert "SetKernelMode(KernelMode::MIX_MODE)" in call and "ICPU_RUN_KF(qwen_attention_grad, blocks, a[0], " in call
-    assert "#define ARRAYS 15" in call and "a[14])" in call and "a[15]" not in call
+    assert "#define ARRAYS 16" in call and "a[15])" in call and "a[16]" not in call
     assert "struct AttentionTiling {" in kernel and f'#include "{build.KERNEL}/qwen_attention_grad.cpp"' in kernel
     tool(bin, "cmake", RECORD.format(folder=str(bin), fails=True))
     with pytest.raises(RuntimeError, match="cmake --build .*\nfailed:\nthe linker's words"):

@@ -105,7 +105,9 @@ def attention_and_its_gradient(library):
     o, lse = np.empty_like(q), np.empty((1, 2, S), np.float32)
     inputs = [q, k, v, ones, ones, order, order]
     yield lambda: call(library, "qwen_attention", inputs, [o, lse], [0.3, 0])
-    yield lambda: call(library, "qwen_attention_grad", [*inputs, o, lse, dout], [np.empty_like(x) for x in (q, k, v)], [0.3, 0])
+    yield lambda: call(
+        library, "qwen_attention_grad", [*inputs, o, lse, dout, np.zeros_like(lse)], [np.empty_like(x) for x in (q, k, v)], [0.3, 0]
+    )
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ static ge::graphStatus TileGrad(gert::TilingContext *context) { return TileAtten
 
 namespace ops {
 
-// lse is [B, N, S].
+// lse is [B, N, S], and so is its cotangent.
 class QwenAttention : public OpDef {
  public:
   explicit QwenAttention(const char *name) : OpDef(name) {
@@ -70,7 +70,8 @@ class QwenAttentionGrad : public OpDef {
              {"key_order", 'i'},
              {"o", 'T'},
              {"lse", 'f'},
-             {"dout", 'T'}},
+             {"dout", 'T'},
+             {"dlse", 'f'}},
             {{"dq", 'T'}, {"dk", 'T'}, {"dv", 'T'}}, optiling::TileGrad);
     this->Attr("scale").AttrType(REQUIRED).Float();
     this->Attr("in_order").AttrType(REQUIRED).Int();

@@ -3,9 +3,9 @@
 //   1. of each tile of queries, over tiles of keys     dq += ds k
 //   2. of each tile of keys, over the heads that share them and tiles of queries     dv += p^T do, dk += ds^T q
 //
-// where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do). Both make scores and do v^T again, by the cube, and p and
-// ds, by the vector cores; what is summed stays in L0C. Of heads in two panels that is twice as wide, so tiles are half as high: 64 queries
-// in 1, and 32 keys in 2.
+// where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do) - dlse. Both make scores and do v^T again, by the cube, and
+// p and ds, by the vector cores; what is summed stays in L0C. Of heads in two panels that is twice as wide, so tiles are half as high: 64
+// queries in 1, and 32 keys in 2.
 #pragma once
 #include "attention_tiles.h"
 
@@ -15,10 +15,11 @@ template <typename T>
 class AttentionGrad {
  public:
   __aicore__ inline void Run(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR segment, GM_ADDR key_segment, GM_ADDR order, GM_ADDR key_order,
-                             GM_ADDR o, GM_ADDR lse, GM_ADDR dout, GM_ADDR dq, GM_ADDR dk, GM_ADDR dv, GM_ADDR workspace,
+                             GM_ADDR o, GM_ADDR lse, GM_ADDR dout, GM_ADDR dlse, GM_ADDR dq, GM_ADDR dk, GM_ADDR dv, GM_ADDR workspace,
                              const AttentionTiling &tiling) {
     in_.Init(q, k, v, segment, key_segment, order, key_order, tiling);
-    o_.SetGlobalBuffer((__gm__ T *)o), lse_.SetGlobalBuffer((__gm__ float *)lse), dout_.SetGlobalBuffer((__gm__ T *)dout);
+    o_.SetGlobalBuffer((__gm__ T *)o), lse_.SetGlobalBuffer((__gm__ float *)lse), dout_.SetGlobalBuffer((__gm__ T *)dout),
+        dlse_.SetGlobalBuffer((__gm__ float *)dlse);
     dq_.SetGlobalBuffer((__gm__ T *)dq), dk_.SetGlobalBuffer((__gm__ T *)dk), dv_.SetGlobalBuffer((__gm__ T *)dv);
     const uint64_t tile = ROWS * KEYS, bytes = tile * (4 * sizeof(float) + 2 * sizeof(T));
     GM_ADDR user = GetUserWorkspace(workspace);
@@ -205,18 +206,26 @@ class AttentionGrad {
       Add(delta, delta, part, mine.rows);
       o_in_.Free(), dout_in_.Free();
     }
+    numbers_in_.Load(dlse_[LseAt(t, mine)], 1, mine.rows);
+    LocalTensor<float> dlse = numbers_in_.Wait(mine.rows);
+    VectorBarrier();
+    Sub(delta, delta, dlse, mine.rows);
+    numbers_in_.Free();
     delta_.EnQue(delta);
     delta = delta_.DeQue<float>();
     DataCopyPad(deltas_[DeltaAt(t, mine)], delta, DataCopyExtParams{1, static_cast<uint32_t>(mine.rows * sizeof(float)), 0, 0, 0});
     delta_.FreeTensor(delta);
     Sync<HardEvent::MTE3_MTE2>();  // it is read again from where it was written
   }
+  __aicore__ inline uint64_t LseAt(const Task &t, Mine mine) const {
+    return (static_cast<uint64_t>(t.b) * in_.heads + t.head) * in_.S + mine.first;
+  }
   __aicore__ inline uint64_t DeltaAt(const Task &t, Mine mine) const {
     return (static_cast<uint64_t>(t.b) * in_.heads + t.head) * delta_row_ + mine.first;
   }
   // lse and delta of the queries, a block each
   __aicore__ inline void Numbers(const Task &t, Mine mine) {
-    numbers_in_.Load(lse_[(static_cast<uint64_t>(t.b) * in_.heads + t.head) * in_.S + mine.first], 1, mine.rows);
+    numbers_in_.Load(lse_[LseAt(t, mine)], 1, mine.rows);
     numbers_in_.Load(deltas_[DeltaAt(t, mine)], 1, mine.rows);
     SpreadRows(lse_spread_.Get<float>(), numbers_in_.Wait(mine.rows), mine.rows);
     numbers_in_.Free();
@@ -266,7 +275,7 @@ class AttentionGrad {
   TPipe pipe_;
   Inputs<T> in_;
   GlobalTensor<T> o_, dout_, dq_, dk_, dv_, p_, ds_;
-  GlobalTensor<float> lse_, scores_, dweights_, deltas_;
+  GlobalTensor<float> lse_, dlse_, scores_, dweights_, deltas_;
   uint32_t delta_row_;
   // of the cube
   Products<T> products_;
