@@ -1,4 +1,5 @@
-"""What a step does to each layer: norms of gradients and weights, and how far an update moves a weight.
+"""What a step does to each layer: norms of gradients and weights, and how far an update moves a weight. What it finds there is
+experiments/probe.py's.
 
 Taken from the state before and after a step, on the host: what is compiled knows nothing of it, and a step that is not watched costs
 nothing. The gradient is what AdamW's first moment took up of it, m' = b1 m + (1 - b1) g: the sum over ranks and micro-batches, before
@@ -14,10 +15,10 @@ from parallel.checkpoint import pieces, wanted
 class Monitor:
     """every: steps between those that are watched. write(step, values) takes what was found: of each group of parameters weight_norm/GROUP
     after the step, and of what AdamW trains grad_norm/GROUP, and update_ratio/GROUP, the norm of what the step added over the norm of what
-    it added to. A group is a layer, or a parameter outside of layers."""
+    it added to. A group is a layer, or a parameter outside of layers. probe(state, batch) -> what else is written, of before the step."""
 
-    def __init__(self, program, mesh, optim, every, write):
-        self.program, self.mesh, self.optim, self.every, self.write = program, mesh, optim, every, write
+    def __init__(self, program, mesh, optim, every, write, probe=None):
+        self.program, self.mesh, self.optim, self.every, self.write, self.probe = program, mesh, optim, every, write, probe
         held = program.held()
         names = [name for name in wanted(held) if name.startswith("params/")]
         self.groups = list(dict.fromkeys(map(group, names)))
@@ -27,11 +28,12 @@ class Monitor:
         """Program.step, watched where it is time. All ranks call it together."""
         if (at + 1) % self.every:
             return self.program.step(state, batch, rate, at)
+        seen = self.probe(state, batch) if self.probe else {}
         before = self._blocks(state)  # copies, as the step may change arrays in place
         new, metrics = self.program.step(state, batch, rate, at)
         sums = self._squares(before, self._blocks(new))
         if np.isfinite(metrics["grad_norm"]):
-            self.write(at + 1, self._values(sums, metrics))
+            self.write(at + 1, {**self._values(sums, metrics), **seen})
         return new, metrics
 
     def _blocks(self, state):
