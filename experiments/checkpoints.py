@@ -36,8 +36,11 @@ def _other(config, mesh):
     folder = step_folder(path, last) if last else find(path)
     if folder is None:
         raise FileNotFoundError(f"resume_from={path} has no checkpoint; give the folder of a run that has saved one, or of a checkpoint")
-    free = run_folder.MAY_CHANGE_ELSEWHERE + ("model", "model_args.") * config.partial
-    changed = run_folder.differences(Reader(folder).meta.get("config", {}), run_folder.to_dict(config), free)
+    free, saved = run_folder.MAY_CHANGE_ELSEWHERE + ("model", "model_args.") * config.partial, Reader(folder).meta.get("config", {})
+    changed = run_folder.differences(saved, run_folder.to_dict(config), free)
+    before = saved.get("optim", {}).get("name", "adamw")
+    if before != config.optim.name:  # whose state is another
+        changed.append(f"optim.name={config.optim.name!r} instead of {before!r}")
     if changed:
         raise ValueError(f"resume_from={path} was saved with {changed[0]}; use the same, or --init_from={path} for its weights alone")
     return folder

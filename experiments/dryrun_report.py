@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from experiments import layout_traffic
 from experiments.dryrun_steps import held_parts
+from experiments.optim_rules import MOMENTS
 from parallel import dryrun
 from parallel.dryrun import Exchange
 from parallel.placement import local_shape, place
@@ -39,7 +40,9 @@ def expected(config, cfg, sharding, step):
         return Expected({"params": _shapes(sharding.mesh, place(sharding, param_specs(cfg)), "used")})
     parts, mesh = held_parts(config, cfg, sharding), sharding.mesh
     params = {**_shapes(mesh, parts.moving, "stored"), **_shapes(mesh, parts.fixed or (), "stored")}
-    moments = {**_shapes(mesh, parts.moving, "state", "m."), **_shapes(mesh, parts.moving, "state", "v.")}
+    moments = {}
+    for kind in MOMENTS[config.optim.name]:
+        moments.update(_shapes(mesh, parts.moving, "state", f"{kind}."))
     held = {"params": params, "optimizer": moments}
     if sharding.lowering == "manual":  # elsewhere they stay in the graph
         held["gradients"] = _shapes(mesh, parts.moving, "state")

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import flags as command_line
 from experiments import layout, layout_traffic, metrics, train_pipeline
+from experiments.optim_rules import MOMENTS
 from parallel import dryrun, traffic
 from parallel.placement import nbytes, place
 from parallel.sharding import Sharding
@@ -27,7 +28,8 @@ CALL_S = 20e-6  # what a collective takes besides
 
 FORMULAS = """\
 memory of a rank, in GiB
-  state     parameters + 2 moments, float32, each over the ranks that its placement says; of a pipeline, of the rank that has most
+  state     parameters + the optimizer's moments, float32, each over the ranks that its placement says; of a pipeline, of the rank that has
+            most
   gradients float32 as the model uses them, from ZeRO 2 on split over dp
   saved     micro-batch tokens of a rank x [layers x (SAVED_ROWS x hidden / rows' ranks + SAVED_HEADS x (heads + 2 kv heads) x head_dim / tp
             + SAVED_FFN x ffn / tp) x 2 bytes + SAVED_LOGITS x vocabulary / tp x 4 bytes]; with experts, ffn counts the chosen ones';
@@ -99,7 +101,7 @@ def estimate(config):
     mesh, pp = sharding.mesh, parallel.pp
     placed = max(_placed(config, cfg, sharding), key=lambda each: _bytes(mesh, each, "stored"))
     stored, used, part = (_bytes(mesh, placed, axes) for axes in ("stored", "used", "state"))
-    state, gradients = stored + 2 * part, part if parallel.zero >= 2 else used
+    state, gradients = stored + len(MOMENTS[config.optim.name]) * part, part if parallel.zero >= 2 else used
     saved, beside = saved_bytes(config, cfg, sharding), stored if parallel.zero in (1, 2) else 0
     calls = _calls(config, cfg, sharding, placed)
     groups = {mesh.members(call.atoms) for call in calls} | ({mesh.members(("pp",))} if pp > 1 else set())

@@ -24,6 +24,7 @@ REFUSED = {
     "parallel.zero": (0, "MindSpore's own parallel optimizer is not built"),
     "parallel.micro_batches": (1, "gradient accumulation is not built for it"),
     "train.recompute": ("none", "MindSpore's recomputation is not built"),
+    "optim.name": ("adamw", "other optimizers are not built for it"),
     "optim.skip_spikes": (0.0, "skipping of updates is not built for it"),
 }
 
@@ -95,7 +96,7 @@ def _update(config, sharding, specs, kernels):
     squares = zero.global_norm_squared(shard.inside(sharding), tree_leaves(place(sharding, specs)), optim.in_norm(specs))
     # the reference, as the others take shapes of the global view into what they compute
     control, leaf = optim.norm_control(config.optim), optim.leaf_update(config.optim, replace(kernels, adamw="reference"))
-    kinds, count = tuple(optim.leaf_kind(config.optim.weight_decay, spec) for spec in flat), len(flat)
+    kinds, count = tuple(optim.leaf_kind(config.optim, spec) for spec in flat), len(flat)
     sqrt, assign, depend = ops.Sqrt(), ops.Assign(), ops.depend
 
     def update(params, grads, m, v, values):

@@ -27,7 +27,8 @@ def train_step(config, cfg, sharding):
     signature.listeners.append(_gradients_to(gradients))
     build = partial(train_pipeline.build_program, waits=False) if sharding.mesh.pp > 1 else train.build_program
     program = build(cfg, config, sharding)
-    state = {kind: to_tuple(_blank(train.shapes(sharding.mesh, placed.moving, axes))) for kind, axes in train.STATE.items()}
+    kinds = optim.state_kinds(config.optim)
+    state = {kind: to_tuple(_blank(train.shapes(sharding.mesh, placed.moving, axes))) for kind, axes in kinds.items()}
     if placed.fixed:
         state["frozen"] = to_tuple(_blank(train.shapes(sharding.mesh, placed.fixed, "stored")))
     paths, frozen = ([p.path for p in tree_leaves(part or ())] for part in placed)
@@ -37,7 +38,7 @@ def train_step(config, cfg, sharding):
         state, _ = program.step(state, _batch(config, sharding.mesh.dp), 1e-3, step)
     params = {**dict(zip(paths, given["params"])), **dict(zip(frozen, given.get("frozen", ())))}
     taken = [gradients.get(tuple(shape), [shape, "float32"]) for shape, _ in given["m"]]
-    optimizer = {f"{kind}.{path}": w for kind in ("m", "v") for path, w in zip(paths, given[kind])}
+    optimizer = {f"{kind}.{path}": w for kind in optim.MOMENTS[config.optim.name] for path, w in zip(paths, given[kind])}
     return {"params": params, "optimizer": optimizer, "gradients": dict(zip(paths, taken))}
 
 

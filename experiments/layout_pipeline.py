@@ -2,6 +2,7 @@
 
 import math
 
+from experiments.optim_rules import MOMENTS
 from experiments.train_pipeline import placements
 from parallel import context, pipeline
 from parallel.placement import nbytes
@@ -25,20 +26,21 @@ def lines(config, cfg, sharding):
     length = context.padded(sharding.mesh, config.train.seq_len) // sharding.mesh.cp
     rows = config.train.batch_size // parallel.dp // parallel.micro_batches * length
     sizes = [_bytes(carried_shapes(cfg, sharding, each, rows)) if stage else 0 for stage, each in enumerate(layers)]
-    table = [HEADER, *(_row(sharding.mesh, rank, layers, stages, lists[rank], sizes) for rank in range(pp))]
+    moments = len(MOMENTS[config.optim.name])
+    table = [HEADER, *(_row(sharding.mesh, rank, layers, stages, lists[rank], sizes, moments) for rank in range(pp))]
     bubble = pipeline.bubble_formula(pp, parallel.micro_batches, parallel.virtual_stages)
     said = f"{parallel.pp_schedule}: were all stages alike, ranks would wait {bubble:.1%} of the time. F: forward, B: backward"
     return table, [said, *pipeline.draw(lists)]
 
 
-def _row(mesh, rank, layers, stages, actions, sizes):
+def _row(mesh, rank, layers, stages, actions, sizes, moments):
     mine = range(rank, len(layers), mesh.pp)
     placed = [p for s in mine for p in tree_leaves(stages[s])]
     trained = [p for p in placed if p.spec.trains]
     parameters, gradients = (sum(nbytes(mesh, p, axes) for p in of) for axes, of in (("stored", placed), ("state", trained)))
     sent = sum(sizes[a.action.stage + (not isinstance(a.action, pipeline.Forward))] for a in actions if isinstance(a, pipeline.Send))
     texts = [_layers(s, layers) for s in mine]
-    each = (parameters, gradients, 2 * gradients)
+    each = (parameters, gradients, moments * gradients)
     return str(rank), ", ".join(texts), *(f"{n:,}" for n in each), str(pipeline.live(actions)), f"{_kept(actions, sizes):,}", f"{sent:,}"
 
 

@@ -6,6 +6,7 @@ import re
 
 from experiments import flags as command_line
 from experiments import layout, layout_pipeline, layout_traffic
+from experiments.optim_rules import MOMENTS
 from parallel.mesh import AXES
 from parallel.placement import local_shape, nbytes, place
 from parallel.sharding import Sharding
@@ -26,15 +27,17 @@ def describe(config):
         table, schedule = layout_pipeline.lines(config, cfg, sharding)
         return "\n".join([*lines, *_table(table), *layout_pipeline.NOTES, "", *schedule])
     trained = [p for p in placed if p.spec.trains]
-    totals = [(name, sum(nbytes(mesh, p, axes) for p in (placed if axes == "stored" else trained)) * times) for name, axes, times in TOTALS]
+    of = {"stored": placed, "state": trained}
+    totals = [(name, sum(nbytes(mesh, p, axes) for p in of[axes]) * times) for name, axes, times in _totals(config)]
     lines += [f"{name:<16} {_gib(size)} a rank" for name, size in [*totals, ("together", sum(size for _, size in totals))]]
     if mesh.world > 1:
         lines += ["", *_table(layout_traffic.table(config, cfg, sharding)), *layout_traffic.notes(config, cfg)]
     return "\n".join(lines)
 
 
-# Of float32: what a rank keeps between steps, and the gradient as the optimizer takes it.
-TOTALS = (("parameters", "stored", 1), ("gradients", "state", 1), ("optimizer state", "state", 2))
+def _totals(config):
+    """Of float32: what a rank keeps between steps, and the gradient as the optimizer takes it."""
+    return (("parameters", "stored", 1), ("gradients", "state", 1), ("optimizer state", "state", len(MOMENTS[config.optim.name])))
 
 
 def summary(config):

@@ -1,6 +1,6 @@
-"""AdamW on nested tuples of arrays, with clipping and skipping by the global gradient norm; learning-rate schedules.
+"""Optimizers on nested tuples of arrays, with clipping and skipping by the global gradient norm; learning-rate schedules.
 
-Source: Loshchilov and Hutter 2019; the order of operations is torch.optim.AdamW's.
+AdamW is ops/adamw.py, the others are optim_rules.py and muon.py.
 """
 
 import math
@@ -10,11 +10,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
+from experiments import muon, optim_rules
+from experiments.optim_rules import MOMENTS
 from ops.registry import pick
 from parallel.spec import tree_leaves, tree_map
 from parallel.step import flatten_in_graph, in_device_memory, to_tuple
 
-NO_DECAY, SIGN = 0.0, -1.0
+NO_DECAY, SIGN, MUON = 0.0, -1.0, -2.0
 NORM_MEMORY = 0.95  # of the running mean of gradient norms
 SPIKE_WARMUP_STEPS = 20  # no update is skipped before the running mean has seen this many
 
@@ -50,13 +52,18 @@ def _wsd(done, optim):
     return min(1.0, (1.0 - done) / optim.decay_fraction) if optim.decay_fraction else 1.0
 
 
-def init_state(params):
-    """params, nested tuples of tensors -> {m, v: zeros like params, norm: the running mean of gradient norms}."""
-    return {"m": zeros_like(params), "v": zeros_like(params), "norm": ms.Tensor(0.0, ms.float32)}
+def state_kinds(optim):
+    """{what is saved of a state: how it is placed}"""
+    return {"params": "stored", **dict.fromkeys(MOMENTS[optim.name], "state")}
+
+
+def init_state(params, optim):
+    """params, nested tuples of tensors -> {m, and of AdamW v: zeros like params, norm: the running mean of gradient norms}."""
+    return {**{kind: zeros_like(params) for kind in MOMENTS[optim.name]}, "norm": ms.Tensor(0.0, ms.float32)}
 
 
 def changes_in_place(kernels):
-    """Whether AdamW changes arrays in the device's memory; what else changes from step to step then does, too."""
+    """Whether the optimizer changes arrays in the device's memory; what else changes from step to step then does, too."""
     return kernels.adamw == "vendor"
 
 
@@ -76,33 +83,42 @@ def scalars(optim, lr, step):
     return ms.Tensor(np.array([lr, *corrections, step >= SPIKE_WARMUP_STEPS], np.float32))
 
 
-def adamw(specs, optim, kernels, norm_squared=None):
-    """update(params, grads, m, v, mean norm, scalars, after) -> (nested tuples of (p, m, v), mean norm, gradient norm, 1 if skipped).
+def build(specs, optim, kernels, norm_squared=None):
+    """update(params, grads, m, v, mean norm, scalars, after) -> (nested tuples of (p, m, v), mean norm, gradient norm, 1 if skipped). Of an
+    optimizer without a second moment v is None, and they are of (p, m).
 
     For use inside a compiled function, on nested tuples of the structure of `specs`. Decay acts on leaves whose spec has two dims
     or more. A leaf of spec.optimizer "sign" moves by router_bias_rate against its gradient's sign and is left out of the norm.
     norm_squared(flat gradients): their squared norm, where they are split over ranks. after: what has to be computed before anything is
     changed, as some implementations work in place; the gradients are, in any case. in_place() says on which leaves.
     """
-    kinds = to_tuple(tree_map(partial(leaf_kind, optim.weight_decay), specs))
+    kinds = to_tuple(tree_map(partial(leaf_kind, optim), specs))
     flatten, apply, sqrt = flatten_in_graph(kinds), ops.HyperMap(), ops.Sqrt()
     leaf, squares = leaf_update(optim, kernels), norm_squared or _sum_of_squares(in_norm(specs), pick(kernels, "adamw", "squares")())
-    control = norm_control(optim)
+    control, second = norm_control(optim), "v" in MOMENTS[optim.name]
 
     def update(params, grads, m, v, mean_norm, values, after):
         flat = flatten(grads)
         norm = sqrt(squares(flat))
         scale, keep, mean_norm = control(norm, mean_norm, values[3])
         scale = ops.depend(scale, (after, flat))
-        new = apply(partial(leaf, values, scale, keep), kinds, params, grads, m, v)
+        moments = (m, v) if second else (m,)
+        new = apply(partial(leaf, values, scale, keep), kinds, params, grads, *moments)
         return new, mean_norm, norm, 1 - keep
 
     return update
 
 
-def in_place(specs, kernels):
+def in_place(specs, kernels, optim):
     """For each leaf whether update changes p, m and v themselves. Not those whose gradient is not finite, then, nor those skipped."""
-    return tuple(kernels.adamw != "reference" and spec.optimizer != "sign" for spec in tree_leaves(specs))
+    return tuple(_works_in_place(kernels, leaf_kind(optim, spec), optim) for spec in tree_leaves(specs))
+
+
+def _works_in_place(kernels, kind, optim):
+    if kind == SIGN:
+        return False
+    by_adamw = optim.name == "adamw" or (optim.name == "muon" and kind != MUON)
+    return kernels.adamw != "reference" if by_adamw else changes_in_place(kernels)
 
 
 def in_norm(specs):
@@ -110,10 +126,13 @@ def in_norm(specs):
     return tuple(i for i, spec in enumerate(tree_leaves(specs)) if spec.optimizer != "sign")
 
 
-def leaf_kind(decay, spec):
+def leaf_kind(optim, spec):
+    """SIGN, MUON, or the decay of what is trained otherwise."""
     if spec.optimizer == "sign":
         return SIGN
-    return float(decay) if len(spec.shape) > 1 else NO_DECAY
+    if optim.name == "muon" and muon.is_matrix(spec):
+        return MUON
+    return float(optim.weight_decay) if len(spec.shape) > 1 else NO_DECAY
 
 
 def _sum_of_squares(counted, of_leaf):
@@ -145,19 +164,34 @@ def norm_control(optim):
 
 
 def leaf_update(optim, kernels):
+    """leaf(values, scale, keep, leaf_kind, p, g, m, v) -> p, m, v; of an optimizer without a second moment without v."""
     # what is changed in place has to be kept from a gradient that is not finite, too
-    make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=bool(optim.skip_spikes) or kernels.adamw != "reference")
+    skips, in_memory = bool(optim.skip_spikes), changes_in_place(kernels)
+    if optim.name in optim_rules.RULES:
+        make = partial(optim_rules.build, optim, skips=skips or in_memory, in_place=in_memory)
+    else:
+        make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=skips or kernels.adamw != "reference")
     decayed, plain = make(decay=float(optim.weight_decay)), make(decay=NO_DECAY)
+    turned = muon.build(optim, skips or in_memory, in_memory)
     rate, sign, cast = optim.router_bias_rate, ops.Sign(), ops.Cast()
 
     def leaf(values, scale, keep, kind, p, g, m, v):
-        if kind < 0:
+        if kind == MUON:
+            return turned(values, scale, keep, p, g, m, v)
+        if kind == SIGN:
             return p - cast(rate * keep * sign(g), p.dtype), m, v
         if kind > 0:
             return decayed(values, scale, keep, p, g, m, v)
         return plain(values, scale, keep, p, g, m, v)
 
-    return leaf
+    def leaf_of_one(values, scale, keep, kind, p, g, m):
+        if kind == SIGN:
+            return p - cast(rate * keep * sign(g), p.dtype), m
+        if kind > 0:
+            return decayed(values, scale, keep, p, g, m)
+        return plain(values, scale, keep, p, g, m)
+
+    return leaf if "v" in MOMENTS[optim.name] else leaf_of_one
 
 
 def _same(tree):

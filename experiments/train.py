@@ -12,6 +12,7 @@ import mindspore as ms
 import numpy as np
 from tqdm import tqdm
 
+from experiments import muon
 from experiments import optim as optimizer
 from experiments.accumulate import RunningSum
 from experiments.data.loader import rank_rows
@@ -74,7 +75,7 @@ def build_program(cfg, config, sharding=None):
     def init(params):
         read = params if callable(params) else reader(params)
         moving, fixed = (to_tuple(_load(sharding.mesh, part, read, layers)) if part else None for part in parts)
-        state = {"params": moving, **optimizer.init_state(to_tuple(shapes(sharding.mesh, parts.moving, "state")))}
+        state = {"params": moving, **optimizer.init_state(to_tuple(shapes(sharding.mesh, parts.moving, "state")), config.optim)}
         return held_there({**state, "frozen": fixed} if fixed else state)
 
     def whole(state):
@@ -89,10 +90,10 @@ def build_program(cfg, config, sharding=None):
 
     step = _step(cfg, config, sharding, gradient, trained, parts.moving, kernels)
     evaluate = _evaluate(build(lora.without_dropout(cfg), sharding, scan, kernels), sharding.mesh, whole)
-    held = partial(held_arrays, placed, layers, with_frozen=cfg.lora is None)
+    held = partial(held_arrays, placed, layers, config.optim, with_frozen=cfg.lora is None)
 
     def restore(read, norm):
-        return held_there(restored(sharding.mesh, placed, layers, read, norm))
+        return held_there(restored(sharding.mesh, placed, layers, config.optim, read, norm))
 
     return Program(init, params_of, step, evaluate, held, restore, spread)
 
@@ -203,16 +204,13 @@ def spread_arrays(sharding, cfg, tree, scan):
     return {key: layers if key == "layers" else tree_map(of, single[key], tree[key]) for key in single}
 
 
-STATE = {"params": "stored", "m": "state", "v": "state"}  # what is saved of a state, and how each is placed
-
-
-def held_arrays(placed, num_layers, state=None, with_frozen=True):
+def held_arrays(placed, num_layers, optim, state=None, with_frozen=True):
     """[Held] of what a rank has of each array of a state, for parallel.checkpoint; without a state, of the sizes alone.
 
     num_layers: of the stacked layers, 0 where none are. with_frozen: whether what does not train is saved too.
     """
     parts = Parts.of(placed)
-    kinds = [(name, name, axes, parts.moving) for name, axes in STATE.items()]
+    kinds = [(name, name, axes, parts.moving) for name, axes in optimizer.state_kinds(optim).items()]
     if parts.fixed and with_frozen:
         kinds.append(("params", "frozen", "stored", parts.fixed))
     return [
@@ -222,7 +220,7 @@ def held_arrays(placed, num_layers, state=None, with_frozen=True):
     ]
 
 
-def restored(mesh, placed, num_layers, read, norm):
+def restored(mesh, placed, num_layers, optim, read, norm):
     """The state of which read(name, slices) gives the arrays; those that are frozen, too, by their name as parameters."""
 
     parts = Parts.of(placed)
@@ -230,7 +228,7 @@ def restored(mesh, placed, num_layers, read, norm):
     def tree(kind, part, axes):
         return to_tuple(_load(mesh, part, lambda path, slices: read(f"{kind}/{path}", slices), num_layers, axes))
 
-    state = {kind: tree(kind, parts.moving, axes) for kind, axes in STATE.items()}
+    state = {kind: tree(kind, parts.moving, axes) for kind, axes in optimizer.state_kinds(optim).items()}
     if parts.fixed:
         state["frozen"] = tree("params", parts.fixed, "stored")
     return {**state, "norm": ms.Tensor(norm, ms.float32)}
@@ -305,13 +303,16 @@ class Update(NamedTuple):
 def update_of(specs, placed, sharding, optim, kernels):
     """The Update of a model in a layout."""
     flat, like = tree_leaves(placed), to_tuple(specs)
+    if optim.name == "muon":
+        muon.check_whole(tree_leaves(specs), flat)
     norm = zero.global_norm_squared(sharding, flat, optimizer.in_norm(specs)) if sharding.mesh.world > 1 else None
-    apply, nest, flatten = optimizer.adamw(specs, optim, kernels, norm), rebuild_flat(like), flatten_in_graph(like)
+    apply, nest, flatten = optimizer.build(specs, optim, kernels, norm), rebuild_flat(like), flatten_in_graph(like)
     split, join = zero.split_params(sharding, flat), zero.join_params(sharding, flat)
-    params_of, m_of, v_of = (_column(like, i) for i in range(3))
-    moved = tuple(i for i, done in enumerate(optimizer.in_place(specs, kernels)) if not done)
+    second = "v" in optimizer.MOMENTS[optim.name]
+    params_of, m_of, v_of = _column(like, 0), _column(like, 1), _column(like, 2) if second else _elements(())
+    moved = tuple(i for i, done in enumerate(optimizer.in_place(specs, kernels, optim)) if not done)
     cut = any(p.stored != p.state for p in flat)  # then what is changed in place is a part, to be joined to the others
-    places = (tuple(range(len(flat))) if cut else moved, moved, moved)
+    places = (tuple(range(len(flat))) if cut else moved, moved, moved if second else ())
     changed_p, changed_m, changed_v = map(_elements, places)
 
     def update(params, grads, m, v, mean_norm, values, after):
@@ -320,8 +321,7 @@ def update_of(specs, placed, sharding, optim, kernels):
         return ms.ops.depend(norm, (p, m, v)), skipped, (changed_p(p), changed_m(m), changed_v(v), mean_norm)
 
     def merge(state, changed):
-        names = ("params", "m", "v")
-        new = {name: _replaced(state[name], *each) for name, *each in zip(names, places, changed)}
+        new = {name: _replaced(state[name], *each) for name, *each in zip(("params", "m", "v"), places, changed) if name in state}
         return {**state, **new, "norm": changed[3]}
 
     return Update(zero.sum_gradients(sharding, flat), flatten, update, merge)
@@ -362,7 +362,7 @@ def _one_batch(grad, update):
     fused = jit(fused, order="dfs")
 
     def run(state, batch, values):
-        out, changed = fused(state["params"], state.get("frozen"), state["m"], state["v"], state["norm"], values, tensors(batch))
+        out, changed = fused(state["params"], state.get("frozen"), state["m"], state.get("v"), state["norm"], values, tensors(batch))
         return update.merge(state, changed), out
 
     return run
@@ -398,7 +398,7 @@ def _accumulated(grad, names, update, sharding, placed, count, in_place):
             total.take(added)
             loss += share * _number(part_loss)
             aux = [a + (1.0 if name in SUMS else share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
-        norm, skipped, changed = finish(state["params"], total.arrays, state["m"], state["v"], state["norm"], values)
+        norm, skipped, changed = finish(state["params"], total.arrays, state["m"], state.get("v"), state["norm"], values)
         return update.merge(state, changed), (loss, aux, norm, skipped)
 
     return run

@@ -36,7 +36,7 @@ def build_program(cfg, config, sharding, waits=True):
     def init(params):
         read, (moving, fixed) = params if callable(params) else reader(params), parts.kinds
         state = {"params": to_tuple(load(sharding.mesh, moving, read))}
-        state.update(optimizer.init_state(to_tuple(train.shapes(sharding.mesh, moving, "state"))))
+        state.update(optimizer.init_state(to_tuple(train.shapes(sharding.mesh, moving, "state")), config.optim))
         return held_there({**state, "frozen": to_tuple(load(sharding.mesh, fixed, read))} if fixed else state)
 
     def spread(state):
@@ -50,10 +50,10 @@ def build_program(cfg, config, sharding, waits=True):
 
     def held(state=None):
         of = parts.placed if state else parts.whole  # as a checkpoint has them all
-        return train.held_arrays(of, 0, state, with_frozen=cfg.lora is None)
+        return train.held_arrays(of, 0, config.optim, state, with_frozen=cfg.lora is None)
 
     def restore(read, norm):
-        return held_there(train.restored(sharding.mesh, parts.placed, 0, read, norm))
+        return held_there(train.restored(sharding.mesh, parts.placed, 0, config.optim, read, norm))
 
     return train.Program(init, params_of, step, _evaluate(parts), held, restore, spread, executor)
 
@@ -307,7 +307,7 @@ def _step(parts):
     def step(state, batch, lr, at):
         total, found = gradients.of(state, context.cut(parts.mesh, noisy(batch, at)))
         values = optimizer.scalars(config.optim, lr, at)
-        p, m, v = (tuple(tree_leaves(state[name])) for name in ("params", "m", "v"))
+        p, m, v = (tuple(tree_leaves(state[name])) if name in state else None for name in ("params", "m", "v"))
         norm, skipped, changed = finish(p, tuple(total), m, v, state["norm"], values)
         return update.merge(state, changed), train.metrics_of(cfg, config, (*_named(cfg, found), norm, skipped), lr)
 

@@ -11,6 +11,7 @@ from experiments import checkpoints, layout, layout_table, metrics, monitors, pr
 from experiments import flags as command_line
 from experiments.data import corpus, loader
 from experiments.finish import finish
+from experiments.probe import Probe
 from experiments.train import build_program, train, uses_scan
 from ops import registry
 from parallel import collectives
@@ -69,7 +70,9 @@ def run(config, cfg, data, workdir, mesh):
         of_bytes = corpus.bytes_per_target(data.tokenizer, held)
         mfu_of = lambda speed: speed * cost / peak
         if train_.monitor_every:
-            program = replace(program, step=monitors.Monitor(program, mesh, config.optim, train_.monitor_every, writer.write).step)
+            probe = Probe(cfg, config, sharding, program, batches.sources if hasattr(data.train, "source_of") else None)
+            monitor = monitors.Monitor(program, mesh, config.optim, train_.monitor_every, writer.write, probe)
+            program = replace(program, step=monitor.step)
         if train_.profile_steps and mesh.rank == 0:
             profile = opened.enter_context(profiling.Profile(workdir, train_.profile_steps))
             program = replace(program, step=profile.around(program.step))

@@ -2,9 +2,11 @@
 
 from functools import partial
 
+import mindspore as ms
 from mindspore import ops
 
 from layers import linear, lora
+from ops.attention import largest_logits
 from ops.registry import pick
 from parallel import ring
 from parallel.spec import ParamSpec, normal, ones, zeros
@@ -60,6 +62,21 @@ def build(cfg, sharding, kernels):
         return merge(p, attend_cache(q, k_cache, v_cache, ones, key_ones, positions, slots)), k_cache, v_cache
 
     return attention, cached
+
+
+def build_largest_logit(cfg, sharding, kernels):
+    """largest(p, x_RD, cos, sin, segment_BS, segments_BT, order_BS, orders_BT) -> the largest scaled logit of attention's softmax, of the
+    whole batch and all heads, between tokens that see each other, none of them padding; see ops/attention.py."""
+    project = _projection(cfg, sharding, kernels)
+    dims = "batch seq heads head_dim, batch seq>keys kv_heads head_dim, batch seq, batch keys, batch seq, batch keys -> batch seq heads"
+    of_queries = sharding.op(largest_logits(cfg.head_dim**-0.5), dims, kind="kernel", dtype=ms.float32)
+    most = sharding.op(ops.ReduceMax(), "batch seq heads ->", kind="reduction", reduce="max")
+
+    def largest(p, x, cos, sin, segment, segments, order, orders):
+        q, k, _ = project(p, x, cos, sin)
+        return most(of_queries(q, k, segment, segments, order, orders), (0, 1, 2))
+
+    return largest
 
 
 def build_decode(cfg, kernels):

@@ -58,19 +58,47 @@ def _joined(concat, *xs):
 
 def _router(cfg, sharding, kernels):
     """route(p, x_RD, valid_R) -> expert_Rk int32, weight_Rk float32, stats [2E + 2]"""
-    matmul = sharding.op(pick(kernels, "matmul")(), "rows embed, embed router -> rows router", kind="contraction", call=_matmul_float32)
+    logits_of = _logits(cfg, sharding, kernels)
     choose = (_choose_biased if cfg.router_bias else _choose)(cfg, sharding, kernels)
     dims, sizes = "rows router, rows router, rows choice, rows -> router_stats", {"router_stats": 2 * cfg.num_experts + 2}
     statistics = sharding.op(_statistics(cfg), dims, kind="contraction", sizes=sizes, dtype=ms.float32)
 
-    more = lora.beside(cfg, sharding, kernels, "router", "router", cfg.hidden_size, into="router", float32=True)
-
     def route(p, x, valid):
-        logits = more(p, x, matmul(x, p["router"]))
+        logits = logits_of(p, x)
         probs, expert, weight = choose(p, logits, valid)
         return expert, weight, statistics(logits, probs, expert, valid)
 
     return route
+
+
+def _logits(cfg, sharding, kernels):
+    """logits(p, x_RD) -> [R, E] float32"""
+    matmul = sharding.op(pick(kernels, "matmul")(), "rows embed, embed router -> rows router", kind="contraction", call=_matmul_float32)
+    more = lora.beside(cfg, sharding, kernels, "router", "router", cfg.hidden_size, into="router", float32=True)
+
+    def logits(p, x):
+        return more(p, x, matmul(x, p["router"]))
+
+    return logits
+
+
+def build_entropy(cfg, sharding, kernels):
+    """entropy(p, x_RD, valid_R) -> the sum over the valid tokens of the whole batch of their router's entropy, in nats."""
+    logits_of, total, largest = _logits(cfg, sharding, kernels), ops.ReduceSum(), ops.ReduceMax(keep_dims=True)
+    exp, log1p, kept = ops.Exp(), ops.Log1p(), ops.ReduceSum(keep_dims=True)
+
+    def of_logits(logits, valid):
+        shifted = logits - largest(logits, 1)
+        each = exp(shifted)
+        sums = kept(each, 1)
+        return total((log1p(sums - 1) - kept(each * shifted, 1) / sums) * ops.expand_dims(valid, 1), (0, 1))  # not Log: see layers/loss.py
+
+    of_logits = sharding.op(of_logits, "rows router, rows ->", kind="contraction", dtype=ms.float32)
+
+    def entropy(p, x, valid):
+        return of_logits(logits_of(p, x), valid)
+
+    return entropy
 
 
 def _matmul_float32(matmul, x, w):

@@ -110,6 +110,47 @@ def _hidden():
     return hidden
 
 
+def largest_logits(scale, block=512):
+    """largest(q_BSNH, k_BTKH, segment_BS, key_segment_BT, order_BS, key_order_BT) -> [B, S, N] float32: of each query the largest q k times
+    scale among the keys that it sees, MASKED for padding, which is of segment 0. For watching: it has no gradient.
+
+    Keys are taken `block` at a time, so that of scores there are [B, N, S, block].
+    """
+    scores, most, hides, greater = ops.BatchMatMul(transpose_b=True), ops.ReduceMax(), _hidden(), ops.Greater()
+    cast, expand, swap, reshape = ops.Cast(), ops.ExpandDims(), ops.Transpose(), ops.Reshape()
+    maximum, concat = ops.Maximum(), ops.Concat(1)
+
+    def of_block(q, k, segment, key_segment, order, key_order):
+        """q [B, K, G * S, H], k [B, K, t, H] -> [B, N, S]"""
+        B, S = segment.shape
+        hidden = maximum(hides(segment, key_segment, order, key_order), 1 - cast(greater(expand(segment, 2), 0), ms.float32))
+        s = reshape(scores(q, k), (B, -1, S, k.shape[2]))
+        return most(s + expand(hidden * MASKED, 1), 3)
+
+    def cut(x, size):
+        """[B, T, ...] -> [blocks, B, size, ...], zeros at the end."""
+        missing = -x.shape[1] % size
+        x = concat((x, ops.zeros((x.shape[0], missing, *x.shape[2:]), x.dtype))) if missing else x
+        x = reshape(x, (x.shape[0], x.shape[1] // size, size, *x.shape[2:]))
+        return swap(x, (1, 0, 2, 3, 4) if len(x.shape) == 5 else (1, 0, 2))
+
+    def largest(q, k, segment, key_segment, order, key_order):
+        B, S, N, H = q.shape
+        K, size = k.shape[2], min(block, k.shape[1])
+        q = reshape(swap(cast(q, ms.float32) * scale, (0, 2, 1, 3)), (B, K, (N // K) * S, H))
+        k = swap(cut(cast(k, ms.float32), size), (0, 1, 3, 2, 4))
+        key_segment, key_order = cut(key_segment, size), cut(key_order, size)
+        top = of_block(q, k[0], segment, key_segment[0], order, key_order[0])
+        if k.shape[0] > 1:  # a loop, as the graph of many blocks would take long to compile
+            i = ms.Tensor(1, ms.int32)
+            while i < k.shape[0]:
+                top = maximum(top, of_block(q, k[i], segment, key_segment[i], order, key_order[i]))
+                i = i + 1
+        return swap(top, (0, 2, 1))
+
+    return largest
+
+
 def vendor(scale, in_order=False):
     """The same in MindSpore's flash attention, in bfloat16 or float16, with a mask of B * S * T bytes.
 

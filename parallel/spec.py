@@ -14,8 +14,8 @@ import numpy as np
 class ParamSpec:
     """shape: global sizes. dims: the logical name of each dim. init: normal(std), uniform(bound), constant(value), ones() or zeros().
 
-    optimizer: "adamw", or "sign" for a value moved by a fixed step against the sign of its gradient (the router's bias), or "none" for a
-    frozen one, which has no gradient and no optimizer state.
+    optimizer: "adamw" for what a run's optimizer trains, whichever it is, or "sign" for a value moved by a fixed step against the sign of
+    its gradient (the router's bias), or "none" for a frozen one, which has no gradient and no optimizer state.
     parts: for each dim, into how many equal parts it can be cut, such as heads; None where every element is one. Default: all None.
     """
 

@@ -9,6 +9,7 @@ from parallel.hints import divisors, nearest
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2")
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 DTYPES = ("float32", "float16", "bfloat16")
+NORM_PLACEMENTS = ("pre", "post", "both")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Qwen3Config:
     tie_embeddings: bool = True
     qk_norm: bool = True
     qkv_bias: bool = False
+    norm_placement: str = "pre"  # of a layer's norms: pre, post or both, see layers/residual.py
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     max_position: int = 40960
@@ -170,6 +172,7 @@ def _check(c):
         c.num_heads % c.num_kv_heads == 0,
         f"num_kv_heads={c.num_kv_heads} must divide num_heads={c.num_heads}; use {divisors(c.num_heads)}",
     )
+    need(c.norm_placement in NORM_PLACEMENTS, f"norm_placement={c.norm_placement!r} is not one of {', '.join(NORM_PLACEMENTS)}")
     need(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be above 0")
     need(c.rms_norm_eps > 0, f"rms_norm_eps={c.rms_norm_eps} must be above 0")
     for key in ("param_dtype", "compute_dtype"):
@@ -242,6 +245,7 @@ def _from_hf(hf):
     out["head_dim"] = hf.get("head_dim") or (128 if kind == "qwen3" else out["hidden_size"] // out["num_heads"])
     out["tie_embeddings"] = bool(hf.get("tie_word_embeddings", False))
     out["initializer_range"] = hf.get("initializer_range", 0.02)
+    out["norm_placement"] = hf.get("norm_placement", "pre")
     out["max_position"] = hf.get("max_position_embeddings", 32768)
     out["rope_theta"], out["rope_scaling"] = _rope_from_hf(hf, out["max_position"])
     if kind == "qwen3_moe":
@@ -324,6 +328,8 @@ def _to_hf(c):
     )
     if c.model_type != "qwen2":
         out["attention_bias"] = False
+    if c.norm_placement != "pre":
+        out["norm_placement"] = c.norm_placement
     if c.rope_scaling:
         yarn = {k: v for k, v in dataclasses.asdict(c.rope_scaling).items() if v is not None}
         yarn["original_max_position_embeddings"] = yarn.pop("original_max_position")

@@ -24,6 +24,8 @@ _LAYER = "model.layers.{layer}."
 NAMES = {
     "embed": ("model.embed_tokens.weight", False),
     "layers.{layer}.attention_norm": (_LAYER + "input_layernorm.weight", False),
+    "layers.{layer}.attention_out_norm": (_LAYER + "self_attn.out_norm.weight", False),  # not in transformers
+    "layers.{layer}.mlp_out_norm": (_LAYER + "mlp.out_norm.weight", False),  # not in transformers
     "layers.{layer}.attention.wq": (_LAYER + "self_attn.q_proj.weight", True),
     "layers.{layer}.attention.wk": (_LAYER + "self_attn.k_proj.weight", True),
     "layers.{layer}.attention.wv": (_LAYER + "self_attn.v_proj.weight", True),
@@ -218,9 +220,8 @@ def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 10**9, dt
     leaves = _checked_leaves(cfg, params, dtype)
     carried = _carried(folder, tokenizer_dir)
     shards = _shards(leaves, dtype, max_shard_bytes)
-    if cfg.router_bias:
-        message = f"{folder}: transformers does not know mlp.gate.e_score_correction_bias and ignores it; its choice of experts will differ"
-        warnings.warn(message, stacklevel=2)
+    for message in _unknown_elsewhere(cfg):
+        warnings.warn(f"{folder}: {message}", stacklevel=2)
     with hf_files.replacing(folder) as new:
         _write_configs(new, cfg.replace(param_dtype=dtype or _dtype(leaves["embed"])))
         for file in carried:
@@ -232,6 +233,14 @@ def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 10**9, dt
             where = {part.name: name for name, parts in shards.items() for part in parts}
             total = sum(part.size for parts in shards.values() for part in parts)
             hf_files.write_json(new / hf_files.INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _unknown_elsewhere(cfg):
+    """What transformers will compute otherwise."""
+    if cfg.router_bias:
+        yield "transformers does not know mlp.gate.e_score_correction_bias and ignores it; its choice of experts will differ"
+    if cfg.norm_placement != "pre":
+        yield f"transformers does not know norm_placement={cfg.norm_placement} and ignores it; its model has other norms, and differs"
 
 
 def _checked_leaves(cfg, params, dtype):

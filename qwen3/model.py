@@ -13,7 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from layers import attention, embed, linear, lora, loss, mlp, moe, norm, rope
+from layers import attention, embed, lora, loss, mlp, moe, norm, residual, rope
 from ops import iota as iota_op
 from ops import registry
 from parallel import context, zero
@@ -29,7 +29,7 @@ RECOMPUTE = ("none", "full", "attention")  # nothing, all of a layer, or its att
 
 def param_specs(cfg):
     """The tree of ParamSpecs: embed, layers[i].{attention_norm, attention, mlp_norm, mlp | moe}, final_norm, lm_head if untied; and lora,
-    the adapters of the embedding, as those of a layer's weights are in its parts."""
+    the adapters of the embedding, as those of a layer's weights are in its parts. For norms elsewhere see layers/residual.py."""
     outside = {"embed": embed.specs(cfg), "final_norm": norm.specs(cfg)}
     if not cfg.tie_embeddings:
         outside["lm_head"] = embed.specs(cfg)
@@ -39,7 +39,7 @@ def param_specs(cfg):
 
 def layer_specs(cfg, i):
     ffn = {"moe": moe.specs(cfg)} if cfg.is_moe_layer(i) else {"mlp": mlp.specs(cfg)}
-    tree = {"attention_norm": norm.specs(cfg), "attention": attention.specs(cfg), "mlp_norm": norm.specs(cfg), **ffn}
+    tree = residual.specs(cfg, attention.specs(cfg), ffn)
     return _frozen(cfg, lora.layer_specs(cfg, i, tree), f"layers.{i}.")
 
 
@@ -136,7 +136,7 @@ def _parts(cfg, sharding, kernels, recompute):
     """What the model's functions are made of: begin(params, tokens_BS) -> x_RD; beside(positions_BS, segment_ids_BS, noise_BS or None) ->
     what each layer is given beside x; layers, as _blocks gives them; whole_logits(params, x_RD) -> logits_RV, of the whole vocabulary;
     nats_and_gap(params, x_RD, targets_BS) -> [R, 1] each, see score; loss(params, x_RD, stats, batch), see loss_fn; over_cache, see
-    _over_cache."""
+    _over_cache; nats(params, x_RD, targets_BS) -> [R, 1]; real(segment_ids_R) -> valid_R, 1 of what is no padding."""
     take, head = embed.build(cfg, sharding, kernels)
     final_norm, head_key = norm.build(cfg, sharding, kernels)[0], "embed" if cfg.tie_embeddings else "lm_head"
     whole_norm, whole_table = zero.gathered(sharding, norm.specs(cfg)), zero.gathered(sharding, embed.specs(cfg))
@@ -177,6 +177,7 @@ def _parts(cfg, sharding, kernels, recompute):
 
     layers, over_cache = _blocks(cfg, sharding, kernels, recompute), functools.partial(_over_cache, cfg, angles)
     found = {"begin": begin, "beside": beside, "layers": layers, "loss": _loss(cfg, sharding, nats), "over_cache": over_cache}
+    found.update(nats=nats, real=real)
     return SimpleNamespace(**found, whole_logits=whole_logits, nats_and_gap=nats_and_gap)
 
 
@@ -307,7 +308,8 @@ def _consts(cfg):
 def _blocks(cfg, sharding, kernels, recompute):
     """Per layer, (block(p, x_RD, consts) -> x_RD, stats; the same over a cache, for generation; that for one token a row, in few ops, or
     None)."""
-    (rms, add_rms), add = norm.build(cfg, sharding, kernels), linear.residual(sharding)
+    stream, of_attention = residual.build(cfg, sharding, kernels), residual.attention_part(cfg)
+    enter, between, leave, rms = stream.enter, stream.between, stream.leave, stream.rms
     attend, attend_cached = attention.build(cfg, sharding, kernels)
     dense_ffn = mlp.build(cfg, sharding, kernels)
     no_stats = ms.Tensor([0.0], ms.float32)
@@ -323,10 +325,10 @@ def _blocks(cfg, sharding, kernels, recompute):
     attend_token, mlp_token = attention.build_decode(cfg, kernels), mlp.build_decode(cfg, kernels)
 
     def attended(p, x, consts):
-        return (attend(p["attention"], rms(p["attention_norm"], x), consts[0], consts[1], consts[2], consts[3]),)
+        return (attend(p["attention"], enter(p, x), consts[0], consts[1], consts[2], consts[3]),)
 
     if recompute == "attention":
-        attended = recomputed(attended, {"attention_norm": norm.specs(cfg), "attention": attention.specs(cfg)})
+        attended = recomputed(attended, of_attention(residual.specs(cfg, attention.specs(cfg), {})))
 
     def block_of(i, is_moe):
         whole, noisy = zero.gathered(sharding, layer_specs(cfg, i)), lora.noisy(cfg, layer_specs(cfg, i))
@@ -334,25 +336,25 @@ def _blocks(cfg, sharding, kernels, recompute):
 
         def block(p, x, consts):
             p = noisy(whole(p), consts)
-            y = attended({"attention_norm": p["attention_norm"], "attention": p["attention"]}, x, consts[:4])[0]
-            x, normed = add_rms(p["mlp_norm"], x, y)
+            y = attended(of_attention(p), x, consts[:4])[0]
+            x, normed = between(p, x, y)
             y, stats = ffn(p, normed, consts)
-            return add(x, y), stats
+            return leave(p, x, y), stats
 
         def cached(p, x, consts, k, v, key_segments, slots):
             p = whole(p)
-            normed = rms(p["attention_norm"], x)
+            normed = enter(p, x)
             y, k, v = attend_cached(p["attention"], normed, consts[0], consts[1], consts[2], consts[3], k, v, key_segments, slots)
-            x, normed = add_rms(p["mlp_norm"], x, y)
+            x, normed = between(p, x, y)
             y, _ = ffn(p, normed, consts)
-            return add(x, y), k, v
+            return leave(p, x, y), k, v
 
         def decode(p, x, consts, k, v):
             x, k, v = attend_token(p["attention_norm"], p["attention"], x, consts[0], consts[1], consts[3], k, v)
             if is_dense:
                 return mlp_token(p["mlp_norm"], p["mlp"], x), k, v
             y, _ = ffn(p, rms(p["mlp_norm"], x), consts)
-            return add(x, y), k, v
+            return leave(p, x, y), k, v
 
         outer = recomputed(block, layer_specs(cfg, i)) if recompute == "full" else block
         return outer, cached, decode if _decodes_in_few_ops(cfg, sharding, kernels) else None
@@ -365,10 +367,10 @@ def _blocks(cfg, sharding, kernels, recompute):
 
 def _decodes_in_few_ops(cfg, sharding, kernels):
     """Whether a token's step runs in ops that do half a layer each. They hold for one device, as ranks have collectives within a layer, and
-    for attention as Qwen3 has it, without adapters; a check of annotations wants the annotated ops."""
+    for attention and norms as Qwen3 has them, without adapters; a check of annotations wants the annotated ops."""
     one_device = sharding.mesh == ONE_DEVICE and sharding.lowering == "manual" and not sharding.check
     chosen = "reference" not in (kernels.decode_attention, kernels.decode_mlp)
-    return one_device and chosen and cfg.qk_norm and not cfg.qkv_bias and not cfg.lora
+    return one_device and chosen and cfg.qk_norm and not cfg.qkv_bias and not cfg.lora and cfg.norm_placement == "pre"
 
 
 def _unrolled(cfg, sharding, blocks):

@@ -40,7 +40,8 @@ def get_config():
     c.train.recompute = "none"
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text
-    # steps between those of which each layer's norms of weights and gradients are written, and how far weights moved; 0 = off
+    # steps between those of which each layer's norms of weights, gradients and activations are written, how far weights moved, the largest
+    # attention logit, the router's entropy, and the loss by source of a blend; 0 = off
     c.train.monitor_every = 0
     c.train.profile_steps = ""  # such as 10:15: a trace and a table of the time of each op, of these steps, in the run's profile/
     c.train.save_hf = True  # write the final weights as a Hugging Face folder
@@ -52,20 +53,7 @@ def get_config():
     c.train.freeze_exclude = ""
 
     c.lora = _lora()
-    c.optim = ConfigDict()  # AdamW
-    c.optim.lr = 3e-4  # highest learning rate
-    c.optim.schedule = "cosine"  # constant, linear, cosine, or wsd (warm up, stay, decay)
-    c.optim.warmup_steps = 100  # steps from 0 to lr, in a straight line
-    c.optim.decay_fraction = 0.2  # wsd: the last fraction of the steps, in which lr decays
-    c.optim.min_lr_ratio = 0.1  # last learning rate over lr
-    c.optim.b1 = 0.9
-    c.optim.b2 = 0.95
-    c.optim.eps = 1e-8
-    c.optim.weight_decay = 0.1
-    c.optim.clip_norm = 1.0  # largest global gradient norm; 0 = no clipping
-    c.optim.skip_spikes = 0.0  # skip an update whose gradient norm exceeds this multiple of the running mean; 0 = off
-    c.optim.router_bias_rate = 1e-3  # step of the router's bias, when model_args.router_bias is on
-
+    c.optim = _optim()
     c.checkpoint = _checkpoint()
     c.data = _data()
 
@@ -105,6 +93,27 @@ def _lora():
     a.targets = "q,k,v,o,gate,up,down"
     a.adapter = ""  # folder of an adapter in PEFT's format to begin with
     return a
+
+
+def _optim():
+    o = ConfigDict()
+    # adamw; lion, for which b1=0.9, b2=0.99 and a third to a tenth of AdamW's lr are usual; sgd, with b1 as its momentum; or muon, of
+    # matrices inside layers, with AdamW for the rest
+    o.name = "adamw"
+    o.lr = 3e-4  # highest learning rate
+    o.schedule = "cosine"  # constant, linear, cosine, or wsd (warm up, stay, decay)
+    o.warmup_steps = 100  # steps from 0 to lr, in a straight line
+    o.decay_fraction = 0.2  # wsd: the last fraction of the steps, in which lr decays
+    o.min_lr_ratio = 0.1  # last learning rate over lr
+    o.b1 = 0.9  # decay of the first moment, or momentum
+    o.b2 = 0.95  # of AdamW's second moment, or of Lion's first
+    o.muon_momentum = 0.95  # of matrices
+    o.eps = 1e-8  # of AdamW
+    o.weight_decay = 0.1  # of matrices, times lr a step
+    o.clip_norm = 1.0  # largest global gradient norm; 0 = no clipping
+    o.skip_spikes = 0.0  # skip an update whose gradient norm exceeds this multiple of the running mean; 0 = off
+    o.router_bias_rate = 1e-3  # step of the router's bias, when model_args.router_bias is on
+    return o
 
 
 def _checkpoint():

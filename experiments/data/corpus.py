@@ -76,7 +76,7 @@ def whole(config, vocab_size):
         return tokenizer, PackedRows(rows, os.path.basename(data.path) or "library")
     pairs_ = [IndexedDataset(prefix) for _, prefix in prefixes]
     found = [_pair_rows(indexed, (0, len(indexed)), "whole", config, tokenizer) for indexed in pairs_]
-    return tokenizer, Blend(found, [weight for weight, _ in prefixes]) if len(found) > 1 else found[0]
+    return tokenizer, _blended(found, prefixes)
 
 
 def _checked_prefixes(config):
@@ -156,11 +156,17 @@ def _pairs(config, vocab_size, prefixes):
             indexed = IndexedDataset(prefix)
             span = gpt_index.split_range(data.split, len(indexed), name)
             found.append(_pair_rows(indexed, span, name, config, tokenizer))
-        splits[name] = Blend(found, [weight for weight, _ in prefixes]) if len(found) > 1 else found[0]
+        splits[name] = _blended(found, prefixes)
     train, valid = splits.values()
     held = loader.first_rows(valid, min(len(valid), _held_rows(config)), config.train.seed)
     first = held["tokens"][0][held["segment_ids"][0] == 1]
     return Corpus(tokenizer, train, held, tokenizer.decode(first))
+
+
+def _blended(found, prefixes):
+    """The sources of [(weight, prefix)] as one."""
+    weights, paths = zip(*prefixes)
+    return Blend(found, weights, [os.path.basename(path) for path in paths]) if len(found) > 1 else found[0]
 
 
 def _pair_rows(indexed, span, name, config, tokenizer):

@@ -34,6 +34,7 @@ class Loader:
             raise ValueError(f"data.path has too little text for one row of train.seq_len tokens ({source.fingerprint}); give more text")
         self._state = {"sample": 0, "data": source.fingerprint, "seed": seed} if state is None else _checked(state, source, seed)
         mine = rank_rows(batch_size, rank, ranks, micro_batches)
+        self._source, self._batch_size, self._mine = source, batch_size, mine
         read = _in_turn if hasattr(source, "rows") else _at_will
         batches = read(source, batch_size, seed, mine, dict(self._state))
         self._ready, self._stop, self._error = queue.Queue(prefetch), threading.Event(), None
@@ -57,6 +58,11 @@ class Loader:
     def state(self):
         """A plain dict of the place after the last batch that next() gave, for JSON: what is built ahead does not count."""
         return dict(self._state)
+
+    def sources(self):
+        """Of a source that is a blend: (the names of what is blended, the place among them of each row of the batch that next() gave)."""
+        first = self._state["sample"] - self._batch_size
+        return self._source.names, [self._source.source_of(first + i) for i in self._mine]
 
     def close(self):
         """Stop building. state() still answers."""

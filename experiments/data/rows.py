@@ -103,10 +103,12 @@ class Blend:
     """Several sources by weight: Megatron-LM's greedy rule says whose turn it is, and each goes through its own epochs in its own order.
 
     Weights need not sum to 1. len() is the sum of the sources'; by then, a source with more than its share of weight has begun to repeat.
+    names: of the sources, for metrics; those that come again get a number.
     """
 
-    def __init__(self, sources, weights):
+    def __init__(self, sources, weights, names=()):
         assert len(sources) == len(weights)
+        self.names = _told_apart(names or [f"source-{i}" for i in range(len(sources))])
         self.sources, self.weights = list(sources), [float(w) for w in weights]
         self._turns = blend_indices(self.weights, 0)
         self.fingerprint = "blend of " + ", ".join(f"{w:g} {s.fingerprint}" for w, s in zip(self.weights, self.sources))
@@ -115,10 +117,29 @@ class Blend:
         return sum(map(len, self.sources))
 
     def sample(self, number, seed):
-        if number >= len(self._turns[0]):
-            self._turns = blend_indices(self.weights, max(TURNS, 2 * (number + 1)))
-        dataset, own = self._turns
+        dataset, own = self._upto(number)
         return take(self.sources[dataset[number]], int(own[number]), seed)
+
+    def source_of(self, number):
+        """The place among the sources of that of sample `number`."""
+        return int(self._upto(number)[0][number])
+
+    def _upto(self, number):
+        turns = self._turns  # another thread may be making it longer
+        if number >= len(turns[0]):
+            turns = self._turns = blend_indices(self.weights, max(TURNS, 2 * (number + 1)))
+        return turns
+
+
+def _told_apart(names):
+    """["wiki", "code", "wiki"] -> ["wiki", "code", "wiki-2"]"""
+    out = []
+    for name in names:
+        number = 1
+        while (told := name if number == 1 else f"{name}-{number}") in out:
+            number += 1
+        out.append(told)
+    return out
 
 
 def _checked(row, indexed, vocab_size, where):

@@ -204,7 +204,9 @@ def test_bad_data_is_a_clear_error(path, changes, message, folder):
 
 
 def test_a_run_stopped_within_an_epoch_of_a_blend_of_packed_documents_takes_each_sample_once(folder, tmp_path, monkeypatch):
-    config, taken, take = make_config(folder, BLEND, **{"train.steps": 6, "train.log_every": 1}), [], Loader.__next__
+    """And, of a step that is watched, with the loss of each source."""
+    changes, taken, take = {"train.steps": 6, "train.log_every": 1, "train.monitor_every": 6}, [], Loader.__next__
+    config = make_config(folder, BLEND, **changes)
 
     def spied(self):
         taken.append(take(self))
@@ -220,3 +222,8 @@ def test_a_run_stopped_within_an_epoch_of_a_blend_of_packed_documents_takes_each
     assert len({row.tobytes() for row in expected["tokens"]}) == 24 and expected["segment_ids"].max() > 1
     for key, rows in expected.items():
         assert np.array_equal(np.concatenate([batch[key] for batch in taken]), rows)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (watched,) = (line for line in lines if "loss/one_text_document" in line)
+    (loss,) = (line["loss"] for line in lines if line["step"] == watched["step"] == 6 and "loss" in line)
+    low, high = sorted(watched[f"loss/{name}_text_document"] for name in ("one", "two"))
+    assert low < loss < high and watched["activation_norm/layers.1"] > 0

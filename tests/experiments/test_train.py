@@ -179,7 +179,7 @@ def test_adamw_equals_the_formula(clip_norm, kernels):
     start = init_params(specs, 0)
     grads = [init_params(specs, seed) for seed in (1, 2, 3)]
     params = tuple(map(ms.Tensor, start.values()))
-    state, update = optim.init_state(params), jit(optim.adamw(specs, o, kernels))
+    state, update = optim.init_state(params, o), jit(optim.build(specs, o, kernels))
     m, v, norm = state["m"], state["v"], state["norm"]
     for at, (g, lr) in enumerate(zip(grads, lrs)):
         new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, v, norm, optim.scalars(o, lr, at), ())
@@ -192,8 +192,8 @@ def test_adamw_equals_the_formula(clip_norm, kernels):
 @pytest.mark.parametrize("kernels", [REFERENCE, FUSED], ids=["reference", "fused"])
 def test_a_norm_spike_is_skipped_and_nothing_of_it_is_kept(kernels):
     o, specs = optim_config(skip_spikes=3.0, clip_norm=0.0), {"w": ParamSpec((4, 4), ("embed", "ffn"), normal(1.0))}
-    update, params = jit(optim.adamw(specs, o, kernels)), (ms.Tensor(np.ones((4, 4), np.float32)),)
-    state = optim.init_state(params)
+    update, params = jit(optim.build(specs, o, kernels)), (ms.Tensor(np.ones((4, 4), np.float32)),)
+    state = optim.init_state(params, o)
     m, v, norm = state["m"], state["v"], state["norm"]
 
     def g(x):

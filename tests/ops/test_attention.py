@@ -301,3 +301,18 @@ def test_compiled_once_for_all_segments():
     for mask in (documents(2, 20, 20), anything(2, 20, 20)):
         expected = formula(*(y.astype(np.float64) for y in x), *mask)[0]
         assert_close(expected, attend(*tensors(*x, *mask)), 2e-6)
+
+
+@pytest.mark.parametrize("block", [4, 5, 11])
+def test_the_largest_logits_are_found_block_by_block(block):
+    """Those of padding, of segment 0, are none; the last block is not whole."""
+    q, k, _ = (x.astype(np.float32) for x in qkv(2, 6, 11, 4, 2, 3))
+    masks = documents(2, 6, 11)
+    segment, key_segment, order, key_order = masks
+    z = np.einsum("bsnh,btnh->bsnt", q, np.repeat(k, 2, 2)) * SCALE
+    sees = (segment[:, :, None] == key_segment[:, None]) & (key_order[:, None] <= order[:, :, None]) & (segment > 0)[:, :, None]
+    want = np.where(sees[:, :, None], z, attention.MASKED).max(-1)
+    largest = attention.largest_logits(SCALE, block)
+    found = jit(largest)(*map(ms.Tensor, (q, k, *masks)))
+    assert (want < attention.MASKED / 2).any() and (want > 0).any()
+    np.testing.assert_allclose(host(found), want, rtol=1e-5)

@@ -5,7 +5,7 @@ import json
 import mindspore as ms
 import numpy as np
 
-from experiments import train
+from experiments import optim_rules, train
 from experiments.configs import common
 from experiments.data.loader import rank_rows
 from layers.lora import DROPOUT_LAYER
@@ -40,6 +40,9 @@ MODELS = {
     "adapters, moe": _adapted(MOE),
     "frozen": DENSE.replace(frozen=(("embed", "layers.0.*", "*norm"), ("*w_up",))),
     "deep": DENSE.replace(num_layers=5),
+    "norms behind": DENSE.replace(norm_placement="post"),
+    "norms around": MIXED.replace(norm_placement="both"),
+    "norms around, moe": MOE.replace(norm_placement="both"),
     "adapters, four": _adapted(MIXED.replace(num_layers=4)),
 }
 
@@ -102,6 +105,13 @@ LAYOUTS = {
     "moe, dp4 ep4, ZeRO 3, scan": ("moe8", dict(dp=4, ep=4, zero=3, loop="scan")),
     "moe, dp4 ep2, capacity, ZeRO 2": ("capacity", dict(dp=4, ep=2, zero=2)),
     "mixed, dp2 tp2 ep2, 2 micro-batches": ("mixed", dict(dp=2, tp=2, ep=2, micro=2)),
+    "norms behind, dp2 tp2, sequence parallel, ZeRO 1, Lion": ("norms behind", dict(dp=2, tp=2, seq=True, zero=1, optim="lion")),
+    "norms around, moe, dp2 tp2 ep2, ZeRO 3, scan": ("norms around, moe", dict(dp=2, tp=2, ep=2, seq=True, zero=3, loop="scan")),
+    "norms around, pp2 tp2, SGD": ("norms around", dict(pp=2, tp=2, micro=2, optim="sgd")),
+    "dp4, ZeRO 2, 2 micro-batches, SGD": ("dense", dict(dp=4, zero=2, micro=2, optim="sgd")),
+    "moe, dp2 tp2 ep4, sequence parallel, ZeRO 3, Lion": ("moe8", dict(dp=2, tp=2, ep=4, seq=True, zero=3, optim="lion")),
+    "moe, pp2 dp2 ep2, Muon": ("moe8", dict(pp=2, dp=2, ep=2, micro=2, optim="muon")),
+    "dp2 cp2, 2 micro-batches, Muon": ("qwen2", dict(dp=2, cp=2, micro=2, optim="muon")),
     "moe, pp2 dp2 ep2, ZeRO 1": ("moe", dict(pp=2, dp=2, ep=2, micro=2, zero=1)),
     "pp4, 1F1B, tied": ("deep", dict(pp=4, micro=4)),
     "pp4, GPipe, two stages without layers": ("untied", dict(pp=4, micro=2, schedule="gpipe")),
@@ -167,6 +177,13 @@ SLOW = (
     "moe, cp2 tp2 ep4, sequence parallel, packed, bias",
     "dp4, ZeRO 3, scan",
     "dp4, ZeRO 1, 2 micro-batches",
+    "norms behind, dp2 tp2, sequence parallel, ZeRO 1, Lion",
+    "norms around, moe, dp2 tp2 ep2, ZeRO 3, scan",
+    "norms around, pp2 tp2, SGD",
+    "dp4, ZeRO 2, 2 micro-batches, SGD",
+    "moe, dp2 tp2 ep4, sequence parallel, ZeRO 3, Lion",
+    "moe, pp2 dp2 ep2, Muon",
+    "dp2 cp2, 2 micro-batches, Muon",
     "moe, dp2 tp2",
     "moe, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan",
     "moe, dp4 ep4, ZeRO 3, scan",
@@ -218,7 +235,7 @@ def run(model, options, rank=0):
         out[f"loss.{at}"], out[f"grad_norm.{at}"] = metrics["objective"], metrics["grad_norm"]
         out[f"expert_overflow.{at}"] = metrics.get("expert_overflow", 0.0)
         if at == 0:
-            out.update({f"gradient.{path}": m / (1 - config.optim.b1) for path, m in moments(cfg, program, state, sharding, options)})
+            out.update({f"gradient.{path}": m for path, m in moments(cfg, config, program, state, sharding)})
     out.update({f"parameter.{path}": w.asnumpy() for path, w in tree_paths(program.params(state))})
     kinds = [name for name in ("params", "frozen", "m", "v") if name in state]
     out["state bytes"] = sum(w.nbytes for name in kinds for w in tree_leaves(state[name]))
@@ -271,19 +288,20 @@ def run_config(options):
     config.parallel.micro_batches = options.get("micro", 1)
     config.parallel.pp_schedule, config.parallel.virtual_stages = options.get("schedule", "1f1b"), options.get("virtual", 1)
     config.parallel.stage_layers = options.get("layers", ())
+    config.optim.name = options.get("optim", "adamw")
     config.optim.eps = 1e-5  # at 1e-8 rounding alone moves parameters
     config.optim.clip_norm = 0.5  # acts in every step, so that the norm enters the gradients
     return config
 
 
-def moments(cfg, program, state, sharding, options):
-    """(path, first moment), whole: after one step that is the clipped gradient times 1 - b1."""
+def moments(cfg, config, program, state, sharding):
+    """(path, clipped gradient), whole, after one step, of the first moment."""
     mine = {h.names: h.data for h in program.held(state)}
     for h in program.held():
         kind, _, path = h.names[0].partition("/")
         if kind == "m" and h.spec.optimizer == "adamw":
-            path = path if len(h.names) == 1 else "layers." + path.split(".", 2)[2]
-            yield path, whole(sharding.mesh, h.spec, h.axes, mine.get(h.names), holder=h.holders[0] if h.holders else None)
+            path, gain = path if len(h.names) == 1 else "layers." + path.split(".", 2)[2], optim_rules.momentum(config.optim, h.spec)[1]
+            yield path, whole(sharding.mesh, h.spec, h.axes, mine.get(h.names), holder=h.holders[0] if h.holders else None) / gain
 
 
 def main(names):

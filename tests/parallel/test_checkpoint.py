@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import train, train_pipeline
+from experiments import optim, train, train_pipeline
 from parallel import checkpoint_store
 from parallel.checkpoint import match, pieces, wanted
 from parallel.checkpoint_files import step_folder
@@ -18,6 +18,7 @@ from tests.parallel import checkpoint_groups
 from tests.parallel.layouts import run_config, sharding_of
 from tests.tiny import DENSE, MOE
 
+OPTIM = run_config({}).optim
 MODELS = {"dense": DENSE.replace(num_layers=3), "moe": MOE.replace(num_experts=8, router_bias=True)}
 LAYOUTS = {
     "one": dict(),
@@ -54,7 +55,8 @@ def rng_state(cfg):
     """{name: array} of a whole state; norms and biases too are anything but 0 or 1."""
     rng = np.random.default_rng(7)
     specs = tree_paths(param_specs(cfg))
-    return {f"{kind}/{path}": rng.standard_normal(spec.shape).astype(np.float32) for kind in train.STATE for path, spec in specs}
+    kinds = optim.state_kinds(OPTIM)
+    return {f"{kind}/{path}": rng.standard_normal(spec.shape).astype(np.float32) for kind in kinds for path, spec in specs}
 
 
 def ranks_of(cfg, options):
@@ -77,7 +79,7 @@ def held_of(mesh, placed, layers, arrays):
             return cut(mesh, held.spec, held.axes, lambda at: arrays[held.names[0]][at])
         return cut(mesh, held.spec, held.axes, lambda at: np.stack([arrays[name][at[1:]] for name in held.names]))
 
-    return [held._replace(data=part(held)) for held in train.held_arrays(placed, layers)]
+    return [held._replace(data=part(held)) for held in train.held_arrays(placed, layers, OPTIM)]
 
 
 def save(folder, cfg, options, arrays):
@@ -118,13 +120,13 @@ def restore_and_compare(folder, cfg, options, arrays):
     """Every rank of a layout restores, and has what it would cut out of the whole."""
     names = set()
     for mesh, placed, layers in ranks_of(cfg, options):
-        reader, shapes = Reader(folder), wanted(train.held_arrays(placed, layers))
+        reader, shapes = Reader(folder), wanted(train.held_arrays(placed, layers, OPTIM))
         assert match(reader, shapes, partial=mesh.pp > 1)[0] == set(shapes)
         names.update(shapes)
-        state = train.restored(mesh, placed, layers, reader.read, reader.meta["norm"])
+        state = train.restored(mesh, placed, layers, OPTIM, reader.read, reader.meta["norm"])
         assert state["norm"].asnumpy() == 0.25
         want = held_of(mesh, placed, layers, arrays)
-        got = train.held_arrays(placed, layers, state)
+        got = train.held_arrays(placed, layers, OPTIM, state)
         for a, b in zip(want, got, strict=True):
             assert a.data.tobytes() == b.data.asnumpy().tobytes() and a.data.shape == b.data.shape, (mesh, a.names)
     assert names == set(arrays)

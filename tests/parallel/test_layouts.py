@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import train_pipeline
+from experiments.optim_rules import MOMENTS
 from parallel.pipeline import live_formula, split_layers
 from parallel.placement import local_shape, place
 from parallel.spec import tree_leaves
@@ -21,8 +22,8 @@ GROUP = 12  # layouts that one start of processes runs, so that it ends in minut
 
 
 @functools.lru_cache
-def one_process(model, loop, micro, packed, evaluate):
-    return layouts.run(model, dict(loop=loop, micro=micro, packed=packed, evaluate=evaluate))
+def one_process(model, loop, micro, packed, evaluate, optim):
+    return layouts.run(model, dict(loop=loop, micro=micro, packed=packed, evaluate=evaluate, optim=optim))
 
 
 def group_of(name):
@@ -53,6 +54,7 @@ def found(name):
 def test_a_layout_equals_one_process(name):
     model, options = LAYOUTS[name]
     reference = model, options.get("loop"), options.get("micro", 1), options.get("packed"), "pp" in options or options.get("evaluate")
+    reference += (options.get("optim", "adamw"),)
     want, ranks = one_process(*reference), found(name)
     checked = dict.fromkeys(TOLERANCE, 0)
     for key, value in want.items():
@@ -94,7 +96,7 @@ def check_parts(cfg, options, ranks):
         placed = [p for p in every if number * mesh.pp // mesh.world in holders(cfg, options, p.path)]
         trained = [p for p in placed if p.spec.trains]
         floats = sum(np.prod(local_shape(mesh, p.spec, p.stored)) for p in placed)
-        floats += sum(2 * np.prod(local_shape(mesh, p.spec, p.state)) for p in trained)
+        floats += sum(len(MOMENTS[options.get("optim", "adamw")]) * np.prod(local_shape(mesh, p.spec, p.state)) for p in trained)
         assert rank["state bytes"] == 4 * floats
         if options.get("loop") != "scan":
             found = {key.partition(".")[2]: tuple(value) for key, value in rank.items() if key.startswith("shape.")}

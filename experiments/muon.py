@@ -1,0 +1,80 @@
+"""Muon: of each matrix the step is its momentum with all singular values brought near 1, by Newton and Schulz's iteration in float32.
+
+The scale is Moonlight's, by which a step has the size of AdamW's and takes its lr and decay. Sources: Jordan et al. 2024, whose
+coefficients these are; Liu et al. 2025 (Moonlight).
+"""
+
+import mindspore as ms
+from mindspore import ops
+from mindspore.ops.auto_generate import InplaceCopy
+
+STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
+AS_ADAMW = 0.2  # of the root mean square of AdamW's steps
+
+
+def is_matrix(spec):
+    """Whether Muon trains a parameter: a matrix, or one an expert, inside of layers. AdamW trains the others."""
+    return spec.optimizer == "adamw" and len(spec.shape) > 1 and "vocab" not in spec.dims
+
+
+def check_whole(specs, placed):
+    """Raises ValueError for a matrix that a rank has a part of. specs, placed: flat, of the same parameters."""
+    for spec, p in zip(specs, placed):
+        if is_matrix(spec) and any(p.state[-2:]):
+            why = "ZeRO" if p.used[-2:] != p.state[-2:] else "tensor parallelism"
+            raise ValueError(
+                f"optim.name=muon needs whole matrices, and of {p.path} a rank has a part, by {why};"
+                " use --zero=0 and --tp=1, or --config.optim.name=adamw"
+            )
+
+
+def orthogonalised(steps=STEPS):
+    """f(g [..., A, B] float32) -> the same with singular values from about 0.7 to 1.2; those of almost 0 stay below."""
+    a, b, c = COEFFICIENTS
+    by_transposed, product, swap, sqrt, total = (
+        ops.BatchMatMul(transpose_b=True),
+        ops.BatchMatMul(),
+        ops.Transpose(),
+        ops.Sqrt(),
+        ops.ReduceSum(keep_dims=True),
+    )
+    reshape = ops.Reshape()
+
+    def of_wide(x):
+        x = x / (sqrt(total(x * x, (1, 2))) + 1e-7)
+        for _ in range(steps):
+            s = by_transposed(x, x)
+            x = a * x + product(b * s + c * product(s, s), x)
+        return x
+
+    def of_any(g):
+        x = reshape(g, (-1, g.shape[-2], g.shape[-1]))
+        x = of_wide(x) if g.shape[-2] <= g.shape[-1] else swap(of_wide(swap(x, (0, 2, 1))), (0, 2, 1))
+        return reshape(x, g.shape)
+
+    return of_any
+
+
+def build(optim, skips, in_place):
+    """update(values, scale, keep, p, g, m, v) -> p, m, v, of which v is as it was; as optim_rules.build."""
+    momentum, decay, orthogonal = optim.muon_momentum, float(optim.weight_decay), orthogonalised()
+    select, cast, copy = ops.Select(), ops.Cast(), InplaceCopy() if in_place else None
+
+    def update(values, scale, keep, p, g, m, v):
+        g = cast(g, ms.float32) * scale
+        new_m = momentum * m + g
+        size = AS_ADAMW * max(p.shape[-2], p.shape[-1]) ** 0.5
+        return p * (1 - values[0] * decay) - values[0] * size * orthogonal(g + momentum * new_m), new_m, v  # Nesterov's momentum
+
+    def update_or_skip(values, scale, keep, p, g, m, v):
+        new_p, new_m, v = update(values, scale, keep, p, g, m, v)
+        same = ops.BroadcastTo(p.shape)(keep > 0)
+        return select(same, new_p, p), select(same, new_m, m), v
+
+    chosen = update_or_skip if skips else update
+
+    def update_in_place(values, scale, keep, p, g, m, v):
+        new_p, new_m, v = chosen(values, scale, keep, p, g, m, v)
+        return ops.depend(p, copy(p, new_p)), ops.depend(m, copy(m, new_m)), v
+
+    return update_in_place if in_place else chosen

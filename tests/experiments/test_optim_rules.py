@@ -1,0 +1,129 @@
+"""Lion and SGD: their formulas, what is kept of them, and a run that goes on. In layouts: tests/parallel/test_layouts.py."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from experiments import flags, muon, optim, optim_rules, train
+from experiments.monitors import Monitor
+from parallel.mesh import ONE_DEVICE
+from parallel.placement import place
+from parallel.spec import ParamSpec, init_params, normal, tree_leaves, tree_map, tree_paths
+from parallel.step import jit, to_tuple
+from qwen3.model import param_specs
+from tests.experiments.test_train import make_batch, optim_config
+from tests.parallel import layouts
+from tests.tiny import DENSE, FUSED, random_params
+
+RULES = tuple(optim_rules.RULES)
+
+
+def formula(name, o, params, grads, lrs):
+    """(params, m) in float64, from dicts of arrays."""
+    params, m = ({k: x.astype(np.float64) * scale for k, x in params.items()} for scale in (1, 0))
+    for g, lr in zip(grads, lrs):
+        norm = np.sqrt(sum(float((x.astype(np.float64) ** 2).sum()) for x in g.values()))
+        for k, x in g.items():
+            x = x * min(1.0, o.clip_norm / (norm + 1e-6))
+            m[k], step = {
+                "lion": lambda m, x: (o.b2 * m + (1 - o.b2) * x, np.sign(o.b1 * m + (1 - o.b1) * x)),
+                "sgd": lambda m, x: (o.b1 * m + x, o.b1 * m + x),
+            }[name](m[k], x)
+            params[k] = params[k] * (1 - lr * (o.weight_decay if x.ndim > 1 else 0)) - lr * step
+    return params, m
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_an_optimizer_equals_its_formula(name):
+    specs = {"matrix": ParamSpec((5, 4), ("embed", "ffn"), normal(1.0)), "vector": ParamSpec((6,), ("embed",), normal(1.0))}
+    o, lrs = optim_config(name=name, clip_norm=0.5, weight_decay=0.3), [0.1, 0.02, 0.3]
+    start, grads = init_params(specs, 0), [init_params(specs, seed) for seed in (1, 2, 3)]
+    params = tuple(map(ms.Tensor, start.values()))
+    state, update = optim.init_state(params, o), jit(optim.build(specs, o, FUSED))
+    assert set(state) == {"m", "norm"}
+    m, norm = state["m"], state["norm"]
+    for at, (g, lr) in enumerate(zip(grads, lrs)):
+        new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, None, norm, optim.scalars(o, lr, at), ())
+        params, m = ([leaf[i] for leaf in new] for i in range(2))
+    for wants, got in zip(formula(name, o, start, grads, lrs), (params, m)):
+        for want, x in zip(wants.values(), got):
+            np.testing.assert_allclose(x.asnumpy(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_skipped_update_changes_nothing(name):
+    o, specs = optim_config(name=name, skip_spikes=3.0), {"w": ParamSpec((2, 2), ("embed", "ffn"), normal(1.0))}
+    update, p, m = jit(optim.build(specs, o, FUSED)), ms.Tensor(np.ones((2, 2), np.float32)), ms.Tensor(np.full((2, 2), 0.5, np.float32))
+    for size, skips in ((100.0, 1), (float("nan"), 0), (1.0, 0)):
+        g, norm = ms.Tensor(np.full((2, 2), size, np.float32)), ms.Tensor(2.0, ms.float32)
+        new, _, _, skipped = update((p,), (g,), (m,), None, norm, optim.scalars(o, 0.1, 30), ())
+        assert int(skipped) == skips
+        assert skips == (np.array_equal(new[0][0].asnumpy(), p.asnumpy()) and np.array_equal(new[0][1].asnumpy(), m.asnumpy()))
+
+
+@pytest.mark.parametrize("name", ["lion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "muon"))])
+def test_a_restored_run_goes_on_bit_for_bit_and_its_gradients_are_seen(name):
+    config = layouts.run_config({"optim": name})
+    program, found = train.build_program(DENSE, config), {}
+    state = program.init(tree_map(lambda w: w.asnumpy(), random_params(DENSE)))
+    monitor = Monitor(program, ONE_DEVICE, config.optim, 1, lambda step, values: found.update({step: values}))
+    for at in range(2):
+        state, metrics = monitor.step(state, make_batch(at, vocab=DENSE.vocab_size), 1e-2, at)
+        norms = [value for key, value in found[at + 1].items() if key.startswith("grad_norm/")]
+        assert len(norms) == DENSE.num_layers + 2 and np.sqrt(np.square(norms).sum()) == pytest.approx(metrics["grad_norm"], rel=1e-4)
+    saved = {h.names[0]: h.data.asnumpy().copy() for h in program.held(state)}
+    assert {key.split("/")[0] for key in saved} == {"params", *optim_rules.MOMENTS[name]}
+    again = program.restore(lambda key, slices: saved[key][slices], float(state["norm"]))
+    ends = [program.step(s, make_batch(2, vocab=DENSE.vocab_size), 1e-2, 2) for s in (state, again)]
+    assert ends[0][1] == ends[1][1]
+    for (path, a), b in zip(tree_paths(program.params(ends[0][0])), tree_leaves(program.params(ends[1][0])), strict=True):
+        np.testing.assert_array_equal(a.asnumpy(), b.asnumpy(), err_msg=path)
+
+
+def test_every_optimizer_may_be_named_and_no_other():
+    ok, rule = flags.CHECKS["optim.name"]
+    assert all(map(ok, optim_rules.MOMENTS)) and not ok("adam") and set(optim_rules.MOMENTS) == {"adamw", "muon", *RULES}
+    assert all(name in rule for name in optim_rules.MOMENTS)
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adamw():
+    """Two experts' matrices at once, one that is high, and one of the vocabulary, over two steps, in float64."""
+    o = optim_config(name="muon", clip_norm=0.0, weight_decay=0.3)
+    specs = {
+        "experts": ParamSpec((2, 4, 7), ("experts", "embed", "ffn"), normal(1.0)),
+        "high": ParamSpec((9, 5), ("ffn", "embed"), normal(1.0)),
+        "embed": ParamSpec((6, 4), ("vocab", "embed"), normal(1.0)),
+    }
+    adamw, start, grads = optim_config(clip_norm=0.0, weight_decay=0.3), init_params(specs, 0), [init_params(specs, s) for s in (1, 2)]
+    ends = []
+    for options in (o, adamw):
+        params, update = tuple(ms.Tensor(x.copy()) for x in start.values()), jit(optim.build(specs, options, FUSED))
+        state = optim.init_state(params, options)
+        m, v, norm = state["m"], state["v"], state["norm"]
+        for at, g in enumerate(grads):
+            new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, v, norm, optim.scalars(options, 0.1, at), ())
+            params, m, v = ([leaf[i] for leaf in new] for i in range(3))
+        ends.append([x.asnumpy() for x in params])
+    np.testing.assert_array_equal(ends[0][2], ends[1][2])
+    for name, got in zip(("experts", "high"), ends[0]):
+        w, moment = start[name].astype(np.float64), 0.0
+        for g in grads:
+            moment = o.muon_momentum * moment + g[name]
+            w = w * (1 - 0.1 * 0.3) - 0.1 * 0.2 * np.sqrt(max(w.shape[-2:])) * turned(g[name] + o.muon_momentum * moment)
+        np.testing.assert_allclose(got, w, rtol=1e-4, atol=1e-5)
+
+
+def turned(x):
+    """The iteration on singular values alone, of matrices on the last two dims."""
+    u, s, v = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+    s = s / np.sqrt((s**2).sum(-1, keepdims=True))
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert 0.3 < s.min() and s.max() < 1.3  # these have no small ones
+    return (u * s[..., None, :]) @ v
+
+
+@pytest.mark.parametrize("options, why", [(dict(tp=2), "tensor parallelism"), (dict(dp=2, zero=1), "ZeRO")])
+def test_muon_refuses_parts_of_matrices(options, why):
+    with pytest.raises(ValueError, match=f"optim.name=muon needs whole matrices, and of layers.0.*by {why}; use --zero=0 and --tp=1"):
+        muon.check_whole(*map(tree_leaves, (param_specs(DENSE), place(layouts.sharding_of(DENSE, options), param_specs(DENSE)))))
