@@ -238,7 +238,7 @@ def _from_hf(hf):
         names = ", ".join(MODEL_TYPES)
         raise ValueError(f"config.json: model_type={kind!r} (architectures={hf.get('architectures')}) is not supported; use one of {names}")
     _refuse_unsupported(hf)
-    out = {"model_type": kind, "qk_norm": kind != "qwen2", "qkv_bias": kind == "qwen2" or bool(hf.get("attention_bias"))}
+    out = {"model_type": kind, **{name: bool(hf.get(name, usual)) for name, usual in _usual_attention(kind).items()}}
     for key, name in _HF_FIELDS.items():
         out[name] = _get(hf, key)
     out["num_kv_heads"] = hf.get("num_key_value_heads") or out["num_heads"]
@@ -258,6 +258,11 @@ def _from_hf(hf):
     for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"), ("pad_token_id", "pad_id")):
         out[name] = _ids(hf.get(key), several=name == "eos_id")
     return out
+
+
+def _usual_attention(kind):
+    """What a model type's attention has. A config.json says it only where a model of ours differs, under our name."""
+    return {"qk_norm": kind != "qwen2", "qkv_bias": kind == "qwen2"}
 
 
 def _ids(value, several):
@@ -341,6 +346,7 @@ def _to_hf(c):
             out["router_bias"] = True
         if c.router_z_coef:
             out["router_z_loss_coef"] = c.router_z_coef
+    out.update({name: getattr(c, name) for name, usual in _usual_attention(c.model_type).items() if getattr(c, name) != usual})
     eos = list(c.eos_id) if isinstance(c.eos_id, tuple) else c.eos_id
     out.update(bos_token_id=c.bos_id, eos_token_id=eos, pad_token_id=c.pad_id)
     return out

@@ -209,6 +209,16 @@ def test_router_bias_is_kept_and_warned_about(tmp_path):
     assert_same(loaded, params)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
+def test_attention_that_is_not_the_model_types_is_kept(kind, tmp_path):
+    cfg = SIZES["tiny"].replace(model_type=kind, qk_norm=kind == "qwen2", qkv_bias=kind == "qwen3", num_layers=1, vocab_size=64)
+    params = init_params(param_specs(cfg), seed=0)
+    hf.save(tmp_path / "out", cfg, params)
+    again, loaded = hf.load(tmp_path / "out")
+    assert again == cfg
+    assert_same(loaded, params)
+
+
 def test_generation_config_has_the_ids_that_are_set(tmp_path):
     cfg, params = hf.load(GOLDEN / "dense_tied")
     hf.save(tmp_path / "out", cfg.replace(eos_id=5, pad_id=0), params)
