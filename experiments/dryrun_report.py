@@ -209,6 +209,7 @@ def beside(manual, shard):
     both = manual, shard
     shapes = [report["compiled"][-1][1]["local_shapes"] for report in both]
     other = [path for path in shapes[0] if shapes[0][path] != shapes[1].get(path)]
+    other = list(dict.fromkeys(re.sub(r"^layers\.\d+", "layers.*", path) for path in other))
     shaped = f"other local shapes: {', '.join(other)}" if other else f"the local shapes of all {len(shapes[0])} parameters are the same"
     out = [f"rank {manual['rank']}, by hand | partitioned by MindSpore", f"  {shaped}"]
     out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5}" + f" {'calls':>9} {'GiB a rank':>12}" * 2)

@@ -21,9 +21,7 @@ TRAIN_STEPS = 2
 REFUSED = {
     "parallel.pp": (1, "MindSpore's pipeline is not built"),
     "parallel.cp": (1, "MindSpore has no rule for a ring"),
-    "parallel.zero": (0, "MindSpore's own parallel optimizer is not built"),
     "parallel.micro_batches": (1, "gradient accumulation is not built for it"),
-    "train.recompute": ("none", "MindSpore's recomputation is not built"),
     "optim.name": ("adamw", "other optimizers are not built for it"),
     "optim.skip_spikes": (0.0, "skipping of updates is not built for it"),
 }
@@ -41,9 +39,12 @@ def check(config, cfg, step):
         raise ValueError(f"--step={step} with parallel.lowering=shard: it compiles training steps; use --lowering=manual")
 
 
-def prepare(world):
-    """Has this process partition what it compiles."""
+def prepare(world, zero):
+    """Has this process partition what it compiles. zero: the stage, MindSpore's optimizer_level."""
     ms.set_auto_parallel_context(device_num=world, full_batch=True, parallel_mode="semi_auto_parallel", enable_alltoall=True)
+    if zero:
+        level = {"parallel_optimizer_threshold": 0, "optimizer_level": f"level{zero}"}
+        ms.set_auto_parallel_context(enable_parallel_optimizer=True, parallel_optimizer_config=level)
 
 
 def train_step(config, cfg, sharding):
@@ -72,7 +73,7 @@ def _like(w, kind):
 def _compiled(config, cfg, sharding, specs, params, m, v):
     """step(scalars, *tensors of a batch) -> loss"""
     kernels = choose_kernels(config.ops, cfg, sharding)
-    loss_fn, tree = build(cfg, sharding, kernels=kernels).loss_fn, unflatten(specs, params)
+    loss_fn, tree = build(cfg, sharding, kernels=kernels, recompute=config.train.recompute).loss_fn, unflatten(specs, params)
 
     def loss_of(tokens, targets, segment_ids, positions, loss_weights):
         batch = {"tokens": tokens, "targets": targets, "segment_ids": segment_ids, "positions": positions, "loss_weights": loss_weights}

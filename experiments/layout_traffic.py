@@ -57,7 +57,8 @@ def step_calls(config, cfg, sharding):
     layers = layers + recomputed_calls(config, cfg, sharding, layers, cfg.num_layers)
     if scan:
         layers = layers + traffic.again(layers)
-    update = traffic.of_update(sharding, [p for p in tree_leaves(placements(cfg, sharding, scan)) if p.spec.trains], micro)
+    placed = [p for p in tree_leaves(placements(cfg, sharding, scan)) if p.spec.trains]
+    update = traffic.of_update(sharding, placed, micro, BYTES[cfg.compute_dtype])
     return traffic.times(rest + layers, micro) + update
 
 
@@ -73,10 +74,14 @@ def recomputed_calls(config, cfg, sharding, layers, count):
 
 
 def spare_calls(config, cfg, sharding):
-    """Those of step_calls, of unrolled layers, that a graph may leave out: of what is recomputed, whose last results nothing needs."""
+    """Those of step_calls, of unrolled layers, that a graph may leave out: of what is recomputed, whose last results nothing needs; and, of
+    MindSpore's ZeRO 3, of parameters that no backward needs."""
     micro = config.parallel.micro_batches
     _, layers = model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
-    return traffic.times(recomputed_calls(config, cfg, sharding, layers, cfg.num_layers), micro)
+    spare = recomputed_calls(config, cfg, sharding, layers, cfg.num_layers)
+    if sharding.lowering == "shard" and sharding.zero == 3:
+        spare += traffic.partitioned_gathers(sharding.mesh, tree_leaves(place(sharding, param_specs(cfg))), BYTES[cfg.compute_dtype])
+    return traffic.times(spare, micro)
 
 
 def attention_calls(cfg, sharding, batch_size, seq_len):
@@ -183,6 +188,7 @@ def _sizes(cfg, sharding, batch_size, seq_len):
     if cfg.num_experts:
         shards, E, k = sharding.shards("experts"), cfg.num_experts, cfg.experts_per_token
         slots = shard_capacity(rows // sharding.shards("expert_rows"), k, E, shards, cfg.moe_capacity_factor)
+        sizes.update(experts=E, expert_ffn=cfg.moe_ffn_size)  # of adapters
         sizes.update(router=E, choice=k, router_stats=2 * E + 2, to_shard=shards, shard=shards, sent=slots * sharding.shards("sent"))
         sizes.update(received=slots * shards * sharding.shards("received"))
     return sizes

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mindspore as ms
 import numpy as np
 
-from parallel import collectives
+from parallel import collectives, shard
 from parallel.mesh import Mesh
 from parallel.sharding import PADDED
 from parallel.spec import ParamSpec, tree_map, tree_paths, unflatten
@@ -66,6 +66,9 @@ def _place(sharding, path, spec):
     used, mesh = sharding.placement(spec, path), sharding.mesh
     own = {atom for atoms in used for atom in atoms}
     partial_ = tuple(atom for atom in sharding.data_atoms if atom not in own)
+    if sharding.zero and sharding.lowering == "shard":
+        stored = shard.stored(mesh, local_shape(mesh, spec, used), used)
+        return Placed(path, spec, used, stored, stored, partial_, None)
     dim = _zero_dim(mesh, spec, used, partial_) if sharding.zero and partial_ else None
     split = used if dim is None else (*used[:dim], used[dim] + partial_, *used[dim + 1 :])
     return Placed(path, spec, used, split if sharding.zero == 3 else used, split, partial_, dim)

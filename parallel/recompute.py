@@ -2,7 +2,7 @@
 
 MindSpore's own (`Cell.recompute`, `ms.recompute`) runs on CPU and saves nothing there. A hand-written backward does: nothing inside the
 function is kept, and what it reads waits for the cotangent, or the second computation would be merged with the first. Source: Chen et al.
-2016.
+2016. A program for MindSpore's partitioner, which is of Ascend alone, has MindSpore's: it splits no backward that is written by hand.
 """
 
 from mindspore import nn, ops
@@ -12,18 +12,33 @@ from parallel.spec import tree_leaves
 from parallel.step import flatten_in_graph, rebuild_flat
 
 
-def recomputed(body, like):
+def recomputed(body, like, lowering="manual"):
     """f(p, x, consts) -> what body(p, x, consts) returns, a tuple of tensors, to the bit; the gradients too.
 
     p: a tree of `like`'s structure. consts: a tuple of tensors without gradients, each of which body must use; body must be straight-line
     (see parallel/scan.py).
     """
+    if lowering == "shard":
+        marked = _Marked(body)
+        marked.recompute()
+        return marked
     flatten, again = flatten_in_graph(like), _Recomputed(body, like)
 
     def run(p, x, consts):
         return again(x, flatten(p), consts)
 
     return run
+
+
+class _Marked(nn.Cell):
+    """A body as a Cell, which alone can be marked for MindSpore's recompute."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def construct(self, p, x, consts):
+        return self.body(p, x, consts)
 
 
 class _Recomputed(nn.Cell):

@@ -64,6 +64,14 @@ def inside(sharding):
     return out
 
 
+def stored(mesh, shape, used):
+    """For each dim of a parameter the atoms that it is split over between steps, by MindSpore's parallel optimizer: the first also over all
+    ranks that use it alike, tensor parallel ones too, if they divide it; else as it is used. shape: of a part as ops use it."""
+    split = {atom for atoms in used for atom in atoms}
+    alike = tuple(atom for atom in mesh.sizes if atom not in split)
+    return used if shape[0] % mesh.size(alike) else (used[0] + alike, *used[1:])
+
+
 def layout(sharding, dims):
     """MindSpore's Layout of a tensor. A scalar has none: MindSpore crashes."""
     assert dims, "a region has no scalars: give them a dim `one`"

@@ -189,10 +189,11 @@ def _itemsize(layout, part, itemsize):
     return itemsize if of_data and dims & {"embed", "head_dim", "rank"} else FLOAT32
 
 
-def of_update(layout, placed, micro_batches=1):
-    """Counter of the Calls of gradient sums, the gathering of updated parameters, and the gradient's norm."""
+def of_update(layout, placed, micro_batches=1, itemsize=FLOAT32):
+    """Counter of the Calls of gradient sums, the gathering of updated parameters, and the gradient's norm. itemsize: of the compute dtype,
+    in which MindSpore gathers."""
     if layout.lowering == "shard":
-        return _of_partitioned_update(layout.mesh, placed)
+        return _of_partitioned_update(layout, placed, micro_batches, itemsize)
     out, mesh = of_sums(layout, placed, micro_batches), layout.mesh
     for atoms, split, elements in _bucket_sizes(mesh, placed):
         if split and layout.zero < 3:
@@ -204,14 +205,31 @@ def of_update(layout, placed, micro_batches=1):
     return out
 
 
-def _of_partitioned_update(mesh, placed):
-    """MindSpore sums each parameter's gradient by itself, over all ranks that hold it alike; the norm is ours."""
-    out = Counter({Call("update", "AllReduce", tuple(mesh.sizes), 1): 1} if mesh.world > 1 else {})
+def _of_partitioned_update(layout, placed, micro_batches, itemsize):
+    """In each micro-batch MindSpore sums each parameter's gradient by itself, over all ranks that use it alike, and scatters it where the
+    parameter is stored in parts; the norm is ours."""
+    out, mesh = Counter(), layout.mesh
     for p in placed:
         split = {atom for atoms in p.used for atom in atoms}
         alike = tuple(atom for atom in mesh.sizes if atom not in split)
         if alike:
-            out[Call("update", "AllReduce", alike, math.prod(local_shape(mesh, p.spec, p.used)))] += 1
+            kind = "AllReduce" if p.stored == p.used else "ReduceScatter"
+            out[Call("update", kind, alike, math.prod(local_shape(mesh, p.spec, p.used)))] += 1
+    out += times(partitioned_gathers(mesh, placed, itemsize), 2 if layout.zero == 3 else 1)  # stage 3 gathers for the backward again
+    norm = Counter({Call("update", "AllReduce", tuple(mesh.sizes), 1): 1} if mesh.world > 1 else {})
+    return times(out, micro_batches) + norm
+
+
+def partitioned_gathers(mesh, placed, itemsize):
+    """Counter of the Calls by which MindSpore brings the parameters that are stored in parts to where they are used: each once, after the
+    cast to what it is used in."""
+    out = Counter()
+    for p in placed:
+        if p.stored != p.used:
+            (atoms,) = (more[len(has) :] for has, more in zip(p.used, p.stored) if has != more)
+            in_float32 = p.path == "embed" or "router" in p.spec.dims
+            elements = math.prod(local_shape(mesh, p.spec, p.used))
+            out[Call("update", "AllGather", atoms, elements, FLOAT32 if in_float32 else itemsize)] += 1
     return out
 
 
@@ -229,7 +247,7 @@ def of_gathered(layout, placed):
     """Counter of the Calls where stage 3 gathers these parameters, in one place of the model."""
     out = Counter()
     for atoms, split, elements in _bucket_sizes(layout.mesh, placed):
-        if split and layout.zero == 3:
+        if split and layout.zero == 3:  # never in the shard lowering, where MindSpore gathers
             out[Call("forward", "AllGather", atoms, elements)] += 1
             out[Call("backward", "ReduceScatter", atoms, elements)] += 1
     return out

@@ -62,7 +62,7 @@ def gathered(sharding, specs):
     """f(tree of stored parameters) -> the tree as ops use it: gathered in stage 3, else the tree itself. Backward: reduce-scattered."""
     placed = place(sharding, specs)
     flat = tree_leaves(placed)
-    if all(p.stored == p.used for p in flat):
+    if sharding.lowering == "shard" or all(p.stored == p.used for p in flat):  # MindSpore's partitioner gathers by itself
         return same
     done = [f"tree{at}" for at in subscripts(placed)]
     lines, names = _gather(sharding.mesh, flat, done)

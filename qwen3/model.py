@@ -328,7 +328,7 @@ def _blocks(cfg, sharding, kernels, recompute):
         return (attend(p["attention"], enter(p, x), consts[0], consts[1], consts[2], consts[3]),)
 
     if recompute == "attention":
-        attended = recomputed(attended, of_attention(residual.specs(cfg, attention.specs(cfg), {})))
+        attended = recomputed(attended, of_attention(residual.specs(cfg, attention.specs(cfg), {})), sharding.lowering)
 
     def block_of(i, is_moe):
         whole, noisy = zero.gathered(sharding, layer_specs(cfg, i)), lora.noisy(cfg, layer_specs(cfg, i))
@@ -356,7 +356,7 @@ def _blocks(cfg, sharding, kernels, recompute):
             y, _ = ffn(p, rms(p["mlp_norm"], x), consts)
             return leave(p, x, y), k, v
 
-        outer = recomputed(block, layer_specs(cfg, i)) if recompute == "full" else block
+        outer = recomputed(block, layer_specs(cfg, i), sharding.lowering) if recompute == "full" else block
         return outer, cached, decode if _decodes_in_few_ops(cfg, sharding, kernels) else None
 
     kind_of = [(cfg.is_moe_layer(i), tuple(s.optimizer for s in tree_leaves(layer_specs(cfg, i)))) for i in range(cfg.num_layers)]

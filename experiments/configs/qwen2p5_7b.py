@@ -5,7 +5,7 @@
 
 Hardware: 8 Ascend NPUs of 64 GB: 2 data ranks of 4 pipeline stages, a row at a time, optimizer state split over data ranks.
 Expected time and loss: not measured.
-Compiled without recompute for one of the 8 in simulation, where it lacks 1 GB, and not run on an NPU: docs/dryrun.md.
+Compiled for one of the 8 in simulation, not run on an NPU: docs/dryrun.md. Without recompute it lacked 1 GB there.
 `--dp=1 --pp=1 --zero=0` is for one device.
 """
 

@@ -43,6 +43,7 @@ MOE = (
 )
 DEEP, FULL = ("--config.model_args.num_layers=4", "--config.model_args.tie_embeddings=true"), ("--config.train.recompute=full",)
 INTERLEAVED = ("--config.parallel.pp_schedule=interleaved", "--config.parallel.virtual_stages=2")
+WIDE = ("--config.model_args.hidden_size=256", "--config.model_args.ffn_size=512", "--config.train.seq_len=256")
 LAYOUT = ("--dp=2", "--tp=2", "--zero=2", "--seq_parallel")
 PLANTED = ("full_size_parameter", "unsharded_gradient", "missing_all_reduce")
 
@@ -150,8 +151,7 @@ def test_small_models_have_the_bytes_of_their_specs(model, layout):
 )
 def test_two_depths_foretell_a_third(layout, layers, depths):
     """To 3 %. The widths are such that a layer, and not a rounding, is what grows."""
-    wide = ("--config.model_args.hidden_size=256", "--config.model_args.ffn_size=512", "--config.train.seq_len=256")
-    deep = read(*MODEL, *wide, *layout, f"--config.model_args.num_layers={layers}")
+    deep = read(*MODEL, *WIDE, *layout, f"--config.model_args.num_layers={layers}")
     foretold, whole = compiled(deep, depths=depths)["figures"], compiled(deep)["figures"]
     for key in ("params_bytes", "gradients_bytes", "optimizer_bytes"):
         assert foretold[key] == whole[key]
@@ -208,11 +208,50 @@ def test_mindspore_partitions_as_the_signatures_say(model, layout):
     assert "the local shapes of all" in text and "peak with fragments" in text
 
 
+VOCABULARY = ("--config.model_args.vocab_size=64", "--config.model_args.tie_embeddings=false")  # whose parts divide again
+
+
+@needs_standin
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, layout",
+    [
+        ((), ("--dp=2", "--tp=2", "--seq_parallel", "--zero=1")),
+        (VOCABULARY, ("--dp=2", "--tp=2", "--zero=3", *FULL)),
+        ((*MOE, *VOCABULARY), ("--dp=2", "--tp=2", "--ep=2", "--seq_parallel", "--zero=2", "--config.train.recompute=attention")),
+    ],
+)
+def test_mindspore_splits_the_state_and_recomputes_as_foretold(model, layout):
+    """Every part and collective; and parameters and moments are in parts, of as many ranks as have the part alike."""
+    found = compiled(dryrun_jobs.lowered(read(*MODEL, *model, *layout), "shard"), rank=0)
+    assert found["problems"] == []
+    shapes = found["figures"]["local_shapes"]
+    assert shapes["layers.0.attention.wq"] == [16, 32] and shapes["layers.1.attention_norm"] == [8]  # over dp; over dp and tp
+    assert shapes["embed"] == ([16, 32] if model else [31, 32])  # 2 ranks do not divide 31
+    assert found["figures"]["optimizer_bytes"] == 2 * found["figures"]["params_bytes"]
+    assert any(kind == "ReduceScatter" and axes == "dp" for kind, axes, *_ in found["figures"]["collectives"])
+
+
+@needs_standin
+@pytest.mark.slow
+def test_mindspores_recompute_lowers_the_peak():
+    peaks = {}
+    for recompute in ("none", "attention", "full"):
+        config = read(
+            *MODEL, *WIDE, "--dp=2", "--tp=2", "--seq_parallel", "--config.model_args.num_layers=4", f"--config.train.recompute={recompute}"
+        )
+        found = compiled(dryrun_jobs.lowered(config, "shard"), rank=0)
+        assert found["problems"] == []
+        peaks[recompute] = found["figures"]["peak_bytes"]
+    assert peaks["full"] < 0.85 * peaks["none"] and peaks["full"] < peaks["attention"] < 0.95 * peaks["none"]
+
+
 def test_what_the_partitioner_is_not_given_is_refused_by_its_key():
     for option, step, message in (
-        ("--zero=1", "train", "parallel.zero=1 with parallel.lowering=shard"),
-        ("--micro_batches=2", "train", "parallel.micro_batches=2 with parallel.lowering=shard"),
-        ("--config.train.recompute=full", "train", "train.recompute=full with parallel.lowering=shard"),
+        ("--pp=2", "train", "parallel.pp=2 with parallel.lowering=shard"),
+        ("--cp=2", "train", "parallel.cp=2 with parallel.lowering=shard: MindSpore has no rule for a ring"),
+        ("--config.optim.skip_spikes=2.0", "train", "optim.skip_spikes=2.0 with parallel.lowering=shard"),
+        ("--config.lora.rank=4", "train", "parallel.lowering=shard trains every parameter; leave out lora.rank"),
         ("--seq_parallel", "generate", "--step=generate with parallel.lowering=shard"),
     ):
         config = read(*MODEL, "--dp=2", "--tp=2", option)
