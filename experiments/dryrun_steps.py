@@ -54,7 +54,7 @@ def _gradients_to(found):
     """Notes what AdamW takes: {shape of its part of a parameter: [shape, dtype] of the gradient}."""
 
     def hear(op, shapes, dtypes):
-        if op == "adamw":
+        if op == "adamw" and len(shapes) > 1:  # one: the sum of squares of the same op
             found[tuple(shapes[3])] = [list(shapes[4]), str(dtypes[4]).lower().split("[")[-1].rstrip("]")]
 
     return hear

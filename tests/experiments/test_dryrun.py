@@ -124,6 +124,7 @@ def test_each_mistake_alone_is_found(planted):
 @pytest.mark.parametrize(
     "model, layout",
     [
+        ((), ("--dp=1",)),
         ((), ("--dp=2", "--tp=2")),
         ((), ("--dp=2", "--tp=2", "--zero=1", "--micro_batches=2")),
         ((), ("--dp=2", "--tp=2", "--zero=3", "--seq_parallel", "--config.model_args.tie_embeddings=true")),
