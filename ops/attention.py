@@ -17,6 +17,7 @@ MASKED = -1e9  # added to a score: exp of it is 0 in float32
 INTS = "segment int32 B S; key_segment int32 B T; order int32 B S; key_order int32 B T"
 ARGUMENTS, GROUPED = f"q B S N H; k same B T K H; v same B T K H; {INTS}", {"divides": ("K", "N")}
 HALF = ("bfloat16", "float16")  # what MindSpore's kernel computes in
+SCORES = 1 << 23  # that largest_logits makes at a time: 32 MiB
 FAR = 2**31 - 1  # its number for all tokens before, or after
 
 
@@ -110,22 +111,30 @@ def _hidden():
     return hidden
 
 
-def largest_logits(scale, block=512):
+def largest_logits(scale, block=None):
     """largest(q_BSNH, k_BTKH, segment_BS, key_segment_BT, order_BS, key_order_BT) -> [B, S, N] float32: of each query the largest q k times
     scale among the keys that it sees, MASKED for padding, which is of segment 0. For watching: it has no gradient.
 
-    Keys are taken `block` at a time, so that of scores there are [B, N, S, block].
+    Keys are taken `block` at a time, by default as many as make SCORES of them.
     """
     scores, most, hides, greater = ops.BatchMatMul(transpose_b=True), ops.ReduceMax(), _hidden(), ops.Greater()
     cast, expand, swap, reshape = ops.Cast(), ops.ExpandDims(), ops.Transpose(), ops.Reshape()
-    maximum, concat = ops.Maximum(), ops.Concat(1)
+    maximum, concat, tile = ops.Maximum(), ops.Concat(1), ops.Tile()
+
+    def given(B, S, N):
+        return block
+
+    def of_size(B, S, N):
+        return max(SCORES // (B * S * N), 16)
+
+    limit = given if block else of_size
 
     def of_block(q, k, segment, key_segment, order, key_order):
         """q [B, K, G * S, H], k [B, K, t, H] -> [B, N, S]"""
         B, S = segment.shape
         hidden = maximum(hides(segment, key_segment, order, key_order), 1 - cast(greater(expand(segment, 2), 0), ms.float32))
         s = reshape(scores(q, k), (B, -1, S, k.shape[2]))
-        return most(s + expand(hidden * MASKED, 1), 3)
+        return most(s + tile(expand(hidden * MASKED, 1), (1, s.shape[1], 1, 1)), 3)  # tiled: see parallel/ring.py
 
     def cut(x, size):
         """[B, T, ...] -> [blocks, B, size, ...], zeros at the end."""
@@ -136,16 +145,16 @@ def largest_logits(scale, block=512):
 
     def largest(q, k, segment, key_segment, order, key_order):
         B, S, N, H = q.shape
-        K, size = k.shape[2], min(block, k.shape[1])
+        K, size = k.shape[2], min(limit(B, S, N), k.shape[1])
         q = reshape(swap(cast(q, ms.float32) * scale, (0, 2, 1, 3)), (B, K, (N // K) * S, H))
         k = swap(cut(cast(k, ms.float32), size), (0, 1, 3, 2, 4))
         key_segment, key_order = cut(key_segment, size), cut(key_order, size)
-        top = of_block(q, k[0], segment, key_segment[0], order, key_order[0])
-        if k.shape[0] > 1:  # a loop, as the graph of many blocks would take long to compile
-            i = ms.Tensor(1, ms.int32)
-            while i < k.shape[0]:
-                top = maximum(top, of_block(q, k[i], segment, key_segment[i], order, key_order[i]))
-                i = i + 1
+        if k.shape[0] == 1:
+            return swap(of_block(q, k[0], segment, key_segment[0], order, key_order[0]), (0, 2, 1))
+        i, top = ms.Tensor(0, ms.int32), ops.zeros((B, N, S), ms.float32) + MASKED
+        while i < k.shape[0]:  # the graph of many blocks would take long to compile
+            top = maximum(top, of_block(q, k[i], segment, key_segment[i], order, key_order[i]))
+            i = i + 1
         return swap(top, (0, 2, 1))
 
     return largest

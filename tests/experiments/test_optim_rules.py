@@ -61,7 +61,8 @@ def test_a_skipped_update_changes_nothing(name):
         assert skips == (np.array_equal(new[0][0].asnumpy(), p.asnumpy()) and np.array_equal(new[0][1].asnumpy(), m.asnumpy()))
 
 
-@pytest.mark.parametrize("name", ["lion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "muon"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RULES, "muon"])
 def test_a_restored_run_goes_on_bit_for_bit_and_its_gradients_are_seen(name):
     config = layouts.run_config({"optim": name})
     program, found = train.build_program(DENSE, config), {}

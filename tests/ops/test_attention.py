@@ -303,7 +303,7 @@ def test_compiled_once_for_all_segments():
         assert_close(expected, attend(*tensors(*x, *mask)), 2e-6)
 
 
-@pytest.mark.parametrize("block", [4, 5, 11])
+@pytest.mark.parametrize("block", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 11, None))])
 def test_the_largest_logits_are_found_block_by_block(block):
     """Those of padding, of segment 0, are none; the last block is not whole."""
     q, k, _ = (x.astype(np.float32) for x in qkv(2, 6, 11, 4, 2, 3))
@@ -315,4 +315,4 @@ def test_the_largest_logits_are_found_block_by_block(block):
     largest = attention.largest_logits(SCALE, block)
     found = jit(largest)(*map(ms.Tensor, (q, k, *masks)))
     assert (want < attention.MASKED / 2).any() and (want > 0).any()
-    np.testing.assert_allclose(host(found), want, rtol=1e-5)
+    np.testing.assert_allclose(host(found), want, rtol=1e-5, atol=1e-6)  # sums of three products that may be near 0

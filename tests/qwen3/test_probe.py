@@ -56,6 +56,7 @@ def test_a_loop_over_layers_finds_the_same():
     assert_close(probed(cfg, params, batch)["seen"], probed(cfg, params, batch, scan=True)["seen"], 1e-6)
 
 
+@pytest.mark.slow
 def test_the_loss_of_rows_adds_up_to_that_of_the_batch():
     params, batch = random_params(DENSE), packed_batch(DENSE, lengths=(5, 9, 3, 7, 12, 2))
     found = probed(DENSE, params, batch, by_row=True)
