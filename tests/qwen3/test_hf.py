@@ -210,10 +210,11 @@ def test_router_bias_is_kept_and_warned_about(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2"])
-def test_attention_that_is_not_the_model_types_is_kept(kind, tmp_path):
+def test_attention_that_is_not_the_model_types_is_kept_and_warned_about(kind, tmp_path):
     cfg = SIZES["tiny"].replace(model_type=kind, qk_norm=kind == "qwen2", qkv_bias=kind == "qwen3", num_layers=1, vocab_size=64)
     params = init_params(param_specs(cfg), seed=0)
-    hf.save(tmp_path / "out", cfg, params)
+    with pytest.warns(UserWarning, match="transformers does not know qk_norm=(True|False) and qkv_bias=(True|False) of model_type"):
+        hf.save(tmp_path / "out", cfg, params)
     again, loaded = hf.load(tmp_path / "out")
     assert again == cfg
     assert_same(loaded, params)
