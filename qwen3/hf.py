@@ -217,9 +217,6 @@ def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 10**9, dt
     """
     _check_dtype(dtype)
     folder = Path(path)
-    if own := [f"{name}={getattr(cfg, name)}" for name in ("qk_norm", "qkv_bias") if name in cfg.to_hf()]:
-        message = f"{folder}: transformers does not know {' and '.join(own)} of model_type={cfg.model_type}; its attention will differ"
-        warnings.warn(message, stacklevel=2)
     leaves = _checked_leaves(cfg, params, dtype)
     carried = _carried(folder, tokenizer_dir)
     shards = _shards(leaves, dtype, max_shard_bytes)
@@ -240,6 +237,8 @@ def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 10**9, dt
 
 def _unknown_elsewhere(cfg):
     """What transformers will compute otherwise."""
+    if own := [f"{name}={getattr(cfg, name)}" for name in ("qk_norm", "qkv_bias") if name in cfg.to_hf()]:
+        yield f"transformers does not know {' and '.join(own)} of model_type={cfg.model_type}; its attention will differ"
     if cfg.router_bias:
         yield "transformers does not know mlp.gate.e_score_correction_bias and ignores it; its choice of experts will differ"
     if cfg.norm_placement != "pre":
