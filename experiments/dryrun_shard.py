@@ -19,9 +19,8 @@ from qwen3.model import build, choose_kernels, param_specs
 TRAIN_STEPS = 2
 # what is not given to MindSpore's partitioner: key -> (the only value, what to use instead)
 REFUSED = {
-    "parallel.pp": (1, "MindSpore's pipeline is not built"),
+    "parallel.pp": (1, "MindSpore's pipeline wants Cells that share no primitive, and a stage's own ranks, see docs/dryrun.md"),
     "parallel.cp": (1, "MindSpore has no rule for a ring"),
-    "parallel.micro_batches": (1, "gradient accumulation is not built for it"),
     "optim.name": ("adamw", "other optimizers are not built for it"),
     "optim.skip_spikes": (0.0, "skipping of updates is not built for it"),
 }
@@ -71,7 +70,7 @@ def _like(w, kind):
 
 
 def _compiled(config, cfg, sharding, specs, params, m, v):
-    """step(scalars, *tensors of a batch) -> loss"""
+    """step(scalars, *tensors of a micro-batch) -> loss"""
     kernels = choose_kernels(config.ops, cfg, sharding)
     loss_fn, tree = build(cfg, sharding, kernels=kernels, recompute=config.train.recompute).loss_fn, unflatten(specs, params)
 
@@ -81,6 +80,8 @@ def _compiled(config, cfg, sharding, specs, params, m, v):
 
     grad, update = ms.value_and_grad(loss_of, None, weights=params), _update(config, sharding, specs, kernels)
     params, m, v = tuple(params), tuple(m), tuple(v)
+    if config.parallel.micro_batches > 1:
+        return _accumulated(grad, update, params, m, v, config.parallel.micro_batches)
 
     @ms.jit
     def step(values, *batch):  # flat arguments: the partitioner does not look into tuples
@@ -88,6 +89,48 @@ def _compiled(config, cfg, sharding, specs, params, m, v):
         return ops.depend(loss, update(params, grads, m, v, values))
 
     return step
+
+
+def _accumulated(grad, update, params, m, v, count):
+    """step(scalars, *tensors of a micro-batch) -> its loss, of `count` micro-batches: a graph for one, which MindSpore partitions and whose
+    gradients it sums over the ranks, and one for the update, of this rank's parts, which it does not."""
+    total, places = tuple(_like(w, "sum") for w in params), range(len(params))
+    assign, depend, clear = ops.Assign(), ops.depend, _cleared()
+
+    @ms.jit
+    def accumulate(share, *batch):
+        loss, grads = grad(*batch)
+        done = loss
+        for i in places:
+            done = assign(total[i], depend(total[i], done) + share * depend(grads[i], done))
+        return depend(loss, done)
+
+    @ms.jit
+    def finish(values):
+        done = update(params, total, m, v, values)
+        for i in places:
+            done = assign(total[i], clear(depend(total[i], done)))
+        return done
+
+    def step(values, *batch):
+        for _ in range(count):
+            loss = accumulate(ms.Tensor(1 / count, ms.float32), *batch)
+        ms.set_auto_parallel_context(parallel_mode="stand_alone")
+        finish(values)
+        ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel")
+        return loss
+
+    return step
+
+
+def _cleared():
+    """f(x) -> zeros, of what is not finite too; not zeros_like, which a graph keeps as a constant of that size."""
+    greater, cast = ops.Greater(), ops.Cast()
+
+    def cleared(x):
+        return cast(greater(x, float("inf")), ms.float32)
+
+    return cleared
 
 
 def _update(config, sharding, specs, kernels):
@@ -114,7 +157,7 @@ def _update(config, sharding, specs, kernels):
 
 
 def _batch(config):
-    """The global batch: with full_batch every rank is given all of it."""
-    shape = config.train.batch_size, config.train.seq_len
+    """A micro-batch of all data ranks: with full_batch every rank is given all of it."""
+    shape = config.train.batch_size // config.parallel.micro_batches, config.train.seq_len
     ints = [ms.Tensor(np.ones(shape, np.int32)) for _ in range(4)]
     return (*ints, ms.Tensor(np.ones(shape, np.float32)))

@@ -23,7 +23,8 @@ from parallel import standin
 
 VERSIONS = ("2.7.1", "2.10.0")  # whose logs and files this has read
 RESULT = "RESULT "  # before the line of JSON that the process prints
-COPIED = ("PyNativeOutput", "Muls")  # what parallel.step.in_device_memory makes of a tensor from the host
+# what parallel.step.in_device_memory makes of a tensor from the host, as MindSpore 2.7.1 and 2.10.0 name it
+COPIED = (("PyNativeOutput", "Mul"), ("PyNativeOutput", "Muls"))
 HEADER, ALIGNMENT = 32, 512  # bytes that the allocator adds to a tensor's, and to multiples of which it then rounds up
 ITEMSIZE = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "float64": 8}
 NAMES = {"AllToAll": "AlltoAll"}  # what the device's own form of a collective is called -> what it is in the graph
@@ -144,7 +145,7 @@ def read_blocks(path):
 def _block(row):
     of_type = {"ConstantValue": "constant", "Weight": "weight"}
     kind = of_type.get(row["type"]) or ("input" if row["task_name"].endswith("HostDSActor") else "kernel")
-    if (row["type"], row["node_name"]) == COPIED:
+    if (row["type"], row["node_name"]) in COPIED:
         kind = "input"
     first, last, size = (int(row[key]) for key in ("start_time_stamp", "end_time_stamp", "size"))
     return Block(first, last, size, kind, row["node_name"], row["graph_name"])
