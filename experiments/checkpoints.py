@@ -40,7 +40,7 @@ def _other(config, mesh):
     changed = run_folder.differences(saved, run_folder.to_dict(config), free)
     before = saved.get("optim", {}).get("name", "adamw")
     if before != config.optim.name:  # whose state is another
-        changed.append(f"optim.name={config.optim.name!r} instead of {before!r}")
+        changed.append(f"optim.name={before!r} instead of {config.optim.name!r}")
     if changed:
         raise ValueError(f"resume_from={path} was saved with {changed[0]}; use the same, or --init_from={path} for its weights alone")
     return folder

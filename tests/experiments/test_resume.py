@@ -97,6 +97,7 @@ def test_a_folder_takes_only_its_own_run(changes, said, whole, text):
     [
         ({"train.seed": 1}, "resume_from=.* was saved with train.seed=0 instead of 1; use the same, or --init_from="),
         ({"model_args.ffn_size": 64}, "model_args.ffn_size=48 instead of 64"),
+        ({"optim.name": "lion"}, "optim.name='adamw' instead of 'lion'; use the same, or --init_from="),
         ({"resume_from": "nowhere"}, "resume_from=nowhere has no checkpoint; give the folder of a run that has saved one"),
         (
             {"resume_from": "", "init_from": "{}", "model_args.ffn_size": 64},
