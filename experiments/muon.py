@@ -4,9 +4,7 @@ The scale is Moonlight's, by which a step has the size of AdamW's and takes its 
 coefficients these are; Liu et al. 2025 (Moonlight).
 """
 
-import mindspore as ms
 from mindspore import ops
-from mindspore.ops.auto_generate import InplaceCopy
 
 STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 AS_ADAMW = 0.2  # of the root mean square of AdamW's steps
@@ -55,26 +53,14 @@ def orthogonalised(steps=STEPS):
     return of_any
 
 
-def build(optim, skips, in_place):
-    """update(values, scale, keep, p, g, m, v) -> p, m, v, of which v is as it was; as optim_rules.build."""
-    momentum, decay, orthogonal = optim.muon_momentum, float(optim.weight_decay), orthogonalised()
-    select, cast, copy = ops.Select(), ops.Cast(), InplaceCopy() if in_place else None
+def rule(optim, decay):
+    """new(values, scale, p, g, m) -> p, m, as those of optim_rules.py; with Nesterov's momentum."""
+    momentum, orthogonal = optim.muon_momentum, orthogonalised()
 
-    def update(values, scale, keep, p, g, m, v):
-        g = cast(g, ms.float32) * scale
-        new_m = momentum * m + g
+    def new(values, scale, p, g, m):
+        g = g * scale
+        m = momentum * m + g
         size = AS_ADAMW * max(p.shape[-2], p.shape[-1]) ** 0.5
-        return p * (1 - values[0] * decay) - values[0] * size * orthogonal(g + momentum * new_m), new_m, v  # Nesterov's momentum
+        return p * (1 - values[0] * decay) - values[0] * size * orthogonal(g + momentum * m), m
 
-    def update_or_skip(values, scale, keep, p, g, m, v):
-        new_p, new_m, v = update(values, scale, keep, p, g, m, v)
-        same = ops.BroadcastTo(p.shape)(keep > 0)
-        return select(same, new_p, p), select(same, new_m, m), v
-
-    chosen = update_or_skip if skips else update
-
-    def update_in_place(values, scale, keep, p, g, m, v):
-        new_p, new_m, v = chosen(values, scale, keep, p, g, m, v)
-        return ops.depend(p, copy(p, new_p)), ops.depend(m, copy(m, new_m)), v
-
-    return update_in_place if in_place else chosen
+    return new

@@ -167,17 +167,19 @@ def leaf_update(optim, kernels):
     """leaf(values, scale, keep, leaf_kind, p, g, m, v) -> p, m, v; of an optimizer without a second moment without v."""
     # what is changed in place has to be kept from a gradient that is not finite, too
     skips, in_memory = bool(optim.skip_spikes), changes_in_place(kernels)
+    by_rule = partial(optim_rules.build, skips=skips or in_memory, in_place=in_memory)
     if optim.name in optim_rules.RULES:
-        make = partial(optim_rules.build, optim, skips=skips or in_memory, in_place=in_memory)
+        decayed, plain = (by_rule(optim_rules.RULES[optim.name](optim, decay)) for decay in (float(optim.weight_decay), NO_DECAY))
     else:
         make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=skips or kernels.adamw != "reference")
-    decayed, plain = make(decay=float(optim.weight_decay)), make(decay=NO_DECAY)
-    turned = muon.build(optim, skips or in_memory, in_memory)
+        decayed, plain = make(decay=float(optim.weight_decay)), make(decay=NO_DECAY)
+    turned = by_rule(muon.rule(optim, float(optim.weight_decay)))
     rate, sign, cast = optim.router_bias_rate, ops.Sign(), ops.Cast()
 
     def leaf(values, scale, keep, kind, p, g, m, v):
         if kind == MUON:
-            return turned(values, scale, keep, p, g, m, v)
+            p, m = turned(values, scale, keep, p, g, m)
+            return p, m, v
         if kind == SIGN:
             return p - cast(rate * keep * sign(g), p.dtype), m, v
         if kind > 0:

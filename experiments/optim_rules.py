@@ -40,10 +40,10 @@ def sgd(optim, decay):
 RULES = {"lion": lion, "sgd": sgd}
 
 
-def build(optim, decay, skips, in_place):
-    """update(values, scale, keep, p, g, m) -> p, m of the rule of optim.name; all float32. skips: whether nothing changes where keep is not
-    above 0. in_place: p and m themselves are changed and returned, which have to be in the device's memory."""
-    new, select, cast, copy = RULES[optim.name](optim, decay), ops.Select(), ops.Cast(), InplaceCopy() if in_place else None
+def build(new, skips, in_place):
+    """update(values, scale, keep, p, g, m) -> p, m by a rule, as lion() gives one; all float32. skips: whether nothing changes where keep
+    is not above 0. in_place: p and m themselves are changed and returned, which have to be in the device's memory."""
+    select, cast, copy = ops.Select(), ops.Cast(), InplaceCopy() if in_place else None
 
     def update(values, scale, keep, p, g, m):
         return new(values, scale, p, cast(g, ms.float32), m)
