@@ -89,13 +89,9 @@ def test_only_the_asked_for_steps_are_watched_and_none_is_changed():
 
 def in_layout(model, options, rank=0):
     """{step|key: value} of three steps."""
-    cfg, sharding = layouts.MODELS[model], layouts.sharding_of(layouts.MODELS[model], options, rank)
-    config = layouts.run_config(options)
-    program = train.build_program(cfg, config, sharding)
-    mesh, state = sharding.mesh, program.init(tree_map(lambda w: w.asnumpy(), layouts.parameters(cfg)))
-    mine = layouts.rank_rows(layouts.ROWS, mesh.index(("dp",)), mesh.dp, options.get("micro", 1))
-    batches = [{key: value[mine] for key, value in layouts.rows_of(cfg, options, at).items()} for at in range(3)]
-    found, _ = watched(program, mesh, config.optim, state, batches)
+    cfg, config, sharding, program, state, mine = layouts.begun(model, options, rank)
+    batches = [layouts.batch_of(cfg, options, at, mine) for at in range(3)]
+    found, _ = watched(program, sharding.mesh, config.optim, state, batches)
     return {f"{step}|{key}": value for step, values in found for key, value in values.items()}
 
 

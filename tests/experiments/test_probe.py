@@ -34,15 +34,10 @@ NAMES = ["books", "code", "nothing"]
 
 def in_layout(model, options, rank=0):
     """{step|key: value} of what is found before two steps, of which the first is taken."""
-    cfg, sharding = layouts.MODELS[model], layouts.sharding_of(layouts.MODELS[model], options, rank)
-    config, mesh = layouts.run_config(options), sharding.mesh
-    config.parallel.virtual_stages = options.get("virtual", 1)
-    program = train.build_program(cfg, config, sharding)
-    state = program.init(tree_map(lambda w: w.asnumpy(), layouts.parameters(cfg)))
-    mine = layouts.rank_rows(layouts.ROWS, mesh.index(("dp",)), mesh.dp, options.get("micro", 1))
+    cfg, config, sharding, program, state, mine = layouts.begun(model, options, rank)
     probe, out = Probe(cfg, config, sharding, program, lambda: (NAMES, [row % 2 for row in mine])), {}
     for at in range(2):
-        batch = {key: value[mine] for key, value in layouts.rows_of(cfg, options, at).items()}
+        batch = layouts.batch_of(cfg, options, at, mine)
         out.update({f"{at}|{key}": value for key, value in probe(state, batch).items()})
         if at == 0:
             state, _ = program.step(state, batch, 1e-2, at)

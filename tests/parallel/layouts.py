@@ -223,15 +223,10 @@ def processes(options):
 def run(model, options, rank=0):
     """Five steps in a layout, or in one process. Every rank returns the same whole arrays: losses, norms, first moments of the optimizer,
     parameters after each; and of its own parts the shapes and bytes."""
-    cfg, sharding = MODELS[model], sharding_of(MODELS[model], options, rank)
-    mesh = sharding.mesh
-    config, micro = run_config(options), options.get("micro", 1)
-    program = train.build_program(cfg, config, sharding)
-    state = program.init(tree_map(lambda w: w.asnumpy(), parameters(cfg)))
-    mine, out = rank_rows(ROWS, mesh.index(("dp",)), mesh.dp, micro), {}
+    cfg, config, sharding, program, state, mine = begun(model, options, rank)
+    mesh, out = sharding.mesh, {}
     for at in range(STEPS):
-        batch = {key: value[mine] for key, value in rows_of(cfg, options, at).items()}
-        state, metrics = program.step(state, batch, LR, at)
+        state, metrics = program.step(state, batch_of(cfg, options, at, mine), LR, at)
         out[f"loss.{at}"], out[f"grad_norm.{at}"] = metrics["objective"], metrics["grad_norm"]
         out[f"expert_overflow.{at}"] = metrics.get("expert_overflow", 0.0)
         if at == 0:
@@ -245,6 +240,20 @@ def run(model, options, rank=0):
     if program.executor:
         out["live"], out["own parts"] = program.executor.live, own_parts(program, state, mesh, out)
     return {**out, **{f"shape.{h.names[0].partition('/')[2]}": h.data.shape for h in program.held(state) if h.names[0].startswith("m/")}}
+
+
+def begun(model, options, rank=0):
+    """(cfg, config, sharding, program, its state before the first step, which rows of a batch are this rank's)"""
+    cfg, config = MODELS[model], run_config(options)
+    sharding = sharding_of(cfg, options, rank)
+    program, mesh = train.build_program(cfg, config, sharding), sharding.mesh
+    state = program.init(tree_map(lambda w: w.asnumpy(), parameters(cfg)))
+    return cfg, config, sharding, program, state, rank_rows(ROWS, mesh.index(("dp",)), mesh.dp, options.get("micro", 1))
+
+
+def batch_of(cfg, options, at, mine):
+    """A step's batch, of which a rank has the rows `mine`."""
+    return {key: value[mine] for key, value in rows_of(cfg, options, at).items()}
 
 
 def parameters(cfg):
