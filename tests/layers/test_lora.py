@@ -73,7 +73,7 @@ def noise_of(batch, seed):
     "name, cfg, scan",
     [
         ("dense", adapted(DENSE, dropout=0.3), True),
-        ("moe", adapted(MOE), False),
+        pytest.param("moe", adapted(MOE), False, marks=pytest.mark.slow),
         pytest.param("dense", adapted(DENSE, dropout=0.3), False, marks=pytest.mark.slow),
         pytest.param("moe", adapted(MOE), True, marks=pytest.mark.slow),
     ],

@@ -158,6 +158,8 @@ SLOW = (
     "adapters, tp2 of 1 kv head",
     "adapters, dp2, ZeRO 1",
     "adapters, dp2, ZeRO 2",
+    "adapters, dp2, ZeRO 3, scan, 2 micro-batches",
+    "moe, cp2 ep2",
     "adapters, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan",
     "tp2",
     "tp4 of 1 kv head, sequence parallel, scan",
