@@ -1,4 +1,4 @@
-"""Benchmarks: python -m experiments.bench --what=train|decode|ops|data|checkpoint|memory|context
+"""Benchmarks: python -m experiments.bench --what=train|decode|ops|data|checkpoint|memory|monitors|context
 
 One line a figure, and the same as JSON with --json=FILE. Compare figures of one machine and one day only; with --peer, what others take for
 the same work in the same minutes (pip install -e '.[peers]').
@@ -14,28 +14,29 @@ from experiments.bench_context import bench_context
 from experiments.bench_data import bench_data
 from experiments.bench_decode import bench_decode
 from experiments.bench_memory import bench_memory
+from experiments.bench_monitors import bench_monitors
 from experiments.bench_ops import bench_ops
 from experiments.bench_peers import PEERS
 from experiments.bench_train import LOSS_TOLERANCE, bench_train
 from parallel import runtime
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("what", "train", ["train", "decode", "ops", "data", "checkpoint", "memory", "context"], "what to measure")
+flags.DEFINE_enum("what", "train", ["train", "decode", "ops", "data", "checkpoint", "memory", "monitors", "context"], "what to measure")
 flags.DEFINE_string("json", None, "file for the figures")
 flags.DEFINE_integer(
     "steps",
     None,
     "train: timed steps (20); decode: generations (5); ops: calls (20); data: steps (10); checkpoint: turns (5);"
-    " memory: steps (6); context: (2)",
+    " memory: steps (6); monitors: steps (20); context: (2)",
     lower_bound=1,
 )
-flags.DEFINE_boolean("moe", False, "train, decode: 16 experts of ffn 256, 4 a token, instead of an ffn of 768")
+flags.DEFINE_boolean("moe", False, "train, decode, monitors: 16 experts of ffn 256, 4 a token, instead of an ffn of 768")
 flags.DEFINE_multi_integer("batch", [1, 16], "decode: prompts at a time; repeat the flag for several", lower_bound=1)
 flags.DEFINE_multi_enum("peer", [], list(PEERS), "train, decode: another contestant; repeat the flag for several")
 flags.DEFINE_string("peer_python", None, "interpreter for the peers whose package is not in this one")
-flags.DEFINE_enum("kernels", "auto", ["auto", "reference", "cpu"], "train, decode, memory: implementation of our ops")
+flags.DEFINE_enum("kernels", "auto", ["auto", "reference", "cpu"], "train, decode, memory, monitors: implementation of our ops")
 flags.DEFINE_boolean("check", False, "train, decode: ours with the reference ops is a contestant too")
-flags.DEFINE_enum("layer_loop", "auto", ["auto", "unroll", "scan"], "train, memory: how the layers are compiled")
+flags.DEFINE_enum("layer_loop", "auto", ["auto", "unroll", "scan"], "train, memory, monitors: how the layers are compiled")
 flags.DEFINE_integer("seq_len", 32768, "context: tokens of the row", lower_bound=8)
 flags.DEFINE_enum("cp_attention", "ring", ["ring", "ulysses"], "context: how ranks share attention")
 flags.DEFINE_list("ops", [], "ops: those to measure; default: all")
@@ -50,6 +51,7 @@ BENCHES = {
     "data": (lambda options: bench_data(options.bin_gb, options.steps), 10),
     "checkpoint": (lambda options: bench_checkpoint(options.state_gb, options.steps, options.folder), 5),
     "memory": (bench_memory, 6),
+    "monitors": (bench_monitors, 20),
     "context": (bench_context, 2),
 }
 

@@ -1,13 +1,11 @@
 """The memory benchmark: a training step with each form of recompute, a process each, in turn."""
 
-import os
 import tempfile
 
 import numpy as np
 
-from experiments.bench_peers import contest, median, ratio, write_weights
-from experiments.bench_train import LEARNING_RATE, packed_batch
-from experiments.configs import common
+from experiments.bench_peers import contest, median, ratio
+from experiments.bench_train import step_time, train_job
 from parallel.spec import count
 from qwen3.config import Qwen3Config
 from qwen3.model import RECOMPUTE, param_specs
@@ -24,25 +22,17 @@ def bench_memory(options, model=None, rows=ROWS, seq_len=SEQ_LEN):
     the compiler's part included. over_none: the median over rounds of the step time over that of none. loss_difference has to be 0.
     """
     cfg = Qwen3Config(**(model or MODEL))
-    optim = common.get_config().optim
-    job = {"what": "train", "layer_loop": options.layer_loop, "kernels": options.kernels, "warmup_steps": WARMUP_STEPS}
-    job["optim"] = {"lr": LEARNING_RATE, **{key: optim[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}}
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(os.path.join(folder, "batch.npz"), **packed_batch(cfg.vocab_size, rows, seq_len))
-        job.update(write_weights(cfg, folder))
+        job = train_job(cfg, options, rows, seq_len, WARMUP_STEPS, folder)
         ours = {form: {"recompute": form} for form in RECOMPUTE}
         found, others = contest(job, ours, options, -(-options.steps // STEPS_A_TURN), STEPS_A_TURN)
     figures = {"what": "memory", "parameters": count(param_specs(cfg)), "tokens": rows * seq_len, "load_of_others": others}
     for form, (facts, times, peak) in found.items():
         figures[f"{form}_held_mem_gib"], figures[f"{form}_above_mem_gib"] = facts["held_mem_gib"], peak - facts["held_mem_gib"]
-        figures[f"{form}_step_time_s"] = median(times, _step_time)
+        figures[f"{form}_step_time_s"] = median(times, step_time)
         if form != "none":
             figures[f"{form}_mem_over_none"] = figures[f"{form}_above_mem_gib"] / figures["none_above_mem_gib"]
-            figures[f"{form}_time_over_none"] = ratio(found["none"][1], times, _step_time)
+            figures[f"{form}_time_over_none"] = ratio(found["none"][1], times, step_time)
     losses = [facts["loss"] for facts, _, _ in found.values()]
     figures["loss_difference"] = float(np.ptp(losses))
     return figures
-
-
-def _step_time(step):
-    return step["step_time_s"]

@@ -28,15 +28,10 @@ def bench_train(options, model=None, rows=BATCH, seq_len=SEQ_LEN):
     loss_difference: of all, after WARMUP_STEPS seeded steps; LOSS_TOLERANCE is what rounding explains.
     """
     cfg = Qwen3Config(**(model or (MOE if options.moe else MODEL)))
-    batch, peaks = packed_batch(cfg.vocab_size, rows, seq_len), []
-    ours = {"ours": {"kernels": options.kernels}, **({"reference": {"kernels": "reference"}} if options.check else {})}
-    job = {"what": "train", "layer_loop": options.layer_loop, "warmup_steps": WARMUP_STEPS}
-    optim = common.get_config().optim
-    job["optim"] = {"lr": LEARNING_RATE, **{key: optim[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}}
+    peaks = []
+    ours = {"ours": {}, **({"reference": {"kernels": "reference"}} if options.check else {})}
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(os.path.join(folder, "batch.npz"), **batch)
-        np.savez(os.path.join(folder, "documents.npz"), **{key: value.reshape(2 * rows, -1) for key, value in batch.items()})
-        job.update(write_weights(cfg, folder))
+        job = train_job(cfg, options, rows, seq_len, WARMUP_STEPS, folder)
         rounds = -(-options.steps // STEPS_A_TURN)
         found, others = contest(job, ours, options, rounds, STEPS_A_TURN, lambda: peaks.append(metrics.peak_flops()))
     flops, tokens = metrics.flops_per_token(cfg, seq_len) / max(peaks), rows * seq_len
@@ -45,18 +40,28 @@ def bench_train(options, model=None, rows=BATCH, seq_len=SEQ_LEN):
     for name, (facts, times, memory) in found.items():
         figures.update(named(name, _figures(facts, times, memory, tokens, flops)))
         if name != "ours":
-            figures[f"over_{name}"] = ratio(found["ours"][1], times, _step_time)
+            figures[f"over_{name}"] = ratio(found["ours"][1], times, step_time)
     losses = [facts["loss"] for facts, _, _ in found.values()]
     figures["loss_difference"] = float(np.ptp(losses) / np.max(np.abs(losses)))  # NaN where one is
     return figures
 
 
-def _step_time(step):
+def train_job(cfg, options, rows, seq_len, warmup_steps, folder):
+    """A job of contestants that train, without what is added for each: the weights that all start from and the batch are in the folder."""
+    batch, optim = packed_batch(cfg.vocab_size, rows, seq_len), common.get_config().optim
+    np.savez(os.path.join(folder, "batch.npz"), **batch)
+    np.savez(os.path.join(folder, "documents.npz"), **{key: value.reshape(2 * rows, -1) for key, value in batch.items()})
+    job = {"what": "train", "layer_loop": options.layer_loop, "kernels": options.kernels, "warmup_steps": warmup_steps}
+    job["optim"] = {"lr": LEARNING_RATE, **{key: optim[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}}
+    return {**job, **write_weights(cfg, folder)}
+
+
+def step_time(step):
     return step["step_time_s"]
 
 
 def _figures(facts, times, memory, tokens, flops):
-    step_time_s = median(times, _step_time)
+    step_time_s = median(times, step_time)
     return {
         "step_time_s": step_time_s,
         "tokens_per_s": tokens / step_time_s,

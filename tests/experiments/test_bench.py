@@ -14,6 +14,7 @@ import pytest
 
 from experiments import bench_cases, bench_ops, bench_peers, bench_turns
 from experiments.bench_decode import bench_decode
+from experiments.bench_monitors import bench_monitors
 from experiments.bench_train import LOSS_TOLERANCE, MODEL, bench_train, packed_batch
 from ops import build, registry
 from qwen3.config import Qwen3Config
@@ -132,6 +133,14 @@ def test_training_with_default_and_reference_ops_gives_one_loss(name):
     assert found["tokens_per_s"] == pytest.approx(32 / found["step_time_s"])
     assert found["model"] == Qwen3Config(**SIZES[name]).model_type
     json.dumps(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_only_a_watched_step_writes_and_none_trains_otherwise(name):
+    found = bench_monitors(options(), SIZES[name], 2, 16)
+    assert found["loss_difference"] == 0 and found["off_values"] == found["between_values"] == 0
+    assert found["watched_values"] > 5 and found["between_over_off"] > 0 and found["watched_over_off"] > 0
 
 
 @pytest.mark.slow
