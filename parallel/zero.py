@@ -9,6 +9,7 @@ import math
 
 import mindspore as ms
 from mindspore import ops
+from mindspore.ops.auto_generate import InplaceCopy
 
 from parallel import collectives
 from parallel.placement import local_shape, place
@@ -56,6 +57,16 @@ def join_params(sharding, placed):
     done = [f"g[{i}]" for i in range(len(placed))]
     lines, names = _gather(sharding.mesh, placed, done) if sharding.zero < 3 else ([], {})
     return _flat_function("join_params(g)", lines, done, names)
+
+
+def written_back(placed, places):
+    """f(flat parameters, flat new ones) -> the new ones, of which those that ZeRO splits, of `places`, are changed in place: the old array
+    has the new values. They have to depend on all that reads the old ones."""
+    lines = []
+    for i, p in enumerate(placed):
+        written = i in places and p.stored != p.state
+        lines.append(f"depend(old[{i}], copy(old[{i}], new[{i}]))" if written else f"new[{i}]")
+    return function("written_back(old, new)", [f"return ({', '.join(lines)},)"], depend=ops.depend, copy=InplaceCopy())
 
 
 def gathered(sharding, specs):

@@ -1,11 +1,14 @@
 """The table of layouts that are compared with one process, and what runs in each of their processes; see test_layouts.py."""
 
+import contextlib
+import dataclasses
 import json
+from unittest import mock
 
 import mindspore as ms
 import numpy as np
 
-from experiments import optim_rules, train
+from experiments import optim_rules, train, train_pipeline
 from experiments.configs import common
 from experiments.data.loader import rank_rows
 from layers.lora import DROPOUT_LAYER
@@ -15,6 +18,7 @@ from parallel.placement import cut, whole
 from parallel.sharding import Sharding
 from parallel.spec import tree_leaves, tree_map, tree_paths
 from qwen3.config import Lora
+from qwen3.model import choose_kernels
 from tests.experiments.test_train import make_batch
 from tests.tiny import DENSE, MIXED, MOE, QWEN2, random_params
 
@@ -47,7 +51,7 @@ MODELS = {
 }
 
 # name -> (model, options); dp, tp, cp, ep, pp, ulysses: of the mesh, others of the run; packed: documents of odd lengths, in rows of an odd
-# length. In order of the number of processes.
+# length; in_place: the update as on Ascend, whose primitive works on CPU, too. In order of the number of processes.
 LAYOUTS = {
     "pp2, 1F1B, tied": ("dense", dict(pp=2, micro=4)),
     "mixed, pp2, interleaved, a stage without layers": (
@@ -61,6 +65,7 @@ LAYOUTS = {
     "frozen, pp2, tied": ("frozen", dict(pp=2, micro=2)),
     "pp2, interleaved, tied": ("deep", dict(pp=2, micro=4, schedule="interleaved", virtual=2)),
     "dp2": ("dense", dict(dp=2)),
+    "dp2, ZeRO 1, in place": ("dense", dict(dp=2, zero=1, in_place=True)),
     "dp2, scan, 2 micro-batches, ZeRO 2": ("dense", dict(dp=2, loop="scan", micro=2, zero=2)),
     "tp2": ("untied", dict(tp=2)),
     "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
@@ -121,6 +126,11 @@ LAYOUTS = {
     "pp2 dp2": ("dense", dict(pp=2, dp=2, micro=2)),
     "pp2 dp2, ZeRO 1, tied": ("dense", dict(pp=2, dp=2, micro=2, zero=1)),
     "pp2 dp2, ZeRO 2, tied": ("dense", dict(pp=2, dp=2, micro=2, zero=2)),
+    "pp2 dp2, ZeRO 2, tied, in place": ("dense", dict(pp=2, dp=2, micro=2, zero=2, in_place=True)),
+    "moe, dp2 tp2 ep2, sequence parallel, ZeRO 2, scan, in place": (
+        "moe8",
+        dict(dp=2, tp=2, ep=2, seq=True, zero=2, loop="scan", in_place=True),
+    ),
     "pp2 dp2, ZeRO 3, tied": ("dense", dict(pp=2, dp=2, micro=2, zero=3)),
     "pp2 cp2, ring, packed, tied": ("dense", dict(pp=2, cp=2, micro=2, packed=True)),
     "moe, pp2 cp2 ep2, Ulysses": ("moe8", dict(pp=2, cp=2, ep=2, ulysses=2, micro=2)),
@@ -206,6 +216,8 @@ SLOW = (
     "pp2 dp2",
     "pp2 dp2, ZeRO 1, tied",
     "pp2 dp2, ZeRO 2, tied",
+    "pp2 dp2, ZeRO 2, tied, in place",
+    "moe, dp2 tp2 ep2, sequence parallel, ZeRO 2, scan, in place",
     "pp2 dp2, ZeRO 3, tied",
     "pp2 cp2, ring, packed, tied",
     "moe, pp2 cp2 ep2, Ulysses",
@@ -248,9 +260,16 @@ def begun(model, options, rank=0):
     """(cfg, config, sharding, program, its state before the first step, which rows of a batch are this rank's)"""
     cfg, config = MODELS[model], run_config(options)
     sharding = sharding_of(cfg, options, rank)
-    program, mesh = train.build_program(cfg, config, sharding), sharding.mesh
+    with contextlib.ExitStack() as patched:
+        for module in (train, train_pipeline) if options.get("in_place") else ():
+            patched.enter_context(mock.patch.object(module, "choose_kernels", _in_place))
+        program, mesh = train.build_program(cfg, config, sharding), sharding.mesh
     state = program.init(tree_map(lambda w: w.asnumpy(), parameters(cfg)))
     return cfg, config, sharding, program, state, rank_rows(ROWS, mesh.index(("dp",)), mesh.dp, options.get("micro", 1))
+
+
+def _in_place(*args):
+    return dataclasses.replace(choose_kernels(*args), adamw="vendor")
 
 
 def batch_of(cfg, options, at, mine):
