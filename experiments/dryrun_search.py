@@ -5,6 +5,7 @@ used is then compiled, by the dry run itself.
 """
 
 import itertools
+import re
 from collections import Counter
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from experiments import flags as command_line
 from experiments import layout, layout_traffic, metrics, train_pipeline
 from experiments.optim_rules import MOMENTS
+from ops.routing import shard_capacity
 from parallel import dryrun, traffic
 from parallel.placement import nbytes, place
 from parallel.sharding import Sharding
@@ -31,19 +33,24 @@ memory of a rank, in GiB
   state     parameters + the optimizer's moments, float32, each over the ranks that its placement says; of a pipeline, of the rank that has
             most
   gradients float32 as the model uses them, from ZeRO 2 on split over dp
-  saved     micro-batch tokens of a rank x [layers x (SAVED_ROWS x hidden / rows' ranks + SAVED_HEADS x (heads + 2 kv heads) x head_dim / tp
-            + SAVED_FFN x ffn / tp) x 2 bytes + SAVED_LOGITS x vocabulary / tp x 4 bytes]; with experts, ffn counts the chosen ones';
-            recomputed layers count with hidden alone, and one in full; of a pipeline, layers of a stage, and hidden for each live input
-  peak      state + gradients + the larger of saved and, in the update, what is not written in place: with ZeRO 1 and 2 the parameters
+  saved     layers x tokens of a rank's micro-batch x (SAVED_ROWS x hidden / ranks of the rows + SAVED_INPUTS x hidden + SAVED_FFN x ffn
+            / tp + SAVED_HEADS x (heads + 2 kv heads) x head_dim / tp) x 2 bytes + tokens x SAVED_LOGITS x vocabulary / tp x 4 bytes;
+            where a layer has experts, instead of its ffn rows of their buffers x (hidden + SAVED_EXPERT_FFN x their ffn) + chosen rows
+            x hidden + weights of a rank; recomputed layers count with hidden alone, and one in full; of a pipeline, layers of a stage,
+            and hidden for each live input
+  peak      state + gradients + the larger of saved and of what the update holds: UPDATED_FIRST x the largest trained array of a rank +
+            UPDATED_NEXT x the next
 seconds of a step
   compute   model FLOPs of a step / (ranks x {flops:.3g} x {products:g}); a third more for recomputed layers, and in a pipeline
   sent      bytes of each collective, and between stages, / ({inside:.3g} a second in a node of {node}, {between:.3g} between) + {call:.0e}
             for each
   bubble    compute x (pp - 1) / micro-batches"""
 
-# Tensors of bfloat16 that a layer keeps for its backward, counted from compiled graphs: of [rows, hidden], of the heads, of the ffn.
-SAVED_ROWS, SAVED_HEADS, SAVED_FFN = 6, 3, 3
+# Tensors of bfloat16 that a layer keeps for its backward, counted from compiled graphs: of [rows, hidden], of those that are whole in every
+# rank of a tp group even where its rows are split, of the heads, of the ffn, and of that of experts.
+SAVED_ROWS, SAVED_INPUTS, SAVED_HEADS, SAVED_FFN, SAVED_EXPERT_FFN = 3, 2, 3, 5, 3
 SAVED_LOGITS = 5  # float32 [rows, vocabulary] alive at once in the loss and its backward
+UPDATED_FIRST, UPDATED_NEXT = 6, 3  # float32, alive at once in the update
 
 
 def search(config, world, hbm_gb, top):
@@ -59,10 +66,7 @@ def search(config, world, hbm_gb, top):
         least = min(tried, key=lambda row: row[1]["peak"])
         lines += ["none fits; the one that takes the least memory:", _line(*least)]
     constants = {"flops": FLOPS, "products": PRODUCTS, "inside": INSIDE, "between": BETWEEN, "node": NODE, "call": CALL_S}
-    saved = {"SAVED_ROWS": SAVED_ROWS, "SAVED_HEADS": SAVED_HEADS, "SAVED_FFN": SAVED_FFN, "SAVED_LOGITS": SAVED_LOGITS}
-    formulas = FORMULAS.format(**constants)
-    for name, value in saved.items():
-        formulas = formulas.replace(name, str(value))
+    formulas = re.sub(r"(SAVED|UPDATED)_\w+", lambda name: str(globals()[name[0]]), FORMULAS.format(**constants))
     return [*lines, formulas], [each for each, *_ in fitting[:top]]
 
 
@@ -100,13 +104,14 @@ def estimate(config):
     sharding = Sharding(layout.mesh(cfg, parallel), seq_parallel=parallel.seq_parallel, zero=parallel.zero)
     mesh, pp = sharding.mesh, parallel.pp
     placed = max(_placed(config, cfg, sharding), key=lambda each: _bytes(mesh, each, "stored"))
-    stored, used, part = (_bytes(mesh, placed, axes) for axes in ("stored", "used", "state"))
+    trained = [each for each in placed if each.spec.trains]
+    stored, used, part = _bytes(mesh, placed, "stored"), _bytes(mesh, trained, "used"), _bytes(mesh, trained, "state")
     state, gradients = stored + len(MOMENTS[config.optim.name]) * part, part if parallel.zero >= 2 else used
-    saved, beside = saved_bytes(config, cfg, sharding), stored if parallel.zero in (1, 2) else 0
+    saved, held = saved_bytes(config, cfg, sharding), _updated(mesh, trained)
     calls = _calls(config, cfg, sharding, placed)
     groups = {mesh.members(call.atoms) for call in calls} | ({mesh.members(("pp",))} if pp > 1 else set())
     margin = int((dryrun.MARGIN_GIB + dryrun.MARGIN_PER_GROUP_GIB * len(groups)) * GIB)
-    memory = {"state": state, "gradients": gradients, "saved": saved, "peak": state + gradients + max(saved, beside), "margin": margin}
+    memory = {"state": state, "gradients": gradients, "saved": saved, "peak": state + gradients + max(saved, held), "margin": margin}
     compute = metrics.flops_per_token(cfg, config.train.seq_len) * config.train.batch_size * config.train.seq_len
     compute *= (1 + ((config.train.recompute == "full") + (pp > 1)) / 3) / (mesh.world * FLOPS * PRODUCTS)
     sent = sum(count * (call.sent(mesh) / _rate(mesh.members(call.atoms)) + CALL_S) for call, count in calls.items())
@@ -150,13 +155,32 @@ def _tokens(config):
     return config.train.batch_size // (parallel.dp * parallel.micro_batches) * config.train.seq_len
 
 
+def _updated(mesh, trained):
+    """What the update has besides state and gradients."""
+    first, then, *_ = sorted((nbytes(mesh, each, "state") for each in trained), reverse=True) + [0]
+    return UPDATED_FIRST * first + UPDATED_NEXT * then
+
+
 def saved_bytes(config, cfg, sharding):
     """What the backward of a micro-batch needs of its forward."""
-    parallel, tp, pp = config.parallel, config.parallel.tp, config.parallel.pp
-    ffn = cfg.moe_ffn_size * cfg.experts_per_token if cfg.num_experts else cfg.ffn_size
-    given = cfg.hidden_size / (tp if parallel.seq_parallel else 1)
-    heads = SAVED_HEADS * (cfg.num_heads + 2 * max(cfg.num_kv_heads, tp)) * cfg.head_dim / tp
-    layer, count = SAVED_ROWS * given + heads + SAVED_FFN * ffn / tp, -(-cfg.num_layers // pp)
+    parallel, tp, pp, tokens = config.parallel, config.parallel.tp, config.parallel.pp, _tokens(config)
+    given = tokens * cfg.hidden_size / (tp if parallel.seq_parallel else 1)
+    rows = SAVED_ROWS * given + SAVED_INPUTS * tokens * cfg.hidden_size
+    heads = tokens * SAVED_HEADS * (cfg.num_heads + 2 * max(cfg.num_kv_heads, tp)) * cfg.head_dim / tp
+    sparse = sum(map(cfg.is_moe_layer, range(cfg.num_layers))) / cfg.num_layers  # the share of layers with experts
+    ffn = (1 - sparse) * tokens * SAVED_FFN * cfg.ffn_size / tp + (sparse * _of_experts(config, cfg, sharding) if sparse else 0)
+    layer, count = rows + heads + ffn, -(-cfg.num_layers // pp)
     kept = {"none": count * layer, "attention": count * (layer - heads) + heads, "full": count * given + layer}[config.train.recompute]
     kept += min(parallel.micro_batches, pp - 1) * given
-    return int(_tokens(config) * (2 * kept + SAVED_LOGITS * cfg.vocab_size / tp * 4))
+    return int(2 * kept + tokens * SAVED_LOGITS * cfg.vocab_size / tp * 4)
+
+
+def _of_experts(config, cfg, sharding):
+    """Elements of a layer."""
+    shards, ffn, chosen = sharding.shards("experts"), cfg.moe_ffn_size / sharding.shards("expert_ffn"), cfg.experts_per_token
+    rows = _tokens(config) * config.parallel.dp // sharding.shards("expert_rows")
+    buffers = rows * chosen
+    if shards > 1:
+        buffers = shards * shard_capacity(rows, chosen, cfg.num_experts, shards, cfg.moe_capacity_factor)
+    weights = 3 * cfg.num_experts / shards * cfg.hidden_size * ffn
+    return buffers * (cfg.hidden_size + SAVED_EXPERT_FFN * ffn) + rows * chosen * cfg.hidden_size + weights

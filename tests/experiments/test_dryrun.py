@@ -167,7 +167,7 @@ def test_two_depths_foretell_a_third(layout, layers, depths):
 TWO_ROWS = ("--config.train.batch_size=2", "--micro_batches=2")
 RECOMMENDED = [  # config and options, pipeline stages of one layer, rank
     (("qwen3_32b",), 4, 12),
-    (("qwen3_30b_a3b",), 4, 0),
+    (("qwen3_30b_a3b",), 4, 12),
     (("qwen2p5_7b", "--config.train.batch_size=16", "--micro_batches=8"), 4, 6),
     (("qwen3_14b", *TWO_ROWS), 1, 0),
     (("finetune_qwen3_8b_lora", "--config.model=qwen3-14b", *TWO_ROWS), 1, 0),
@@ -178,10 +178,23 @@ RECOMMENDED = [  # config and options, pipeline stages of one layer, rank
 @pytest.mark.slow
 @pytest.mark.parametrize("options, stages, rank", RECOMMENDED)
 def test_recommended_layouts_at_small_depth(options, stages, rank):
-    """Their own widths, and the layouts that their configs have by default."""
-    config, *more = options
-    report = compiled(read(f"--config=experiments/configs/{config}.py", f"--config.model_args.num_layers={stages}", *more), rank=rank)
+    """Their own widths, and the layouts that their configs have by default. The formula of the search is near the compiled peak."""
+    name, *more = options
+    config = read(f"--config=experiments/configs/{name}.py", f"--config.model_args.num_layers={stages}", *more)
+    report = compiled(config, rank=rank)
     assert report["problems"] == [] and report["fits"]
+    assert estimate(config)[0]["peak"] == pytest.approx(report["figures"]["peak_bytes"], rel=0.15)
+
+
+@needs_standin
+@pytest.mark.slow
+def test_zero_1_takes_less_by_what_it_splits():
+    """Half of the moments of 2 ranks, and no second copy of the parameters that it gathers."""
+    config = [read(*MODEL, *WIDE, "--dp=2", f"--zero={zero}", "--config.model_args.num_layers=4") for zero in (0, 1)]
+    whole, split = (compiled(each, rank=0)["figures"] for each in config)
+    saved = whole["optimizer_bytes"] - split["optimizer_bytes"]
+    assert saved > 0.4 * whole["optimizer_bytes"]
+    assert whole["peak_bytes"] - split["peak_bytes"] > 0.8 * saved
 
 
 @needs_standin
