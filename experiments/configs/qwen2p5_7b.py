@@ -5,7 +5,7 @@
 
 Hardware: 8 Ascend NPUs of 64 GB: 2 data ranks of 4 pipeline stages, a row at a time, optimizer state split over data ranks.
 Expected time and loss: not measured.
-Compiled for one of the 8 in simulation, not run on an NPU: docs/dryrun.md. Without recompute it lacked 1 GB there.
+Compiled for one of the 8 in simulation, not run on an NPU: docs/dryrun.md.
 `--dp=1 --pp=1 --zero=0` is for one device.
 """
 
@@ -19,7 +19,6 @@ def get_config():
     c.train.steps = 10_000
     c.train.seq_len = 4096
     c.train.batch_size = 64
-    c.train.recompute = "full"
     c.optim.warmup_steps = 500
     c.parallel.dp = 2
     c.parallel.pp = 4
