@@ -39,7 +39,8 @@ memory of a rank, in GiB
             x hidden + weights of a rank; recomputed layers count with hidden alone, and one in full; of a pipeline, layers of a stage,
             and hidden for each live input
   peak      state + gradients + the larger of saved and of what the update holds: UPDATED_FIRST x the largest trained array of a rank +
-            UPDATED_NEXT x the next
+            UPDATED_NEXT x the next. Of a single micro-batch, whose gradients come as what was saved goes, state + the larger of saved and
+            of gradients + what the update holds
 seconds of a step
   compute   model FLOPs of a step / (ranks x {flops:.3g} x {products:g}); a third more for recomputed layers, and in a pipeline
   sent      bytes of each collective, and between stages, / ({inside:.3g} a second in a node of {node}, {between:.3g} between) + {call:.0e}
@@ -111,7 +112,8 @@ def estimate(config):
     calls = _calls(config, cfg, sharding, placed)
     groups = {mesh.members(call.atoms) for call in calls} | ({mesh.members(("pp",))} if pp > 1 else set())
     margin = int((dryrun.MARGIN_GIB + dryrun.MARGIN_PER_GROUP_GIB * len(groups)) * GIB)
-    memory = {"state": state, "gradients": gradients, "saved": saved, "peak": state + gradients + max(saved, held), "margin": margin}
+    peak = state + (gradients + max(saved, held) if parallel.micro_batches > 1 else max(saved, gradients + held))
+    memory = {"state": state, "gradients": gradients, "saved": saved, "peak": peak, "margin": margin}
     compute = metrics.flops_per_token(cfg, config.train.seq_len) * config.train.batch_size * config.train.seq_len
     compute *= (1 + ((config.train.recompute == "full") + (pp > 1)) / 3) / (mesh.world * FLOPS * PRODUCTS)
     sent = sum(count * (call.sent(mesh) / _rate(mesh.members(call.atoms)) + CALL_S) for call, count in calls.items())
