@@ -310,19 +310,15 @@ def update_of(specs, placed, sharding, optim, kernels):
     split, join = zero.split_params(sharding, flat), zero.join_params(sharding, flat)
     second = "v" in optimizer.MOMENTS[optim.name]
     params_of, m_of, v_of = _column(like, 0), _column(like, 1), _column(like, 2) if second else _elements(())
-    still = {i for i, done in enumerate(optimizer.in_place(specs, kernels, optim)) if done}
-    moved = tuple(i for i in range(len(flat)) if i not in still)
-    cut = any(p.stored != p.state for p in flat)  # then what is changed in place is a part, to be joined to the others
-    back = zero.written_back(flat, still) if cut and optimizer.changes_in_place(kernels) else None
-    places = (moved if back or not cut else tuple(range(len(flat))), moved, moved if second else ())
+    moved = tuple(i for i, done in enumerate(optimizer.in_place(specs, kernels, optim)) if not done)
+    cut = any(p.stored != p.state for p in flat) and not optimizer.changes_in_place(kernels)  # then parts change, and are joined
+    places = (tuple(range(len(flat))) if cut else moved, moved, moved if second else ())
+    back = zero.written_back(flat, places[0])
     changed_p, changed_m, changed_v = map(_elements, places)
 
     def update(params, grads, m, v, mean_norm, values, after):
-        old = flatten(params)
-        new, mean_norm, norm, skipped = apply(nest(split(old)), nest(grads), m, v, mean_norm, values, after)
-        p, m, v = join(params_of(new)), m_of(new), v_of(new)
-        if back is not None:
-            p = back(old, p)
+        new, mean_norm, norm, skipped = apply(nest(split(flatten(params))), nest(grads), m, v, mean_norm, values, after)
+        p, m, v = back(flatten(params), join(params_of(new))), m_of(new), v_of(new)
         return ms.ops.depend(norm, (p, m, v)), skipped, (changed_p(p), changed_m(m), changed_v(v), mean_norm)
 
     def merge(state, changed):

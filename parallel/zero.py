@@ -59,14 +59,13 @@ def join_params(sharding, placed):
     return _flat_function("join_params(g)", lines, done, names)
 
 
-def written_back(placed, places):
-    """f(flat parameters, flat new ones) -> the new ones, of which those that ZeRO splits, of `places`, are changed in place: the old array
-    has the new values. They have to depend on all that reads the old ones."""
-    lines = []
-    for i, p in enumerate(placed):
-        written = i in places and p.stored != p.state
-        lines.append(f"depend(old[{i}], copy(old[{i}], new[{i}]))" if written else f"new[{i}]")
-    return function("written_back(old, new)", [f"return ({', '.join(lines)},)"], depend=ops.depend, copy=InplaceCopy())
+def written_back(placed, returned):
+    """f(flat parameters, flat new ones) -> the new ones, of which those that ZeRO splits are changed in place, but for the places in
+    `returned`: the old array has the new values. They have to depend on all that reads the old ones."""
+    written = {i for i, p in enumerate(placed) if p.stored != p.state and i not in returned}
+    each = [f"depend(old[{i}], copy(old[{i}], new[{i}]))" if i in written else f"new[{i}]" for i in range(len(placed))]
+    text = f"({', '.join(each)},)" if written else "new"
+    return function("written_back(old, new)", [f"return {text}"], depend=ops.depend, copy=InplaceCopy())
 
 
 def gathered(sharding, specs):

@@ -158,6 +158,8 @@ LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
 # Left out of the default tests: more of the same, at 20 seconds of two cores each.
 SLOW = (
     "dp2",
+    "dp2, scan, 2 micro-batches, ZeRO 2",
+    "tp4 of 2 kv heads",
     "tp2 of 1 kv head, biases",
     "mixed, pp2, interleaved, a stage without layers",
     "dp2 tp2, ZeRO 2, 2 micro-batches",
