@@ -159,7 +159,7 @@ def _tokens(config):
 
 def _updated(mesh, trained):
     """What the update has besides state and gradients."""
-    first, then, *_ = sorted((nbytes(mesh, each, "state") for each in trained), reverse=True) + [0]
+    first, then, *_ = sorted((nbytes(mesh, each, "state") for each in trained), reverse=True) + [0, 0]
     return UPDATED_FIRST * first + UPDATED_NEXT * then
 
 
