@@ -18,6 +18,7 @@ B, S, D, F, V, E = BATCH, SEQ_LEN, *(MOE[key] for key in ("hidden_size", "ffn_si
 N, K, H, TOP = (MOE[key] for key in ("num_heads", "num_kv_heads", "head_dim", "experts_per_token"))
 R, EPS, MOE_F = B * S, 1e-6, MOE["moe_ffn_size"]
 CACHE_B, CACHE_T = 16, 256  # rows and slots of the cache that a token is written to
+STACK_L = 16  # layers whose arrays are stacked
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,13 @@ def _of_updates():
     new, cache = normal(CACHE_B, 1, K, H), normal(CACHE_B, CACHE_T, K, H)
     last = np.full((CACHE_B, 1), CACHE_T - 1, np.int32)
     make = partial(_call, 0.9, 0.95, 1e-8, 0.1, False)
+    stacked = normal(STACK_L, D, F), np.int32(1), normal(D, F)
     adam = fixed((), (*values, w, normal(V, D), normal(V, D), np.abs(normal(V, D))))
     return {
         "adamw": Case("adamw", adam, (15 * w.size, None), make=make, bytes=(7 * w.nbytes, None), in_place=True),
         "adamw_squares": Case("adamw", fixed((), (w,)), (2 * w.size, None), "squares"),
         "cache_write": Case("cache_write", fixed((), (cache, new, last)), (0, None), bytes=(2 * new.nbytes, None), in_place=True),
+        "stack_write": Case("stack_write", fixed((), stacked), (0, None), bytes=(8 * D * F, None), in_place=True),
     }
 
 

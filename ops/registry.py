@@ -37,6 +37,7 @@ class Kernels:
     rope: str = "reference"
     routing: str = "reference"
     sampling: str = "reference"
+    stack_write: str = "reference"
     swiglu: str = "reference"
 
 
@@ -64,7 +65,7 @@ PARTS = {  # ops that do what others do one after another: they are chosen where
     "decode_mlp": ("matmul", "rms_norm", "swiglu"),
     "head_loss": ("cross_entropy", "matmul"),
 }
-ANY_DTYPE = ("adamw", "sampling")  # not computed in the model's dtype
+ANY_DTYPE = ("adamw", "sampling", "stack_write")  # not computed in the model's dtype, or in any
 
 
 def pick(kernels, op, function=""):

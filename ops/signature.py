@@ -4,7 +4,7 @@
     require((w.shape, ids.shape), (w.dtype, ids.dtype))     # ValueError: embedding: ids is int64 and has to be int32
 
 An argument is a name, a dtype and dims. Without a dtype it is one of `floats`; `same` is that of the first argument. A dim with a name has
-one size wherever it comes; `H/2` is half of H, `R*k` a product, `...` any dims in front, and `*` any shape; a scalar has no dims.
+one size wherever it comes; `H/2` is half of H, `R*k` a product, `...` any dims in its place, and `*` any shape; a scalar has no dims.
 """
 
 import itertools
@@ -82,11 +82,12 @@ def _fits(dims, shape, sizes):
     """Whether a shape has these dims, whose sizes are noted."""
     if dims == ["*"]:
         return True
-    if dims[:1] == ["..."]:
-        n = len(dims) - 1
-        if len(shape) < n or sizes.setdefault("...", shape[: len(shape) - n]) != shape[: len(shape) - n]:
+    if "..." in dims:
+        at = dims.index("...")
+        end = at + len(shape) - len(dims) + 1
+        if end < at or sizes.setdefault("...", shape[at:end]) != shape[at:end]:
             return False
-        dims, shape = dims[1:], shape[len(shape) - n :]
+        dims, shape = dims[:at] + dims[at + 1 :], shape[:at] + shape[end:]
     if len(dims) != len(shape):
         return False
     return [_size(dim, n, sizes) for dim, n in zip(dims, shape)] == list(shape)

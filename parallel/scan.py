@@ -7,21 +7,24 @@ having. This cell runs one `while` loop forward, which keeps each layer's input,
 import mindspore as ms
 from mindspore import nn, ops
 
+from ops import stack_write
+from ops.registry import Kernels, pick
 from parallel.source import function
 from parallel.spec import select, tree_paths, unflatten
 from parallel.step import expression, flatten_in_graph
 
 
-def scan(body, like, num_layers, stats_shape):
+def scan(body, like, num_layers, stats_shape, kernels=None):
     """f(x, stacked, consts) -> x, stats [L, *stats_shape], for body(p, x, consts) -> x, stats of one layer.
 
     p: a tree of `like`'s structure, whose leaves may be ParamSpecs; stacked: the same with every leaf [L, ...], of which those that do not
-    train have no gradients. consts: a tuple of tensors without gradients.
+    train have no gradients. consts: a tuple of tensors without gradients. kernels: whose stack_write keeps what each layer leaves; by
+    default the reference.
     body must be straight-line, as MindSpore cannot parse a function with branches in a backward, and must use every const:
     it replaces elements of a tuple that nothing reads by the integer 0.
     """
     moving, fixed = (select(like, keep) for keep in (_trains, _is_frozen))
-    loop = _Scan(body, like, num_layers, stats_shape, moving, fixed)
+    loop = _Scan(body, like, num_layers, stats_shape, moving, fixed, kernels or Kernels())
     trained, frozen = (flatten_in_graph(part) if part else _none for part in (moving, fixed))
 
     def run(x, stacked, consts):
@@ -44,10 +47,12 @@ def _none(stacked):
 
 
 class _Scan(nn.Cell):
-    def __init__(self, body, like, num_layers, stats_shape, moving, fixed):
+    def __init__(self, body, like, num_layers, stats_shape, moving, fixed, kernels):
         super().__init__()
         self.num_layers, self.stats_shape = num_layers, (num_layers, *stats_shape)
-        self.put, self.pick, build = _put(), _pick, _rebuild_both(like, moving, fixed)
+        new = pick(kernels, "stack_write", "new")
+        self.write, self.new_inputs, self.new_like = pick(kernels, "stack_write")(), new((num_layers,)), new(())
+        self.write_stats, self.pick, build = stack_write.reference(), _pick, _rebuild_both(like, moving, fixed)
 
         def of_leaves(leaves, x, frozen, consts):
             return body(build(leaves, frozen), x, consts)
@@ -59,11 +64,11 @@ class _Scan(nn.Cell):
     def construct(self, x, stacked, frozen, consts):
         i = ms.Tensor(0, ms.int32)
         stats = ops.zeros(self.stats_shape, ms.float32)
-        inputs = ops.zeros((self.num_layers,) + x.shape, x.dtype)
+        inputs = self.new_inputs(x)
         while i < self.num_layers:
-            inputs = self.put(inputs, i, x)
+            inputs = self.write(inputs, i, x)
             x, s = self.body(self.pick(stacked, i), x, self.pick(frozen, i), consts)
-            stats = self.put(stats, i, s)
+            stats = self.write_stats(stats, i, s)
             i = i + 1
         return x, stats, inputs
 
@@ -78,13 +83,13 @@ class _Scan(nn.Cell):
         j = ms.Tensor(self.num_layers - 1, ms.int32)
         grads = (j,)  # first, as a loop cannot carry a tuple of arrays that are all of one shape
         for w in stacked:
-            grads += (self.zeros_like(w),)
+            grads += (self.new_like(w),)
         while j >= 0:
             back = self.vjp(self.body)(self.pick(stacked, j), inputs[j], self.pick(frozen, j), consts, (dx, dstats[j]))
             dx = back[1]
             written = (j,)
             for k in range(1, len(grads)):
-                written += (self.put(grads[k], j, back[0][k - 1]),)
+                written += (self.write(grads[k], j, back[0][k - 1]),)
             grads = written
             j = j - 1
         return dx, grads[1:], still, none
@@ -103,12 +108,3 @@ def _pick(stacked, i):
     for w in stacked:
         leaves += (w[i],)
     return leaves
-
-
-def _put():
-    scatter, reshape, expand = ops.TensorScatterUpdate(), ops.Reshape(), ops.ExpandDims()
-
-    def put(buffer, i, value):
-        return scatter(buffer, reshape(i, (1, 1)), expand(value, 0))
-
-    return put

@@ -102,7 +102,7 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
     if recompute == "attention" and drops(cfg):
         raise ValueError(f"train.recompute=attention with lora.dropout={cfg.lora.dropout} is not built; use train.recompute=full")
     parts = _parts(cfg, sharding, kernels, "none" if scan and recompute == "full" else recompute)  # a scanned layer is recomputed anyway
-    trunk = _scanned(cfg, parts.layers) if scan else _unrolled(cfg, sharding, parts.layers)
+    trunk = _scanned(cfg, parts.layers, kernels) if scan else _unrolled(cfg, sharding, parts.layers)
     router_losses, reshape = moe.losses(cfg, sharding), ops.Reshape()
     noise_of = noise_in(cfg)
 
@@ -401,13 +401,13 @@ def stack_rows():
     return stack
 
 
-def _scanned(cfg, blocks):
+def _scanned(cfg, blocks, kernels):
     """The same over one tree of stacked layers."""
     if len({cfg.is_moe_layer(i) for i in range(cfg.num_layers)}) > 1:
         raise ValueError("train.layer_loop=scan needs layers of one kind, and this model mixes dense and MoE layers; use unroll")
     if len(set(blocks)) > 1:
         raise ValueError("train.layer_loop=scan needs layers that train alike, and train.freeze_include tells them apart; use unroll")
-    loop = scan_layers(blocks[0][0], layer_specs(cfg, 0), cfg.num_layers, (moe.stats_size(cfg) if cfg.moe_layers else 1,))
+    loop = scan_layers(blocks[0][0], layer_specs(cfg, 0), cfg.num_layers, (moe.stats_size(cfg) if cfg.moe_layers else 1,), kernels)
 
     def trunk(layers, x, consts):
         return loop(x, layers, consts)

@@ -4,7 +4,21 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from ops import adamw, attention, cache_write, cross_entropy, embedding, grouped_matmul, matmul, rms_norm, rope, routing, sampling, swiglu
+from ops import (
+    adamw,
+    attention,
+    cache_write,
+    cross_entropy,
+    embedding,
+    grouped_matmul,
+    matmul,
+    rms_norm,
+    rope,
+    routing,
+    sampling,
+    stack_write,
+    swiglu,
+)
 from ops.signature import Signature, check
 from parallel.step import jit
 
@@ -164,6 +178,18 @@ OPS = {
             ("at", (2, 2), "at is [2, 2] and has to be [B, S] = [2, 1]"),
             ("at", I64, "at is int64 and has to be int32"),
             ("cache", F64, "cache is float64 and has to be float32"),
+        ],
+    ),
+    "stack_write": (
+        [stack_write.reference(), stack_write.cpu()],
+        dict(stack=(3, 2, 5), at=("int32", ()), x=(2, 5)),
+        [
+            ("x", (5,), "x is [5] and has to be [...] = [2, 5]"),
+            ("x", F16, "x is float16 and has to be float32"),
+            ("at", (1,), "at is [1] and has to be []"),
+            ("at", I64, "at is int64 and has to be int32"),
+            ("stack", (), "stack is [] and has to be [L, ...]"),
+            ("stack", F64, "stack is float64 and has to be float32"),
         ],
     ),
     "sampling": (
