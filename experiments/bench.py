@@ -36,7 +36,7 @@ flags.DEFINE_multi_enum("peer", [], list(PEERS), "train, decode: another contest
 flags.DEFINE_string("peer_python", None, "interpreter for the peers whose package is not in this one")
 flags.DEFINE_enum("kernels", "auto", ["auto", "reference", "cpu"], "train, decode, memory, monitors: implementation of our ops")
 flags.DEFINE_boolean("check", False, "train, decode: ours with the reference ops is a contestant too")
-flags.DEFINE_enum("layer_loop", "auto", ["auto", "unroll", "scan"], "train, memory, monitors: how the layers are compiled")
+flags.DEFINE_enum("layer_loop", "auto", ["auto", "unroll", "scan"], "train, monitors: how the layers are compiled")
 flags.DEFINE_integer("seq_len", 32768, "context: tokens of the row", lower_bound=8)
 flags.DEFINE_enum("cp_attention", "ring", ["ring", "ulysses"], "context: how ranks share attention")
 flags.DEFINE_list("ops", [], "ops: those to measure; default: all")

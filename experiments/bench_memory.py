@@ -13,25 +13,30 @@ from qwen3.model import RECOMPUTE, param_specs
 MODEL = dict(vocab_size=4096, hidden_size=512, num_layers=16, num_heads=8, num_kv_heads=4, head_dim=64, ffn_size=1536, tie_embeddings=True)
 ROWS, SEQ_LEN = 4, 512
 WARMUP_STEPS, STEPS_A_TURN = 2, 2
+FORMS = {**{form: {"layer_loop": "unroll", "recompute": form} for form in RECOMPUTE}, "scan": {"layer_loop": "scan"}}
 
 
 def bench_memory(options, model=None, rows=ROWS, seq_len=SEQ_LEN):
-    """Figures as a dict, by the name of the form. options: steps, layer_loop, kernels, peer and peer_python, of which there are none.
+    """Figures as a dict, by the name of the form, of unrolled layers but for scan, the loop, which recomputes all of a layer in any case.
+    options: as in bench_train, without peers; layer_loop is each form's own.
 
-    held_mem_gib: of the process before its first step, with parameters and optimizer state; above_mem_gib: what its peak is above that,
-    the compiler's part included. over_none: the median over rounds of the step time over that of none. loss_difference has to be 0.
+    held_mem_gib: of the process before its first step, with parameters and optimizer state; above_held_gib: what its peak is above that,
+    the compiler's part included; above_params_gib: the same with the optimizer state. _over_none of these: their shares of those of none;
+    time_over_none: the median over rounds of the step time over that of none. loss_difference has to be 0.
     """
     cfg = Qwen3Config(**(model or MODEL))
     with tempfile.TemporaryDirectory() as folder:
         job = train_job(cfg, options, rows, seq_len, WARMUP_STEPS, folder)
-        ours = {form: {"recompute": form} for form in RECOMPUTE}
-        found, others = contest(job, ours, options, -(-options.steps // STEPS_A_TURN), STEPS_A_TURN)
-    figures = {"what": "memory", "parameters": count(param_specs(cfg)), "tokens": rows * seq_len, "load_of_others": others}
+        found, others = contest(job, FORMS, options, -(-options.steps // STEPS_A_TURN), STEPS_A_TURN)
+    parameters = count(param_specs(cfg))
+    figures = {"what": "memory", "parameters": parameters, "tokens": rows * seq_len, "load_of_others": others}
     for form, (facts, times, peak) in found.items():
-        figures[f"{form}_held_mem_gib"], figures[f"{form}_above_mem_gib"] = facts["held_mem_gib"], peak - facts["held_mem_gib"]
-        figures[f"{form}_step_time_s"] = median(times, step_time)
+        above = {"held": peak - facts["held_mem_gib"]}
+        above["params"] = above["held"] + 2 * 4 * parameters / 2**30  # m and v
+        figures[f"{form}_held_mem_gib"], figures[f"{form}_step_time_s"] = facts["held_mem_gib"], median(times, step_time)
+        figures.update({f"{form}_above_{what}_gib": gib for what, gib in above.items()})
         if form != "none":
-            figures[f"{form}_mem_over_none"] = figures[f"{form}_above_mem_gib"] / figures["none_above_mem_gib"]
+            figures.update({f"{form}_above_{what}_over_none": gib / figures[f"none_above_{what}_gib"] for what, gib in above.items()})
             figures[f"{form}_time_over_none"] = ratio(found["none"][1], times, step_time)
     losses = [facts["loss"] for facts, _, _ in found.values()]
     figures["loss_difference"] = float(np.ptp(losses))
