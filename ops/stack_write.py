@@ -39,15 +39,13 @@ def cpu():
 
 
 def cpu_new(dims):
-    """The same without a value yet: it is for a stack of which all is written to before any is read.
-
-    A graph makes one of two that are computed from one x alike, so that each stack wants an x of its own.
-    """
+    """The same without a value yet: it is for a stack of which all is written to before any is read."""
 
     def shape(x):
         return (*dims, *x)
 
-    return kernel("stack_write", "stack_new", "x *", shape, _same, floats=FLOATS)
+    new = kernel("stack_write", "stack_new", "x *", shape, _same, floats=FLOATS)
+    return new.add_prim_attr("side_effect_hidden", True)  # or two stacks that are made from one x would be the same array
 
 
 class _StackWrite(nn.Cell):

@@ -10,7 +10,7 @@ from mindspore import ops
 from ops import registry, stack_write
 from parallel.scan import scan
 from parallel.step import jit, value_and_grad
-from tests.ops.kernels import call, tensors
+from tests.ops.kernels import call
 from tests.tiny import assert_trees_close, host
 
 SHAPES = [(1,), (3, 5), (2, 7, 1), (4, 300, 301)]  # the last is copied by several threads
@@ -103,21 +103,24 @@ def test_differentiating_the_kernel_is_an_error(compiled):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_new_stacks_are_one_array_each(form):
-    """Of the same shape, and written to in one graph; what one call leaves is not seen by the next."""
+    """Of one x, and written to in one graph, in a loop and in the next; what one call leaves is not seen by the next."""
     write, new = FORMS[form](), registry.pick(KERNELS[form], "stack_write", "new")((3,))
 
-    def fill(x, y, first):
-        i, a, b = ops.ZerosLike()(first), new(x), new(y)
+    def fill(x, first):
+        i, a, b, c = ops.ZerosLike()(first), new(x), new(x), new(x)
         while i < 3:
-            a, b, i = write(a, i, x + i), write(b, i, y * i), i + 1
-        return a, b
+            a, b, i = write(a, i, x + i), write(b, i, x * i), i + 1
+        i = ops.ZerosLike()(first)
+        while i < 3:
+            c, i = write(c, i, x - i), i + 1
+        return a, b, c
 
     run = jit(fill)
     for x in (1.0, 2.0):
-        x, y = np.full((2, 5), x, np.float32), np.full((2, 5), 10 * x, np.float32)
-        a, b = run(*tensors(x, y), at(0))
+        x = np.full((2, 5), x, np.float32)
+        found = list(map(host, run(ms.Tensor(x), at(0))))
         for i in range(3):
-            np.testing.assert_array_equal((x + i, y * i), (host(a[i]), host(b[i])))
+            np.testing.assert_array_equal((x + i, x * i, x - i), [stack[i] for stack in found])
 
 
 def layer(p, x, consts):

@@ -17,6 +17,8 @@ from mindspore import Parameter, Tensor, mutable, nn, ops
 from mindspore.graph import api
 
 from experiments.bench_turns import mem_mib
+from ops import stack_write
+from ops.custom import kernel
 from parallel import standin
 
 
@@ -355,6 +357,21 @@ def test_a_graph_with_a_loop_reads_a_slice_of_a_tensor_from_the_wrong_place():
         right.append(np.array_equal(product(full(1), row).asnumpy(), [3, 4]))
         assert product(full(1), row.contiguous()).asnumpy().tolist() == [3, 4]
     still(not all(right), "step.jit need not call contiguous()")
+
+
+def test_two_calls_of_a_kernel_on_the_same_inputs_are_one_array():
+    """What is written in place into one of them is in the other, too."""
+    write, make = stack_write.cpu(), kernel("stack_write", "stack_new", "x *", lambda x: (1, *x), lambda x: x)
+
+    @ms.jit(fullgraph=True)
+    def both(x, at):
+        a, b = make(x), make(x)
+        a = write(a, at, x)
+        return a, write(b, ops.depend(at, a), x * 2)
+
+    a, b = both(full(1), Tensor(0, ms.int32))
+    assert first(b) == 2
+    still(first(a) == 2, "stack_write.cpu_new needs no attribute")
 
 
 def test_a_global_tensor_is_a_constant_of_the_graph():
