@@ -1,10 +1,9 @@
 """Writing new keys or values into their slots of a KV cache."""
 
-import mindspore as ms
-from mindspore import nn, ops
+from mindspore import ops
 
 from ops import iota
-from ops.custom import kernel
+from ops.custom import InPlace
 from ops.signature import FLOATS, check
 
 ARGUMENTS = "cache B T K H; new same B S K H; at int32 B S"
@@ -32,34 +31,5 @@ def reference():
 
 
 def cpu():
-    """The same in place, for arrays of float32, or of int32: the cache that is given changes, and is what is returned.
-
-    Nothing orders the write against other reads of the array that was given, so read the returned one only; a write whose result nothing
-    reads does not happen in a graph; and a graph that returns the result copies it, while the array that was given has changed already.
-    It has no gradient: differentiating it is an error.
-    """
-    return _CacheWrite()
-
-
-class _CacheWrite(nn.Cell):
-    def __init__(self):
-        super().__init__()
-        self.write = kernel("cache_write", "cache_write", ARGUMENTS, _one, _int32, floats=("float32", "int32"))
-
-    def __call__(self, cache, new, at):
-        """Eager calls: a kernel is given a copy of a view, and what it writes there would be lost."""
-        return super().__call__(cache.contiguous(), new, at)
-
-    def construct(self, cache, new, at):
-        return ops.depend(cache, self.write(cache, new, at))
-
-    def bprop(self, cache, new, at, out, dout):
-        raise RuntimeError("the cache_write kernel works in place and has no gradient; use ops.cache_write=reference")
-
-
-def _one(cache, new, at):
-    return (1,)
-
-
-def _int32(cache, new, at):
-    return ms.int32
+    """The same in place, for arrays of float32, or of int32: the cache that is given changes, and is returned. See ops.custom.InPlace."""
+    return InPlace("cache_write", ARGUMENTS, ("float32", "int32"))

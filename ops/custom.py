@@ -10,7 +10,8 @@ MindSpore raises an error with: 1 for types and 2 for shapes that are not its ow
 
 import itertools
 
-from mindspore import ops
+import mindspore as ms
+from mindspore import nn, ops
 from mindspore.ops import CustomRegOp, DataType
 
 from ops import build
@@ -39,6 +40,38 @@ def kernel(source, name, arguments, shapes, dtypes, *, floats=("float32",), **co
     primitive = ops.Custom(f"{build.library(source)}:{name}", shapes, dtypes, "aot", reg_info=info)
     # Eager calls take the results' shapes from an earlier call of any primitive with these attributes and inputs, whatever `shapes` says.
     return primitive.add_prim_attr("instance", next(_instances))
+
+
+class InPlace(nn.Cell):
+    """f(array, a, b) -> the array, which the kernel NAME of ops/cpu/NAME.cc has written to; its output is one integer, to wait for.
+
+    Nothing orders the write against other reads of the array that was given, so read the returned one only; a write whose result nothing
+    reads does not happen in a graph; and a graph that returns the result copies it, while the array that was given has changed already.
+    It has no gradient: differentiating it is an error.
+    """
+
+    def __init__(self, name, arguments, floats):
+        super().__init__()
+        self.write = kernel(name, name, arguments, _one, _int32, floats=floats)
+        self.no_gradient = f"the {name} kernel works in place and has no gradient; use ops.{name}=reference"
+
+    def __call__(self, array, a, b):
+        """Eager calls: a kernel is given a copy of a view, and what it writes there would be lost."""
+        return super().__call__(array.contiguous(), a, b)
+
+    def construct(self, array, a, b):
+        return ops.depend(array, self.write(array, a, b))
+
+    def bprop(self, array, a, b, out, dout):
+        raise RuntimeError(self.no_gradient)
+
+
+def _one(array, a, b):
+    return (1,)
+
+
+def _int32(array, a, b):
+    return ms.int32
 
 
 def _after(check, fn):

@@ -43,7 +43,7 @@ def _given(*args):
 
 
 def cpu(eps, scale):
-    """The same, writing into the caches that it is given, under the conditions of cache_write.cpu; float32. It has no gradient.
+    """The same, writing into the caches that it is given, under the conditions of ops.custom.InPlace; float32. It has no gradient.
 
     The numbers are those of the ops that it is made of, in their C++ kernels, bit for bit up to 16 rows and 4 heads a kv head.
     """

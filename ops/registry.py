@@ -65,7 +65,7 @@ PARTS = {  # ops that do what others do one after another: they are chosen where
     "decode_mlp": ("matmul", "rms_norm", "swiglu"),
     "head_loss": ("cross_entropy", "matmul"),
 }
-ANY_DTYPE = ("adamw", "sampling", "stack_write")  # not computed in the model's dtype, or in any
+ANY_DTYPE = ("adamw", "sampling", "stack_write")  # whose kernels do not go by the model's dtype
 
 
 def pick(kernels, op, function=""):

@@ -1,9 +1,8 @@
 """Writing one layer's array into its place in a stack of all layers'."""
 
-import mindspore as ms
-from mindspore import nn, ops
+from mindspore import ops
 
-from ops.custom import kernel
+from ops.custom import InPlace, kernel
 from ops.signature import FLOATS, check
 
 ARGUMENTS = "stack L ...; at int32; x same ..."
@@ -34,8 +33,8 @@ def reference_new(dims):
 
 
 def cpu():
-    """The same in place: the stack that is given changes, and is what is returned; under the conditions of cache_write.cpu."""
-    return _StackWrite()
+    """The same in place: the stack that is given changes, and is what is returned. See ops.custom.InPlace."""
+    return InPlace("stack_write", ARGUMENTS, FLOATS)
 
 
 def cpu_new(dims):
@@ -46,30 +45,6 @@ def cpu_new(dims):
 
     new = kernel("stack_write", "stack_new", "x *", shape, _same, floats=FLOATS)
     return new.add_prim_attr("side_effect_hidden", True)  # or two stacks that are made from one x would be the same array
-
-
-class _StackWrite(nn.Cell):
-    def __init__(self):
-        super().__init__()
-        self.write = kernel("stack_write", "stack_write", ARGUMENTS, _one, _int32, floats=FLOATS)
-
-    def __call__(self, stack, at, x):
-        """Eager calls: a kernel is given a copy of a view, and what it writes there would be lost."""
-        return super().__call__(stack.contiguous(), at, x)
-
-    def construct(self, stack, at, x):
-        return ops.depend(stack, self.write(stack, at, x))
-
-    def bprop(self, stack, at, x, out, dout):
-        raise RuntimeError("the stack_write kernel works in place and has no gradient; use ops.stack_write=reference")
-
-
-def _one(stack, at, x):
-    return (1,)
-
-
-def _int32(stack, at, x):
-    return ms.int32
 
 
 def _same(x):

@@ -63,7 +63,7 @@ class _Scan(nn.Cell):
 
     def construct(self, x, stacked, frozen, consts):
         i = ms.Tensor(0, ms.int32)
-        stats = ops.zeros(self.stats_shape, ms.float32)
+        stats = ops.zeros(self.stats_shape, ms.float32)  # a constant of the graph, which nothing may write to in place
         inputs = self.new_inputs(x)
         while i < self.num_layers:
             inputs = self.write(inputs, i, x)

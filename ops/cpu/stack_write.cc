@@ -1,21 +1,18 @@
-// One layer's array into its place in a stack of all layers', in place, and such a stack; of any type of 2 or 4 bytes.
+// One layer's array into its place in a stack of all layers', in place, and such a stack; of floats of 2 or 4 bytes.
 #include "common.h"
 
-static int64_t bytes_of(const char *dtype) {
-  for (const char *name : {"float32", "int32"})
-    if (std::strcmp(dtype, name) == 0) return 4;
-  for (const char *name : {"float16", "bfloat16"})
-    if (std::strcmp(dtype, name) == 0) return 2;
-  return 0;
+static int64_t bytes_of(const Args &a, int i) {
+  if (a.dtype(i, "float32")) return 4;
+  return a.dtype(i, "float16") || a.dtype(i, "bfloat16") ? 2 : 0;
 }
 
 // stack [L, ...] (written to), at [] int32, x [...] -> [1] int32, 0: what a reader of the stack waits for.
 KERNEL(stack_write) {
-  if (!a.are(".i.i") || !a.dtype(2, a.dtypes[0]) || !bytes_of(a.dtypes[0])) return WRONG_TYPES;
+  if (!a.are(".i.i") || !a.dtype(2, a.dtypes[0]) || !bytes_of(a, 0)) return WRONG_TYPES;
   if (a.ndims[0] != a.ndims[2] + 1 || a.size(1) != 1 || a.size(3) != 1) return WRONG_SHAPES;
   for (int d = 0; d < a.ndims[2]; d++)
     if (a.dim(0, d + 1) != a.dim(2, d)) return WRONG_SHAPES;
-  const int64_t at = a.get<int32_t>(1)[0], size = a.size(2) * bytes_of(a.dtypes[0]), block = 1 << 18;
+  const int64_t at = a.get<int32_t>(1)[0], size = a.size(2) * bytes_of(a, 0), block = 1 << 18;
   if (at < 0 || at >= a.dim(0, 0)) return WRONG_SHAPES;
   char *to = a.get<char>(0) + at * size;
   const char *from = a.get<char>(2);
