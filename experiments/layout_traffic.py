@@ -9,13 +9,15 @@ import numpy as np
 
 from experiments import train_pipeline
 from experiments.train import placements, uses_scan
-from layers import attention, embed, norm, rope
+from layers import attention, embed, norm
+from layers.bound_ops import BoundOps
 from ops.routing import shard_capacity
 from parallel import context, pipeline, traffic
 from parallel.placement import local_shape, place
 from parallel.sharding import Sharding
 from parallel.spec import init_params, tree_leaves, tree_map, tree_paths, unflatten
 from parallel.step import value_and_grad
+from qwen3 import model
 from qwen3.model import build, choose_kernels, layer_specs, param_specs
 from qwen3.stages import build_stage, carried_shapes, stage_specs
 
@@ -86,12 +88,13 @@ def spare_calls(config, cfg, sharding):
 
 def attention_calls(cfg, sharding, batch_size, seq_len):
     """Counter of the forward calls of a layer's attention and the norm before it."""
-    small, watched = cfg.replace(**dict(SMALL, num_layers=1)), traffic.Watched(sharding)
-    kernels, batch = choose_kernels({}, small, sharding), _batch()
+    small, watched, batch = cfg.replace(**dict(SMALL, num_layers=1)), traffic.Watched(sharding), _batch()
+    kernels = choose_kernels({}, small, sharding)
     p = tree_map(ms.Tensor, init_params({"attention": attention.specs(small), "attention_norm": norm.specs(small)}, 0))
-    attend, rms = attention.build(small, watched, kernels)[0], norm.build(small, watched, kernels)[0]
-    x, (cos, sin) = ms.Tensor(np.ones((4, small.hidden_size), np.float32)), rope.build(small, Sharding())(batch["positions"])
-    attend(p["attention"], rms(p["attention_norm"], x), cos, sin, batch["segment_ids"], batch["positions"])
+    op, plain = BoundOps(small, watched, kernels), BoundOps(small, Sharding(), kernels)  # rows are made outside of a layer
+    rows = model.rows_of(small, plain, batch["positions"], batch["segment_ids"], batch["noise"])
+    x = ms.Tensor(np.ones((4, small.hidden_size), np.float32))
+    attention.attention(small, op, p["attention"], model.attention_input(small, op, p, x), rows, None)
     return traffic.of_ops(sharding, watched.bound, watched.seen, _sizes(cfg, sharding, batch_size, seq_len), BYTES[cfg.compute_dtype])
 
 

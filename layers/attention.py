@@ -1,20 +1,26 @@
-"""Grouped-query attention: QK-norm (Qwen3) or q, k, v biases (Qwen2), rotary embedding, document mask or KV cache."""
+"""Grouped-query attention: QK-norm (Qwen3) or q, k, v biases (Qwen2), rotary embedding, document mask or KV cache.
 
-from functools import partial
+Dims: B batch, S query length, T key length, D model, N heads, K kv heads, H head dim, R = B * S rows. On a rank, B, S, N and K are those
+of its shard.
+"""
 
-import mindspore as ms
 from mindspore import ops
 
-from layers import linear, lora
-from ops.attention import largest_logits
-from ops.registry import pick
-from parallel import ring
+from layers import lora
+from layers.lora import adapted
+from ops.rearrange import rearrange
 from parallel.spec import ParamSpec, normal, ones, zeros
 
 cast = ops.Cast()
-
-
 ADAPTED = {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
+
+HEADS, ANGLES = "batch seq heads head_dim", "batch seq one half, batch seq one half"
+# Ranks that split a row exchange heads for tokens: each then has some heads of a span of the row, and sees all keys of it.
+SPAN, KV_SPAN = "batch seq>span heads>span_heads head_dim", "batch seq>span kv_heads>span_kv_heads head_dim"
+TO_SPAN = f"{SPAN}, {KV_SPAN}, {KV_SPAN}, batch keys, batch keys -> batch span>seq span_heads>heads head_dim"
+KV = "batch keys kv_heads head_dim"
+OVER_CACHE = f"{HEADS}, {KV}, {KV}, batch seq, batch keys, batch seq, batch keys -> {HEADS}"
+INTO_CACHE = f"{KV}, batch new_keys kv_heads head_dim, batch new_keys -> {KV}"
 
 
 def specs(cfg):
@@ -34,148 +40,75 @@ def specs(cfg):
     return lora.specs(cfg, p, ADAPTED)
 
 
-def build(cfg, sharding, kernels):
-    """attention(p, x_RD, cos, sin, segments_BT, order_BT) -> y_RD, of the T tokens that queries see, and the same over a cache:
-    cached(p, x_RD, cos, sin, ones_BS, positions_BS, k_BTKH, v_BTKH, key_ones_BT, slots_BT) -> y_RD, k_BTKH, v_BTKH, writing the slots
-    `positions` of each row.
+def attention(cfg, op, p, x, rows, cache):
+    """x_RD -> y_RD, cache.
+
+    rows: see qwen3.model.rows_of; a token sees the tokens of its segment up to its order. cache: None in training, or the pair k_BTKH,
+    v_BTKH: the new keys are written in the slots `order`, and queries see the slots up to their own.
     """
-    project, write = _projection(cfg, sharding, kernels), _cache_write(sharding, kernels)
-    attend, repeat = _attend(cfg, sharding, kernels), _repeat(sharding)
-    kv, at = "batch keys kv_heads head_dim", "batch seq, batch keys, batch seq, batch keys"
-    dims = f"batch seq heads head_dim, {kv}, {kv}, {at} -> batch seq heads head_dim"
-    attend_cache = sharding.op(pick(kernels, "attention")(cfg.head_dim**-0.5), dims, kind="kernel")
-    out, reshape = linear.row(sharding, kernels, "heads"), ops.Reshape()
-    more_out = lora.beside(cfg, sharding, kernels, "o", "wo", cfg.num_heads * cfg.head_dim, inner="heads")
-
-    def merge(p, o):
-        B, S, N, H = o.shape
-        o = reshape(o, (B * S, N * H))
-        return more_out(p, o, out(o, p["wo"]))
-
-    def attention(p, x, cos, sin, segments, order):
-        q, k, v = project(p, x, cos, sin)
-        return merge(p, attend(q, repeat(k), repeat(v), segments, order))
-
-    def cached(p, x, cos, sin, ones, positions, k_cache, v_cache, key_ones, slots):
-        q, k, v = project(p, x, cos, sin)
-        k_cache, v_cache = write(k_cache, k, positions), write(v_cache, v, positions)
-        return merge(p, attend_cache(q, k_cache, v_cache, ones, key_ones, positions, slots)), k_cache, v_cache
-
-    return attention, cached
+    q, k, v = project(cfg, op, p, x, rows)
+    order = rows["order"]
+    if cache is None:
+        k, v = for_each_rank(op, k), for_each_rank(op, v)
+        o = op.attention(q, k, v, rows["segments"], order, TO_SPAN)
+    else:
+        k, v = op.cache_write(cache[0], k, order, INTO_CACHE), op.cache_write(cache[1], v, order, INTO_CACHE)
+        o = op.attention_over_cache(q, k, v, rows["segments"], rows["key_segments"], order, rows["slots"], OVER_CACHE)
+        cache = (k, v)
+    o = rearrange(o, "batch seq heads head_dim -> (batch seq) (heads head_dim)")
+    y = op.matmul(o, p["wo"], "tokens heads, heads embed -> tokens>rows embed")
+    return adapted(cfg, op, p, "wo", o, y, rows), cache
 
 
-def build_largest_logit(cfg, sharding, kernels):
-    """largest(p, x_RD, cos, sin, segment_BS, segments_BT, order_BS, orders_BT) -> the largest scaled logit of attention's softmax, of the
-    whole batch and all heads, between tokens that see each other, none of them padding; see ops/attention.py."""
-    project = _projection(cfg, sharding, kernels)
-    dims = "batch seq heads head_dim, batch seq>keys kv_heads head_dim, batch seq, batch keys, batch seq, batch keys -> batch seq heads"
-    of_queries = sharding.op(largest_logits(cfg.head_dim**-0.5), dims, kind="kernel", dtype=ms.float32)
-    most = sharding.op(ops.ReduceMax(), "batch seq heads ->", kind="reduction", reduce="max")
-
-    def largest(p, x, cos, sin, segment, segments, order, orders):
-        q, k, _ = project(p, x, cos, sin)
-        return most(of_queries(q, k, segment, segments, order, orders), (0, 1, 2))
-
-    return largest
-
-
-def build_decode(cfg, kernels):
-    """decode(norm_D, p, x_BD, cos, sin, positions_B1, k_BTKH, v_BTKH) -> x + attention(norm(x)), k_BTKH, v_BTKH, as one op on one device:
-    what rms, `cached` and the residual sum do for one token a row."""
-    op = pick(kernels, "decode_attention")(cfg.rms_norm_eps, cfg.head_dim**-0.5)
-
-    def decode(norm, p, x, cos, sin, positions, k, v):
-        wq, wk, wv, wo = cast(p["wq"], x.dtype), cast(p["wk"], x.dtype), cast(p["wv"], x.dtype), cast(p["wo"], x.dtype)
-        norm, q_norm, k_norm = cast(norm, x.dtype), cast(p["q_norm"], x.dtype), cast(p["k_norm"], x.dtype)
-        return op(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, positions, k, v)
-
-    return decode
-
-
-def _attend(cfg, sharding, kernels):
-    """attend(q_BSNH, k_BSKH, v_BSKH, segments_BT, order_BT) -> o_BSNH. Where a row is split over ranks, they exchange heads for tokens, so
-    that each has whole spans of rows for some heads, and send keys round between spans."""
-    scale, spans = cfg.head_dim**-0.5, sharding.shards("span")
-    kv = "batch seq>span kv_heads>span_kv_heads head_dim"
-    dims = f"batch seq>span heads>span_heads head_dim, {kv}, {kv}, batch keys, batch keys -> batch span>seq span_heads>heads head_dim"
-    if spans > 1:
-        parts = pick(kernels, "attention", "parts")(scale)
-        return sharding.op(ring.attention(sharding, parts, "span"), dims, kind="kernel", around=("span", (1, 2)))
-    attend = pick(kernels, "attention")(scale, in_order=True)
-
-    def of_rows(q, k, v, segments, order):
-        return attend(q, k, v, segments, segments, order, order)
-
-    return sharding.op(of_rows, dims, kind="kernel")
-
-
-def _repeat(sharding):
-    """k or v [B, S, K, H] -> with every head as often as the ranks that exchange heads need one."""
-    mesh, rules, reshape, expand = sharding.mesh, sharding.rules, ops.Reshape(), ops.ExpandDims()
-    ranks = mesh.size(rules["span_heads"]) // mesh.size(rules["heads"])
-    if ranks == 1:
-        return _same
-
-    def repeat(x):
-        B, S, K, H = x.shape
-        n = -(-ranks // K)
-        return reshape(ops.BroadcastTo((B, S, K, n, H))(expand(x, 3)), (B, S, K * n, H))
-
-    return repeat
-
-
-def _same(x):
-    return x
-
-
-def _projection(cfg, sharding, kernels):
-    """project(p, x_RD, cos, sin) -> q_BSNH, k_BSKH, v_BSKH"""
-    to_qkv = linear.columns(sharding, kernels, "heads", "kv", "kv")
-    bias_q, bias_kv = linear.bias(sharding, "heads"), linear.bias(sharding, "kv")
-    x, angle = "batch seq heads head_dim", "batch seq one half"
-    turn = sharding.op(pick(kernels, "rope")(), f"{x}, {angle}, {angle} -> {x}", kind="kernel")
-    norm_turn = pick(kernels, "rope", "norm")(cfg.rms_norm_eps)
-    norm_turn = sharding.op(norm_turn, f"{x}, head_dim, {angle}, {angle} -> {x}", kind="kernel", call=_norm_turn)
-    reshape, head_dim = ops.Reshape(), cfg.head_dim
-
-    def split(x, cos):
-        return reshape(x, (cos.shape[0], cos.shape[1], -1, head_dim))
-
-    beside, D = partial(lora.beside, cfg, sharding, kernels), cfg.hidden_size
-    more_q, more_k, more_v = (beside(name, ADAPTED[name], D, into=dim) for name, dim in (("q", "heads"), ("k", "kv"), ("v", "kv")))
-
-    def plain(p, x):
-        q, k, v = to_qkv(x, p["wq"], p["wk"], p["wv"])
-        return more_q(p, x, q), more_k(p, x, k), more_v(p, x, v)
-
-    def biased(p, x):
-        q, k, v = plain(p, x)
-        return bias_q(q, p["bq"]), bias_kv(k, p["bk"]), bias_kv(v, p["bv"])
-
-    def turned(p, q, k, cos, sin):
-        return turn(q, cos, sin), turn(k, cos, sin)
-
-    def normed_and_turned(p, q, k, cos, sin):
-        return norm_turn(q, p["q_norm"], cos, sin), norm_turn(k, p["k_norm"], cos, sin)
-
-    linears = biased if cfg.qkv_bias else plain
-    rotate = normed_and_turned if cfg.qk_norm else turned
-
-    def project(p, x, cos, sin):
-        q, k, v = linears(p, x)
-        q, k = rotate(p, split(q, cos), split(k, cos), cos, sin)
-        return q, k, split(v, cos)
-
-    return project
-
-
-def _norm_turn(norm_turn, x, w, cos, sin):
-    return norm_turn(x, cast(w, x.dtype), cos, sin)
-
-
-def _cache_write(sharding, kernels):
-    """write(cache_BTKH, new_BSKH, at_BS) -> cache_BTKH with new[:, s] at slot at[:, s]; a slot past the end is dropped."""
-    kv = "kv_heads head_dim"
-    return sharding.op(
-        pick(kernels, "cache_write")(), f"batch keys {kv}, batch new_keys {kv}, batch new_keys -> batch keys {kv}", kind="kernel"
+def project(cfg, op, p, x, rows):
+    """x_RD -> q_BSNH, k_BSKH, v_BSKH, with QK-norm and turned by the rotary embedding."""
+    cos, sin = rows["cos"], rows["sin"]
+    B, H = cos.shape[0], cfg.head_dim
+    q, k, v = op.matmuls(
+        x,
+        (p["wq"], p["wk"], p["wv"]),
+        ("rows>tokens embed", "embed heads -> tokens heads", "embed kv -> tokens kv_heads", "embed kv -> tokens kv_heads"),
     )
+    q, k, v = adapted(cfg, op, p, "wq", x, q, rows), adapted(cfg, op, p, "wk", x, k, rows), adapted(cfg, op, p, "wv", x, v, rows)
+    if cfg.qkv_bias:
+        q = op.add_bias(q, p["bq"], "tokens heads, heads -> tokens heads")
+        k = op.add_bias(k, p["bk"], "tokens kv_heads, kv -> tokens kv_heads")
+        v = op.add_bias(v, p["bv"], "tokens kv_heads, kv -> tokens kv_heads")
+    q = rearrange(q, "(batch seq) (heads head_dim) -> batch seq heads head_dim", batch=B, head_dim=H)
+    k = rearrange(k, "(batch seq) (heads head_dim) -> batch seq heads head_dim", batch=B, head_dim=H)
+    v = rearrange(v, "(batch seq) (heads head_dim) -> batch seq heads head_dim", batch=B, head_dim=H)
+    if cfg.qk_norm:
+        q = op.norm_rope(q, p["q_norm"], cos, sin, f"{HEADS}, head_dim, {ANGLES} -> {HEADS}")
+        k = op.norm_rope(k, p["k_norm"], cos, sin, f"{HEADS}, head_dim, {ANGLES} -> {HEADS}")
+    else:
+        q = op.rope(q, cos, sin, f"{HEADS}, {ANGLES} -> {HEADS}")
+        k = op.rope(k, cos, sin, f"{HEADS}, {ANGLES} -> {HEADS}")
+    return q, k, v
+
+
+def for_each_rank(op, x):
+    """Copies each kv head of x [B, S, K, H] so often that each of the ranks that exchange heads for tokens gets one."""
+    if op.ranks_a_head == 1:
+        return x
+    B, S, K, H = x.shape
+    copies = -(-op.ranks_a_head // K)
+    x = ops.BroadcastTo((B, S, K, copies, H))(rearrange(x, "batch seq heads head_dim -> batch seq heads 1 head_dim"))
+    return rearrange(x, "batch seq heads copies head_dim -> batch seq (heads copies) head_dim")
+
+
+def largest_logit(cfg, op, p, x, rows):
+    """x_RD -> the largest scaled logit before the softmax, of the whole batch and all heads, between tokens that see each other."""
+    q, k, _ = project(cfg, op, p, x, rows)
+    dims = "batch seq heads head_dim, batch seq>keys kv_heads head_dim, batch seq, batch keys, batch seq, batch keys -> batch seq heads"
+    own = op.move(rows["order"], "batch keys -> batch keys>seq")
+    of_queries = op.largest_logits(q, k, rows["own_segments"], rows["segments"], own, rows["order"], dims)
+    return op.largest_of_all(of_queries, "batch seq heads ->")
+
+
+def decode(op, norm, p, x, rows, cache):
+    """x_BD -> x + attention(norm(x)), cache: for one token a row and on one device, in one op. norm: the weights [D] of the norm."""
+    wq, wk, wv, wo = cast(p["wq"], x.dtype), cast(p["wk"], x.dtype), cast(p["wv"], x.dtype), cast(p["wo"], x.dtype)
+    norm, q_norm, k_norm = cast(norm, x.dtype), cast(p["q_norm"], x.dtype), cast(p["k_norm"], x.dtype)
+    cos, sin, k, v = rows["cos"], rows["sin"], cache[0], cache[1]
+    x, k, v = op.decode_attention(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, rows["order"], k, v)
+    return x, (k, v)

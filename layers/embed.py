@@ -16,65 +16,57 @@ def specs(cfg):
     return ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), normal(cfg.initializer_range))
 
 
-def build(cfg, sharding, kernels):
-    """embed(w_VD, tokens_BS) -> x_RD in the compute dtype; head(w_VD, x_RD) -> logits_RV in float32.
+def lookup(take):
+    """take, a kernel of ops/embedding.py, in float32, so that the gradients of a token are summed in it."""
 
-    Where the vocabulary is split, each rank has the logits of its part; those of padding are -inf.
-    """
-    dtype, V = getattr(ms, cfg.compute_dtype), cfg.vocab_size
-    reshape = ops.Reshape()
-    take = lookup(cfg, sharding, kernels, "embed")
-    dims = "rows>tokens embed, vocab embed -> tokens vocab"
-    project = pick(kernels, "matmul")(transpose_b=True)
-    project = sharding.op(project, dims, kind="contraction", call=_project, part=("vocab", V, _project_part(V)), dtype=ms.float32)
+    def rows(w, ids):
+        return take(cast(w, ms.float32), ids)
 
-    def embed(w, tokens):
-        return cast(take(w, reshape(tokens, (-1,))), dtype)
-
-    def head(w, x):
-        return project(x, w)
-
-    return embed, head
+    return rows
 
 
-def lookup(cfg, sharding, kernels, width):
-    """take(w [V, width], ids_R) -> float32 [rows, width]"""
-    dims, take, part = f"vocab {width}, tokens -> tokens>rows {width}", pick(kernels, "embedding")(), pick(kernels, "embedding", "part")()
-    return sharding.op(take, dims, kind="contraction", call=_take, part=("vocab", cfg.vocab_size, _take_part(part)), dtype=ms.float32)
+def lookup_in_shard(kernels):
+    """Returns make(take, first) -> rows(w, ids), with zeros for the ids that are not in [first, first + rows of w)."""
+
+    def make(_, first):
+        take = pick(kernels, "embedding", "part")()
+
+        def rows(w, ids):
+            return take(first, cast(w, ms.float32), ids)
+
+        return rows
+
+    return make
 
 
-def _take(take, w, ids):
-    return take(cast(w, ms.float32), ids)  # float32, so that a token's gradients are summed in it
+def project(matmul):
+    """x_RD, w_VD -> logits_RV in float32."""
+
+    def logits(x, w):
+        return cast(matmul(x, cast(w, x.dtype)), ms.float32)
+
+    return logits
 
 
-def _take_part(take_part):
-    """The rows of ids in [first, first + V / ranks), and zeros for the others."""
-
-    def take(_, first, w, ids):
-        return take_part(first, cast(w, ms.float32), ids)
-
-    return take
-
-
-def _project(matmul, x, w):
-    return cast(matmul(x, cast(w, x.dtype)), ms.float32)
-
-
-def _project_part(vocab_size):
+def project_to_shard(vocab_size):
+    """Returns make(matmul, first) -> logits(x, w), in which the columns past the vocabulary, which are padding, are -inf."""
     less, count, select = ops.Less(), iota.reference(), ops.Select()
 
-    def project(matmul, first, x, w):
-        logits = _project(matmul, x, w)
-        real = ops.BroadcastTo(logits.shape)(less(count(w.shape[0]) + first, vocab_size))
-        return select(real, logits, ops.OnesLike()(logits) * NEVER)
+    def make(matmul, first):
+        def logits(x, w):
+            z = cast(matmul(x, cast(w, x.dtype)), ms.float32)
+            real = ops.BroadcastTo(z.shape)(less(count(w.shape[0]) + first, vocab_size))
+            return select(real, z, ops.OnesLike()(z) * NEVER)
 
-    return project
+        return logits
+
+    return make
 
 
-def whole(cfg, sharding):
-    """f(logits_RV) -> [tokens, V], of the whole vocabulary on every rank."""
+def without_padding(vocab_size):
+    """Returns f(logits) -> the columns of the vocabulary."""
 
-    def cut(logits):
-        return logits[:, : cfg.vocab_size]
+    def columns(logits):
+        return logits[:, :vocab_size]
 
-    return sharding.op(cut, "tokens vocab>whole_vocab -> tokens whole_vocab", kind="kernel", sizes={"whole_vocab": cfg.vocab_size})
+    return columns

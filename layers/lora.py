@@ -1,8 +1,8 @@
 """Low-rank adapters beside frozen weights: y = x W + scale * (dropout(x) A) B, as PEFT computes them. Source: Hu et al. 2021.
 
-The adapters of a part of the model are its p["lora"], with "wq.a" and "wq.b" for its weight "wq" (MindSpore takes no deeper trees), whose
-ParamSpecs follow from the weight's: A is split as the weight's input dim, B as its output dim. `beside` is where a layer takes one; without
-an adapter it changes nothing.
+The adapters of a part of the model are its p["lora"], with "wq.a" and "wq.b" for its weight "wq" (MindSpore takes no deeper trees). Their
+ParamSpecs follow from the weight's: A is sharded as the weight's input dim, B as its output dim. Wherever a layer uses a weight, it calls
+`adapted` with the product; without an adapter the product stays as it is.
 
 Dropout draws from the integers of the batch alone, noise_BS of the step and the token, and the numbers of the layer, the weight and the
 column: it is the same in every layout.
@@ -10,18 +10,13 @@ column: it is the same in every layout.
 
 import dataclasses
 import zlib
+from functools import partial
 
 import mindspore as ms
 from mindspore import ops
 
-from layers import embed
-from layers.linear import KV
 from ops import iota
-from ops.registry import pick
-from parallel import zero
-from parallel.source import function
-from parallel.spec import ParamSpec, constant, normal, unflatten, uniform, zeros
-from parallel.step import expression, subscripts
+from parallel.spec import ParamSpec, constant, normal, uniform, zeros
 
 cast = ops.Cast()
 EMBED = {"embed": "embed"}
@@ -71,101 +66,71 @@ def _has(cfg, target):
     return bool(cfg.lora) and target in cfg.lora.targets
 
 
-def unchanged(p, x, y):
-    return y
-
-
-def beside(cfg, sharding, kernels, target, key, size, *, into=None, inner="embed", float32=False):
-    """f(p, x, y) -> y + scale * (dropout(x) A) B, for y = x W, W being p[key] of this target, of `size` inputs.
-
-    A weight of which `columns` makes an op is given its output dim, `into`, and x in rows; one of which `row` makes it, its input dim
-    `inner`. float32: as the router computes.
-    """
-    if not _has(cfg, target):
-        return unchanged
-    matmul, rows = pick(kernels, "matmul"), "tokens" if inner != "embed" else "rows"
-    moved = "tokens>rows" if inner != "embed" else "rows"
-    down = sharding.op(matmul(), f"{rows} {inner}, {inner} rank -> {moved} rank", kind="contraction", call=_product)
-    outer, arrives, leaves = (into, "rows>tokens", "tokens") if into and into != "router" else (into or "embed", "rows", "rows")
-    out = KV.get(outer, outer)
-    up = sharding.op(matmul(), f"{arrives} rank, rank {outer} -> {leaves} {out}", kind="contraction", call=_product)
-    add, scale = sharding.op(ops.Add(), f"{leaves} {out}", kind="elementwise"), cfg.lora.scale
-    drop, a, b = _dropout(cfg, sharding, target, f"{rows} {inner}", size, rows), f"{key}.a", f"{key}.b"
-
-    def adapted(p, x, y):
-        adapters = p["lora"]
-        return add(y, up(down(drop(adapters, x), adapters[a]) * scale, adapters[b]))
-
-    def adapted_in_float32(p, x, y):
-        return adapted(p, cast(x, ms.float32), y)
-
-    return adapted_in_float32 if float32 else adapted
-
-
-def _product(matmul, x, w):
-    return matmul(x, cast(w, x.dtype))
-
-
-def embedding(cfg, sharding, kernels):
-    """f(params, tokens_BS, x_RD) -> x_RD with the adapter of the embedding. Without dropout, as PEFT's."""
-    if not _has(cfg, "embed"):
-        return unchanged
-    take = embed.lookup(cfg, sharding, kernels, "rank")
-    up = sharding.op(pick(kernels, "matmul")(), "rows rank, rank embed -> rows embed", kind="contraction", call=_product)
-    add, scale, reshape = sharding.op(ops.Add(), "rows embed", kind="elementwise"), cfg.lora.scale, ops.Reshape()
-    whole = zero.gathered(sharding, specs(cfg, {"embed": embed.specs(cfg)}, EMBED)["lora"])
-
-    def adapted(params, tokens, x):
-        pair = whole(params["lora"])
-        return add(x, up(cast(take(pair["embed.a"], reshape(tokens, (-1,))), x.dtype) * scale, pair["embed.b"]))
-
-    return adapted
-
-
-EXPERTS = {  # target: key, and the dims of rows that come in and go out
-    "experts.gate": ("w_gate", "embed", "expert_ffn", "embed", "part_ffn"),
-    "experts.up": ("w_up", "embed", "expert_ffn", "embed", "part_ffn"),
-    "experts.down": ("w_down", "expert_ffn", "embed", "part_ffn", "embed"),
+# The adapter of a weight in a layout. Of a column-parallel weight x A is computed by rows and gathered; of a row-parallel one it is summed.
+DOWN, UP = "rows embed, embed rank -> rows rank", "rows>tokens rank, rank {0} -> tokens {1}"
+DIMS = {  # weight: the signature of x A, that of (x A) B, and the dims of y
+    "wq": (DOWN, UP.format("heads", "heads"), "tokens heads"),
+    "wk": (DOWN, UP.format("kv", "kv_heads"), "tokens kv_heads"),
+    "wv": (DOWN, UP.format("kv", "kv_heads"), "tokens kv_heads"),
+    "wo": ("tokens heads, heads rank -> tokens>rows rank", "rows rank, rank embed -> rows embed", "rows embed"),
+    "w_gate": (DOWN, UP.format("ffn", "ffn"), "tokens ffn"),
+    "w_up": (DOWN, UP.format("ffn", "ffn"), "tokens ffn"),
+    "w_down": ("tokens ffn, ffn rank -> tokens>rows rank", "rows rank, rank embed -> rows embed", "rows embed"),
+    "router": (DOWN, "rows rank, rank router -> rows router", "rows router"),
+}
+EXPERT_DIMS = {  # weight of the experts: the same
+    "w_gate": ("embed", "expert_ffn", "embed", "part_ffn"),
+    "w_up": ("embed", "expert_ffn", "embed", "part_ffn"),
+    "w_down": ("expert_ffn", "embed", "part_ffn", "embed"),
+}
+DROPPED = {  # weight with dropout: its name in cfg.lora.targets, and the two dims of its input
+    "wq": ("q", "rows", "embed"),
+    "wk": ("k", "rows", "embed"),
+    "wv": ("v", "rows", "embed"),
+    "wo": ("o", "tokens", "heads"),
+    "w_gate": ("gate", "rows", "embed"),
+    "w_up": ("up", "rows", "embed"),
+    "w_down": ("down", "tokens", "ffn"),
 }
 
 
-def experts(cfg, sharding, kernels):
-    """{key: f(x [blocks, b, in], group, y, adapters) -> y with what the adapters of the experts' w_gate, w_up, w_down add}.
-
-    adapters: the tuple of expert_weights.
-    """
-    out, place = {}, 0
-    for target, (key, inner, outer, x_dim, y_dim) in EXPERTS.items():
-        out[key] = _same_blocks
-        if _has(cfg, target):
-            out[key] = _beside_experts(cfg, sharding, kernels, place, (inner, outer, x_dim, y_dim))
-            place += 2
-    return out
+def has(p, name):
+    """Whether the weight p[name] has an adapter."""
+    return "lora" in p and name + ".a" in p["lora"]
 
 
-def _same_blocks(x, group, y, adapters):
-    return y
+def adapted(cfg, op, p, name, x, y, rows):
+    """y = x W, with W = p[name] -> y + scale * (dropout(x) A) B; y itself where the weight has no adapter."""
+    if not has(p, name):
+        return y
+    down, up, dims = DIMS[name]
+    if name == "router":
+        x = cast(x, ms.float32)
+    if cfg.lora.dropout:
+        _, which, columns = DROPPED[name]
+        x = op.dropout(name, x, rows["noise_" + which], rows["layer"], f"{which} {columns}, {which}, one -> {which} {columns}")
+    a, b = p["lora"][name + ".a"], p["lora"][name + ".b"]
+    return op.add(y, op.matmul(op.matmul(x, a, down) * cfg.lora.scale, b, up), dims)
 
 
-def _beside_experts(cfg, sharding, kernels, place, dims):
-    inner, outer, x_dim, y_dim = dims
-    matmul, blocks = pick(kernels, "grouped_matmul"), "blocks block_rows"
-    down = sharding.op(matmul(), f"{blocks} {x_dim}, experts {inner} rank, blocks -> {blocks} rank", kind="kernel")
-    up = sharding.op(matmul(), f"{blocks} rank, experts rank {outer}, blocks -> {blocks} {y_dim}", kind="kernel")
-    add, scale = sharding.op(ops.Add(), f"{blocks} {y_dim}", kind="elementwise"), cfg.lora.scale
-
-    def adapted(x, group, y, adapters):
-        return add(y, up(down(x, adapters[place], group) * scale, adapters[place + 1], group))
-
-    return adapted
+def adapted_embedding(cfg, op, params, tokens, x):
+    """x_RD, the embeddings of tokens_R -> x_RD with the adapter of the embedding. It has no dropout, as PEFT's has none."""
+    if not has(params, "embed"):
+        return x
+    pair = op.whole_adapter(params["lora"])
+    low = cast(op.embedding(pair["embed.a"], tokens, "vocab rank, tokens -> tokens>rows rank"), x.dtype)
+    return op.add(x, op.matmul(low * cfg.lora.scale, pair["embed.b"], "rows rank, rank embed -> rows embed"), "rows embed")
 
 
-def expert_weights(cfg):
-    """(f(p) -> the tuple of the experts' adapters, A and B by turns; their dims, as the end of a signature)."""
-    chosen = [EXPERTS[target] for target in EXPERTS if _has(cfg, target)]
-    picked = "".join(f"p['lora']['{key}.a'], p['lora']['{key}.b'], " for key, *_ in chosen)
-    dims = "".join(f", experts {inner} rank, experts rank {outer}" for _, inner, outer, *_ in chosen)
-    return function("adapters(p)", [f"return ({picked})"]), dims
+def adapted_experts(cfg, op, p, name, x, group, y):
+    """y [blocks, b, out], each block of x [blocks, b, in] times its expert's matrix of W = p[name] -> y with the experts' adapters."""
+    if not has(p, name):
+        return y
+    inner, outer, x_dim, y_dim = EXPERT_DIMS[name]
+    down = f"blocks block_rows {x_dim}, experts {inner} rank, blocks -> blocks block_rows rank"
+    up = f"blocks block_rows rank, experts rank {outer}, blocks -> blocks block_rows {y_dim}"
+    low = op.grouped_matmul(x, p["lora"][name + ".a"], group, down) * cfg.lora.scale
+    return op.add(y, op.grouped_matmul(low, p["lora"][name + ".b"], group, up), f"blocks block_rows {y_dim}")
 
 
 def noises(cfg):
@@ -175,52 +140,35 @@ def noises(cfg):
     return tuple(name for name, users in needed.items() if users & set(targets))
 
 
-def noisy(cfg, specs):
-    """f(p, consts) -> the tree p of a layer, in which what has adapters has what their dropout needs; consts ends in those of noises()."""
-    if DROPOUT_LAYER not in specs:
-        return _as_it_is
-    kinds = noises(cfg)
-    tree = unflatten(specs, [f"p{at}" for at in subscripts(specs)])
-    for part in tree.values():
-        if _adapted(part):
-            part["lora"].update({f"noise.{kind}": f"consts[{i - len(kinds)}]" for i, kind in enumerate(kinds)})
-            part["lora"]["layer"] = f"p['{DROPOUT_LAYER}']"
-    return function("noisy(p, consts)", [f"return {expression(tree)}"])
+def dropouts(cfg):
+    """Returns {weight: (make, kind, wrap, part) of an op_table.Definition} of the dropout before each adapter."""
+    if not (cfg.lora and cfg.lora.dropout):
+        return {}
+    sizes, found = {"embed": cfg.hidden_size, "heads": cfg.num_heads * cfg.head_dim, "ffn": cfg.ffn_size}, {}
+    for name, (target, _, columns) in DROPPED.items():
+        if target in cfg.lora.targets:
+            mask = partial(_mask, cfg.lora.dropout, zlib.crc32(target.encode()) & 0x7FFFFFFF)
+            found[name] = mask, "kernel", _all_columns, (columns, sizes[columns], _columns_from)
+    return found
 
 
-def _as_it_is(p, consts):
-    return p
-
-
-def _dropout(cfg, sharding, target, dims, size, rows):
-    """f(p["lora"], x) -> x with elements zeroed with the probability cfg.lora.dropout, and the others scaled up."""
-    if not cfg.lora.dropout:
-        return _whole
-    inner, noise = dims.split()[1], f"noise.{rows}"
-    mask = _mask(cfg.lora.dropout, zlib.crc32(target.encode()) & 0x7FFFFFFF)
-    signature = f"{dims}, {rows}, one -> {dims}"
-    drop = sharding.op(mask, signature, kind="kernel", call=_mask_all, part=(inner, size, _mask_part))
-
-    def dropped(adapters, x):
-        return drop(x, adapters[noise], adapters["layer"])
+def _all_columns(mask):
+    def dropped(x, noise, layer):
+        return mask(0, x, noise, layer)
 
     return dropped
 
 
-def _whole(adapters, x):
-    return x
+def _columns_from(mask, first):
+    def dropped(x, noise, layer):
+        return mask(first, x, noise, layer)
 
-
-def _mask_all(mask, x, noise, layer):
-    return mask(0, x, noise, layer)
-
-
-def _mask_part(mask, first, x, noise, layer):
-    return mask(first, x, noise, layer)
+    return dropped
 
 
 def _mask(rate, site):
-    """mask(first column, x_RI, noise_R int32, layer [1]) -> x, elements kept where the hash of noise, layer, site and column says so."""
+    """Returns mask(first column, x_RI, noise_R int32, layer [1]) -> x, with elements zeroed with the probability `rate` and the others
+    scaled up. A hash of noise, layer, site and column decides."""
     count, greater_equal, limit = iota.reference(), ops.GreaterEqual(), int(rate * (1 << 24))
     expand, bits, scale = ops.ExpandDims(), ops.BitwiseAnd(), 1 / (1 - rate)
 

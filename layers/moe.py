@@ -1,17 +1,17 @@
 """Mixture of experts: softmax router in float32, top-k, dropless experts. Source: HF modeling_qwen3_moe; Fedus et al. 2021
 (load balancing), Zoph et al. 2022 (z-loss), Wang et al. 2024 (balancing by a bias on the choice, without a loss)."""
 
-from functools import partial
-
 import mindspore as ms
 from mindspore import nn, ops
 
 from layers import lora
-from ops.registry import pick
+from layers.lora import adapted, adapted_experts
 from parallel.spec import ParamSpec, normal, zeros
 
-cast = ops.Cast()
-
+_reshape, _expand, _concat, _segment_sum = ops.Reshape(), ops.ExpandDims(), ops.Concat(0), ops.UnsortedSegmentSum()
+_log1p, _exp, _maximum, _total, _mean = ops.Log1p(), ops.Exp(), ops.Maximum(), ops.ReduceSum(), ops.ReduceMean(keep_dims=True)
+_largest, _total_kept = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
+NO_OVERFLOW = ms.Tensor([0.0], ms.float32)
 
 ADAPTED = {"router": "router", "experts.gate": "w_gate", "experts.up": "w_up", "experts.down": "w_down"}
 
@@ -35,112 +35,110 @@ def stats_size(cfg):
     return 2 * cfg.num_experts + 3
 
 
-def build(cfg, sharding, kernels):
-    """moe(p, x_RD, valid_R) -> y_RD, stats [2E + 3] float32; see stats_size. kernels: see ops/registry.py."""
-    concat = sharding.op(ops.Concat(0), "router_stats, one -> stats", kind="kernel", call=_joined)
-    build_experts = partial(_experts if sharding.shards("experts") == 1 else _experts_elsewhere, cfg, kernels)
-    route = _router(cfg, sharding, kernels)
-    dims = "rows embed, rows choice, rows choice, experts embed expert_ffn, experts embed expert_ffn, experts expert_ffn embed"
-    adapters, more_dims = lora.expert_weights(cfg)
-    experts = sharding.region(build_experts, f"{dims}{more_dims} -> rows embed, one", dtype=(None, ms.float32))
-
-    def moe(p, x, valid):
-        expert, weight, stats = route(p, x, valid)
-        y, overflow = experts(x, expert, weight, p["w_gate"], p["w_up"], p["w_down"], *adapters(p))
-        return y, concat(stats, overflow)
-
-    return moe
-
-
-def _joined(concat, *xs):
-    return concat(xs)
+def moe(cfg, op, p, x, rows):
+    """x_RD -> y_RD, stats [2E + 3] float32: see stats_size. rows["valid"] [R] is 1 for tokens, 0 for padding, which counts nowhere."""
+    valid = rows["valid"]
+    logits = router_logits(cfg, op, p, x, rows)
+    if cfg.router_bias:
+        dims = "rows router, router, rows -> rows router, rows choice, rows choice"
+        probs, expert, weight = op.biased_top_k(logits, p["router_bias"], valid, dims)
+    else:
+        probs, expert, weight = op.top_k(logits, "rows router -> rows router, rows choice, rows choice")
+    stats = op.router_stats(logits, probs, expert, valid, "rows router, rows router, rows choice, rows -> router_stats")
+    if op.has_regions:
+        y, overflow = op.experts(x, expert, weight, p["w_gate"], p["w_up"], p["w_down"], EXPERTS)
+    else:
+        y, overflow = experts(cfg, op.inside, p, x, expert, weight)
+    return y, op.concat(stats, overflow, "router_stats, one -> stats")
 
 
-def _router(cfg, sharding, kernels):
-    """route(p, x_RD, valid_R) -> expert_Rk int32, weight_Rk float32, stats [2E + 2]"""
-    logits_of = _logits(cfg, sharding, kernels)
-    choose = (_choose_biased if cfg.router_bias else _choose)(cfg, sharding, kernels)
-    dims, sizes = "rows router, rows router, rows choice, rows -> router_stats", {"router_stats": 2 * cfg.num_experts + 2}
-    statistics = sharding.op(_statistics(cfg), dims, kind="contraction", sizes=sizes, dtype=ms.float32)
-
-    def route(p, x, valid):
-        logits = logits_of(p, x)
-        probs, expert, weight = choose(p, logits, valid)
-        return expert, weight, statistics(logits, probs, expert, valid)
-
-    return route
+def router_logits(cfg, op, p, x, rows):
+    """x_RD -> [R, E] float32"""
+    logits = op.router(x, p["router"], "rows embed, embed router -> rows router")
+    return adapted(cfg, op, p, "router", x, logits, rows)
 
 
-def _logits(cfg, sharding, kernels):
-    """logits(p, x_RD) -> [R, E] float32"""
-    matmul = sharding.op(pick(kernels, "matmul")(), "rows embed, embed router -> rows router", kind="contraction", call=_matmul_float32)
-    more = lora.beside(cfg, sharding, kernels, "router", "router", cfg.hidden_size, into="router", float32=True)
-
-    def logits(p, x):
-        return more(p, x, matmul(x, p["router"]))
-
-    return logits
+def router_entropy(cfg, op, p, x, rows):
+    """x_RD -> the sum over the valid tokens of the whole batch of their router's entropy, in nats."""
+    return op.router_entropy(router_logits(cfg, op, p, x, rows), rows["valid"], "rows router, rows ->")
 
 
-def build_entropy(cfg, sharding, kernels):
-    """entropy(p, x_RD, valid_R) -> the sum over the valid tokens of the whole batch of their router's entropy, in nats."""
-    logits_of, total, largest = _logits(cfg, sharding, kernels), ops.ReduceSum(), ops.ReduceMax(keep_dims=True)
-    exp, log1p, kept = ops.Exp(), ops.Log1p(), ops.ReduceSum(keep_dims=True)
-
-    def of_logits(logits, valid):
-        shifted = logits - largest(logits, 1)
-        each = exp(shifted)
-        sums = kept(each, 1)
-        return total((log1p(sums - 1) - kept(each * shifted, 1) / sums) * ops.expand_dims(valid, 1), (0, 1))  # not Log: see layers/loss.py
-
-    of_logits = sharding.op(of_logits, "rows router, rows ->", kind="contraction", dtype=ms.float32)
-
-    def entropy(p, x, valid):
-        return of_logits(logits_of(p, x), valid)
-
-    return entropy
+def losses(cfg, op, stats):
+    """stats [layers, 2E + 3] -> the load-balancing loss over all layers (unscaled), the z-loss, the load [layers, E] as shares of the
+    assignments, and the assignments that found no place."""
+    balance, z, load, overflow = op.router_losses(stats, "layers stats -> one, one, layers router, one")
+    return _reshape(balance, ()), _reshape(z, ()), load, _reshape(overflow, ())
 
 
-def _matmul_float32(matmul, x, w):
-    return matmul(cast(x, ms.float32), cast(w, ms.float32))
+# The experts. These functions run on what a rank has; the partitioner sees them as one op with the dims EXPERTS.
+
+EXPERTS = (
+    "rows embed, rows choice, rows choice, experts embed expert_ffn, experts embed expert_ffn, experts expert_ffn embed -> rows embed, one"
+)
 
 
-def _choose(cfg, sharding, kernels):
-    """choose(p, logits_RE, valid_R) -> probs_RE, expert_Rk, weight_Rk"""
-    top_k = pick(kernels, "routing", "top_k")(cfg.experts_per_token, cfg.norm_topk_prob)
-    dims, sizes = "rows router -> rows router, rows choice, rows choice", {"choice": cfg.experts_per_token}
-    top_k = sharding.op(top_k, dims, kind="kernel", sizes=sizes, dtype=(None, ms.int32, None))
+def experts(cfg, op, p, x, expert, weight):
+    """x_RD, the experts [R, k] of each row and their weights [R, k] -> y_RD, overflow [1].
 
-    def choose(p, logits, valid):
-        return top_k(logits)
-
-    return choose
-
-
-def _choose_biased(cfg, sharding, kernels):
-    dims, sizes = "rows router, router, rows -> rows router, rows choice, rows choice", {"choice": cfg.experts_per_token}
-    choose = sharding.region(partial(_with_bias, cfg, kernels), dims, sizes=sizes, dtype=(None, ms.int32, None))
-
-    def choose_biased(p, logits, valid):
-        return choose(logits, p["router_bias"], valid)
-
-    return choose_biased
-
-
-def _with_bias(cfg, kernels, sharding):
-    """The bias changes which experts are chosen, not their weights; its gradient is each expert's load above the mean."""
-    top_k, excess = pick(kernels, "routing", "top_k")(cfg.experts_per_token, cfg.norm_topk_prob, biased=True), _excess_load(cfg, sharding)
-    bias_gradient = sharding.op(_BiasGradient(), "rows choice, router, router -> rows choice", kind="kernel")
-
-    def choose(logits, bias, valid):
-        probs, expert, weight = top_k(logits, ops.stop_gradient(bias))
-        return probs, expert, bias_gradient(weight, bias, ops.stop_gradient(excess(probs, expert, valid)))
-
-    return choose
+    Assignments are sorted by expert into blocks of rows (ops/routing.py). Where experts are sharded over ranks, rows first travel to the
+    rank of their expert, the same number of slots to each rank, and the results travel back.
+    """
+    if op.expert_shards == 1:
+        dims = "rows>expert_rows embed, rows>expert_rows choice -> blocks block_rows embed, assignments, blocks"
+        blocks, slot, group = op.permute(x, expert, dims)
+        y = feed_forward(cfg, op, p, blocks, group)
+        dims = "blocks block_rows embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
+        return op.combine(y, slot, weight, dims), NO_OVERFLOW
+    dims = "rows>expert_rows choice -> assignments, to_shard sent, to_shard>shard sent>received, expert_rows choice"
+    place, source, received, lost = op.send_plan(expert, dims)
+    sent = op.take(x, source, "rows>expert_rows embed, to_shard sent -> to_shard>shard sent>received embed")
+    slot, source, group = op.plan_received(received, "shard received -> shard received, blocks block_rows, blocks")
+    blocks = op.take(sent, source, "shard received embed, blocks block_rows -> blocks block_rows embed")
+    y = feed_forward(cfg, op, p, blocks, group)
+    returned = op.take(y, slot, "blocks block_rows embed, shard received -> shard>to_shard received>sent embed")
+    y = op.combine(returned, place, weight, "to_shard sent embed, assignments, rows>expert_rows choice -> expert_rows>rows embed")
+    return y, ops.stop_gradient(_reshape(op.count_lost(lost, "expert_rows choice ->"), (1,)))
 
 
-class _BiasGradient(nn.Cell):
-    """Identity on the first argument; the gradient of the second is the third."""
+def feed_forward(cfg, op, p, x, group):
+    """x [blocks, b, D], each block for the expert group[block] -> [blocks, b, D]; partial sums where expert_ffn is sharded."""
+    up_dims = "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows part_ffn"
+    gate, up = op.grouped_matmul(x, p["w_gate"], group, up_dims), op.grouped_matmul(x, p["w_up"], group, up_dims)
+    gate, up = adapted_experts(cfg, op, p, "w_gate", x, group, gate), adapted_experts(cfg, op, p, "w_up", x, group, up)
+    h = op.swiglu(gate, up, "blocks block_rows part_ffn")
+    y = op.grouped_matmul(h, p["w_down"], group, "blocks block_rows part_ffn, experts expert_ffn embed, blocks -> blocks block_rows embed")
+    return adapted_experts(cfg, op, p, "w_down", h, group, y)
+
+
+def experts_of(cfg, op):
+    """Returns `experts` as a function of tensors alone, for the partitioner."""
+
+    def of_tensors(x, expert, weight, w_gate, w_up, w_down):
+        return experts(cfg, op, {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}, x, expert, weight)
+
+    return of_tensors
+
+
+def biased_top_k(cfg, op, logits, bias, valid):
+    """The bias changes which experts are chosen, not their weights. Its gradient is each expert's load above the mean, over the mean."""
+    probs, expert, weight = op.top_k_by_bias(logits, ops.stop_gradient(bias))
+    mean_load = op.total_valid(valid, "rows -> one") * (cfg.experts_per_token / cfg.num_experts)
+    here = load(expert, valid, cfg.num_experts)
+    excess = (here - _mean(here, 0)) / _maximum(mean_load, 1e-9)
+    return probs, expert, op.bias_gradient(weight, bias, ops.stop_gradient(excess), "rows choice, router, router -> rows choice")
+
+
+def biased_top_k_of(cfg, op):
+    """Returns `biased_top_k` as a function of tensors alone, for the partitioner."""
+
+    def of_tensors(logits, bias, valid):
+        return biased_top_k(cfg, op, logits, bias, valid)
+
+    return of_tensors
+
+
+class BiasGradient(nn.Cell):
+    """Returns its first argument. The gradient of the second is the third."""
 
     def __init__(self):
         super().__init__()
@@ -153,138 +151,55 @@ class _BiasGradient(nn.Cell):
         return dout, gradient, self.zeros_like(gradient)
 
 
-def _excess_load(cfg, sharding):
-    """excess(probs_RE, expert_Rk, valid_R) -> [E], this rank's part of (load - mean load) / mean load; 0 where nothing is loaded."""
-    count, mean, maximum = _load(), ops.ReduceMean(keep_dims=True), ops.Maximum()
-    total = sharding.op(ops.ReduceSum(keep_dims=True), "rows -> one", kind="reduction")
-    per_expert = cfg.experts_per_token / cfg.num_experts
-
-    def excess(probs, expert, valid):
-        load = count(expert, valid, probs.shape[1])
-        return (load - mean(load, 0)) / maximum(total(valid, 0) * per_expert, 1e-9)
-
-    return excess
+# What ops of the table compute on a rank's rows.
 
 
-def _load():
-    segment_sum, reshape, expand = ops.UnsortedSegmentSum(), ops.Reshape(), ops.ExpandDims()
-
-    def load(expert, valid, num_experts):
-        each = reshape(ops.BroadcastTo(expert.shape)(expand(valid, 1)), (-1,))
-        return segment_sum(each, reshape(expert, (-1,)), num_experts)
-
-    return load
+def load(expert, valid, num_experts):
+    """expert_Rk, valid_R -> [E]: the assignments of valid rows to each expert."""
+    each = _reshape(ops.BroadcastTo(expert.shape)(_expand(valid, 1)), (-1,))
+    return _segment_sum(each, _reshape(expert, (-1,)), num_experts)
 
 
-def _statistics(cfg):
-    count, total, concat = _load(), ops.ReduceSum(), ops.Concat(0)
-    log1p, exp, expand, reshape = ops.Log1p(), ops.Exp(), ops.ExpandDims(), ops.Reshape()
-    largest, total_kept = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
+def statistics(num_experts):
+    """Returns f(logits_RE, probs_RE, expert_Rk, valid_R) -> [2E + 2]: see stats_size."""
 
-    def statistics(logits, probs, expert, valid):
-        top = ops.stop_gradient(largest(logits, 1))
-        lse = reshape(top + log1p(total_kept(exp(logits - top), 1) - 1), (-1,))  # not Log: see layers/loss.py
-        z = reshape(total(lse * lse * valid, 0), (1,))
-        load = ops.stop_gradient(count(expert, valid, cfg.num_experts))
-        return concat((load, total(probs * expand(valid, 1), 0), z, reshape(total(valid, 0), (1,))))
+    def of_rows(logits, probs, expert, valid):
+        top = ops.stop_gradient(_largest(logits, 1))
+        lse = _reshape(top + _log1p(_total_kept(_exp(logits - top), 1) - 1), (-1,))  # not Log: see layers/loss.py
+        z = _reshape(_total(lse * lse * valid, 0), (1,))
+        assigned = ops.stop_gradient(load(expert, valid, num_experts))
+        return _concat((assigned, _total(probs * _expand(valid, 1), 0), z, _reshape(_total(valid, 0), (1,))))
 
-    return statistics
+    return of_rows
 
 
-def losses(cfg, sharding):
-    """losses(stats [layers, 2E + 3]) -> load-balancing loss over all layers (unscaled), z-loss, load [layers, E] as shares, overflow."""
-    E, total, maximum, reshape = cfg.num_experts, ops.ReduceSum(keep_dims=True), ops.Maximum(), ops.Reshape()
+def losses_of_stats(cfg):
+    """Returns f(stats [layers, 2E + 3]) -> balance [1], z [1], load [layers, E], overflow [1]: see losses."""
+    E, k = cfg.num_experts, cfg.experts_per_token
 
     def of_stats(stats):
-        summed = reshape(total(stats, 0), (-1,))
-        rows = maximum(summed[2 * E + 1 : 2 * E + 2], 1.0)
-        balance = E * total((summed[:E] / rows) * (summed[E : 2 * E] / rows), 0)
-        share = stats[:, :E] / maximum(stats[:, 2 * E + 1 : 2 * E + 2] * cfg.experts_per_token, 1.0)
+        summed = _reshape(_total_kept(stats, 0), (-1,))
+        rows = _maximum(summed[2 * E + 1 : 2 * E + 2], 1.0)
+        balance = E * _total_kept((summed[:E] / rows) * (summed[E : 2 * E] / rows), 0)
+        share = stats[:, :E] / _maximum(stats[:, 2 * E + 1 : 2 * E + 2] * k, 1.0)
         return balance, summed[2 * E : 2 * E + 1] / rows, share, summed[2 * E + 2 :]
 
-    of_stats = sharding.op(of_stats, "layers stats -> one, one, layers router, one", kind="kernel", sizes={"router": E})
-
-    def scalars(stats):
-        balance, z, share, overflow = of_stats(stats)
-        return reshape(balance, ()), reshape(z, ()), share, reshape(overflow, ())
-
-    return scalars
+    return of_stats
 
 
-def _experts(cfg, kernels, sharding):
-    """experts(x_RD, expert_Rk, weight_Rk, w_gate, w_up, w_down) -> y_RD, overflow [1], with every expert on this rank."""
-    feed_forward, no_overflow = _feed_forward(cfg, sharding, kernels), ms.Tensor([0.0], ms.float32)
-    permute = pick(kernels, "routing", "permute")(cfg.num_experts, _block_limit(cfg, kernels))
-    dims = "rows>expert_rows embed, rows>expert_rows choice -> blocks block_rows embed, assignments, blocks"
-    permute = sharding.op(permute, dims, kind="kernel")
-    dims = "blocks block_rows embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
-    combine = sharding.op(pick(kernels, "routing", "combine")(), dims, kind="contraction")
-
-    def experts(x, expert, weight, w_gate, w_up, w_down, *adapters):
-        rows, slot, group = permute(x, expert)
-        return combine(feed_forward(rows, group, w_gate, w_up, w_down, adapters), slot, weight), no_overflow
-
-    return experts
+def entropy_of_logits(logits, valid):
+    """logits_RE, valid_R -> the sum of the entropies of the valid rows."""
+    shifted = logits - _largest(logits, 1)
+    each = _exp(shifted)
+    sums = _total_kept(each, 1)
+    return _total((_log1p(sums - 1) - _total_kept(each * shifted, 1) / sums) * _expand(valid, 1), (0, 1))  # not Log: see layers/loss.py
 
 
-def _experts_elsewhere(cfg, kernels, sharding):
-    """The same where experts are split over ranks: tokens are sent to them, as many slots to each rank, and their results back."""
-    feed_forward, shards = _feed_forward(cfg, sharding, kernels), sharding.shards("experts")
-    send_plan = pick(kernels, "routing", "send_plan")(cfg.num_experts, shards, cfg.moe_capacity_factor)
-    dims = "rows>expert_rows choice -> assignments, to_shard sent, to_shard>shard sent>received, expert_rows choice"
-    send_plan = sharding.op(send_plan, dims, kind="kernel")
-    total, reshape = sharding.op(ops.ReduceSum(), "expert_rows choice ->", kind="reduction"), ops.Reshape()
-    take = pick(kernels, "routing", "take")
-    send = sharding.op(take(), "rows>expert_rows embed, to_shard sent -> to_shard>shard sent>received embed", kind="kernel")
-    plan = pick(kernels, "routing", "plan")(cfg.num_experts // shards, _block_limit(cfg, kernels), empty=True)
-    plan = sharding.op(_plan_received(plan), "shard received -> shard received, blocks block_rows, blocks", kind="kernel")
-    dispatch = sharding.op(take(), "shard received embed, blocks block_rows -> blocks block_rows embed", kind="kernel")
-    dims = "blocks block_rows embed, shard received -> shard>to_shard received>sent embed"
-    send_back = sharding.op(take(), dims, kind="kernel")
-    dims = "to_shard sent embed, assignments, rows>expert_rows choice -> expert_rows>rows embed"
-    combine = sharding.op(pick(kernels, "routing", "combine")(), dims, kind="contraction")
+def plan_of_shards(plan):
+    """Returns f(received [shards, C]) -> slot [shards, C], source, group: `plan` of all slots."""
 
-    def experts(x, expert, weight, w_gate, w_up, w_down, *adapters):
-        place, source, received, lost = send_plan(expert)
-        sent = send(x, source)
-        slot, source, group = plan(received)
-        y = feed_forward(dispatch(sent, source), group, w_gate, w_up, w_down, adapters)
-        return combine(send_back(y, slot), place, weight), ops.stop_gradient(reshape(total(lost, (0, 1)), (1,)))  # a count
+    def of_shards(received):
+        slot, source, group = plan(_reshape(received, (-1, 1)))
+        return _reshape(slot, received.shape), source, group
 
-    return experts
-
-
-def _block_limit(cfg, kernels):
-    return pick(kernels, "grouped_matmul", "block")(cfg.moe_block_size)
-
-
-def _plan_received(plan):
-    """The plan of received_sC, whose slots have its shape."""
-    reshape = ops.Reshape()
-
-    def plan_received(received):
-        slot, source, group = plan(reshape(received, (-1, 1)))
-        return reshape(slot, received.shape), source, group
-
-    return plan_received
-
-
-def _feed_forward(cfg, sharding, kernels):
-    """feed_forward(x [blocks, b, D], group [blocks], w_gate, w_up, w_down, adapters) -> [blocks, b, D], partial sums where expert_ffn is
-    split. adapters: the tuple of lora.expert_weights."""
-    matmul, act = pick(kernels, "grouped_matmul"), pick(kernels, "swiglu")()
-    into = "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows part_ffn"
-    expand = sharding.op(matmul(), into, kind="kernel")
-    out_of = "blocks block_rows part_ffn, experts expert_ffn embed, blocks -> blocks block_rows embed"
-    reduce = sharding.op(matmul(), out_of, kind="kernel")
-    act = sharding.op(act, "blocks block_rows part_ffn", kind="elementwise")
-
-    more = lora.experts(cfg, sharding, kernels)
-    more_gate, more_up, more_down = more["w_gate"], more["w_up"], more["w_down"]
-
-    def feed_forward(x, group, w_gate, w_up, w_down, adapters):
-        gate, up = more_gate(x, group, expand(x, w_gate, group), adapters), more_up(x, group, expand(x, w_up, group), adapters)
-        h = act(gate, up)
-        return more_down(h, group, reduce(h, w_down, group), adapters)
-
-    return feed_forward
+    return of_shards

@@ -1,36 +1,19 @@
-"""RMS norm of the residual stream."""
+"""The norms of a layer: RMS norm, before each part of the layer, behind it, or both.
 
-from mindspore import ops
+pre: x + f(norm(x)), as in Qwen3. post: x + norm(f(x)), the norm on what is added, as in OLMo 2. both: x + norm(f(norm(x))), as in Gemma 2.
+"""
 
-from ops.registry import pick
 from parallel.spec import ParamSpec, ones
 
-cast = ops.Cast()
+BEFORE, AFTER = ("pre", "both"), ("post", "both")
 
 
 def specs(cfg):
     return ParamSpec((cfg.hidden_size,), ("embed",), ones())
 
 
-def build(cfg, sharding, kernels):
-    """norm(w_D, x_RD) -> x_RD; add_norm(w_D, x_RD, y_RD) -> x + y, norm(w, x + y)."""
-    norm, add_norm = pick(kernels, "rms_norm")(cfg.rms_norm_eps), pick(kernels, "rms_norm", "add")(cfg.rms_norm_eps)
-    norm = sharding.op(norm, "rows embed, embed -> rows embed", kind="kernel", call=_norm)
-    dims = "rows embed, rows embed, embed -> rows embed, rows embed"
-    add_norm = sharding.op(add_norm, dims, kind="kernel", call=_add_norm)
-
-    def rms(w, x):
-        return norm(x, w)
-
-    def add_rms(w, x, y):
-        return add_norm(x, y, w)
-
-    return rms, add_rms
-
-
-def _norm(norm, x, w):
-    return norm(x, cast(w, x.dtype))
-
-
-def _add_norm(norm, x, y, w):
-    return norm(x, y, cast(w, x.dtype))
+def around(cfg, name, part):
+    """Adds the norms `{name}_norm` and `{name}_out_norm` to `part`, a dict of one part's specs, where the config places them."""
+    before = {f"{name}_norm": specs(cfg)} if cfg.norm_placement in BEFORE else {}
+    after = {f"{name}_out_norm": specs(cfg)} if cfg.norm_placement in AFTER else {}
+    return {**before, **part, **after}

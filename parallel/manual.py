@@ -40,22 +40,19 @@ def lower_fan(sharding, fns, parsed):
 
 
 def fan(fns, enter=None):
-    """f(x, *ws) -> (fns[0](x, ws[0]), ...), with enter(x) in the place of x."""
+    """Returns f(x, w0, w1, ...) -> (fns[0](x, w0), fns[1](x, w1), ...), with enter(x) in the place of x.
+
+    It is written as text because a function that is made while a graph is compiled may not take *args (docs/mindspore.md).
+    """
     names = {f"f{i}": f for i, f in enumerate(fns)}
     weights = [f"w{i}" for i in range(len(fns))]
     results = "".join(f"{f}(x, {w}), " for f, w in zip(names, weights))
     return function(f"fan(x, {', '.join(weights)})", [*(["x = enter(x)"] if enter else []), f"return ({results})"], enter=enter, **names)
 
 
-def bind(fn, call):
-    """fn, called as call(fn, *args) says; fn itself without a call."""
-    if call is None:
-        return fn
-
-    def bound(*args):
-        return call(fn, *args)
-
-    return bound
+def wrapped(fn, wrap):
+    """Returns wrap(fn), or fn itself where there is no wrap."""
+    return fn if wrap is None else wrap(fn)
 
 
 def varying(sharding, operands, results):
@@ -181,7 +178,10 @@ def _chain(steps):
 
 
 def _between(enters, fn, leaves):
-    """fn, its operands brought in and its results out; fn itself where nothing is to be done."""
+    """Returns fn between the functions that bring its operands in and its results out; fn itself where there are none.
+
+    It is written as text because a function that is made while a graph is compiled may not take *args (docs/mindspore.md).
+    """
     if not any((*enters, *leaves)):
         return fn
     names = {**{f"enter{i}": f for i, f in enumerate(enters) if f}, **{f"leave{i}": f for i, f in enumerate(leaves) if f}}
@@ -191,5 +191,4 @@ def _between(enters, fn, leaves):
         out = "leave0(out)" if leaves[0] else "out"
     else:
         out = ", ".join(f"leave{i}(out[{i}])" if f else f"out[{i}]" for i, f in enumerate(leaves))
-    head = f"annotated({', '.join(operands)}, *rest)"  # written out: a loop here fails in a hand-written backward
-    return function(head, [f"out = fn({inside}, *rest)", f"return {out}"], fn=fn, **names)
+    return function(f"annotated({', '.join(operands)})", [f"out = fn({inside})", f"return {out}"], fn=fn, **names)

@@ -9,7 +9,6 @@ gradient of a Parameter over all ranks that hold it, data parallel ones included
 their primitives, and pvary is the identity.
 """
 
-import copy
 import inspect
 
 from mindspore import ops
@@ -25,24 +24,24 @@ KNOWN = ELEMENTWISE + COUNTED + JOINS + ("MatMul", "BatchMatMul", "Transpose")
 COPIES = {"kv_heads": "kv"}  # where they are split differently, neighbouring parts of the first are the same part of the second
 
 
-def lower(sharding, fn, call, by_hand, operands, results, kind, reduce, sizes, dtype):
-    """The callable for fn. call: how to call it, or None. by_hand: how a rank calls it on its parts, or None if that is no different.
+def lower(sharding, fn, wrap, by_hand, operands, results, kind, reduce, sizes, dtype):
+    """Returns the callable for fn. wrap: see Sharding.op. by_hand: how a rank calls fn on its shards, or None if that is no different.
 
     sizes: {dim: size} of the dims of results that no operand has. dtype: of the results, or of each, where not that of the first operand.
     """
     if by_hand is None and _is_known(sharding, fn, results):
-        return manual.bind(_primitive(sharding, fn, operands, results, kind), call)
-    local = manual.lower(inside(sharding), by_hand or manual.bind(fn, call), operands, results, kind, reduce)
+        return manual.wrapped(_primitive(sharding, fn, operands, results, kind), wrap)
+    local = manual.lower(sharding.inside(), by_hand or manual.wrapped(fn, wrap), operands, results, kind, reduce)
     if kind == "elementwise":
         operands, results = operands * _arity(fn), operands
     return region(sharding, local, operands, results, sizes, dtype)
 
 
-def lower_fan(sharding, fns, call, parsed):
+def lower_fan(sharding, fns, wrap, parsed):
     """f(x, *ws) -> (fns[0](x, ws[0]), ...). parsed: (operands, results) of each, the first operand x."""
     if all(_is_known(sharding, fn, results) for fn, (_, results) in zip(fns, parsed)):
-        return manual.fan([manual.bind(_primitive(sharding, fn, *each, "contraction"), call) for fn, each in zip(fns, parsed)])
-    local = manual.lower_fan(inside(sharding), [manual.bind(fn, call) for fn in fns], parsed)
+        return manual.fan([manual.wrapped(_primitive(sharding, fn, *each, "contraction"), wrap) for fn, each in zip(fns, parsed)])
+    local = manual.lower_fan(sharding.inside(), [manual.wrapped(fn, wrap) for fn in fns], parsed)
     operands = [parsed[0][0][0]] + [part for each, _ in parsed for part in each[1:]]
     return region(sharding, local, operands, [results[0] for _, results in parsed])
 
@@ -55,13 +54,6 @@ def region(sharding, local, operands, results, sizes=None, dtype=None):
     names = ", ".join(f"x{i}" for i in range(len(operands)))
     whole = function(f"region({names})", [f"return local({names})"], local=local)  # Morph refuses a function of *args
     return _Region(whole, shapes, dtypes).shard(entering, leaving)
-
-
-def inside(sharding):
-    """The sharding of the ops within a region."""
-    out = copy.copy(sharding)
-    out.lowering, out.partial = "manual", True
-    return out
 
 
 def stored(mesh, shape, used):

@@ -11,6 +11,7 @@ parameter is not split over, and parallel/zero.py sums it once, in buckets. So a
 as a penalty on a weight, has to be divided by the number of data parallel ranks.
 """
 
+import copy
 from functools import cached_property
 
 from mindspore import ops
@@ -99,66 +100,76 @@ class Sharding:
         self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
         self.zero, self.lowering = zero, lowering
         self.partial = False  # whether cotangents of what ranks hold alike are partial sums, as inside the regions of shard.py
-        self.in_region = False  # while `region` makes its function, with check
+        self.in_region = False  # whether the ops are within a region, whose tensors the global view does not know
 
-    def op(self, fn, signature, *, kind, call=None, part=None, reduce="sum", sizes=None, dtype=None, around=None):
-        """The function `fn`, annotated.
+    def op(self, fn, signature, *, kind, wrap=None, part=None, reduce="sum", sizes=None, dtype=None, around=None):
+        """Returns the function `fn` of exactly the annotated operands, between the collectives that the signature asks for.
 
-        fn: a MindSpore primitive or a function of tensors. kind: what fn does with the dims (KINDS): an elementwise op has one list of
-        dims; a contraction or a reduction is summed over the axes that its result lacks (reduce="max": the largest is taken); a kernel
-        is not, so its results lack none. call(fn, *args): how to call a primitive that wants casts or constants. part: (dim, its global
-        size, call_part), where an op must know which part of a dim it has: call_part(fn, first, *args), with the global index of the
-        part's first element, is used if the dim is split. Arguments after the annotated operands pass through.
+        fn: a MindSpore primitive or a function of tensors. kind: how fn treats the dims (KINDS). An elementwise op has one list of dims;
+        a contraction or a reduction is summed over the axes that its result lacks (reduce="max": the largest is taken); a kernel is not
+        summed, so its results lack none. wrap(fn) -> the function that calls a primitive with the casts and constants it wants.
+        part: (dim, its global size, wrap_part), for an op that must know which shard of a dim it has: where the dim is split,
+        wrap_part(fn, first), with the global index of the shard's first element, takes the place of wrap(fn).
         sizes: {dim: size} of the dims of results that no operand has. dtype: of the results (a tuple: of each), where it is not the first
-        operand's. Only the shard lowering asks. around: (dim, numbers of operands) that fn sends round the ranks of the dim, and their
-        gradients in the backward (parallel/ring.py), for parallel/traffic.py.
+        operand's. Only the shard lowering needs these two. around: (dim, numbers of operands) that fn sends round the ranks of the dim,
+        and their gradients in the backward (parallel/ring.py), for parallel/traffic.py.
         Raises ValueError for a signature that the kind does not allow.
         """
         operands, results = parse(signature)
         self._validate(signature, kind, operands, results)
         by_hand = None
         if part and self.shards(part[0]) > 1:
-            dim, size, call_part = part
-            by_hand = _bind_part(call_part, fn, self.mesh.index(self.rules[dim]) * -(-size // self.shards(dim)))
+            dim, size, wrap_part = part
+            by_hand = wrap_part(fn, self.mesh.index(self.rules[dim]) * -(-size // self.shards(dim)))
         if self.lowering == "shard":
-            return shard.lower(self, fn, call, by_hand, operands, results, kind, reduce, sizes, dtype)
-        bound = by_hand or manual.bind(fn, call)
+            return shard.lower(self, fn, wrap, by_hand, operands, results, kind, reduce, sizes, dtype)
+        called = by_hand or manual.wrapped(fn, wrap)
         if self.check:
             asked = not self.in_region and (part is not None or not isinstance(fn, ops.Primitive))
-            bound = _checked(bound, signature, operands, results, sizes, dtype, asked)
-        return manual.lower(self, bound, operands, results, kind, reduce)
+            called = _checked(called, signature, operands, results, sizes, dtype, asked)
+        return manual.lower(self, called, operands, results, kind, reduce)
 
-    def region(self, make, signature, *, sizes=None, dtype=None):
-        """make(sharding) -> a function whose ops that sharding annotates, and whose own signature this is: it moves nothing.
+    def region(self, fn, signature, *, sizes=None, dtype=None):
+        """Returns `fn`, a function whose ops the sharding inside() annotates, as one op with this signature, which moves nothing.
 
-        For ops between which each rank has tensors of its own, of sizes that the global view does not know. The shard lowering has them
-        lowered by hand, as one op; elsewhere this is make(self). Raises ValueError for a signature that names no such dims, or moves one.
+        For ops between which each rank has tensors of its own, of sizes that the global view does not know. The shard lowering gives
+        MindSpore's partitioner all of them as one op; elsewhere this is fn itself. Raises ValueError for a signature that names unknown
+        dims, or moves one.
         """
         operands, results = parse(signature)
         self._validate(signature, "region", operands, results, region=True)  # its sums are checked op by op
         if moved := [f"{a}>{b}" for part in operands + results for a, b in part if a != b]:
             raise ValueError(f"op {signature!r} (region): {moved[0]!r} moves, which is for the ops inside")
         if self.lowering == "shard":
-            return shard.region(self, make(shard.inside(self)), operands, results, sizes, dtype)
-        if not self.check:
-            return make(self)
-        self.in_region, outside = True, self.in_region
-        fn, self.in_region = make(self), outside
-        return _checked(fn, signature, operands, results, sizes, dtype, asked=not outside)
+            return shard.region(self, fn, operands, results, sizes, dtype)
+        return _checked(fn, signature, operands, results, sizes, dtype, asked=not self.in_region) if self.check else fn
 
-    def fan(self, make, operand, signatures, *, kind, call=None):
-        """f(x, *ws) -> a tuple, one result for each of `signatures`, which are those of an op without its first operand `operand`:
-        ops that share x and its collectives. make() gives the function of one of them; else as in op."""
+    def inside(self):
+        """Returns the sharding that annotates the ops within a region."""
+        if self.in_region or (self.lowering != "shard" and not self.check):
+            return self
+        out = copy.copy(self)
+        out.in_region = True
+        if self.lowering == "shard":
+            out.lowering, out.partial = "manual", True
+        return out
+
+    def fan(self, make, operand, signatures, *, kind, wrap=None):
+        """Returns f(x, w0, w1, ...) -> a tuple of one result for each of `signatures`: ops that share x and its collectives.
+
+        operand: the dims of x; signatures: those of each op without its first operand. make() gives the function of one of them. kind and
+        wrap are those of `op`.
+        """
         parsed = [parse(f"{operand}, {signature}") for signature in signatures]
         for signature, (operands, results) in zip(signatures, parsed):
             self._validate(f"{operand}, {signature}", kind, operands, results)
         fns = [make() for _ in signatures]
         if self.lowering == "shard":
-            return shard.lower_fan(self, fns, call, parsed)
-        bound = [manual.bind(fn, call) for fn in fns]
+            return shard.lower_fan(self, fns, wrap, parsed)
+        called = [manual.wrapped(fn, wrap) for fn in fns]
         if self.check:
-            bound = [_checked(f, f"{operand}, {s}", *p) for f, s, p in zip(bound, signatures, parsed)]
-        return manual.lower_fan(self, tuple(bound), parsed)
+            called = [_checked(f, f"{operand}, {s}", *p) for f, s, p in zip(called, signatures, parsed)]
+        return manual.lower_fan(self, tuple(called), parsed)
 
     def shards(self, dim):
         """How many parts a dim is cut into."""
@@ -239,13 +250,6 @@ def _check_axes(fail, rules, kind, operands, results):
                 fail(f"a mesh axis of dim {dim!r} is lost")
         if kind in ("contraction", "reduction") and not used - left:
             fail("nothing is summed: every dim of the operands is in the result")
-
-
-def _bind_part(call, fn, first):
-    def bound(*args):
-        return call(fn, first, *args)
-
-    return bound
 
 
 def _checked(fn, signature, operands, results, stated_sizes=None, dtype=None, asked=False):

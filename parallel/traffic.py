@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mindspore import nn
 
 from parallel import zero
-from parallel.manual import bind, entering, op_steps, varying
+from parallel.manual import entering, op_steps, varying, wrapped
 from parallel.placement import local_shape
 from parallel.sharding import DATA, Sharding, parse
 
@@ -60,17 +60,17 @@ class Watched(Sharding):
     def placement(self, spec, path=""):
         return ((),) * len(spec.shape)
 
-    def op(self, fn, signature, *, kind, call=None, reduce="sum", dtype=None, around=None, **_):
+    def op(self, fn, signature, *, kind, wrap=None, reduce="sum", dtype=None, around=None, **_):
         operands, results = parse(signature)
         place = len(self.bound)
         self.bound.append((operands, [results], kind, reduce, dtype, around))
         if kind == "elementwise":
-            return bind(fn, call)
-        return self._watching(place, bind(fn, call), len(operands))
+            return wrapped(fn, wrap)
+        return self._watching(place, wrapped(fn, wrap), len(operands))
 
-    def fan(self, make, operand, signatures, *, kind, call=None):
+    def fan(self, make, operand, signatures, *, kind, wrap=None):
         parsed = [parse(f"{operand}, {signature}") for signature in signatures]
-        place, fns = len(self.bound), [bind(make(), call) for _ in signatures]
+        place, fns = len(self.bound), [wrapped(make(), wrap) for _ in signatures]
         operands = [parsed[0][0][0], *(each[1] for each, _ in parsed)]
         self.bound.append((operands, [results for _, results in parsed], kind, "sum", None, None))
         return self._watching(place, lambda x, *ws: tuple(fn(x, w) for fn, w in zip(fns, ws)), 1 + len(fns))

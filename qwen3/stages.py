@@ -1,8 +1,8 @@
 """Pipeline stages of the model: some of its layers, the embedding before the first and the head after the last.
 
-They are made of the parts that qwen3.model's own functions are made of. Between stages go x_RD and, of a mixture of experts, the router
-statistics of all layers so far, from which the last stage makes the losses: their gradients come back the same way. Where a model only
-computes, to generate or to score, each rank has one stage, and the last one's results go to all.
+A stage runs the functions of qwen3.model. Between stages travel x_RD and, in a mixture of experts, the router statistics of all layers so
+far, from which the last stage computes the losses; their gradients come back the same way. Where a model only computes, to generate or to
+score, each rank has one stage, and the last rank's results go to all.
 """
 
 import mindspore as ms
@@ -12,7 +12,8 @@ from mindspore import ops
 from layers import moe
 from parallel import collectives, pipeline
 from parallel.step import jit
-from qwen3.model import build, last_rows, noise_in, param_specs, stack_rows
+from qwen3 import model, run_layers
+from qwen3.model import param_specs
 
 
 def stage_specs(cfg, layers, first, last):
@@ -42,78 +43,45 @@ def _moe_layers(cfg, layers):
     return sum(cfg.is_moe_layer(i) for i in layers)
 
 
-def build_stage(cfg, sharding, kernels, layers, first, last, recompute="none"):
-    """f(params, carried, batch) -> carried, or of the last stage (loss, metrics) as qwen3.model.loss_fn. For use in a graph.
+def stage(cfg, op, layers, first, last, stack, params, carried, batch):
+    """Runs the layers with the numbers `layers`; the first stage also the embedding before them, the last one the loss after them.
 
-    params: of stage_specs' structure; carried: a tuple of what carried_shapes says, empty for the first stage; batch: as for loss_fn.
+    Returns what the next stage takes, or from the last stage (loss, metrics). For use in a graph.
+    params: of stage_specs' structure. carried: x_RD and, where there are any, the router statistics so far, as carried_shapes says; empty
+    for the first stage. stack: see run_layers.stack_stats.
     """
-    parts = build(cfg, sharding, False, kernels, recompute).parts
-    run, has_stats = _run(cfg, sharding, parts, layers, first), bool(cfg.moe_layers)
-
-    def judged(params, carried, batch):
-        out = run(params, carried, batch)
-        return parts.loss(params, out[0], out[1] if has_stats else None, batch)
-
-    return judged if last else run
-
-
-def _run(cfg, sharding, parts, layers, first):
-    """f(params, carried, batch) -> carried, of a stage's layers and, of the first, the embedding."""
-    trunk = _trunk(cfg, sharding, parts, layers)
-
-    def from_tokens(params, carried, batch):
-        return trunk(params, (parts.begin(params, batch["tokens"]),), batch)
-
-    def from_stage(params, carried, batch):
-        return trunk(params, carried, batch)
-
-    return from_tokens if first else from_stage
-
-
-def _trunk(cfg, sharding, parts, layers):
-    """trunk(params, carried, batch) -> carried."""
-    run, names, n = tuple(parts.layers[i][0] for i in layers), tuple(map(str, layers)), len(layers)
-    counted, noise_of = tuple(cfg.is_moe_layer(i) for i in layers), noise_in(cfg)
-    join = _joined(sharding, _moe_layers(cfg, range(layers.start)), sum(counted))
-
-    def unchanged(params, carried, batch):
+    carried = through_layers(cfg, op, layers, first, stack, params, carried, batch)
+    if not last:
         return carried
-
-    def trunk(params, carried, batch):
-        consts, x, rows = parts.beside(batch["positions"], batch["segment_ids"], noise_of(batch)), carried[0], ()
-        for i in range(n):
-            x, stats = run[i](params["layers"][names[i]], x, consts)
-            if counted[i]:
-                rows += (stats,)
-        return (x, *join(carried[1:], rows))
-
-    return trunk if n else unchanged
+    return model.loss_of_states(cfg, op, params, carried[0], carried[1] if cfg.moe_layers else None, batch)
 
 
-def _joined(sharding, before, here):
-    """join(earlier, rows) -> the router statistics so far, in a tuple that is empty where there are none. earlier: such a tuple of `before`
-    layers; rows: those of `here` layers, one by one."""
-    sizes = {"layers": here, "layers_so_far": before + here}
-    stack = sharding.op(stack_rows(), ", ".join(["stats"] * max(1, here)) + " -> layers stats", kind="kernel", sizes=sizes)
-    dims = "layers_before stats, layers stats -> layers_so_far stats"
-    concat = sharding.op(ops.Concat(0), dims, kind="kernel", call=_concat, sizes=sizes)
-
-    def earlier_alone(earlier, rows):
-        return earlier
-
-    def first_ones(earlier, rows):
-        return (stack(*rows),)
-
-    def both(earlier, rows):
-        return (concat(earlier[0], stack(*rows)),)
-
-    if not here:
-        return earlier_alone
-    return both if before else first_ones
+def through_layers(cfg, op, layers, first, stack, params, carried, batch):
+    """`stage` without the loss: returns x_RD and the router statistics so far, in a tuple."""
+    x = model.embed(cfg, op, params, batch["tokens"]) if first else carried[0]
+    stats, here = carried[1:], ()
+    if layers:
+        noise = batch["noise"] if op.noises else None
+        rows = model.rows_of(cfg, op, batch["positions"], batch["segment_ids"], noise)
+        for i in layers:
+            x, found = op.run[i](params["layers"][str(i)], x, rows)
+            if cfg.is_moe_layer(i):
+                here += (found,)
+    if here:
+        here = stack(*here)
+        stats = (op.concat(stats[0], here, "layers_before stats, layers stats -> layers_so_far stats") if stats else here,)
+    return (x, *stats)
 
 
-def _concat(concat, *xs):
-    return concat(xs)
+def build_stage(cfg, sharding, kernels, layers, first, last, recompute="none"):
+    """Returns `stage` as f(params, carried, batch), in a layout."""
+    op = model.build(cfg, sharding, False, kernels, recompute).op
+    layers, stack = tuple(layers), run_layers.stack_stats(sharding, _moe_layers(cfg, layers))
+
+    def of_layers(params, carried, batch):
+        return stage(cfg, op, layers, first, last, stack, params, carried, batch)
+
+    return of_layers
 
 
 def own_layers(cfg, mesh):
@@ -158,14 +126,14 @@ class Relay:
 
 def build_score(cfg, sharding, kernels):
     """score(params, tokens, targets, positions, segment_ids), all [B, S] -> (nats, gap), as qwen3.model's. params: of own_specs."""
-    layers, at, last = own_layers(cfg, sharding.mesh), sharding.mesh.index(pipeline.AXES), sharding.mesh.pp - 1
-    parts = build(cfg, sharding, False, kernels).parts
-    run = _run(cfg, sharding, parts, layers, at == 0)
+    layers, at, last = tuple(own_layers(cfg, sharding.mesh)), sharding.mesh.index(pipeline.AXES), sharding.mesh.pp - 1
+    op, stack = model.build(cfg, sharding, False, kernels).op, run_layers.stack_stats(sharding, _moe_layers(cfg, layers))
 
-    def scored(params, carried, batch):
-        return parts.nats_and_gap(params, run(params, carried, batch)[0], batch["targets"])
+    def run(params, carried, batch):
+        carried = through_layers(cfg, op, layers, at == 0, stack, params, carried, batch)
+        return model.nats_and_gap(cfg, op, params, carried[0], batch["targets"]) if at == last else carried
 
-    stage = _compiled(scored if at == last else run, at == 0)
+    stage = _compiled(run, at == 0)
 
     def of_stage(carried, given):
         return stage(given["params"], carried, given["batch"])
@@ -188,14 +156,16 @@ def build_score(cfg, sharding, kernels):
 def build_extend(cfg, sharding, kernels):
     """extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV, cache), as qwen3.generate.extended. params: of own_specs;
     cache: of this rank's layers, of which there must be one."""
-    layers, at, last = own_layers(cfg, sharding.mesh), sharding.mesh.index(pipeline.AXES), sharding.mesh.pp - 1
-    parts, in_place = build(cfg, sharding, False, kernels).parts, kernels.cache_write == "cpu"
-    over, last_of = parts.over_cache([parts.layers[i] for i in layers], tuple(map(str, layers))), last_rows()
+    layers, at, last = tuple(own_layers(cfg, sharding.mesh)), sharding.mesh.index(pipeline.AXES), sharding.mesh.pp - 1
+    op, in_place = model.build(cfg, sharding, False, kernels).op, kernels.cache_write == "cpu"
 
     def run(params, carried, batch):
-        x = carried[0] if at else parts.begin(params, batch["tokens"])
-        x, cache = over(params["layers"], x, batch["cache"], batch["positions"])
-        out = parts.whole_logits(params, last_of(x, batch["last"])) if at == last else x
+        x = carried[0] if at else model.embed(cfg, op, params, batch["tokens"])
+        own = ()
+        for i in layers:
+            own += (params["layers"][str(i)],)
+        x, cache = model.layers_over_cache(cfg, op, own, layers, x, batch["cache"], batch["positions"])
+        out = model.full_logits(cfg, op, params, model.last_rows(op, x, batch["last"])) if at == last else x
         return out if in_place else (out, cache)  # a graph copies what it returns
 
     stage, kept = _compiled(run, at == 0), None

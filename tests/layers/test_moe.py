@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from layers import moe
+from layers.bound_ops import BoundOps
 from ops import registry
 from parallel.scan import scan
 from parallel.sharding import Sharding
@@ -34,18 +35,19 @@ def inputs(cfg, rows, seed=0):
     return tree_map(ms.Tensor, {"p": p, "x": x.astype(np.float32)}), ms.Tensor(valid.astype(np.float32))
 
 
-def loss_of(layer):
+def loss_of(cfg, kernels):
     """Every result enters it; row by row with another weight."""
+    op = BoundOps(cfg, Sharding(), kernels)
 
     def loss(trained, valid):
-        y, stats = layer(trained["p"], trained["x"], valid)
+        y, stats = moe.moe(cfg, op, trained["p"], trained["x"], {"valid": valid})
         return (y * y * y).sum() + (stats * stats).sum()
 
     return loss
 
 
 def compare(cfg, trained, valid, compiled, kernels=CPU):
-    each = [value_and_grad(loss_of(moe.build(cfg, Sharding(), k)), compiled=compiled)(trained, valid) for k in (REFERENCE, kernels)]
+    each = [value_and_grad(loss_of(cfg, k), compiled=compiled)(trained, valid) for k in (REFERENCE, kernels)]
     (expected, d_expected), (found, d_found) = each
     assert_close(expected, found, TOLERANCE)
     assert_trees_close(d_expected, d_found, TOLERANCE)
@@ -70,7 +72,7 @@ def test_all_rows_to_the_same_experts():
     cfg = MOE.replace(router_bias=True)
     trained["p"]["router_bias"] = ms.Tensor(np.array([0, 0, 1, 0, 1, 0], np.float32))
     compare(cfg, trained, valid, False)
-    grads = value_and_grad(loss_of(moe.build(cfg, Sharding(), CPU)))(trained, valid)[1]["p"]
+    grads = value_and_grad(loss_of(cfg, CPU))(trained, valid)[1]["p"]
     for name in ("w_gate", "w_up", "w_down"):
         used = np.abs(grads[name].asnumpy()).max((1, 2)) > 0
         np.testing.assert_array_equal(used, [False, False, True, False, True, False])
@@ -80,7 +82,7 @@ def test_the_annotations_hold():
     trained, valid = inputs(MOE, 30)
     for cfg in (MOE, MOE.replace(router_bias=True, norm_topk_prob=False)):
         trained, valid = inputs(cfg, 30)
-        moe.build(cfg, Sharding(check=True), CPU)(trained["p"], trained["x"], valid)
+        moe.moe(cfg, BoundOps(cfg, Sharding(check=True), CPU), trained["p"], trained["x"], {"valid": valid})
 
 
 def test_in_a_loop_over_layers_whose_backward_is_written_by_hand():
@@ -89,10 +91,10 @@ def test_in_a_loop_over_layers_whose_backward_is_written_by_hand():
     x, valid = inputs(MOE, 11)[0]["x"], inputs(MOE, 11)[1]
 
     def run(kernels):
-        layer = moe.build(MOE, Sharding(), kernels)
+        op = BoundOps(MOE, Sharding(), kernels)
 
         def body(p, x, consts):
-            y, stats = layer(p, x, consts[0])
+            y, stats = moe.moe(MOE, op, p, x, {"valid": consts[0]})
             return x + y * 0.1, stats
 
         loop = scan(body, layers[0], 3, (moe.stats_size(MOE),))

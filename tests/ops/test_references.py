@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from layers import loss as loss_layer
+from layers.bound_ops import BoundOps
 from ops import iota, rms_norm, rope, swiglu
 from parallel.sharding import Sharding
-from tests.tiny import FUSED, assert_close, host
+from tests.tiny import DENSE, FUSED, assert_close, host
 
 VALUE, GRADIENT = 2e-6, 2e-5  # float32 sums of a few dozen terms; differences in float64 add 1e-9
 rng = np.random.default_rng(0)
@@ -107,13 +108,18 @@ def nll_formula(z, ids):
     return np.log(np.exp(z).sum(-1, keepdims=True)) - np.take_along_axis(z, ids.reshape(-1, 1), 1)
 
 
+def nats(sharding):
+    op = BoundOps(DENSE.replace(vocab_size=7), sharding, FUSED)
+    return lambda logits, targets: loss_layer.nats_and_gap(op, logits, targets)[0]
+
+
 def test_negative_log_likelihood():
-    check(loss_layer.build(7, Sharding(check=True), FUSED), nll_formula, [draw(6, 7)], (IDS,))
+    check(nats(Sharding(check=True)), nll_formula, [draw(6, 7)], (IDS,))
 
 
 def test_huge_logits_do_not_overflow():
     """The value is a difference of logits, and the gradient softmax minus one-hot, at any height."""
-    z, nll = draw(6, 7) * 10, loss_layer.build(7, Sharding(), FUSED)
+    z, nll = draw(6, 7) * 10, nats(Sharding())
     for height in (1e4, -1e4, 3e37):
         high = (z + np.float32(height) if abs(height) < 1e30 else np.where(z > 0, height, -height)).astype(np.float32)
         wide = high.astype(np.float64)
@@ -131,10 +137,10 @@ def test_huge_logits_do_not_overflow():
 @pytest.mark.parametrize("weights", [[[1, 0, 2], [0.5, 0, 0]], [[0, 0, 0], [0, 0, 0]]])
 def test_weighted_mean(weights):
     x, w = draw(6, 1), np.array(weights, np.float32)
-    mean = loss_layer.weighted_mean(Sharding(check=True))
-    value, total = mean(ms.Tensor(x), ms.Tensor(w))
+    op = BoundOps(DENSE, Sharding(check=True), FUSED)
+    value, total = loss_layer.weighted_mean(op, ms.Tensor(x), ms.Tensor(w))
     assert float(total) == w.sum()
-    grad = ms.grad(lambda x: mean(x, ms.Tensor(w))[0])(ms.Tensor(x))
+    grad = ms.grad(lambda x: loss_layer.weighted_mean(op, x, ms.Tensor(w))[0])(ms.Tensor(x))
     if w.sum():
         assert_close((x[:, 0] * w.ravel()).sum() / w.sum(), value, 1e-6)
         assert_close(w.reshape(-1, 1) / w.sum(), grad, 1e-6)

@@ -6,10 +6,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from layers import attention, embed, linear, loss, mlp, moe, norm, rope
+from layers import attention, loss, mlp, moe
+from layers.bound_ops import BoundOps
 from parallel import collectives, step
 from parallel.mesh import Mesh
 from parallel.sharding import Sharding
+from qwen3 import model
 from tests.tiny import DENSE, FUSED, MOE
 
 B, S = 4, 4
@@ -39,13 +41,14 @@ def sharding_of(layout, rank):
 
 @dataclass(frozen=True)
 class Check:
-    """build(sharding) -> f(p, c) -> a tuple of results. operands (p) are drawn and differentiated: {name: (shape, dims)};
+    """run(cfg, op, p, c) -> a tuple of results. operands (p) are drawn and differentiated: {name: (shape, dims)};
     constants (c): {name: (array, dims)}; results: [(shape, dims)]. All of them global."""
 
-    build: object
+    run: object
     operands: dict
     constants: dict
     results: list
+    cfg: object = DENSE
 
     def inputs(self):
         """The global operands and cotangents of results."""
@@ -86,8 +89,8 @@ def checks(kv_repeat):
         "norm": Check(_norm, {**x, "y": y, "w": ((D,), ("embed",))}, {}, [y, y, y]),
         "mean": Check(_mean, {"x": one}, weights, [((), ()), ((), ())]),
         "attention": Check(_attention, {**x, **_of(attention)}, see, [y]),
-        "moe": Check(_moe(MOE), {**x, **_of(moe, cfg=MOE)}, valid, [y, stats]),
-        "moe_biased": Check(_moe(BIASED), {**x, **_of(moe, cfg=BIASED)}, valid, [y, stats]),
+        "moe": Check(_moe, {**x, **_of(moe, cfg=MOE)}, valid, [y, stats], MOE),
+        "moe_biased": Check(_moe, {**x, **_of(moe, cfg=BIASED)}, valid, [y, stats], BIASED),
     }
 
 
@@ -97,112 +100,63 @@ def _of(layer, names=None, cfg=DENSE):
     return {name: (specs[name].shape, specs[name].dims) for name in (names.split() if names else specs)}
 
 
-def _projection(sharding):
-    project, bias_q, bias_kv = (
-        linear.columns(sharding, FUSED, "heads", "kv", "kv"),
-        linear.bias(sharding, "heads"),
-        linear.bias(sharding, "kv"),
-    )
-
-    def f(p, c):
-        q, k, v = project(p["x"], p["wq"], p["wk"], p["wv"])
-        return bias_q(q, p["bq"]), bias_kv(k, p["bk"]), bias_kv(v, p["bv"])
-
-    return f
+def _projection(cfg, op, p, c):
+    dims = "rows>tokens embed", "embed heads -> tokens heads", "embed kv -> tokens kv_heads", "embed kv -> tokens kv_heads"
+    q, k, v = op.matmuls(p["x"], (p["wq"], p["wk"], p["wv"]), dims)
+    q = op.add_bias(q, p["bq"], "tokens heads, heads -> tokens heads")
+    k, v = (op.add_bias(x, p[b], "tokens kv_heads, kv -> tokens kv_heads") for x, b in ((k, "bk"), (v, "bv")))
+    return q, k, v
 
 
-def _mlp(sharding):
-    layer = mlp.build(DENSE, sharding, FUSED)
-
-    def f(p, c):
-        return (layer(p, p["x"]),)
-
-    return f
+def _mlp(cfg, op, p, c):
+    return (mlp.mlp(cfg, op, p, p["x"], {}),)
 
 
-def _row(sharding):
-    row = linear.row(sharding, FUSED, "ffn")
-
-    def f(p, c):
-        return (row(p["x"], p["w_down"]),)
-
-    return f
+def _row(cfg, op, p, c):
+    return (op.matmul(p["x"], p["w_down"], "tokens ffn, ffn embed -> tokens>rows embed"),)
 
 
-def _embed(sharding):
-    take, _ = embed.build(DENSE, sharding, FUSED)
-
-    def f(p, c):
-        return (take(p["w"], c["ids"]),)
-
-    return f
+def _embed(cfg, op, p, c):
+    return (model.embed(cfg, op, {"embed": p["w"]}, c["ids"]),)
 
 
-def _logits(sharding):
-    (_, head), whole = embed.build(DENSE, sharding, FUSED), embed.whole(DENSE, sharding)
-
-    def f(p, c):
-        return (whole(head(p["w"], p["x"])),)
-
-    return f
+def _logits_of(op, p):
+    return op.head(p["x"], p["w"], "rows>tokens embed, vocab embed -> tokens vocab")
 
 
-def _nll(sharding):
-    (_, head), nll = embed.build(DENSE, sharding, FUSED), loss.build(DENSE.vocab_size, sharding, FUSED)
-
-    def f(p, c):
-        return (nll(head(p["w"], p["x"]), c["ids"]),)
-
-    return f
+def _logits(cfg, op, p, c):
+    return (op.whole_vocab(_logits_of(op, p), "tokens vocab>whole_vocab -> tokens whole_vocab"),)
 
 
-def _norm(sharding):
-    rms, add_rms = norm.build(DENSE, sharding, FUSED)
-
-    def f(p, c):
-        return (rms(p["w"], p["x"]), *add_rms(p["w"], p["x"], p["y"]))
-
-    return f
+def _nll(cfg, op, p, c):
+    return (loss.nats_and_gap(op, _logits_of(op, p), c["ids"])[0],)
 
 
-def _mean(sharding):
-    mean = loss.weighted_mean(sharding)
-
-    def f(p, c):
-        return mean(p["x"], c["weights"])
-
-    return f
+def _norm(cfg, op, p, c):
+    normed = op.rms_norm(p["x"], p["w"], "rows embed, embed -> rows embed")
+    return (normed, *op.add_rms_norm(p["x"], p["y"], p["w"], "rows embed, rows embed, embed -> rows embed, rows embed"))
 
 
-def _attention(sharding):
-    angles = rope.build(DENSE, sharding)
-    attend, _ = attention.build(DENSE, sharding, FUSED)
-
-    def f(p, c):
-        cos, sin = angles(c["positions"])
-        return (attend(p, p["x"], cos, sin, c["segments"], c["order"]),)
-
-    return f
+def _mean(cfg, op, p, c):
+    return loss.weighted_mean(op, p["x"], c["weights"])
 
 
-def _moe(cfg):
-    def build(sharding):
-        layer = moe.build(cfg, sharding, FUSED)
+def _attention(cfg, op, p, c):
+    cos, sin = op.angles(c["positions"], "batch seq -> batch seq one half, batch seq one half")
+    rows = {"cos": cos, "sin": sin, "segments": c["segments"], "order": c["order"]}
+    return (attention.attention(cfg, op, p, p["x"], rows, None)[0],)
 
-        def f(p, c):
-            return layer(p, p["x"], c["valid"])
 
-        return f
-
-    return build
+def _moe(cfg, op, p, c):
+    return moe.moe(cfg, op, p, p["x"], {"valid": c["valid"]})
 
 
 def differentiated(check, sharding, p, ws, compiled):
     """(results, {operand: gradient}) of a Check as numpy arrays, on parts of global operands and cotangents."""
-    f, n, total = check.build(sharding), len(check.results), ops.ReduceSum()
+    cfg, op, n, total = check.cfg, BoundOps(check.cfg, sharding, FUSED), len(check.results), ops.ReduceSum()
 
     def of_parts(p, c, ws):
-        ys, value = f(p, c), 0.0
+        ys, value = check.run(cfg, op, p, c), 0.0
         for i in range(n):
             value = value + total(ys[i] * ws[i])
         return value, ys

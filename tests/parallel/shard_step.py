@@ -21,7 +21,7 @@ from mindspore.communication import GlobalComm, init
 from experiments import optim
 from experiments.configs import common
 from experiments.train import build_program
-from layers import linear
+from layers.bound_ops import BoundOps
 from ops.ascendc import build as ascendc
 from ops.registry import OPS
 from parallel import collectives, zero
@@ -217,15 +217,17 @@ class _Planted:
             setattr(self.patch[0], self.patch[1], self.kept)
 
 
-def _unscattered(sharding, kernels, inner):
-    """linear.row whose result is left whole, where the next op wants rows."""
-    dims = f"tokens {inner}, {inner} embed -> tokens embed"
-    return sharding.op(ops.MatMul(), dims, kind="contraction", call=linear._matmul)
+_matmul, _add = BoundOps.matmul, BoundOps.add
 
 
-def _unannotated(sharding):
-    """linear.residual, of which nothing is said."""
-    return ops.Add()
+def _unscattered(self, x, w, dims):
+    """A row-parallel product whose result is left whole, where the next op wants rows."""
+    return _matmul(self, x, w, dims.replace("tokens>rows", "tokens"))
+
+
+def _unannotated(self, x, y, dims):
+    """The sum of the residual stream without an annotation."""
+    return ops.Add()(x, y)
 
 
 _psum = collectives.psum
@@ -241,9 +243,9 @@ def _summed_twice(*args, **options):
 
 
 PLANTED = {
-    "unscattered": (linear, "row", _unscattered),
+    "unscattered": (BoundOps, "matmul", _unscattered),
     "summed_twice": (collectives, "psum", _summed_twice),
-    "unannotated": (linear, "residual", _unannotated),
+    "unannotated": (BoundOps, "add", _unannotated),
 }
 
 # A node's line, then that of the types of its operands and result.

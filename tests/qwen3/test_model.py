@@ -9,6 +9,7 @@ import pytest
 from mindspore import ops
 
 from layers import moe
+from layers.bound_ops import BoundOps
 from ops import routing
 from parallel.sharding import RULES, Sharding
 from parallel.spec import count, tree_map, tree_paths
@@ -208,27 +209,34 @@ def test_stacking_layers_is_undone_by_unstacking():
 
 
 class Recorded(Sharding):
-    """check=True; notes the ops that are called, and changes the signature of one of them, by its place in the order of binding."""
+    """check=True. Notes the ops that are called, and spoils the signature of one of them, by its place in the order in which ops are bound.
+    Its copies, for the ops within regions, share what it notes."""
 
     def __init__(self, wrong=None):
         super().__init__(check=True)
-        self.bound, self.called, self.wrong = 0, {}, wrong
+        self.places, self.called, self.wrong = iter(range(10**6)), {}, wrong
 
     def op(self, fn, signature, *, kind, **options):
         place, signature = self.place(signature)
         return self.noted(place, signature, super().op(fn, signature, kind=kind, **options))
 
-    def fan(self, make, operand, signatures, *, kind, call=None):
-        """As many ops: a fan has one operand in common, and is told apart by the others."""
-        first = self.bound
+    def region(self, fn, signature, **options):
+        place, signature = self.place(signature)
+        return self.noted(place, signature, super().region(fn, signature, **options))
+
+    def fan(self, make, operand, signatures, *, kind, wrap=None):
+        """A fan counts as one op for each of its signatures: these have the first operand in common."""
         places = [self.place(f"{operand}, {signature}") for signature in signatures]
         if all(place != self.wrong for place, _ in places):
-            return self.noted(first, f"{operand}, {signatures[0]}", super().fan(make, operand, signatures, kind=kind, call=call))
+            bound = super().fan(make, operand, signatures, kind=kind, wrap=wrap)
+            for place, signature in places:
+                bound = self.noted(place, signature, bound)
+            return bound
         signature = next(signature for place, signature in places if place == self.wrong)
-        return super().op(make(), signature, kind=kind, call=call)
+        return super().op(make(), signature, kind=kind, wrap=wrap)
 
     def place(self, signature):
-        place, self.bound = self.bound, self.bound + 1
+        place = next(self.places)
         return place, spoiled(signature) if place == self.wrong else signature
 
     def noted(self, place, signature, bound):
@@ -318,7 +326,8 @@ def moe_inputs(cfg, rows=11, seed=3, one_expert=False):
 
 
 def run_moe(cfg, p, x, valid):
-    y, stats = moe.build(cfg, Sharding(check=True), FUSED)(tree_map(ms.Tensor, p), ms.Tensor(x), ms.Tensor(valid))
+    op = BoundOps(cfg, Sharding(check=True), FUSED)
+    y, stats = moe.moe(cfg, op, tree_map(ms.Tensor, p), ms.Tensor(x), {"valid": ms.Tensor(valid)})
     return host(y), host(stats)
 
 
@@ -372,7 +381,8 @@ def test_router_losses_are_their_formulas():
         chosen.append(np.eye(E)[token_by_token(MOE, p, x)[2][keep]].sum(1))
         probs.append(softmax(logits))
         lse.append(np.log(np.exp(logits).sum(-1)))
-    balance, z, load, _ = moe.losses(MOE, Sharding())(ms.Tensor(np.stack([stats for *_, stats in layers])))
+    op = BoundOps(MOE, Sharding(), FUSED)
+    balance, z, load, _ = moe.losses(MOE, op, ms.Tensor(np.stack([stats for *_, stats in layers])))
     assert_close(E * (np.concatenate(chosen).mean(0) * np.concatenate(probs).mean(0)).sum(), balance, 1e-6)
     assert_close((np.concatenate(lse) ** 2).mean(), z, 1e-6)
     assert_close(np.stack([c.mean(0) / MOE.experts_per_token for c in chosen]), load, 1e-6)
@@ -399,14 +409,14 @@ def test_gradient_of_the_router_bias_is_the_load_above_the_mean(compiled):
     cfg = MOE.replace(router_bias=True)
     p, x, valid = moe_inputs(cfg, rows=30)
     p["router_bias"][:] = 0.1
-    layer, plain, total = moe.build(cfg, Sharding(), FUSED), moe.build(MOE, Sharding(), FUSED), ops.ReduceSum()
+    biased, plain, total = BoundOps(cfg, Sharding(), FUSED), BoundOps(MOE, Sharding(), FUSED), ops.ReduceSum()
 
     def biased_loss(params, x, valid):
-        y, _ = layer(params, x, valid)
+        y, _ = moe.moe(cfg, biased, params, x, {"valid": valid})
         return total(y * y)
 
     def plain_loss(params, x, valid):
-        y, _ = plain(params, x, valid)
+        y, _ = moe.moe(MOE, plain, params, x, {"valid": valid})
         return total(y * y)
 
     params, x_valid = tree_map(ms.Tensor, p), (ms.Tensor(x), ms.Tensor(valid))

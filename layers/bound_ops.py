@@ -1,0 +1,290 @@
+"""The ops of a model, bound to a layout and to kernels. Each is annotated where it is used:
+
+    q = op.matmul(x, p["wq"], "rows>tokens embed, embed heads -> tokens heads")
+
+A method of BoundOps is one op. Its last argument is the signature: the logical dims of the operands and of the results, from which follow
+the collectives around the op (parallel/sharding.py). What an op needs besides, such as its kernel, its kind and its casts, stands in one
+table, layers/op_table.py. An op is bound while a graph is compiled, once for each name and signature; in eager mode at its first call.
+"""
+
+import functools
+import itertools
+
+import mindspore as ms
+from mindspore import ops
+
+from layers import embed, lora, norm
+from layers.op_table import Region, definitions, sizes
+from ops import iota
+from ops.registry import pick
+from parallel import zero
+from parallel.mesh import ONE_DEVICE
+
+_numbers = itertools.count()  # MindSpore stores the results of a constexpr under its name, so each needs a name of its own
+
+
+class BoundOps:
+    """The ops of the model `cfg` in the layout `sharding`, with the implementations `kernels` (an ops.registry.Kernels).
+
+    Layers take it as `op`, beside `cfg`. Both are constants while a graph is compiled, so an `if` on their attributes costs nothing.
+
+    layers: f(params of the layers, x_RD, rows) -> x_RD, statistics: runs the model's layers, see qwen3/run_layers.py.
+    gathered: for each layer f(stored parameters) -> the parameters that ops take: ZeRO 3 gathers them.
+    watch: None, or f(cfg, op, p, x_RD, h_RD, y_RD, rows) -> [n] float32, which a layer calls with its input x, the input h of its
+    feed-forward part and its output y. The layer then returns these numbers in place of its router statistics. See qwen3/probe.py.
+    ranks_a_head: the ranks that exchange heads for tokens in attention, over which the kv heads of a rank are spread.
+    whole_table, whole_norm, whole_adapter: `gathered` for the matrix of the embedding or head, the last norm, the embedding's adapter.
+    inside: the BoundOps for the ops within a Region.
+    fused_decode: whether a token is decoded in two ops a layer, decode_attention and decode_mlp.
+    fused_head: whether head_loss takes the place of head and cross_entropy.
+    """
+
+    def __init__(self, cfg, sharding, kernels, watch=None):
+        self.cfg, self.sharding, self.kernels, self.watch = cfg, sharding, kernels, watch
+        self.layers, self.gathered = None, None  # set by qwen3/run_layers.py
+        self.dtype, self.noises = getattr(ms, cfg.compute_dtype), lora.noises(cfg)
+        self.seq_shards, self.vocab_shards, self.expert_shards = map(sharding.shards, ("seq", "vocab", "experts"))
+        self.ranks_a_head = sharding.mesh.size(sharding.rules["span_heads"]) // sharding.mesh.size(sharding.rules["heads"])
+        self.has_regions = sharding.lowering == "shard" or (sharding.check and not cfg.lora)
+        self.fused_head = kernels.head_loss != "reference" and self.vocab_shards == 1
+        self.fused_decode = decodes_in_fused_ops(cfg, sharding, kernels)
+        if self.fused_decode:
+            self.decode_attention = pick(kernels, "decode_attention")(cfg.rms_norm_eps, cfg.head_dim**-0.5)
+            self.decode_mlp = pick(kernels, "decode_mlp")(cfg.rms_norm_eps)
+        if cfg.router_bias:
+            self.top_k_by_bias = pick(kernels, "routing", "top_k")(cfg.experts_per_token, cfg.norm_topk_prob, biased=True)
+        if cfg.lora and "embed" in cfg.lora.targets:
+            adapter = lora.specs(cfg, {"embed": embed.specs(cfg)}, lora.EMBED)["lora"]
+            self.whole_adapter = zero.gathered(sharding, adapter)
+        self.iota = iota.reference()
+        self.whole_table, self.whole_norm = (zero.gathered(sharding, specs(cfg)) for specs in (embed.specs, norm.specs))
+        self.definitions, self.sizes = definitions(cfg, sharding, kernels), sizes(cfg, sharding)
+        self.bound = ops.constexpr(functools.lru_cache(maxsize=None)(self._bind), name=f"bound_op_{next(_numbers)}")
+        inner = sharding.inside()
+        self.inside = self if inner is sharding else BoundOps(cfg, inner, kernels)
+
+    def _bind(self, name, dims):
+        """Returns the function of the op `name` with the signature `dims`, or of the ops that share their first operand: see matmuls."""
+        found, sizes = self.definitions[name], self.sizes
+        if isinstance(found, Region):
+            return self.sharding.region(found.make(self.cfg, self.inside), dims, sizes=sizes, dtype=found.dtype)
+        if isinstance(dims, tuple):
+            return self.sharding.fan(found.make, dims[0], dims[1:], kind=found.kind, wrap=found.wrap)
+        options = {key: getattr(found, key) for key in ("kind", "wrap", "part", "reduce", "dtype", "around")}
+        return self.sharding.op(found.make(), dims, sizes=sizes, **options)
+
+    # Matrix products and sums of the residual stream
+
+    def matmul(self, x, w, dims):
+        """x W"""
+        return self.bound("matmul", dims)(x, w)
+
+    def matmuls(self, x, weights, dims):
+        """A tuple of x W, one for each weight. dims: a tuple of the dims of x, and for each weight the rest of its signature. The
+        collectives of x run once."""
+        return self.bound("matmul", dims)(x, *weights)
+
+    def router(self, x, w, dims):
+        """x W in float32."""
+        return self.bound("router", dims)(x, w)
+
+    def add(self, x, y, dims):
+        return self.bound("add", dims)(x, y)
+
+    def add_bias(self, x, b, dims):
+        return self.bound("add_bias", dims)(x, b)
+
+    # Norms, activations and rotary embedding
+
+    def rms_norm(self, x, w, dims):
+        return self.bound("rms_norm", dims)(x, w)
+
+    def add_rms_norm(self, x, y, w, dims):
+        """x + y and its norm, in one kernel."""
+        return self.bound("add_rms_norm", dims)(x, y, w)
+
+    def swiglu(self, gate, up, dims):
+        """silu(gate) * up"""
+        return self.bound("swiglu", dims)(gate, up)
+
+    def angles(self, positions, dims):
+        """cos and sin [B, S, 1, H / 2] float32 of the rotary embedding at positions_BS."""
+        return self.bound("angles", dims)(positions)
+
+    def rope(self, x, cos, sin, dims):
+        return self.bound("rope", dims)(x, cos, sin)
+
+    def norm_rope(self, x, w, cos, sin, dims):
+        """RMS norm of each head, then the rotary embedding, in one kernel."""
+        return self.bound("norm_rope", dims)(x, w, cos, sin)
+
+    # Attention
+
+    def attention(self, q, k, v, segments, order, dims):
+        return self.bound("attention", dims)(q, k, v, segments, order)
+
+    def attention_over_cache(self, q, k, v, segments, key_segments, order, key_order, dims):
+        return self.bound("attention_over_cache", dims)(q, k, v, segments, key_segments, order, key_order)
+
+    def cache_write(self, cache, new, at, dims):
+        """cache_BTKH with new[:, s] in slot at[:, s]; a slot past the end is dropped."""
+        return self.bound("cache_write", dims)(cache, new, at)
+
+    def largest_logits(self, q, k, segments, key_segments, order, key_order, dims):
+        """The largest attention score of each query; see ops/attention.py."""
+        return self.bound("largest_logits", dims)(q, k, segments, key_segments, order, key_order)
+
+    # Tokens, documents and dropout
+
+    def embedding(self, w, ids, dims):
+        """Rows of the table w, in float32."""
+        return self.bound("embedding", dims)(w, ids)
+
+    def gather_seq(self, segments, dims):
+        """Integers of a rank's tokens -> of all tokens of the rows."""
+        return self.bound("gather_seq", dims)(segments)
+
+    def token_order(self, segments, dims):
+        """The place of each token in its row: 0, 1, ... T - 1, except in a ring of ranks (parallel/context.py)."""
+        return self.bound("token_order", dims)(segments)
+
+    def is_token(self, segment_ids, dims):
+        """1.0 for a token, 0.0 for padding."""
+        return self.bound("is_token", dims)(segment_ids)
+
+    def move(self, integers, dims):
+        """Integers, laid out as the signature says."""
+        return self.bound("move", dims)(integers)
+
+    def dropout(self, name, x, noise, layer, dims):
+        """Dropout before the adapter of the weight `name`; see layers/lora.py."""
+        return self.bound("dropout_" + name, dims)(x, noise, layer)
+
+    # The head and the loss
+
+    def head(self, x, w, dims):
+        """Logits in float32. Where the vocabulary is sharded, a rank has its shard, with -inf for padding."""
+        return self.bound("head", dims)(x, w)
+
+    def whole_vocab(self, logits, dims):
+        return self.bound("whole_vocab", dims)(logits)
+
+    def cross_entropy(self, logits, targets, dims):
+        """Of a rank's logits the largest, the sum of exp(logit - largest), and the target's logit or 0."""
+        return self.bound("cross_entropy", dims)(logits, targets)
+
+    def head_loss(self, x, w, targets, dims):
+        """cross_entropy of head(x, w), as one op."""
+        return self.bound("head_loss", dims)(x, w, targets)
+
+    def sub(self, x, y, dims):
+        return self.bound("sub", dims)(x, y)
+
+    def mul(self, x, y, dims):
+        return self.bound("mul", dims)(x, y)
+
+    def exp(self, x, dims):
+        return self.bound("exp", dims)(x)
+
+    def log1p(self, x, dims):
+        return self.bound("log1p", dims)(x)
+
+    def ones_like(self, x, dims):
+        return self.bound("ones_like", dims)(x)
+
+    def largest(self, x, dims):
+        """The largest along the last dim, which stays with size 1; over all ranks that share the dim."""
+        return self.bound("largest", dims)(x)
+
+    def largest_of_all(self, x, dims):
+        """The largest of all elements of all ranks, a scalar."""
+        return self.bound("largest_of_all", dims)(x)
+
+    def sum_columns(self, x, dims):
+        """The sum along the last of two dims, which stays with size 1."""
+        return self.bound("sum_columns", dims)(x)
+
+    def sum_seq(self, x, dims):
+        """The sum along the last of two dims, which goes."""
+        return self.bound("sum_seq", dims)(x)
+
+    def sum(self, x, dims):
+        """The sum of all elements of a matrix, a scalar."""
+        return self.bound("sum", dims)(x)
+
+    def count(self, x, dims):
+        """The sum of all elements of a vector, a scalar."""
+        return self.bound("count", dims)(x)
+
+    def sum_squares(self, x, valid, dims):
+        """The sum of the squares of the valid rows, a scalar."""
+        return self.bound("sum_squares", dims)(x, valid)
+
+    def concat(self, x, y, dims):
+        """x and y along their first dim."""
+        return self.bound("concat", dims)(x, y)
+
+    # Mixture of experts; see layers/moe.py and ops/routing.py
+
+    def top_k(self, logits, dims):
+        """logits_RE -> probabilities_RE, expert_Rk, weight_Rk"""
+        return self.bound("top_k", dims)(logits)
+
+    def biased_top_k(self, logits, bias, valid, dims):
+        return self.bound("biased_top_k", dims)(logits, bias, valid)
+
+    def bias_gradient(self, weight, bias, gradient, dims):
+        """weight; the gradient of the bias is `gradient`."""
+        return self.bound("bias_gradient", dims)(weight, bias, gradient)
+
+    def total_valid(self, valid, dims):
+        """The sum of a vector, of size 1."""
+        return self.bound("total_valid", dims)(valid)
+
+    def router_stats(self, logits, probs, expert, valid, dims):
+        return self.bound("router_stats", dims)(logits, probs, expert, valid)
+
+    def router_losses(self, stats, dims):
+        return self.bound("router_losses", dims)(stats)
+
+    def router_entropy(self, logits, valid, dims):
+        return self.bound("router_entropy", dims)(logits, valid)
+
+    def experts(self, x, expert, weight, w_gate, w_up, w_down, dims):
+        return self.bound("experts", dims)(x, expert, weight, w_gate, w_up, w_down)
+
+    def permute(self, x, expert, dims):
+        """Rows of x in blocks, sorted by expert; the slot of each assignment; the expert of each block."""
+        return self.bound("permute", dims)(x, expert)
+
+    def combine(self, rows, slot, weight, dims):
+        """The weighted sum of each row's assignments."""
+        return self.bound("combine", dims)(rows, slot, weight)
+
+    def send_plan(self, expert, dims):
+        return self.bound("send_plan", dims)(expert)
+
+    def plan_received(self, received, dims):
+        return self.bound("plan_received", dims)(received)
+
+    def take(self, x, index, dims):
+        """The rows of x at the places of an index; zeros where the index is past the last row."""
+        return self.bound("take", dims)(x, index)
+
+    def count_lost(self, lost, dims):
+        return self.bound("count_lost", dims)(lost)
+
+    def grouped_matmul(self, x, w, group, dims):
+        """Each block of rows times the matrix of its group."""
+        return self.bound("grouped_matmul", dims)(x, w, group)
+
+
+def decodes_in_fused_ops(cfg, sharding, kernels):
+    """Whether a token's step runs in ops that do half a layer each.
+
+    They serve one device, as ranks have collectives within a layer, and attention and norms as Qwen3 has them, without adapters. A check of
+    annotations needs the annotated ops instead.
+    """
+    one_device = sharding.mesh == ONE_DEVICE and sharding.lowering == "manual" and not sharding.check
+    chosen = "reference" not in (kernels.decode_attention, kernels.decode_mlp)
+    return one_device and chosen and cfg.qk_norm and not cfg.qkv_bias and not cfg.lora and cfg.norm_placement == "pre"

@@ -1,0 +1,273 @@
+"""The table of a model's ops: for each name the kernel, the kind, the casts, and whatever else an op needs beside its signature.
+
+To add an op: a line here, and a method of BoundOps (layers/bound_ops.py) that names its operands.
+
+Weights are cast to the dtype of the activations inside the op, so that gradients are summed over ranks in the dtype of the weights.
+"""
+
+from typing import NamedTuple
+
+import mindspore as ms
+from mindspore import ops
+
+from layers import embed, lora, moe, rope
+from ops import attention
+from ops import iota as iota_op
+from ops.identity import identity
+from ops.registry import pick
+from parallel import context, ring
+
+cast = ops.Cast()
+
+
+class Definition(NamedTuple):
+    """One op. make() -> the function that computes it. The other fields are the arguments of Sharding.op with the same names."""
+
+    make: object
+    kind: str
+    wrap: object = None
+    part: tuple = None
+    reduce: str = "sum"
+    dtype: object = None
+    around: tuple = None
+
+
+class Region(NamedTuple):
+    """Several ops that MindSpore's partitioner sees as one: make(cfg, op) -> a function whose ops `op` annotates. See Sharding.region."""
+
+    make: object
+    dtype: object = None
+
+
+def definitions(cfg, sharding, kernels):
+    """Returns {name: Definition or Region} for a model in a layout, with the implementations `kernels`."""
+
+    def of(op, function="", *args, **options):
+        return lambda: pick(kernels, op, function)(*args, **options)
+
+    eps, scale, k = cfg.rms_norm_eps, cfg.head_dim**-0.5, cfg.experts_per_token
+    V, choice = cfg.vocab_size, (None, ms.int32, None)
+    return {
+        # Matrix products and sums of the residual stream
+        "matmul": Definition(of("matmul"), "contraction", weight_in_dtype_of_x),
+        "router": Definition(of("matmul"), "contraction", in_float32),
+        "add": Definition(ops.Add, "elementwise"),
+        "add_bias": Definition(ops.Add, "kernel", weight_in_dtype_of_x),
+        # Norms, activations, rotary embedding
+        "rms_norm": Definition(of("rms_norm", "", eps), "kernel", weight_in_dtype_of_x),
+        "add_rms_norm": Definition(of("rms_norm", "add", eps), "kernel", weight_after_two_in_their_dtype),
+        "swiglu": Definition(of("swiglu"), "elementwise"),
+        "angles": Definition(lambda: rope.angles(cfg), "kernel", dtype=ms.float32),
+        "rope": Definition(of("rope"), "kernel"),
+        "norm_rope": Definition(of("rope", "norm", eps), "kernel", weight_in_dtype_of_x_before_angles),
+        # Attention
+        "attention": _attention(sharding, kernels, scale),
+        "attention_over_cache": Definition(of("attention", "", scale), "kernel"),
+        "cache_write": Definition(of("cache_write"), "kernel"),
+        "largest_logits": Definition(lambda: attention.largest_logits(scale), "kernel", dtype=ms.float32),
+        # Tokens and documents
+        "embedding": Definition(
+            of("embedding"), "contraction", embed.lookup, ("vocab", V, embed.lookup_in_shard(kernels)), dtype=ms.float32
+        ),
+        "gather_seq": Definition(lambda: identity, "kernel"),
+        "token_order": Definition(lambda: token_order(sharding.mesh.size(sharding.rules["span"])), "kernel"),
+        "is_token": Definition(lambda: is_token, "kernel", dtype=ms.float32),
+        "move": Definition(lambda: unchanged_integers, "kernel"),
+        # The head and the loss
+        "head": Definition(
+            of("matmul", transpose_b=True), "contraction", embed.project, ("vocab", V, embed.project_to_shard(V)), dtype=ms.float32
+        ),
+        "whole_vocab": Definition(lambda: embed.without_padding(V), "kernel"),
+        "cross_entropy": Definition(of("cross_entropy"), "kernel", from_first_token, ("vocab", V, from_token), dtype=ms.float32),
+        "head_loss": Definition(of("head_loss"), "kernel", weight_in_dtype_of_x_before_targets, dtype=ms.float32),
+        "sub": Definition(ops.Sub, "kernel"),
+        "mul": Definition(ops.Mul, "elementwise"),
+        "exp": Definition(ops.Exp, "elementwise"),
+        "log1p": Definition(ops.Log1p, "elementwise"),
+        "ones_like": Definition(ops.OnesLike, "elementwise"),
+        "largest": Definition(lambda: ops.ReduceMax(keep_dims=True), "reduction", over_dim_1, reduce="max"),
+        "largest_of_all": Definition(ops.ReduceMax, "reduction", over_3_dims, reduce="max"),
+        "sum_columns": Definition(lambda: ops.ReduceSum(keep_dims=True), "reduction", over_dim_1),
+        "sum_seq": Definition(ops.ReduceSum, "reduction", over_dim_1),
+        "sum": Definition(ops.ReduceSum, "reduction", over_2_dims),
+        "count": Definition(ops.ReduceSum, "reduction", over_dim_0),
+        "sum_squares": Definition(lambda: sum_squares, "contraction"),
+        "concat": Definition(lambda: ops.Concat(0), "kernel", of_two),
+        # Mixture of experts
+        "top_k": Definition(of("routing", "top_k", k, cfg.norm_topk_prob), "kernel", dtype=choice),
+        "biased_top_k": Region(moe.biased_top_k_of, dtype=choice),
+        "bias_gradient": Definition(moe.BiasGradient, "kernel"),
+        "total_valid": Definition(lambda: ops.ReduceSum(keep_dims=True), "reduction", over_dim_0),
+        "router_stats": Definition(lambda: moe.statistics(cfg.num_experts), "contraction", dtype=ms.float32),
+        "router_losses": Definition(lambda: moe.losses_of_stats(cfg), "kernel"),
+        "router_entropy": Definition(lambda: moe.entropy_of_logits, "contraction", dtype=ms.float32),
+        "experts": Region(moe.experts_of, dtype=(None, ms.float32)),
+        **_expert_ops(cfg, sharding, kernels, of),
+        **{f"dropout_{name}": Definition(*found) for name, found in lora.dropouts(cfg).items()},
+    }
+
+
+def _attention(sharding, kernels, scale):
+    """Attention to the tokens of the same row. Ranks that share a row send keys and values round (parallel/ring.py)."""
+    if sharding.shards("span") == 1:
+        return Definition(lambda: pick(kernels, "attention")(scale, in_order=True), "kernel", keys_of_the_queries)
+    parts = pick(kernels, "attention", "parts")(scale)
+    return Definition(lambda: ring.attention(sharding, parts, "span"), "kernel", around=("span", (1, 2)))
+
+
+def _expert_ops(cfg, sharding, kernels, of):
+    """The ops within the region `experts`."""
+    if not cfg.num_experts:
+        return {}
+    E, shards, block = cfg.num_experts, sharding.shards("experts"), pick(kernels, "grouped_matmul", "block")(cfg.moe_block_size)
+    return {
+        "grouped_matmul": Definition(of("grouped_matmul"), "kernel"),
+        "permute": Definition(of("routing", "permute", E, block), "kernel"),
+        "combine": Definition(of("routing", "combine"), "contraction"),
+        "send_plan": Definition(of("routing", "send_plan", E, shards, cfg.moe_capacity_factor), "kernel"),
+        "plan_received": Definition(of("routing", "plan", E // shards, block, empty=True), "kernel", moe.plan_of_shards),
+        "take": Definition(of("routing", "take"), "kernel"),
+        "count_lost": Definition(ops.ReduceSum, "reduction", over_2_dims),
+    }
+
+
+def sizes(cfg, sharding):
+    """Returns {dim: size} of the dims that results have and no operand."""
+    found = {"half": cfg.head_dim // 2, "vocab_parts": sharding.shards("vocab"), "whole_vocab": cfg.vocab_size}
+    if cfg.num_experts:
+        E = cfg.num_experts
+        found.update(choice=cfg.experts_per_token, router_stats=2 * E + 2, router=E)
+    return found
+
+
+# How primitives and kernels are called: functions that return a function of a fixed number of operands, as MindSpore wants of a function
+# that is made while a graph is compiled (docs/mindspore.md).
+
+
+def weight_in_dtype_of_x(fn):
+    def with_cast(x, w):
+        return fn(x, cast(w, x.dtype))
+
+    return with_cast
+
+
+def in_float32(fn):
+    def with_cast(x, w):
+        return fn(cast(x, ms.float32), cast(w, ms.float32))
+
+    return with_cast
+
+
+def weight_after_two_in_their_dtype(fn):
+    def with_cast(x, y, w):
+        return fn(x, y, cast(w, x.dtype))
+
+    return with_cast
+
+
+def weight_in_dtype_of_x_before_angles(fn):
+    def with_cast(x, w, cos, sin):
+        return fn(x, cast(w, x.dtype), cos, sin)
+
+    return with_cast
+
+
+def weight_in_dtype_of_x_before_targets(fn):
+    def with_cast(x, w, targets):
+        return fn(x, cast(w, x.dtype), targets)
+
+    return with_cast
+
+
+def keys_of_the_queries(attend):
+    """Attention whose keys are the tokens of its queries."""
+
+    def to_own_tokens(q, k, v, segments, order):
+        return attend(q, k, v, segments, segments, order, order)
+
+    return to_own_tokens
+
+
+def from_first_token(measure):
+    """cross_entropy over the whole vocabulary."""
+
+    def of_whole(logits, targets):
+        return measure(0, logits, targets)
+
+    return of_whole
+
+
+def from_token(measure, first):
+    """cross_entropy over the tokens from number `first` on."""
+
+    def of_shard(logits, targets):
+        return measure(first, logits, targets)
+
+    return of_shard
+
+
+def over_dim_0(reduce):
+    def reduced(x):
+        return reduce(x, 0)
+
+    return reduced
+
+
+def over_dim_1(reduce):
+    def reduced(x):
+        return reduce(x, 1)
+
+    return reduced
+
+
+def over_2_dims(reduce):
+    def reduced(x):
+        return reduce(x, (0, 1))
+
+    return reduced
+
+
+def over_3_dims(reduce):
+    def reduced(x):
+        return reduce(x, (0, 1, 2))
+
+    return reduced
+
+
+def of_two(concat):
+    def joined(x, y):
+        return concat((x, y))
+
+    return joined
+
+
+def token_order(ring_size):
+    """Returns order(segments_BT) -> int32 [B, T], the place of each token in its row. A token sees the tokens of its document up to itself.
+
+    ring_size: ranks in a ring, which have the tokens of a row in another order (parallel/context.py).
+    """
+    count, zeros_like = iota_op.reference(), ops.ZerosLike()
+    if ring_size > 1:
+        count = ops.constexpr(lambda length: ms.Tensor(context.order(length, ring_size)), name=f"order_of_ring_{ring_size}")
+
+    def order(segments):
+        return zeros_like(segments) + count(segments.shape[1])
+
+    return order
+
+
+_greater, _total = ops.Greater(), ops.ReduceSum()
+
+
+def is_token(segment_ids):
+    return cast(_greater(segment_ids, 0), ms.float32)
+
+
+def unchanged_integers(x):
+    return x + 0
+
+
+def sum_squares(x, valid):
+    """The sum of the squares of the rows of x_RD that are valid_R, in float32."""
+    x = cast(x, valid.dtype)
+    return _total(_total(x * x, 1) * valid, 0)

@@ -1,0 +1,151 @@
+"""How a model's layers run: unrolled or in a loop, with or without recomputation, their parameters gathered by ZeRO 3.
+
+The model knows nothing of it: `bind` gives its ops `op.run`, which runs one layer, and `op.layers`, which runs all.
+"""
+
+from mindspore import ops
+
+from layers import moe
+from layers.attention import attention
+from parallel import zero
+from parallel.recompute import recomputed
+from parallel.scan import scan
+from parallel.spec import tree_leaves
+
+RECOMPUTE = ("none", "full", "attention")  # nothing, all of a layer, or its attention and the norm before it
+OF_ATTENTION = ("cos", "sin", "segments", "order")  # the entries of `rows` that attention reads
+
+
+def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=(), stats_size=None):
+    """Sets how `op` runs the layers of a model:
+
+    op.gathered[i](stored parameters of layer i) -> the parameters that ops take.
+    op.run[i](stored parameters of layer i, x_RD, rows) -> x_RD, statistics.
+    op.layers(stored parameters of all layers, x_RD, rows) -> x_RD, statistics [layers, n]. The parameters are a list of trees or, if
+    `looped`, one tree of arrays stacked on a first dim.
+
+    functions: the model's functions (layer, attention_input, finish_layer), see qwen3/model.py. specs: the ParamSpecs of each layer.
+    recompute: what of each layer the backward computes again instead of storing it, one of RECOMPUTE. more_rows: names of entries of `rows`
+    beside those that the model makes, and stats_size: the size of a layer's statistics, both for op.watch.
+    """
+    kinds = [(cfg.is_moe_layer(i), tuple(spec.optimizer for spec in tree_leaves(specs[i]))) for i in range(cfg.num_layers)]
+    names, made = row_names(cfg, op) + more_rows, {}
+    if looped and recompute == "full":
+        recompute = "none"  # the loop computes each layer again anyway
+    for i, kind in enumerate(kinds):  # one function serves all layers of a kind, so that MindSpore compiles it once
+        if kind not in made:
+            gathered = zero.gathered(op.sharding, specs[i])
+            made[kind] = gathered, one_layer(cfg, op, functions, specs[i], gathered, recompute, names)
+    op.gathered, op.run = (tuple(made[kind][which] for kind in kinds) for which in (0, 1))
+    size = stats_size or (moe.stats_size(cfg) if cfg.moe_layers else 1)
+    op.layers = in_a_loop(cfg, op, kinds, specs[0], names, size) if looped else unrolled(cfg, op)
+
+
+def row_names(cfg, op):
+    """The entries of `rows` that the layers of a model read; see qwen3.model.rows_of."""
+    return OF_ATTENTION + (("valid",) if cfg.moe_layers else ()) + tuple(f"noise_{which}" for which in op.noises)
+
+
+def one_layer(cfg, op, functions, specs, gathered, recompute, names):
+    """Returns run(p, x_RD, rows) -> x_RD, statistics, of a layer with these specs. gathered: see `bind`; names: of all entries of rows."""
+
+    layer, attention_input, finish_layer = functions
+
+    def plain(p, x, rows):
+        x, stats, _ = layer(cfg, op, gathered(p), x, rows, None)
+        return x, stats
+
+    # A Cell with a backward of its own takes `rows` as a tuple.
+    def of_tuple(p, x, rows):
+        return plain(p, x, named(names, rows))
+
+    def attention_of_tuple(p, x, rows):
+        return (attention(cfg, op, p["attention"], attention_input(cfg, op, p, x), named(OF_ATTENTION, rows), None)[0],)
+
+    if recompute == "full":
+        again = recomputed(of_tuple, specs, op.sharding.lowering)
+    elif recompute == "attention":
+        again = recomputed(attention_of_tuple, attention_weights(specs), op.sharding.lowering)
+
+    def layer_again(p, x, rows):
+        return again(p, x, in_order(names, rows))
+
+    def attention_again(p, x, rows):
+        p = gathered(p)
+        return finish_layer(cfg, op, p, x, again(attention_weights(p), x, in_order(OF_ATTENTION, rows))[0], rows)
+
+    return {"none": plain, "full": layer_again, "attention": attention_again}[recompute]
+
+
+def attention_weights(p):
+    """The weights, or their specs, of a layer's attention and of the norm before it."""
+    if "attention_norm" in p:
+        return {"attention_norm": p["attention_norm"], "attention": p["attention"]}
+    return {"attention": p["attention"]}
+
+
+def in_order(names, rows):
+    """The entries of `rows` as a tuple."""
+    out = ()
+    for name in names:
+        out += (rows[name],)
+    return out
+
+
+def named(names, entries):
+    """The dict `rows` again, from the tuple of its entries."""
+    rows = {}
+    for i in range(len(names)):
+        rows[names[i]] = entries[i]
+    return rows
+
+
+def unrolled(cfg, op):
+    """Returns layers(list of parameters, x_RD, rows) -> x_RD, statistics of the MoE layers, or of a dense model those of its first."""
+    counted = tuple(op.watch is not None or cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(cfg.num_layers))
+    stack = stack_stats(op.sharding, sum(counted))
+
+    def layers(params, x, rows):
+        every = ()
+        for i in range(cfg.num_layers):
+            x, stats = op.run[i](params[i], x, rows)
+            if counted[i]:
+                every += (stats,)
+        return x, stack(*every)
+
+    return layers
+
+
+def in_a_loop(cfg, op, kinds, specs, names, stats_size):
+    """Returns layers(stacked parameters, x_RD, rows) -> x_RD, statistics, of layers of one kind."""
+    if len({is_moe for is_moe, _ in kinds}) > 1:
+        raise ValueError("train.layer_loop=scan needs layers of one kind, and this model mixes dense and MoE layers; use unroll")
+    if len(set(kinds)) > 1:
+        raise ValueError("train.layer_loop=scan needs layers that train alike, and train.freeze_include tells them apart; use unroll")
+
+    def body(p, x, entries):
+        return op.run[0](p, x, named(names, entries))
+
+    loop = scan(body, specs, cfg.num_layers, (stats_size,), op.kernels)
+
+    def layers(params, x, rows):
+        return loop(x, params, in_order(names, rows))
+
+    return layers
+
+
+def stack_stats(sharding, count):
+    """Returns stack(*vectors) -> [count, n], annotated."""
+    dims = ", ".join(["stats"] * max(1, count)) + " -> layers stats"
+    return sharding.op(stack_rows(), dims, kind="kernel", sizes={"layers": count})
+
+
+def stack_rows():
+    """Returns stack(*vectors) -> a matrix of them. Not ops.Stack: given one tensor, it returned in eager mode the shape that it had in an
+    earlier compiled graph."""
+    concat, reshape = ops.Concat(0), ops.Reshape()
+
+    def stack(*xs):
+        return reshape(concat(xs), (len(xs), -1))
+
+    return stack
