@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import numpy as np
+from einops import rearrange
 
 from experiments import metrics
 from experiments.bench_peers import contest, median, named, ratio, write_weights
@@ -50,7 +51,8 @@ def train_job(cfg, options, rows, seq_len, warmup_steps, folder):
     """A job of contestants that train, without what is added for each: the weights that all start from and the batch are in the folder."""
     batch, optim = packed_batch(cfg.vocab_size, rows, seq_len), common.get_config().optim
     np.savez(os.path.join(folder, "batch.npz"), **batch)
-    np.savez(os.path.join(folder, "documents.npz"), **{key: value.reshape(2 * rows, -1) for key, value in batch.items()})
+    documents = {key: rearrange(value, "row (document token) -> (row document) token", document=2) for key, value in batch.items()}
+    np.savez(os.path.join(folder, "documents.npz"), **documents)
     job = {"what": "train", "layer_loop": options.layer_loop, "kernels": options.kernels, "warmup_steps": warmup_steps}
     job["optim"] = {"lr": LEARNING_RATE, **{key: optim[key] for key in ("b1", "b2", "eps", "weight_decay", "clip_norm")}}
     return {**job, **write_weights(cfg, folder)}

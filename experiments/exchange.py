@@ -5,6 +5,7 @@ As JSON, in bytes, which travel as float32: that is what every backend can sum (
 import json
 
 import numpy as np
+from einops import rearrange
 
 from parallel import collectives
 
@@ -18,7 +19,8 @@ def gather(mesh, value):
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = np.zeros((mesh.world, 2))  # in two digits, as float32 is exact below 2**24
     size[mesh.rank] = divmod(len(mine), PIECE)
-    ends = np.cumsum(_sum(mesh, size.ravel()).reshape(-1, 2).astype(np.int64) @ [PIECE, 1])
+    sizes = rearrange(_sum(mesh, size.ravel()), "(rank digit) -> rank digit", digit=2)
+    ends = np.cumsum(sizes.astype(np.int64) @ [PIECE, 1])
     start, out = int(ends[mesh.rank]) - len(mine), []
     for first in range(0, int(ends[-1]), PIECE):
         piece = np.zeros(min(PIECE, int(ends[-1]) - first), np.float32)

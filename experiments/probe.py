@@ -9,6 +9,7 @@ from itertools import islice
 
 import mindspore as ms
 import numpy as np
+from einops import rearrange
 
 from experiments import train, train_pipeline
 from layers import lora
@@ -97,9 +98,9 @@ class Probe:
         return (collectives.receive(self.mesh, rank, *self._carried()),)
 
     def _of_layers(self, found):
-        cfg, numbers = self.cfg, collectives.host_sum(self.mesh, ("pp",), found.layers()).reshape(-1, len(SEEN))
-        out = {}
-        for i, layer in enumerate(numbers.astype(np.float64)):
+        cfg, out = self.cfg, {}
+        sums = rearrange(collectives.host_sum(self.mesh, ("pp",), found.layers()), "(layer number) -> layer number", number=len(SEEN))
+        for i, layer in enumerate(sums.astype(np.float64)):
             squares, entropy, tokens, top = layer
             out[f"activation_norm/layers.{i}"] = float(np.sqrt(squares / max(tokens * cfg.hidden_size, 1)))
             out[f"attention_logit_max/layers.{i}"] = float(top)

@@ -9,6 +9,7 @@ Jacobs et al. 2023 (Ulysses), Zhu 2024 (zig-zag).
 import math
 
 import numpy as np
+from einops import rearrange
 
 
 def multiple(mesh):
@@ -27,8 +28,8 @@ def order(length, ring):
     places = np.arange(length, dtype=np.int32)
     if ring == 1:
         return places
-    chunks = places.reshape(2 * ring, -1)
-    return np.concatenate([chunks[j] for i in range(ring) for j in (i, 2 * ring - 1 - i)])
+    early, late = rearrange(places, "(half chunk token) -> half chunk token", half=2, chunk=ring)
+    return rearrange([early, late[::-1]], "half chunk token -> (chunk half token)")
 
 
 def cut(mesh, batch):

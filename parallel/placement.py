@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
+from einops import rearrange
 
 from parallel import collectives, shard
 from parallel.mesh import Mesh
@@ -137,7 +138,7 @@ def whole(mesh, spec, axes, x, keep=True, holder=None):
         if keep:
             piece = piece.asnumpy()
             out = np.empty(spec.shape, piece.dtype) if out is None else out
-            _put(out, piece.reshape(mesh.size(axes[0]), -1, *piece.shape[1:]), shape[0], first)
+            _put(out, rearrange(piece, "(part row) ... -> part row ...", part=mesh.size(axes[0])), shape[0], first)
     return out
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from einops import rearrange
 from mindspore import Tensor
 
 from parallel.spec import tree_paths, unflatten
@@ -147,7 +148,7 @@ class Reader:
 
     def _view(self, name, transposed):
         array = self._files[name].array(name)
-        return array.swapaxes(-1, -2) if transposed else array
+        return rearrange(array, "... outputs inputs -> ... inputs outputs") if transposed else array
 
     def _check_sizes(self, config):
         """Before anything is built from numbers in config.json that no weights stand behind."""
