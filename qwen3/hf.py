@@ -138,17 +138,23 @@ class Reader:
         origin, dtype = self._sources[path], self.dtype(path)
         if origin.stacked:
             out = np.empty([s.stop - s.start for s in index], hf_files.DTYPES[CODES[dtype]])
-            for place, name in zip(out, origin.names[index[0]]):
-                place[...] = cast(self._view(name, True)[index[1:]], dtype, path)
+            for place, array in zip(out, self._arrays(origin.names[index[0]], index[1:], True)):
+                place[...] = cast(array, dtype, path)
             return out
         if origin.part is not None:
             first = origin.part * self.shape(path)[2]
             index = (*index[:2], slice(index[2].start + first, index[2].stop + first))
-        return cast(np.array(self._view(origin.names[0], origin.transposed)[index], order="C"), dtype, path)
+        (array,) = self._arrays(origin.names, index, origin.transposed)
+        array = np.ascontiguousarray(array)
+        return cast(array, dtype, path)
 
-    def _view(self, name, transposed):
-        array = self._files[name].array(name)
-        return rearrange(array, "... outputs inputs -> ... inputs outputs") if transposed else array
+    def _arrays(self, names, index, transposed):
+        """Yields the part of each tensor that `index` selects, in our orientation. transposed: the file has the last two dims swapped."""
+        if transposed:
+            index = (*index[:-2], index[-1], index[-2])
+        for file, group in groupby(names, key=self._files.get):
+            for array in file.arrays(group, index):
+                yield rearrange(array, "... outputs inputs -> ... inputs outputs") if transposed else array
 
     def _check_sizes(self, config):
         """Before anything is built from numbers in config.json that no weights stand behind."""

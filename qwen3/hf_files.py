@@ -1,6 +1,6 @@
-"""The file side of a Hugging Face folder: safetensors by memory map and one tensor at a time, shards through their index, a folder
-replaced in one step. Nothing is unpickled. The numpy side of the safetensors package is not used: it needs ml_dtypes for bfloat16
-and a whole shard in memory to write one. Format: github.com/huggingface/safetensors, "Format" in the README."""
+"""The file side of a Hugging Face folder: safetensors files read by slices and written one tensor at a time, shards through their index,
+a folder replaced in one step. Nothing is unpickled. The safetensors package reads every tensor, and writes small files. Format:
+github.com/huggingface/safetensors, "Format" in the README."""
 
 import ctypes
 import fcntl
@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 from mindspore.common.np_dtype import bfloat16
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from parallel.checkpoint_files import sync_file
 from qwen3.config import MODEL_TYPES
@@ -24,6 +26,8 @@ WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json"
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16)}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAPPED_BYTES = 64 << 20  # tensors of so many bytes are read before a file is closed and opened again
+PACKAGE_BYTES = 16 << 20  # the largest file that the package writes, with all of its tensors in memory
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,19 +50,54 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """One safetensors file. Opening reads the header alone: `entries`, name -> Entry, and `metadata`. ValueError for a damaged file."""
+    """One safetensors file, which the package reads. Opening looks at the header alone: `entries`, name -> Entry, and `metadata`.
+
+    Raises ValueError for a damaged file. The checks in this module come first, since they name the tensor and the fix; then the package's.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
         self.entries, self.metadata = _read_header(self.path)
+        with self._open():  # what the package refuses is refused before any data is read
+            pass
 
-    def array(self, name):
-        """A read-only view of one tensor through a memory map of its own: only the pages that are touched are read, and they count as this
-        process's memory as long as the view lives."""
-        entry, dtype = self.entries[name], self.dtype(name)
-        if entry.start == entry.stop:
-            return np.zeros(entry.shape, dtype)
-        return np.memmap(self.path, dtype, "r", entry.start, entry.shape)
+    def array(self, name, index=()):
+        """The part of one tensor that `index` selects, as an array of its own: a tuple of slices of step 1; () is all."""
+        (array,) = self.arrays([name], index)
+        return array
+
+    def arrays(self, names, index=()):
+        """Yields array(name, index) for each name.
+
+        The package maps the file into memory, and the pages that a slice touches count as this process's memory until the file is closed:
+        rows touch their own pages, and a few columns of every row touch all pages of the tensor. So the file is closed after the last
+        name, and after each MAPPED_BYTES. It is not opened for each name: that reads the header, which takes 7 ms with 1,300 tensors.
+        """
+        names = list(names)
+        while names:
+            mapped = 0
+            with self._open() as opened:
+                while names and mapped < MAPPED_BYTES:
+                    name = names.pop(0)
+                    mapped += self.entries[name].stop - self.entries[name].start
+                    yield self._part(opened, name, index)
+
+    def _part(self, opened, name, index):
+        shape, dtype = self.entries[name].shape, self.dtype(name)
+        slices = [slice(*s.indices(n)) for s, n in zip((*index, *[slice(None)] * (len(shape) - len(index))), shape)]
+        assert len(index) <= len(shape) and all(s.step == 1 for s in slices), (name, index)  # releases before 0.8 ignore a step
+        if any(s.start >= s.stop for s in slices):  # the package refuses an empty slice at the end of a dim
+            return np.zeros([max(0, s.stop - s.start) for s in slices], dtype)
+        # The package asks numpy for "bfloat16" by name, which is ml_dtypes' or MindSpore's type, whichever was imported last.
+        return opened.get_slice(name)[tuple(slices)].view(dtype)
+
+    def _open(self):
+        try:
+            return safe_open(self.path, framework="numpy")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.path}: the safetensors package refuses the file ({error}); fetch it again, or update safetensors"
+            ) from None
 
     def dtype(self, name):
         return DTYPES[self.entries[name].code]
@@ -156,23 +195,44 @@ def inside(folder, name):
 
 
 def write_tensors(path, entries, arrays, metadata=None):
-    """Write a safetensors file. entries: [(name, code, shape)]; arrays: an iterable of as many numpy arrays, held one at a time.
-    metadata: texts by name, for its header."""
+    """Write a safetensors file. entries: [(name, code, shape)]; arrays: an iterable of as many numpy arrays, held one at a time, or all of
+    a file of up to PACKAGE_BYTES. metadata: texts by name, for its header.
+
+    The package writes a small file without metadata. It cannot write the others: it takes all arrays of a file at once, which for a shard
+    is up to 5 GB where one tensor is enough, and it puts two texts of metadata in random order, so that the same file would differ from
+    one writing to the next. save_file is not used: release 0.8 makes files that only their owner can read, whatever the umask.
+    """
+    arrays = _in_c_order(entries, arrays)
+    if metadata is None and sum(_nbytes(code, shape) for _, code, shape in entries) <= PACKAGE_BYTES:
+        tensors = {name: array for (name, _, _), array in zip(entries, arrays)}
+        Path(path).write_bytes(save(tensors, {"format": "pt"}))
+        return
     header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, code, shape in entries:
-        end = at + math.prod(shape) * DTYPES[code].itemsize
+        end = at + _nbytes(code, shape)
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the data
-    arrays = iter(arrays)  # zip would hold on to an array while the next one is made
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for name, code, shape in entries:
-            array = next(arrays)
-            assert array.dtype == DTYPES[code] and array.shape == tuple(shape), (name, array.dtype, array.shape)
-            f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for array in arrays:
+            f.write(array.reshape(-1).view(np.uint8))
             del array
+
+
+def _in_c_order(entries, arrays):
+    """Yields each array in C order, which release 0.8.0 of the package takes for granted: it writes a transposed array wrongly."""
+    arrays = iter(arrays)  # zip would hold on to an array while the next one is made
+    for name, code, shape in entries:
+        array = next(arrays)
+        assert array.dtype == DTYPES[code] and array.shape == tuple(shape), (name, array.dtype, array.shape)
+        yield np.asarray(array, order="C")
+        del array
+
+
+def _nbytes(code, shape):
+    return math.prod(shape) * DTYPES[code].itemsize
 
 
 def write_json(path, value):

@@ -140,8 +140,10 @@ def open_adapter(folder, cfg):
     _check_tensors(folder, file, specs, where)
 
     def read(path, slices):
-        each = [file.array(name).T.astype(np.float32) for name in where[path]]
-        return np.ascontiguousarray((np.stack(each) if len(specs[path].shape) > 2 else each[0])[slices])
+        *experts, rows, columns = slices
+        picked = where[path][experts[0]] if experts else where[path]
+        each = [array.T.astype(np.float32) for array in file.arrays(picked, (columns, rows))]
+        return np.ascontiguousarray(np.stack(each) if experts else each[0])
 
     return Adapter(lora, read, str(config.get("base_model_name_or_path") or ""), file.metadata.get(FINGERPRINT))
 

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -28,6 +31,37 @@ def assert_same(a, b):
 
 def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def by_hand(path):
+    """{name: array} of a safetensors file, from its bytes and the format's text alone: the project and the safetensors package, which now
+    reads for it and writes, are both judged by this. Raises AssertionError where the file isn't as the format asks."""
+    data, out, end = path.read_bytes(), {}, 0
+    length = int.from_bytes(data[:8], "little")
+    assert data[8:9] == b"{" and 8 + length <= len(data)
+    header, data = json.loads(data[8 : 8 + length].decode("utf-8")), data[8 + length :]
+    assert all(isinstance(text, str) for text in header.pop("__metadata__", {}).values())
+    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+        start, stop = item["data_offsets"]
+        assert start == end, f"{name}: a hole, or an overlap"
+        kind = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": ml_dtypes.bfloat16}[item["dtype"]]
+        out[name], end = np.frombuffer(data[start:stop], kind).reshape(item["shape"]), stop
+    assert end == len(data)
+    return out
+
+
+@contextmanager
+def peak_memory():
+    """Gives a list; when the block ends, it holds by how many bytes this process's memory, with the file pages that it maps, rose at most
+    within the block, and by how many it is larger at its end."""
+    before, out = _memory("VmRSS"), []
+    Path("/proc/self/clear_refs").write_text("5")  # the highest is from here on
+    yield out
+    out += [_memory("VmHWM") - before, _memory("VmRSS") - before]
+
+
+def _memory(name):
+    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
 
 def edit_config(folder, drop=(), **changes):

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from experiments import train
@@ -33,22 +32,18 @@ CASES += [("dense_tied", "tp2", "bfloat16"), ("moe_norm", "dp2 tp2 ep2, ZeRO 3",
 CASES = [case for case in CASES if case[:2] != ("moe_mixed", "tp2, scan")]  # its layers are of two kinds
 
 
-class Counted(np.ndarray):
-    """Adds up the bytes that are taken from it."""
-
-    taken = []
-
-    def __getitem__(self, index):
-        out = super().__getitem__(index)
-        Counted.taken.append(out.nbytes)
-        return out
-
-
 @pytest.fixture
 def counted(monkeypatch):
-    array = hf_files.TensorFile.array
-    monkeypatch.setattr(hf_files.TensorFile, "array", lambda *args: array(*args).view(Counted))
-    return Counted.taken
+    """The bytes of each array that is taken from a file."""
+    arrays, taken = hf_files.TensorFile.arrays, []
+
+    def counting(*args):
+        for array in arrays(*args):
+            taken.append(array.nbytes)
+            yield array
+
+    monkeypatch.setattr(hf_files.TensorFile, "arrays", counting)
+    return taken
 
 
 def folder_of(name, form, tmp_path):
