@@ -1,4 +1,4 @@
-"""0, 1, ... n - 1 as int32, from primitives alone: functions of MindSpore with branches fail inside a hand-written backward."""
+"""0, 1, ... n - 1 as int32. `ops.arange` has default arguments and branches, which a hand-written backward refuses (docs/mindspore.md)."""
 
 import mindspore as ms
 from mindspore import ops

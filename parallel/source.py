@@ -1,4 +1,8 @@
-"""Functions from text: straight-line code of a length known when it is built, where MindSpore cannot compile a loop."""
+"""Functions from text, of as many arguments or leaves as are known when they are built.
+
+In a hand-written backward MindSpore refuses `*args` together with a loop, so `zip` too, and through `dict(zip())` it loses gradients
+(docs/mindspore.md). Written out, neither is needed.
+"""
 
 import hashlib
 import linecache

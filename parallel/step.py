@@ -98,8 +98,7 @@ def subscripts(tree):
 def _tree_function(argument, expression, lines=()):
     """A function of one argument, from the statements before its result and the result.
 
-    A literal, because gradients through dict(zip()) are lost (docs/mindspore.md), and tuples joined piece by piece have failed in a
-    hand-written backward.
+    The result is a literal, because gradients through dict(zip()) are lost (docs/mindspore.md).
     """
     return function(f"tree_of({argument})", [*lines, f"return {expression}"])
 
@@ -159,7 +158,8 @@ def value_and_grad(fn, aux=None, compiled=False):
     """g(params, *args) -> (value, grads) for fn(params, *args) -> value; grads has the structure of params.
 
     params: a tree of tensors, or of Parameters, which are then closed over instead of passed (the form that semi-auto parallel
-    shards). aux: names in the dict that fn returns beside its value; g then returns ((value, {name: tensor}), grads).
+    shards). aux: names in the dict that fn returns beside its value; g then returns ((value, {name: tensor}), grads). Without aux the
+    gradients are of the sum of all that fn returns (docs/mindspore.md).
     compiled: one graph per structure of the arguments, instead of eager execution.
     """
     graphs = {}
