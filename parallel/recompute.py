@@ -7,16 +7,14 @@ function is kept, and what it reads waits for the cotangent, or the second compu
 
 from mindspore import nn, ops
 
-from parallel.source import function
-from parallel.spec import tree_leaves
 from parallel.step import flatten_in_graph, rebuild_flat
 
 
 def recomputed(body, like, lowering="manual"):
     """f(p, x, consts) -> what body(p, x, consts) returns, a tuple of tensors, to the bit; the gradients too.
 
-    p: a tree of `like`'s structure. consts: a tuple of tensors without gradients, each of which body must use; body must be straight-line
-    (see parallel/scan.py).
+    p: a tree of `like`'s structure. consts: a tuple of tensors without gradients, each of which body must use. See parallel/scan.py for how
+    body may be written.
     """
     if lowering == "shard":
         marked = _Marked(body)
@@ -44,7 +42,7 @@ class _Marked(nn.Cell):
 class _Recomputed(nn.Cell):
     def __init__(self, body, like):
         super().__init__()
-        build, count = rebuild_flat(like), len(tree_leaves(like))
+        build = rebuild_flat(like)
 
         def of_leaves(leaves, x, consts):
             return body(build(leaves), x, consts)
@@ -52,8 +50,6 @@ class _Recomputed(nn.Cell):
         self.body = of_leaves
         self.vjp = ops.GradOperation(get_all=True, sens_param=True)
         self.zeros_like = ops.ZerosLike()
-        waiting = "".join(f"depend(leaves[{i}], after), " for i in range(count))
-        self.wait = function("wait(leaves, after)", [f"return ({waiting})"], depend=ops.depend)
 
     def construct(self, x, leaves, consts):
         return self.body(leaves, x, consts)
@@ -62,5 +58,8 @@ class _Recomputed(nn.Cell):
         none = ()
         for c in consts:
             none += (self.zeros_like(c),)
-        back = self.vjp(self.body)(self.wait(leaves, dout[0]), ops.depend(x, dout[0]), consts, dout)
+        waiting = ()
+        for w in leaves:
+            waiting += (ops.depend(w, dout[0]),)
+        back = self.vjp(self.body)(waiting, ops.depend(x, dout[0]), consts, dout)
         return back[1], back[0], none

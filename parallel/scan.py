@@ -20,8 +20,8 @@ def scan(body, like, num_layers, stats_shape, kernels=None):
     p: a tree of `like`'s structure, whose leaves may be ParamSpecs; stacked: the same with every leaf [L, ...], of which those that do not
     train have no gradients. consts: a tuple of tensors without gradients. kernels: whose stack_write keeps what each layer leaves; by
     default the reference.
-    body must be straight-line, as MindSpore cannot parse a function with branches in a backward, and must use every const:
-    it replaces elements of a tuple that nothing reads by the integer 0.
+    body is compiled in a hand-written backward: in functions with a branch or a loop it takes no default arguments (docs/mindspore.md).
+    It must use every const: MindSpore replaces elements of a tuple that nothing reads by the integer 0.
     """
     moving, fixed = (select(like, keep) for keep in (_trains, _is_frozen))
     loop = _Scan(body, like, num_layers, stats_shape, moving, fixed, kernels or Kernels())
