@@ -29,6 +29,7 @@ class BoundOps:
     Layers take it as `op`, beside `cfg`. Both are constants while a graph is compiled, so an `if` on their attributes costs nothing.
 
     layers: f(params of the layers, x_RD, rows) -> x_RD, statistics: runs the model's layers, see qwen3/run_layers.py.
+    run, configs: for each layer f(stored parameters, x_RD, rows) -> x_RD, statistics, and its config; see qwen3/run_layers.py.
     gathered: for each layer f(stored parameters) -> the parameters that ops take: ZeRO 3 gathers them.
     watch: None, or f(cfg, op, p, x_RD, h_RD, y_RD, rows) -> [n] float32, which a layer calls with its input x, the input h of its
     feed-forward part and its output y. The layer then returns these numbers in place of its router statistics. See qwen3/probe.py.
@@ -41,7 +42,7 @@ class BoundOps:
 
     def __init__(self, cfg, sharding, kernels, watch=None):
         self.cfg, self.sharding, self.kernels, self.watch = cfg, sharding, kernels, watch
-        self.layers, self.gathered = None, None  # set by qwen3/run_layers.py
+        self.layers, self.run, self.configs, self.gathered = None, (), (), ()  # set by qwen3/run_layers.py
         self.dtype, self.noises = getattr(ms, cfg.compute_dtype), lora.noises(cfg)
         self.seq_shards, self.vocab_shards, self.expert_shards = map(sharding.shards, ("seq", "vocab", "experts"))
         self.ranks_a_head = sharding.mesh.size(sharding.rules["span_heads"]) // sharding.mesh.size(sharding.rules["heads"])

@@ -87,7 +87,7 @@ class Qwen3Config:
     tie_embeddings: bool = True
     qk_norm: bool = True
     qkv_bias: bool = False
-    norm_placement: str = "pre"  # of a layer's norms: pre, post or both, see layers/residual.py
+    norm_placement: str = "pre"  # of a layer's norms: pre, post or both, see layers/norm.py
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     max_position: int = 40960
@@ -155,6 +155,13 @@ class Qwen3Config:
     @property
     def moe_layers(self):
         return tuple(i for i in range(self.num_layers) if self.is_moe_layer(i))
+
+    def at_layer(self, i):
+        """The config that the functions of layer i are given: a model whose layers are all like layer i. An option that differs by layer
+        takes the value of this layer here; layers of equal configs are compiled once."""
+        if not self.num_experts:
+            return self
+        return self.replace(decoder_sparse_step=1, mlp_only_layers=() if self.is_moe_layer(i) else tuple(range(self.num_layers)))
 
 
 def _check(c):

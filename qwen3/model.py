@@ -136,11 +136,11 @@ def layers_over_cache(cfg, op, layers, numbers, x, cache, positions):
     """x_RD through the layers with these numbers -> x_RD, their cache. layers: their parameters, layers[i] of the i-th of them."""
     rows, updated = rows_over_cache(op, cache, positions), ()
     for i in range(len(numbers)):
-        p = op.gathered[numbers[i]](layers[i])
+        p, of_layer = op.gathered[numbers[i]](layers[i]), op.configs[numbers[i]]
         if op.fused_decode and positions.shape[1] == 1:
-            x, kv = decode_layer(cfg, op, p, x, rows, cache[i])
+            x, kv = decode_layer(of_layer, op, p, x, rows, cache[i])
         else:
-            x, _, kv = layer(cfg, op, p, x, rows, cache[i])
+            x, _, kv = layer(of_layer, op, p, x, rows, cache[i])
         updated += (kv,)
     return x, updated
 
