@@ -20,7 +20,7 @@ from mindspore.communication import GlobalComm, init
 
 from experiments import optim
 from experiments.configs import common
-from experiments.train import build_program
+from experiments.train_program import build_program
 from layers import linear
 from ops.ascendc import build as ascendc
 from ops.registry import OPS
