@@ -14,10 +14,10 @@ EACH = ops.HyperMap()
 
 
 class RunningSum:
-    """Sums of float32, of the shapes of `like`, a flat tuple.
+    """The float32 sum of gradients, each times its micro-batch's share; `arrays` is a flat tuple, of the shapes of the flat tuple `like`.
 
-    start() sets them to 0; arrays: the flat tuple; for use in a graph add(share, arrays, flat gradients) -> what take() wants of its
-    results. in_place: one set of arrays serves all steps; for Ascend, where what a graph returns is kept until its next but one call.
+    start() sets it to 0. For use in a graph: add(share, arrays, flat gradients), of which the graph's caller gives the result to take().
+    in_place: one set of arrays serves all steps; for Ascend, where what a graph returns is kept until its next but one call.
     """
 
     def __init__(self, like, in_place):

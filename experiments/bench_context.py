@@ -14,7 +14,7 @@ from experiments import layout
 from experiments.bench_train import packed_batch
 from experiments.bench_turns import held_mem_gib, peak_mem_gib, timed
 from experiments.configs import common
-from experiments.train import build_program
+from experiments.train_program import build_program
 from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.spec import init_params

@@ -13,7 +13,7 @@ from experiments.data import encode, pairs, readers, sources
 from experiments.data.loader import Loader
 from experiments.data.megatron import IndexedDataset, Writer
 from experiments.data.rows import PairRows
-from experiments.train import build_program
+from experiments.train_program import build_program
 from experiments.weights import random
 from qwen3.tokenizer import Tokenizer, train_bpe
 

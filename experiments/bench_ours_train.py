@@ -8,7 +8,8 @@ import numpy as np
 
 from experiments.bench_turns import held_mem_gib, timed, warmed_up
 from experiments.configs import common
-from experiments.train import build_program, uses_scan
+from experiments.train_program import build_program
+from experiments.train_state import uses_scan
 from ops import registry
 from parallel.sharding import Sharding
 from parallel.spec import init_params, tree_map

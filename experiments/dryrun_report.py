@@ -6,7 +6,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from experiments import layout_traffic
-from experiments.dryrun_steps import held_parts
+from experiments.dryrun_steps import rank_placements
 from experiments.optim_rules import MOMENTS
 from parallel import dryrun
 from parallel.dryrun import Exchange
@@ -38,14 +38,14 @@ class Expected(NamedTuple):
 def expected(config, cfg, sharding, step):
     if step != "train":
         return Expected({"params": _shapes(sharding.mesh, place(sharding, param_specs(cfg)), "used")})
-    parts, mesh = held_parts(config, cfg, sharding), sharding.mesh
-    params = {**_shapes(mesh, parts.moving, "stored"), **_shapes(mesh, parts.fixed or (), "stored")}
+    (trainable, frozen), mesh = rank_placements(config, cfg, sharding), sharding.mesh
+    params = {**_shapes(mesh, trainable, "stored"), **_shapes(mesh, frozen or (), "stored")}
     moments = {}
     for kind in MOMENTS[config.optim.name]:
-        moments.update(_shapes(mesh, parts.moving, "state", f"{kind}."))
+        moments.update(_shapes(mesh, trainable, "state", f"{kind}."))
     held = {"params": params, "optimizer": moments}
     if sharding.lowering == "manual":  # elsewhere they stay in the graph
-        held["gradients"] = _shapes(mesh, parts.moving, "state")
+        held["gradients"] = _shapes(mesh, trainable, "state")
     if mesh.pp > 1:
         calls, spare = layout_traffic.pipeline_calls(config, cfg, sharding)
     else:

@@ -11,8 +11,9 @@ from collections import Counter
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from experiments import flags as command_line
-from experiments import layout, layout_traffic, metrics, train_pipeline
+from experiments import layout, layout_traffic, metrics
 from experiments.optim_rules import MOMENTS
+from experiments.train_state import stage_placements
 from ops.routing import shard_capacity
 from parallel import dryrun, traffic
 from parallel.placement import nbytes, place
@@ -128,7 +129,7 @@ def _placed(config, cfg, sharding):
     pp = config.parallel.pp
     if pp == 1:
         return [tree_leaves(place(sharding, param_specs(cfg)))]
-    _, stages, _ = train_pipeline.placements(cfg, config, sharding)
+    _, stages, _ = stage_placements(cfg, config, sharding)
     return [tree_leaves(tuple(stages[rank::pp])) for rank in range(pp)]
 
 

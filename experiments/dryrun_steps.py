@@ -3,13 +3,13 @@
 Their tensors are zeros that nothing has touched, so that they take no memory on the machine that compiles.
 """
 
-from functools import partial
-
 import mindspore as ms
 import ml_dtypes
 import numpy as np
 
-from experiments import optim, train, train_pipeline
+from experiments import optim
+from experiments.train_program import build_program
+from experiments.train_state import local_shapes, placements, split_trainable, stage_placements
 from ops import signature
 from parallel.placement import local_shape, place
 from parallel.spec import tree_leaves, tree_map, tree_paths
@@ -23,31 +23,30 @@ TRAIN_STEPS = 2  # the second is given what the first returned, as every later o
 
 def train_step(config, cfg, sharding):
     """Two steps of the trainer. Returns {params, optimizer, gradients: {path: [shape, dtype]}}; what is frozen is in params alone."""
-    placed, gradients = held_parts(config, cfg, sharding), {}
+    (trainable, frozen), gradients = rank_placements(config, cfg, sharding), {}
     signature.listeners.append(_gradients_to(gradients))
-    build = partial(train_pipeline.build_program, waits=False) if sharding.mesh.pp > 1 else train.build_program
-    program = build(cfg, config, sharding)
+    program = build_program(cfg, config, sharding, has_peers=False)
     kinds = optim.state_kinds(config.optim)
-    state = {kind: to_tuple(_blank(train.shapes(sharding.mesh, placed.moving, axes))) for kind, axes in kinds.items()}
-    if placed.fixed:
-        state["frozen"] = to_tuple(_blank(train.shapes(sharding.mesh, placed.fixed, "stored")))
-    paths, frozen = ([p.path for p in tree_leaves(part or ())] for part in placed)
+    state = {kind: to_tuple(_blank(local_shapes(sharding.mesh, trainable, axes))) for kind, axes in kinds.items()}
+    if frozen:
+        state["frozen"] = to_tuple(_blank(local_shapes(sharding.mesh, frozen, "stored")))
+    paths, frozen_paths = ([p.path for p in tree_leaves(tree or ())] for tree in (trainable, frozen))
     given = {kind: [[list(w.shape), "float32"] for w in tree_leaves(state[kind])] for kind in state}
     state = optim.resident(choose_kernels(config.ops, cfg, sharding))({**state, "norm": ms.Tensor(0.0, ms.float32)})
     for step in range(TRAIN_STEPS):
         state, _ = program.step(state, _batch(config, sharding.mesh.dp), 1e-3, step)
-    params = {**dict(zip(paths, given["params"])), **dict(zip(frozen, given.get("frozen", ())))}
+    params = {**dict(zip(paths, given["params"])), **dict(zip(frozen_paths, given.get("frozen", ())))}
     taken = [gradients.get(tuple(shape), [shape, "float32"]) for shape, _ in given["m"]]
     optimizer = {f"{kind}.{path}": w for kind in optim.MOMENTS[config.optim.name] for path, w in zip(paths, given[kind])}
     return {"params": params, "optimizer": optimizer, "gradients": dict(zip(paths, taken))}
 
 
-def held_parts(config, cfg, sharding):
-    """experiments.train.Parts of the Placed that a rank has: of the whole model, or a tree for each of its pipeline stages."""
+def rank_placements(config, cfg, sharding):
+    """(what trains, what is frozen) of the Placed that a rank has: of the whole model, or a tree for each of its pipeline stages."""
     if sharding.mesh.pp == 1:
-        return train.Parts.of(train.placements(cfg, sharding, False))
-    _, stages, _ = train_pipeline.placements(cfg, config, sharding)
-    return train.Parts.of(tuple(stages[sharding.mesh.index(("pp",)) :: sharding.mesh.pp]))
+        return split_trainable(placements(cfg, sharding, False))
+    _, stages, _ = stage_placements(cfg, config, sharding)
+    return split_trainable(tuple(stages[sharding.mesh.index(("pp",)) :: sharding.mesh.pp]))
 
 
 def _gradients_to(found):

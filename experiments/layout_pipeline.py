@@ -3,7 +3,7 @@
 import math
 
 from experiments.optim_rules import MOMENTS
-from experiments.train_pipeline import placements
+from experiments.train_state import stage_placements
 from parallel import context, pipeline
 from parallel.placement import nbytes
 from parallel.spec import tree_leaves
@@ -21,7 +21,7 @@ NOTES = (
 def lines(config, cfg, sharding):
     """(rows of a table of the ranks along pp, each standing for all with its place; the drawn schedule)"""
     parallel, pp = config.parallel, sharding.mesh.pp
-    layers, stages, _ = placements(cfg, config, sharding)
+    layers, stages, _ = stage_placements(cfg, config, sharding)
     lists = pipeline.schedule(parallel.pp_schedule, pp, parallel.micro_batches, parallel.virtual_stages)
     length = context.padded(sharding.mesh, config.train.seq_len) // sharding.mesh.cp
     rows = config.train.batch_size // parallel.dp // parallel.micro_batches * length

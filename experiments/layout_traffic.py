@@ -7,8 +7,8 @@ from functools import partial
 import mindspore as ms
 import numpy as np
 
-from experiments import train_pipeline
-from experiments.train import placements, uses_scan
+from experiments.train_pipeline import count_found
+from experiments.train_state import placements, stage_placements, uses_scan
 from layers import attention, embed, norm
 from layers.bound_ops import BoundOps
 from ops.routing import shard_capacity
@@ -201,7 +201,7 @@ def pipeline_calls(config, cfg, sharding):
     """(Counter of traffic.Call for one optimizer step of a rank of a pipeline, those of them that its graphs may leave out). Those are of
     forwards that the backward of a stage makes again, for what it needs of them. What goes from stage to stage is a Send or Receive."""
     mesh, micro = sharding.mesh, config.parallel.micro_batches
-    layers, stages, _ = train_pipeline.placements(cfg, config, sharding)
+    layers, stages, _ = stage_placements(cfg, config, sharding)
     mine = range(mesh.index(("pp",)), len(layers), mesh.pp)
     calls, spare = Counter(), Counter()
     for s in mine:
@@ -219,7 +219,7 @@ def pipeline_calls(config, cfg, sharding):
         update += sum((traffic.of_sums(sharding, leaves, micro) for leaves in each), Counter())
     if micro == 1 and sharding.data_atoms:
         update[traffic.Call("update", "AllReduce", sharding.data_atoms, 1)] += 1
-    update[traffic.Call("update", "AllReduce", mesh.atoms(("pp",)), train_pipeline.count_found(cfg))] += 1
+    update[traffic.Call("update", "AllReduce", mesh.atoms(("pp",)), count_found(cfg))] += 1
     return traffic.times(calls, micro) + update + _transfers(config, cfg, sharding, layers, placed), traffic.times(spare, micro)
 
 

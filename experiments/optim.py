@@ -12,9 +12,10 @@ from mindspore import ops
 
 from experiments import muon, optim_rules
 from experiments.optim_rules import MOMENTS
+from ops.identity import identity
 from ops.registry import pick
 from parallel.spec import tree_leaves, tree_map
-from parallel.step import flatten_in_graph, in_device_memory, to_tuple
+from parallel.step import in_device_memory, to_tuple
 
 NO_DECAY, SIGN, MUON = 0.0, -1.0, -2.0
 NORM_MEMORY = 0.95  # of the running mean of gradient norms
@@ -69,7 +70,7 @@ def changes_in_place(kernels):
 
 def resident(kernels):
     """f(tree of tensors) -> the tree in the device's memory, where AdamW changes it in place."""
-    return in_device_memory if changes_in_place(kernels) else _same
+    return in_device_memory if changes_in_place(kernels) else identity
 
 
 def zeros_like(params):
@@ -83,34 +84,47 @@ def scalars(optim, lr, step):
     return ms.Tensor(np.array([lr, *corrections, step >= SPIKE_WARMUP_STEPS], np.float32))
 
 
-def build(specs, optim, kernels, norm_squared=None):
-    """update(params, grads, m, v, mean norm, scalars, after) -> (nested tuples of (p, m, v), mean norm, gradient norm, 1 if skipped). Of an
-    optimizer without a second moment v is None, and they are of (p, m).
+def build_clip(specs, optim, kernels, norm_squared=None):
+    """clip(flat gradients, running mean, scalars, after) -> (norm, factor, keep, running mean), for use in a compiled function.
 
-    For use inside a compiled function, on nested tuples of the structure of `specs`. Decay acts on leaves whose spec has two dims
-    or more. A leaf of spec.optimizer "sign" moves by router_bias_rate against its gradient's sign and is left out of the norm.
-    norm_squared(flat gradients): their squared norm, where they are split over ranks. after: what has to be computed before anything is
-    changed, as some implementations work in place; the gradients are, in any case. in_place() says on which leaves.
+    norm: the global norm of the gradients, without leaves of spec.optimizer "sign". factor: by which optim.clip_norm scales the gradients;
+    the update multiplies them by it, in its own pass over memory. keep: 1 to update; 0 to skip the update, where optim.skip_spikes is on
+    and the norm is a spike beside the running mean of norms. norm_squared(flat gradients): their squared norm, where they are split over
+    ranks.
+
+    after: what has to be computed before the update changes anything, as it may work in place. The factor depends on it, and on the
+    gradients.
     """
-    kinds = to_tuple(tree_map(partial(leaf_kind, optim), specs))
-    flatten, apply, sqrt = flatten_in_graph(kinds), ops.HyperMap(), ops.Sqrt()
-    leaf, squares = leaf_update(optim, kernels), norm_squared or _sum_of_squares(in_norm(specs), pick(kernels, "adamw", "squares")())
-    control, second = norm_control(optim), "v" in MOMENTS[optim.name]
+    squares = norm_squared or _sum_of_squares(in_norm(specs), pick(kernels, "adamw", "squares")())
+    control, sqrt = norm_control(optim), ops.Sqrt()
 
-    def update(params, grads, m, v, mean_norm, values, after):
-        flat = flatten(grads)
-        norm = sqrt(squares(flat))
-        scale, keep, mean_norm = control(norm, mean_norm, values[3])
-        scale = ops.depend(scale, (after, flat))
+    def clip(grads, mean_norm, values, after):
+        norm = sqrt(squares(grads))
+        factor, keep, mean_norm = control(norm, mean_norm, values[3])
+        return norm, ops.depend(factor, (after, grads)), keep, mean_norm
+
+    return clip
+
+
+def build_update(specs, optim, kernels):
+    """update(params, grads, m, v, factor, keep, scalars) -> nested tuples of (p, m, v); of an optimizer without a second moment v is None,
+    and they are of (p, m). factor, keep: of clip.
+
+    For use in a compiled function, on nested tuples of the structure of `specs`. Decay acts on leaves whose spec has two dims or more. A
+    leaf of spec.optimizer "sign" moves by router_bias_rate against its gradient's sign. in_place() says which leaves change in place.
+    """
+    kinds, each = to_tuple(tree_map(partial(leaf_kind, optim), specs)), ops.HyperMap()
+    leaf, second = leaf_update(optim, kernels), "v" in MOMENTS[optim.name]
+
+    def update(params, grads, m, v, factor, keep, values):
         moments = (m, v) if second else (m,)
-        new = apply(partial(leaf, values, scale, keep), kinds, params, grads, *moments)
-        return new, mean_norm, norm, 1 - keep
+        return each(partial(leaf, values, factor, keep), kinds, params, grads, *moments)
 
     return update
 
 
 def in_place(specs, kernels, optim):
-    """For each leaf whether update changes p, m and v themselves. Not those whose gradient is not finite, then, nor those skipped."""
+    """For each leaf whether the update changes p, m and v themselves; it does not where a gradient is not finite, or the step skipped."""
     return tuple(_works_in_place(kernels, leaf_kind(optim, spec), optim) for spec in tree_leaves(specs))
 
 
@@ -148,7 +162,8 @@ def _sum_of_squares(counted, of_leaf):
 
 
 def norm_control(optim):
-    """control(norm, running mean, warm) -> (factor on the gradients, 1 to update or 0 to skip, running mean)"""
+    """control(norm, running mean, warm) -> (factor on the gradients, 1 to update or 0 to skip, running mean). warm: 0 for the first steps,
+    which are never skipped, and 1 after them."""
     clip, limit = optim.clip_norm, optim.skip_spikes
     minimum, cast, select = ops.Minimum(), ops.Cast(), ops.Select()
 
@@ -194,7 +209,3 @@ def leaf_update(optim, kernels):
         return plain(values, scale, keep, p, g, m)
 
     return leaf if "v" in MOMENTS[optim.name] else leaf_of_one
-
-
-def _same(tree):
-    return tree

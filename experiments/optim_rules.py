@@ -27,7 +27,7 @@ def lion(optim, decay):
 
 
 def sgd(optim, decay):
-    """The same: m sums the gradients, older ones times b1, and p moves by lr times that."""
+    """new(values, scale, p, g, m) -> p, m, as of lion(): m sums the gradients, older ones times b1, and p moves by lr times that."""
     b1 = optim.b1
 
     def new(values, scale, p, g, m):

@@ -11,7 +11,9 @@ import mindspore as ms
 import numpy as np
 from einops import rearrange
 
-from experiments import train, train_pipeline
+from experiments.train_batch import split_batch, tensors
+from experiments.train_pipeline import EVAL_GROUP
+from experiments.train_state import uses_scan
 from layers import lora
 from parallel import collectives, context, pipeline
 from parallel.pipeline_run import Executor
@@ -39,15 +41,15 @@ class Probe:
         if not self.stages:
             self._build()
         batch, found = context.cut(self.mesh, batch), _Found(self.cfg)
-        slices = iter(train.micro_batches(batch, self.config.parallel.micro_batches)[0])
+        slices = iter(split_batch(batch, self.config.parallel.micro_batches))
         params = {stage: self._params(state, stage) for stage in self.stages}
-        while group := list(islice(slices, train_pipeline.EVAL_GROUP * len(self.layers))):
+        while group := list(islice(slices, EVAL_GROUP * len(self.layers))):
             self._run(params, group, found)
         return {**self._of_layers(found), **self._of_sources(found)}
 
     def _build(self):
         cfg, mesh, parallel = self.cfg, self.mesh, self.config.parallel
-        self.scan = mesh.pp == 1 and train.uses_scan(cfg, self.config.train.layer_loop)
+        self.scan = mesh.pp == 1 and uses_scan(cfg, self.config.train.layer_loop)
         self.layers = pipeline.stage_ranges(cfg.num_layers, mesh.pp, parallel.virtual_stages, tuple(parallel.stage_layers))
         self.last, kernels = len(self.layers) - 1, choose_kernels(self.config.ops, cfg, self.sharding)
         self.executor = Executor(len(self.layers), self._send, self._receive)
@@ -68,7 +70,7 @@ class Probe:
 
     def _run(self, params, group, found):
         """The forward of some micro-batches through all stages."""
-        self.rows, batches = group[0]["tokens"].size, [train.tensors(part) for part in group]
+        self.rows, batches = group[0]["tokens"].size, [tensors(part) for part in group]
         forward = partial(self._forward, params, batches)
         if not self.compiled:  # all at once: on CPU a receive gives up where the rank before compiles for long
             for stage in self.stages:

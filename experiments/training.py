@@ -12,7 +12,9 @@ from experiments import flags as command_line
 from experiments.data import corpus, loader
 from experiments.finish import finish
 from experiments.probe import Probe
-from experiments.train import build_program, train, uses_scan
+from experiments.train import train
+from experiments.train_program import build_program
+from experiments.train_state import uses_scan
 from ops import registry
 from parallel import collectives
 from parallel.sharding import Sharding

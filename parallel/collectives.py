@@ -16,6 +16,7 @@ from mindspore import nn, ops
 from mindspore.communication import create_group, get_rank, init
 from mindspore.ops.auto_generate.gen_ops_prim import dist_comm_irecv_op, dist_comm_isend_op
 
+from ops.identity import identity
 from parallel import runtime
 from parallel.mesh import world_size
 from parallel.source import function
@@ -36,44 +37,44 @@ def start():
 def psum(mesh, axes, partial=False):
     """f(x) -> the sum over the axes' ranks. Backward: the cotangent, which is the same on all of them."""
     w = _wire(mesh, axes)
-    return _cell(partial, w.sum, _same) if w else _same
+    return _cell(partial, w.sum, identity) if w else identity
 
 
 def pvary(mesh, axes, partial=False):
     """f(x) -> x, from here on used by each rank in its own way. Backward: the sum of the cotangents."""
     w = _wire(mesh, axes)
-    return _cell(partial, _copy, w.sum) if w else _same
+    return _cell(partial, _copy, w.sum) if w else identity
 
 
 def pmax(mesh, axes, partial=False):
     """f(x) -> the largest over the axes' ranks. It has no gradient."""
     w = _wire(mesh, axes)
-    return _cell(partial, w.max, ops.ZerosLike()) if w else _same
+    return _cell(partial, w.max, ops.ZerosLike()) if w else identity
 
 
 def all_gather(mesh, axes, dim=0, grad="scatter", partial=False):
     """f(x) -> the ranks' x, joined along dim. Backward: grad="scatter" sums what the ranks did with the whole and returns each its part;
     grad="slice" takes a rank's part of a cotangent that is the same on all."""
     w = _wire(mesh, axes)
-    return _cell(partial, _along(dim, w.gather), _along(dim, {"scatter": w.scatter, "slice": w.part}[grad])) if w else _same
+    return _cell(partial, _along(dim, w.gather), _along(dim, {"scatter": w.scatter, "slice": w.part}[grad])) if w else identity
 
 
 def reduce_scatter(mesh, axes, dim=0, partial=False):
     """f(x) -> this rank's part along dim of the sum over the ranks. Backward: all_gather."""
     w = _wire(mesh, axes)
-    return _cell(partial, _along(dim, w.scatter), _along(dim, w.gather)) if w else _same
+    return _cell(partial, _along(dim, w.scatter), _along(dim, w.gather)) if w else identity
 
 
 def split(mesh, axes, dim=0, partial=False):
     """f(x) -> this rank's part along dim of an x that all hold alike. Backward: all_gather."""
     w = _wire(mesh, axes)
-    return _cell(partial, _along(dim, w.part), _along(dim, w.gather)) if w else _same
+    return _cell(partial, _along(dim, w.part), _along(dim, w.gather)) if w else identity
 
 
 def all_to_all(mesh, axes, split_dim, concat_dim, partial=False):
     """f(x) -> cut along split_dim, the i-th part sent to rank i; what arrives is joined along concat_dim. Backward: the way back."""
     w = _wire(mesh, axes)
-    return _cell(partial, w.exchange(split_dim, concat_dim), w.exchange(concat_dim, split_dim)) if w else _same
+    return _cell(partial, w.exchange(split_dim, concat_dim), w.exchange(concat_dim, split_dim)) if w else identity
 
 
 def ppermute(mesh, axes, pairs):
@@ -81,13 +82,13 @@ def ppermute(mesh, axes, pairs):
     the pairs turned round. pairs: (from, to) places along the axes, no place twice on either side."""
     assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs), pairs
     w = _wire(mesh, axes)
-    return _cell(False, w.permute(pairs), w.permute([(b, a) for a, b in pairs])) if w else _same
+    return _cell(False, w.permute(pairs), w.permute([(b, a) for a, b in pairs])) if w else identity
 
 
 def broadcast(mesh, axes, root=0):
     """f(x) -> the x of the rank at place `root`. Backward: there the sum of the cotangents, elsewhere zeros."""
     w = _wire(mesh, axes)
-    return _cell(False, w.from_root(root), _to_root(w, root)) if w else _same
+    return _cell(False, w.from_root(root), _to_root(w, root)) if w else identity
 
 
 def send(mesh, to, x):
@@ -131,12 +132,8 @@ def _cell(partial, forward, backward):
     """partial: of a value that all ranks hold alike, each has a cotangent of its own, and their sum is the true one. That is the
     convention of MindSpore's partitioner, and the backward of its own primitives."""
     if partial:
-        return _same if forward is _copy else forward
+        return identity if forward is _copy else forward
     return _Cell(forward, backward)
-
-
-def _same(x):
-    return x
 
 
 def _copy(x):

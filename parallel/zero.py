@@ -11,6 +11,7 @@ import mindspore as ms
 from mindspore import ops
 from mindspore.ops.auto_generate import InplaceCopy
 
+from ops.identity import identity
 from parallel import collectives
 from parallel.placement import local_shape, place
 from parallel.source import function
@@ -73,7 +74,7 @@ def gathered(sharding, specs):
     placed = place(sharding, specs)
     flat = tree_leaves(placed)
     if sharding.lowering == "shard" or all(p.stored == p.used for p in flat):  # MindSpore's partitioner gathers by itself
-        return same
+        return identity
     done = [f"tree{at}" for at in subscripts(placed)]
     lines, names = _gather(sharding.mesh, flat, done)
     return function("gathered(tree)", [*lines, f"return {expression(unflatten(specs, done))}"], **names, **PRIMITIVES)
@@ -100,17 +101,13 @@ def global_norm_squared(sharding, placed, counted):
         stages = len(placed[i].holders) or mesh.pp
         copies = mesh.world // mesh.pp * stages // split
         shares.append(f"total(square(cast(g[{i}], float32)), ())" + (f" / {copies}" if copies > 1 else ""))
-    names = {**PRIMITIVES, "sum_all": collectives.psum(mesh, tuple(mesh.sizes)) if mesh.world > 1 else same}
+    names = {**PRIMITIVES, "sum_all": collectives.psum(mesh, tuple(mesh.sizes)) if mesh.world > 1 else identity}
     return function("norm_squared(g)", [f"return sum_all(add(({', '.join(shares)},)))"], **names)
-
-
-def same(x):
-    return x
 
 
 def _flat_function(head, lines, done, names):
     if not names:  # no collective: nothing to do
-        return same
+        return identity
     return function(head, [*lines, f"return ({''.join(text + ', ' for text in done)})"], **names, **PRIMITIVES)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import convert_look as look
 from experiments import convert_weights as convert
-from experiments import train, weights
+from experiments import train_program, weights
 from experiments.configs import common
 from experiments.run_folder import TOKENIZER
 from parallel import checkpoint_store
@@ -58,7 +58,7 @@ def native(tmp_path_factory):
 def trained(tmp_path_factory):
     """A run's folder with two checkpoints of a state, layers in a loop; and the states' parameters by step."""
     folder, cfg = tmp_path_factory.mktemp("run"), hf.Reader(GOLDEN / "dense_untied").config
-    program, params = train.build_program(cfg, common.get_config()), {}
+    program, params = train_program.build_program(cfg, common.get_config()), {}
     read = hf.Reader(GOLDEN / "dense_untied").read
     (folder / "checkpoints").mkdir()
     for step in (3, 7):

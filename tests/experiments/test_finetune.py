@@ -7,7 +7,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import adapter, convert_lora, finetune, train
+from experiments import adapter, convert_lora, finetune, train_program
 from experiments import flags as command_line
 from experiments.data import conversations, corpus
 from experiments.weights import initial_params
@@ -74,7 +74,7 @@ def test_packed_and_padded_rows_have_the_loss_of_the_next_tokens_of_each_convers
     """Of what a model gives each conversation alone, the mean negative log probability of the token after each place: labels that are
     shifted once more, or not at all, are far from it."""
     cfg, params = hf.load(base / "hf")
-    program = train.build_program(cfg, config_of())
+    program = train_program.build_program(cfg, config_of())
     state = program.init(params)
     found = {packing: program.evaluate(state, [data.held_out]) for packing, data in rows.items()}
     held, forward = rows["padded"].held_out, build(cfg).forward
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_adapters_holds_nothing_else_and_the_base_is_as_it_was(b
 def test_frozen_weights_stay_bit_for_bit_and_have_no_state(base):
     config = lora_config(base)
     cfg = command_line.model_config(config)
-    program, (read, _, _) = train.build_program(cfg, config), initial_params(cfg, config)
+    program, (read, _, _) = train_program.build_program(cfg, config), initial_params(cfg, config)
     state = program.init(read)
     before = {path: w.asnumpy().copy() for path, w in tree_paths(state["frozen"])}
     batch = {key: value[:4] for key, value in corpus.load(config, cfg.vocab_size).held_out.items()}

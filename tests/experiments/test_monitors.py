@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import train
+from experiments import train_program
 from experiments.monitors import Monitor
 from parallel import collectives
 from parallel.mesh import ONE_DEVICE
@@ -53,7 +53,7 @@ def by_group(tree):
 def test_norms_are_those_of_gradients_weights_and_updates(cfg, clip):
     config = layouts.run_config({})
     config.optim.clip_norm = clip
-    program, params, batch = train.build_program(cfg, config), random_params(cfg), make_batch(0, vocab=cfg.vocab_size)
+    program, params, batch = train_program.build_program(cfg, config), random_params(cfg), make_batch(0, vocab=cfg.vocab_size)
     _, grads = value_and_grad(build(cfg).loss_fn, aux=metric_names(cfg))(params, tree_map(ms.Tensor, batch))
     state = program.init(tree_map(lambda w: w.asnumpy(), params))
     found, state = watched(program, ONE_DEVICE, config.optim, state, [batch])
@@ -76,7 +76,7 @@ def _without(layer, name):
 
 def test_only_the_asked_for_steps_are_watched_and_none_is_changed():
     config, batches = layouts.run_config({}), [make_batch(at, vocab=DENSE.vocab_size) for at in range(5)]
-    program = train.build_program(DENSE, config)
+    program = train_program.build_program(DENSE, config)
     start = tree_map(lambda w: w.asnumpy(), random_params(DENSE))
     found, state = watched(program, ONE_DEVICE, config.optim, program.init(start), batches, every=2)
     assert [step for step, _ in found] == [2, 4]

@@ -4,14 +4,14 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import flags, muon, optim, optim_rules, train
+from experiments import flags, muon, optim, optim_rules, train_program
 from experiments.monitors import Monitor
 from parallel.mesh import ONE_DEVICE
 from parallel.placement import place
 from parallel.spec import ParamSpec, init_params, normal, tree_leaves, tree_map, tree_paths
-from parallel.step import jit, to_tuple
+from parallel.step import to_tuple
 from qwen3.model import param_specs
-from tests.experiments.test_train import make_batch, optim_config
+from tests.experiments.test_train import make_batch, optim_config, optimizer_step
 from tests.parallel import layouts
 from tests.tiny import DENSE, FUSED, random_params
 
@@ -39,11 +39,11 @@ def test_an_optimizer_equals_its_formula(name):
     o, lrs = optim_config(name=name, clip_norm=0.5, weight_decay=0.3), [0.1, 0.02, 0.3]
     start, grads = init_params(specs, 0), [init_params(specs, seed) for seed in (1, 2, 3)]
     params = tuple(map(ms.Tensor, start.values()))
-    state, update = optim.init_state(params, o), jit(optim.build(specs, o, FUSED))
+    state, update = optim.init_state(params, o), optimizer_step(specs, o, FUSED)
     assert set(state) == {"m", "norm"}
     m, norm = state["m"], state["norm"]
     for at, (g, lr) in enumerate(zip(grads, lrs)):
-        new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, None, norm, optim.scalars(o, lr, at), ())
+        new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, None, norm, optim.scalars(o, lr, at))
         params, m = ([leaf[i] for leaf in new] for i in range(2))
     for wants, got in zip(formula(name, o, start, grads, lrs), (params, m)):
         for want, x in zip(wants.values(), got):
@@ -53,10 +53,10 @@ def test_an_optimizer_equals_its_formula(name):
 @pytest.mark.parametrize("name", RULES)
 def test_a_skipped_update_changes_nothing(name):
     o, specs = optim_config(name=name, skip_spikes=3.0), {"w": ParamSpec((2, 2), ("embed", "ffn"), normal(1.0))}
-    update, p, m = jit(optim.build(specs, o, FUSED)), ms.Tensor(np.ones((2, 2), np.float32)), ms.Tensor(np.full((2, 2), 0.5, np.float32))
+    update, p, m = optimizer_step(specs, o, FUSED), ms.Tensor(np.ones((2, 2), np.float32)), ms.Tensor(np.full((2, 2), 0.5, np.float32))
     for size, skips in ((100.0, 1), (float("nan"), 0), (1.0, 0)):
         g, norm = ms.Tensor(np.full((2, 2), size, np.float32)), ms.Tensor(2.0, ms.float32)
-        new, _, _, skipped = update((p,), (g,), (m,), None, norm, optim.scalars(o, 0.1, 30), ())
+        new, _, _, skipped = update((p,), (g,), (m,), None, norm, optim.scalars(o, 0.1, 30))
         assert int(skipped) == skips
         assert skips == (np.array_equal(new[0][0].asnumpy(), p.asnumpy()) and np.array_equal(new[0][1].asnumpy(), m.asnumpy()))
 
@@ -65,7 +65,7 @@ def test_a_skipped_update_changes_nothing(name):
 @pytest.mark.parametrize("name", [*RULES, "muon"])
 def test_a_restored_run_goes_on_bit_for_bit_and_its_gradients_are_seen(name):
     config = layouts.run_config({"optim": name})
-    program, found = train.build_program(DENSE, config), {}
+    program, found = train_program.build_program(DENSE, config), {}
     state = program.init(tree_map(lambda w: w.asnumpy(), random_params(DENSE)))
     monitor = Monitor(program, ONE_DEVICE, config.optim, 1, lambda step, values: found.update({step: values}))
     for at in range(2):
@@ -98,11 +98,11 @@ def test_muon_turns_matrices_and_leaves_the_rest_to_adamw():
     adamw, start, grads = optim_config(clip_norm=0.0, weight_decay=0.3), init_params(specs, 0), [init_params(specs, s) for s in (1, 2)]
     ends = []
     for options in (o, adamw):
-        params, update = tuple(ms.Tensor(x.copy()) for x in start.values()), jit(optim.build(specs, options, FUSED))
+        params, update = tuple(ms.Tensor(x.copy()) for x in start.values()), optimizer_step(specs, options, FUSED)
         state = optim.init_state(params, options)
         m, v, norm = state["m"], state["v"], state["norm"]
         for at, g in enumerate(grads):
-            new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, v, norm, optim.scalars(options, 0.1, at), ())
+            new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, v, norm, optim.scalars(options, 0.1, at))
             params, m, v = ([leaf[i] for leaf in new] for i in range(3))
         ends.append([x.asnumpy() for x in params])
     np.testing.assert_array_equal(ends[0][2], ends[1][2])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import train
+from experiments import train_program
 from experiments.data.loader import Loader
 from experiments.data.packing import pack
 from experiments.data.rows import Blend, PackedRows
@@ -70,7 +70,7 @@ def blended():
 def test_sources_share_the_loss_and_watching_changes_no_bits():
     """Of steps of two micro-batches, every second of which is watched."""
     config, params = layouts.run_config({"micro": 2}), tree_map(lambda w: w.asnumpy(), random_params(DENSE))
-    program, ends, found, losses, weights = train.build_program(DENSE, config), [], [], {}, {}
+    program, ends, found, losses, weights = train_program.build_program(DENSE, config), [], [], {}, {}
     for watched in (False, True):
         state = program.init(params)
         with Loader(blended(), 4, seed=0, micro_batches=2) as loader:

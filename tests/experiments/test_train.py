@@ -12,8 +12,9 @@ import pytest
 from mindspore.graph import api
 from ml_collections import ConfigDict
 
-from experiments import metrics, optim, train, weights
+from experiments import metrics, optim, train, train_program, weights
 from experiments.configs import common
+from experiments.train_state import Program, uses_scan
 from parallel.spec import ParamSpec, count, hash_uniform, init_params, normal, tree_leaves, tree_map, tree_paths
 from parallel.step import jit, to_tuple
 from qwen3 import hf
@@ -52,7 +53,7 @@ def make_batch(step, rows=4, seq_len=16, vocab=64):
 
 def run(cfg, config, steps=5, params=None):
     """(metrics of each step, final parameters as numpy)"""
-    program = train.build_program(cfg, config)
+    program = train_program.build_program(cfg, config)
     state = program.init(params or weights.random(cfg, config))
     rate, out = optim.learning_rate(config.optim, config.train.steps), []
     for at in range(steps):
@@ -119,7 +120,7 @@ def test_scanned_experts_train_as_unrolled_ones():
 
 
 def test_nothing_compiles_again_from_step_to_step_or_for_a_new_learning_rate():
-    program, config = train.build_program(DENSE, make_config()), make_config()
+    program, config = train_program.build_program(DENSE, make_config()), make_config()
     state = program.init(weights.random(DENSE, config))
     state, _ = program.step(state, make_batch(0), 1e-3, 0)
     compiled = len(api.ms_compile_cache)
@@ -130,16 +131,16 @@ def test_nothing_compiles_again_from_step_to_step_or_for_a_new_learning_rate():
 
 def test_a_model_of_64_layers_is_scanned_and_trains():
     cfg = DENSE.replace(num_layers=64)
-    assert train.uses_scan(cfg, "auto")
+    assert uses_scan(cfg, "auto")
     got, _ = run(cfg, make_config(**{"train.layer_loop": "auto"}), steps=1)
     assert math.isfinite(got[0]["loss"])
 
 
 def test_a_model_of_mixed_layers_is_unrolled_or_refused():
     mixed = MOE.replace(num_layers=3, mlp_only_layers=(1,))
-    assert not train.uses_scan(mixed, "auto")
+    assert not uses_scan(mixed, "auto")
     with pytest.raises(ValueError, match="train.layer_loop=scan needs layers of one kind"):
-        train.build_program(mixed, make_config(**{"train.layer_loop": "scan"}))
+        train_program.build_program(mixed, make_config(**{"train.layer_loop": "scan"}))
 
 
 def test_router_bias_moves_against_the_load():
@@ -153,6 +154,17 @@ def test_router_bias_moves_against_the_load():
 
 def optim_config(**changes):
     return make_config(**{f"optim.{key}": value for key, value in changes.items()}).optim
+
+
+def optimizer_step(specs, o, kernels):
+    """A compiled f(params, grads, m, v, running mean, scalars) -> (nested tuples of (p, m, v), running mean, norm, 1 if skipped)."""
+    clip, update = optim.build_clip(specs, o, kernels), optim.build_update(specs, o, kernels)
+
+    def step(params, grads, m, v, mean_norm, values):
+        norm, factor, keep, mean_norm = clip(grads, mean_norm, values, ())
+        return update(params, grads, m, v, factor, keep, values), mean_norm, norm, 1 - keep
+
+    return jit(step)
 
 
 def numpy_adamw(params, grads, o, lrs):
@@ -179,10 +191,10 @@ def test_adamw_equals_the_formula(clip_norm, kernels):
     start = init_params(specs, 0)
     grads = [init_params(specs, seed) for seed in (1, 2, 3)]
     params = tuple(map(ms.Tensor, start.values()))
-    state, update = optim.init_state(params, o), jit(optim.build(specs, o, kernels))
+    state, update = optim.init_state(params, o), optimizer_step(specs, o, kernels)
     m, v, norm = state["m"], state["v"], state["norm"]
     for at, (g, lr) in enumerate(zip(grads, lrs)):
-        new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, v, norm, optim.scalars(o, lr, at), ())
+        new, norm, _, _ = update(params, to_tuple(tree_map(ms.Tensor, g)), m, v, norm, optim.scalars(o, lr, at))
         params, m, v = ([leaf[i] for leaf in new] for i in range(3))
     want = numpy_adamw(start, grads, o, lrs)
     for got, name in zip(params, start):
@@ -192,7 +204,7 @@ def test_adamw_equals_the_formula(clip_norm, kernels):
 @pytest.mark.parametrize("kernels", [REFERENCE, FUSED], ids=["reference", "fused"])
 def test_a_norm_spike_is_skipped_and_nothing_of_it_is_kept(kernels):
     o, specs = optim_config(skip_spikes=3.0, clip_norm=0.0), {"w": ParamSpec((4, 4), ("embed", "ffn"), normal(1.0))}
-    update, params = jit(optim.build(specs, o, kernels)), (ms.Tensor(np.ones((4, 4), np.float32)),)
+    update, params = optimizer_step(specs, o, kernels), (ms.Tensor(np.ones((4, 4), np.float32)),)
     state = optim.init_state(params, o)
     m, v, norm = state["m"], state["v"], state["norm"]
 
@@ -200,16 +212,16 @@ def test_a_norm_spike_is_skipped_and_nothing_of_it_is_kept(kernels):
         return (ms.Tensor(np.full((4, 4), x, np.float32)),)
 
     for at, size in enumerate([1.0, 1.0, 1.0]):
-        new, norm, _, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, at + optim.SPIKE_WARMUP_STEPS), ())
+        new, norm, _, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, at + optim.SPIKE_WARMUP_STEPS))
         params, m, v = ([leaf[i] for leaf in new] for i in range(3))
         assert int(skipped) == 0
     before = [x[0].asnumpy().copy() for x in (params, m, v)]  # the update may work in place
     for size in (100.0, float("inf")):
-        new, after, seen, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, 30), ())
+        new, after, seen, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, 30))
         assert int(skipped) == 1 and float(seen) > 100 and float(after) == float(norm)
         for i, old in enumerate((params, m, v)):
             assert np.array_equal(new[0][i].asnumpy(), before[i]) and np.array_equal(old[0].asnumpy(), before[i])
-    _, _, _, skipped = update(params, g(1.1), m, v, norm, optim.scalars(o, 0.1, 31), ())
+    _, _, _, skipped = update(params, g(1.1), m, v, norm, optim.scalars(o, 0.1, 31))
     assert int(skipped) == 0
 
 
@@ -220,7 +232,7 @@ def values_of(tree):
 @pytest.mark.parametrize("loop", ["unroll", "scan"])
 def test_steps_work_in_place_on_nothing_but_the_state(loop):
     start, config = random_params(DENSE), make_config(**{"train.layer_loop": loop})
-    program, given = train.build_program(DENSE, config), values_of(start)
+    program, given = train_program.build_program(DENSE, config), values_of(start)
     state, _ = program.step(program.init(start), make_batch(0), 1e-2, 0)
     taken = program.params(state)
     held = values_of(taken)
@@ -235,8 +247,8 @@ def test_the_update_of_ascend_gives_the_numbers_of_the_reference(monkeypatch):
     """On CPU, where its primitive works too: in place, after everything that reads the old values."""
     found = {}
     for adamw in ("reference", "vendor"):
-        monkeypatch.setattr(train, "choose_kernels", lambda *_, adamw=adamw: dataclasses.replace(REFERENCE, adamw=adamw))
-        program = train.build_program(DENSE, make_config())
+        monkeypatch.setattr(train_program, "choose_kernels", lambda *_, adamw=adamw: dataclasses.replace(REFERENCE, adamw=adamw))
+        program = train_program.build_program(DENSE, make_config())
         state = program.init(random_params(DENSE))
         metrics = []
         for step in range(3):
@@ -249,7 +261,7 @@ def test_the_update_of_ascend_gives_the_numbers_of_the_reference(monkeypatch):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
-    program = train.build_program(DENSE, make_config())
+    program = train_program.build_program(DENSE, make_config())
     state, _ = program.step(program.init(random_params(DENSE)), make_batch(0), 1e-2, 0)
     before = values_of(state)
     infinite = {**make_batch(1), "loss_weights": np.full((4, 16), np.inf, np.float32)}
@@ -289,7 +301,7 @@ def fake_program(losses, **extra):
     def step(state, batch, lr, at):
         return state + 1, {"loss": losses[at], "tokens": 1.0, "objective": losses[at], "grad_norm": 1.0, "lr": lr, **extra}
 
-    return train.Program(None, None, step, lambda state, batches: 0.5)
+    return Program(None, None, step, lambda state, batches: 0.5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

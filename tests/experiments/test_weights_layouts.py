@@ -6,7 +6,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import train
+from experiments import train_program
 from parallel import collectives, placement
 from parallel.mesh import Mesh
 from parallel.spec import ParamSpec, tree_leaves, zeros
@@ -29,7 +29,7 @@ def there_and_back(folder):
     for name, (model, options) in LAYOUTS.items():
         weights = hf.Reader(GOLDEN / model, "float32")
         sharding = layouts.sharding_of(weights.config, options, rank)
-        program = train.build_program(weights.config, layouts.run_config(options), sharding)
+        program = train_program.build_program(weights.config, layouts.run_config(options), sharding)
         state = program.init(weights.read)
         spread = program.spread(state)
         if rank == 0:

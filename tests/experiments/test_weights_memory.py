@@ -13,7 +13,7 @@ MB = 1 << 20
 MEASURED = """
 import json, os, sys
 import numpy as np
-from experiments import convert_look as look, convert_weights as convert, train
+from experiments import convert_look as look, convert_weights as convert, train_state
 from parallel import checkpoint_store
 from parallel.mesh import Mesh
 from parallel.sharding import Sharding
@@ -47,8 +47,8 @@ def measured(function, *args):
 def load(layer_loop):
     weights = hf.Reader(folder + "/hf", "float32")
     sharding = Sharding(Mesh(tp=4, rank=1))
-    placed = train.placements(weights.config, sharding, layer_loop)
-    return train._load(sharding.mesh, placed, weights.read, cfg.num_layers if layer_loop else 0)
+    placed = train_state.placements(weights.config, sharding, layer_loop)
+    return train_state.load_shards(sharding.mesh, placed, weights.read, cfg.num_layers if layer_loop else 0)
 
 out = {"imports": memory("VmRSS"), "total": 4 * sum(int(np.prod(s.shape)) for s in tree_leaves(param_specs(cfg)))}
 out["largest"] = 4 * max(int(np.prod(s.shape)) for s in tree_leaves(param_specs(cfg)))

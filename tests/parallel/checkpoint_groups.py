@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from experiments import train
+from experiments import train_program
 from experiments.data.loader import rank_rows
 from parallel import collectives
 from parallel.checkpoint import pieces
@@ -27,7 +27,7 @@ class Run:
         self.cfg, self.sharding = MODELS[model], sharding_of(MODELS[model], options, rank)
         self.mesh = self.sharding.mesh
         self.micro = options.get("micro", 1)
-        self.program = train.build_program(self.cfg, run_config(options), self.sharding)
+        self.program = train_program.build_program(self.cfg, run_config(options), self.sharding)
         self.saver = Saver(run, rank, self.mesh.world, "abcdef", Settings(), self.sums)
 
     def sums(self, numbers):

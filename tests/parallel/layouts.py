@@ -8,7 +8,7 @@ from unittest import mock
 import mindspore as ms
 import numpy as np
 
-from experiments import optim_rules, train, train_pipeline
+from experiments import optim_rules, train_program
 from experiments.configs import common
 from experiments.data.loader import rank_rows
 from layers.lora import DROPOUT_LAYER
@@ -262,10 +262,9 @@ def begun(model, options, rank=0):
     """(cfg, config, sharding, program, its state before the first step, which rows of a batch are this rank's)"""
     cfg, config = MODELS[model], run_config(options)
     sharding = sharding_of(cfg, options, rank)
-    with contextlib.ExitStack() as patched:
-        for module in (train, train_pipeline) if options.get("in_place") else ():
-            patched.enter_context(mock.patch.object(module, "choose_kernels", _in_place))
-        program, mesh = train.build_program(cfg, config, sharding), sharding.mesh
+    in_place = mock.patch.object(train_program, "choose_kernels", _in_place) if options.get("in_place") else contextlib.nullcontext()
+    with in_place:
+        program, mesh = train_program.build_program(cfg, config, sharding), sharding.mesh
     state = program.init(tree_map(lambda w: w.asnumpy(), parameters(cfg)))
     return cfg, config, sharding, program, state, rank_rows(ROWS, mesh.index(("dp",)), mesh.dp, options.get("micro", 1))
 

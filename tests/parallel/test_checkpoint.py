@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import optim, train, train_pipeline
+from experiments import optim, train_state
 from parallel import checkpoint_store
 from parallel.checkpoint import match, pieces, wanted
 from parallel.checkpoint_files import step_folder
@@ -66,9 +66,9 @@ def ranks_of(cfg, options):
         sharding = sharding_of(cfg, options, rank)
         mesh = sharding.mesh
         if mesh.pp > 1:
-            yield mesh, train_pipeline.placements(cfg, run_config(options), sharding)[1][mesh.index(("pp",)) :: mesh.pp], 0
+            yield mesh, train_state.stage_placements(cfg, run_config(options), sharding)[1][mesh.index(("pp",)) :: mesh.pp], 0
             continue
-        yield mesh, train.placements(cfg, sharding, scan), cfg.num_layers if scan else 0
+        yield mesh, train_state.placements(cfg, sharding, scan), cfg.num_layers if scan else 0
 
 
 def held_of(mesh, placed, layers, arrays):
@@ -79,7 +79,7 @@ def held_of(mesh, placed, layers, arrays):
             return cut(mesh, held.spec, held.axes, lambda at: arrays[held.names[0]][at])
         return cut(mesh, held.spec, held.axes, lambda at: np.stack([arrays[name][at[1:]] for name in held.names]))
 
-    return [held._replace(data=part(held)) for held in train.held_arrays(placed, layers, OPTIM)]
+    return [held._replace(data=part(held)) for held in train_state.held_arrays(placed, layers, OPTIM)]
 
 
 def save(folder, cfg, options, arrays):
@@ -120,13 +120,13 @@ def restore_and_compare(folder, cfg, options, arrays):
     """Every rank of a layout restores, and has what it would cut out of the whole."""
     names = set()
     for mesh, placed, layers in ranks_of(cfg, options):
-        reader, shapes = Reader(folder), wanted(train.held_arrays(placed, layers, OPTIM))
+        reader, shapes = Reader(folder), wanted(train_state.held_arrays(placed, layers, OPTIM))
         assert match(reader, shapes, partial=mesh.pp > 1)[0] == set(shapes)
         names.update(shapes)
-        state = train.restored(mesh, placed, layers, OPTIM, reader.read, reader.meta["norm"])
+        state = train_state.restored(mesh, placed, layers, OPTIM, reader.read, reader.meta["norm"])
         assert state["norm"].asnumpy() == 0.25
         want = held_of(mesh, placed, layers, arrays)
-        got = train.held_arrays(placed, layers, OPTIM, state)
+        got = train_state.held_arrays(placed, layers, OPTIM, state)
         for a, b in zip(want, got, strict=True):
             assert a.data.tobytes() == b.data.asnumpy().tobytes() and a.data.shape == b.data.shape, (mesh, a.names)
     assert names == set(arrays)

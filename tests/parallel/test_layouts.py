@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import train_pipeline
 from experiments.optim_rules import MOMENTS
+from experiments.train_program import build_program
 from parallel.pipeline import live_formula, split_layers
 from parallel.placement import local_shape, place
 from parallel.spec import tree_leaves
@@ -123,4 +123,4 @@ def holders(cfg, options, path):
 def test_a_pipeline_stage_in_which_nothing_trains_is_refused():
     cfg = MODELS["untied"].replace(frozen=(("embed", "layers.0.*"), ()))
     with pytest.raises(ValueError, match="leaves nothing to train in pipeline stage 0"):
-        train_pipeline.Parts(cfg, layouts.run_config({}), layouts.sharding_of(cfg, {"pp": 2}))
+        build_program(cfg, layouts.run_config({}), layouts.sharding_of(cfg, {"pp": 2}))

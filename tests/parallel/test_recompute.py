@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import train
+from experiments import train_program
 from experiments.configs import common
 from parallel.spec import tree_leaves
 from tests.experiments.test_train import make_batch
@@ -22,7 +22,7 @@ def run(cfg, loop, recompute):
     """Losses, norms and parameters of three steps."""
     config = common.get_config()
     config.train.layer_loop, config.train.recompute = loop, recompute
-    program = train.build_program(cfg, config)
+    program = train_program.build_program(cfg, config)
     state, out = program.init(random_params(cfg)), []
     for at in range(3):
         state, metrics = program.step(state, make_batch(at, vocab=cfg.vocab_size), 3e-3, at)
@@ -44,7 +44,7 @@ def test_recomputed_steps_are_bitwise_those_that_keep_all(cfg, loop, recompute):
 PEAK = """
 import sys, json
 import mindspore as ms
-from experiments import train
+from experiments import train_program
 from experiments.bench_train import packed_batch
 from experiments.bench_turns import held_mem_gib, peak_mem_gib
 from experiments.configs import common
@@ -55,7 +55,7 @@ from qwen3.model import param_specs
 cfg = Qwen3Config(vocab_size=64, hidden_size=64, num_layers=4, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=128, tie_embeddings=True)
 config = common.get_config()
 config.train.layer_loop, config.train.recompute = "unroll", sys.argv[1]
-program = train.build_program(cfg, config)
+program = train_program.build_program(cfg, config)
 state = program.init(init_params(param_specs(cfg), 0))
 program.step(state, packed_batch(64, 4, 64), 1e-3, 0)  # compiles
 held = held_mem_gib()

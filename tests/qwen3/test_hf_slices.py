@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from experiments import train
+from experiments import train_state
 from parallel.mesh import Mesh
 from parallel.placement import reader, region
 from parallel.sharding import Sharding
@@ -65,10 +65,10 @@ def test_each_rank_reads_its_share_and_has_its_part_of_the_whole(name, layout, f
     assert weights.config == cfg
     for rank in range(Mesh(**sizes).world):
         sharding = Sharding(Mesh(**sizes, rank=rank), zero=zero)
-        placed = train.placements(cfg, sharding, scan)
-        want = train._load(sharding.mesh, placed, reader(whole), layers)
+        placed = train_state.placements(cfg, sharding, scan)
+        want = train_state.load_shards(sharding.mesh, placed, reader(whole), layers)
         counted.clear()
-        got = train._load(sharding.mesh, placed, weights.read, layers)
+        got = train_state.load_shards(sharding.mesh, placed, weights.read, layers)
         share = sum(elements(region(sharding.mesh, p.spec, p.stored)) for p in tree_leaves(placed))
         assert sum(counted) == share * (2 if form == "bfloat16" else 4)
         assert share < 0.9 * sum(w.size for w in tree_leaves(whole))
