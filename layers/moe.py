@@ -6,9 +6,10 @@ from mindspore import nn, ops
 
 from layers import lora
 from layers.lora import adapted, adapted_experts
+from ops.rearrange import rearrange
 from parallel.spec import ParamSpec, normal, zeros
 
-_reshape, _expand, _concat, _segment_sum = ops.Reshape(), ops.ExpandDims(), ops.Concat(0), ops.UnsortedSegmentSum()
+_reshape, _concat, _segment_sum = ops.Reshape(), ops.Concat(0), ops.UnsortedSegmentSum()
 _log1p, _exp, _maximum, _total, _mean = ops.Log1p(), ops.Exp(), ops.Maximum(), ops.ReduceSum(), ops.ReduceMean(keep_dims=True)
 _largest, _total_kept = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
 NO_OVERFLOW = ms.Tensor([0.0], ms.float32)
@@ -156,8 +157,8 @@ class BiasGradient(nn.Cell):
 
 def load(expert, valid, num_experts):
     """expert_Rk, valid_R -> [E]: the assignments of valid rows to each expert."""
-    each = _reshape(ops.BroadcastTo(expert.shape)(_expand(valid, 1)), (-1,))
-    return _segment_sum(each, _reshape(expert, (-1,)), num_experts)
+    each = ops.BroadcastTo(expert.shape)(rearrange(valid, "rows -> rows 1"))
+    return _segment_sum(rearrange(each, "rows choice -> (rows choice)"), rearrange(expert, "rows choice -> (rows choice)"), num_experts)
 
 
 def statistics(num_experts):
@@ -165,10 +166,10 @@ def statistics(num_experts):
 
     def of_rows(logits, probs, expert, valid):
         top = ops.stop_gradient(_largest(logits, 1))
-        lse = _reshape(top + _log1p(_total_kept(_exp(logits - top), 1) - 1), (-1,))  # not Log: see layers/loss.py
+        lse = rearrange(top + _log1p(_total_kept(_exp(logits - top), 1) - 1), "rows 1 -> rows")  # not Log: see layers/loss.py
         z = _reshape(_total(lse * lse * valid, 0), (1,))
         assigned = ops.stop_gradient(load(expert, valid, num_experts))
-        return _concat((assigned, _total(probs * _expand(valid, 1), 0), z, _reshape(_total(valid, 0), (1,))))
+        return _concat((assigned, _total(probs * rearrange(valid, "rows -> rows 1"), 0), z, _reshape(_total(valid, 0), (1,))))
 
     return of_rows
 
@@ -192,14 +193,15 @@ def entropy_of_logits(logits, valid):
     shifted = logits - _largest(logits, 1)
     each = _exp(shifted)
     sums = _total_kept(each, 1)
-    return _total((_log1p(sums - 1) - _total_kept(each * shifted, 1) / sums) * _expand(valid, 1), (0, 1))  # not Log: see layers/loss.py
+    entropy = _log1p(sums - 1) - _total_kept(each * shifted, 1) / sums  # not Log: see layers/loss.py
+    return _total(entropy * rearrange(valid, "rows -> rows 1"), (0, 1))
 
 
 def plan_of_shards(plan):
     """Returns f(received [shards, C]) -> slot [shards, C], source, group: `plan` of all slots."""
 
     def of_shards(received):
-        slot, source, group = plan(_reshape(received, (-1, 1)))
-        return _reshape(slot, received.shape), source, group
+        slot, source, group = plan(rearrange(received, "shard slot -> (shard slot) 1"))
+        return rearrange(slot, "(shard slot) -> shard slot", shard=received.shape[0]), source, group
 
     return of_shards

@@ -6,6 +6,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
+from ops.rearrange import rearrange
+
 
 def inv_freq(cfg):
     """(float32 [H/2] radians per position, the factor on cos and sin) for cfg's rope_theta and rope_scaling."""
@@ -39,11 +41,10 @@ def angles(cfg):
     """Returns angles(positions_BS) -> cos, sin [B, S, 1, H/2] float32."""
     freq, factor = inv_freq(cfg)
     freq = ms.Tensor(freq.reshape(1, 1, 1, -1))
-    cos, sin, cast, reshape = ops.Cos(), ops.Sin(), ops.Cast(), ops.Reshape()
+    cos, sin, cast = ops.Cos(), ops.Sin(), ops.Cast()
 
     def turn(positions):
-        B, S = positions.shape
-        angle = reshape(cast(positions, ms.float32), (B, S, 1, 1)) * freq
+        angle = rearrange(cast(positions, ms.float32), "batch seq -> batch seq 1 1") * freq
         return cos(angle) * factor, sin(angle) * factor
 
     return turn

@@ -12,7 +12,6 @@ import functools
 from dataclasses import replace
 
 import mindspore as ms
-import numpy as np
 from mindspore import ops
 
 from layers import attention as attention_layer
@@ -23,7 +22,7 @@ from layers.bound_ops import BoundOps
 from ops import registry
 from ops.rearrange import rearrange
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves, tree_paths, unflatten
+from parallel.spec import tree_paths, unflatten
 from qwen3 import run_layers
 from qwen3.config import check_compute_dtype
 
@@ -307,7 +306,7 @@ class Model:
 def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
     """Returns the Model in a layout, by default on one device.
 
-    scan: the layers run in a loop, and `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list (see stack_layers).
+    scan: the layers run in a loop, and `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list.
     kernels: the ops' implementations, an ops.registry.Kernels; by default the fastest that this device has.
     recompute: what of each layer the backward computes again instead of storing it: none, full or attention.
     """
@@ -338,27 +337,6 @@ def metric_names(cfg):
     return ("loss", "tokens") + (("router_loss", "router_z_loss", "expert_load", "expert_overflow") if cfg.moe_layers else ())
 
 
-# Stacked layers, for build(cfg, scan=True)
-
-
 def stacked_specs(cfg):
-    """The specs with one layer's tree in place of the list of layers: the structure of stack_layers' result."""
+    """The specs with one layer's tree in place of the list of layers: the structure of parameters for build(scan=True)."""
     return {**param_specs(cfg), "layers": layer_specs(cfg, 0)}
-
-
-def stack_layers(params):
-    """params, of arrays or tensors, with `layers` as one tree of tensors stacked on a new first dim."""
-    leaves = [tree_leaves(layer) for layer in params["layers"]]
-    stacked = [ms.Tensor(np.stack([in_numpy(leaf) for leaf in same])) for same in zip(*leaves)]
-    return {**params, "layers": unflatten(params["layers"][0], stacked)}
-
-
-def unstack_layers(params):
-    """stack_layers undone."""
-    layers = params["layers"]
-    each = [unflatten(layers, [ms.Tensor(in_numpy(w)[i]) for w in tree_leaves(layers)]) for i in range(tree_leaves(layers)[0].shape[0])]
-    return {**params, "layers": each}
-
-
-def in_numpy(x):
-    return x.asnumpy() if hasattr(x, "asnumpy") else x

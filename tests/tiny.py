@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.data.packing import pack
 from ops import registry
-from parallel.spec import init_params, normal, tree_map, tree_paths
+from parallel.spec import init_params, normal, tree_leaves, tree_map, tree_paths, unflatten
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
 
@@ -86,3 +86,17 @@ def assert_trees_close(reference, value, tolerance):
     assert list(a) == list(b)
     for path in a:
         assert_close(a[path], b[path], tolerance, path)
+
+
+def stack_layers(params):
+    """params, of arrays or tensors, with `layers` as one tree of tensors stacked on a new first dim, for build(cfg, scan=True)."""
+    leaves = [tree_leaves(layer) for layer in params["layers"]]
+    stacked = [ms.Tensor(np.stack([host(leaf) for leaf in same])) for same in zip(*leaves)]
+    return {**params, "layers": unflatten(params["layers"][0], stacked)}
+
+
+def unstack_layers(params):
+    """stack_layers undone."""
+    layers = params["layers"]
+    each = [unflatten(layers, [ms.Tensor(host(w)[i]) for w in tree_leaves(layers)]) for i in range(tree_leaves(layers)[0].shape[0])]
+    return {**params, "layers": each}

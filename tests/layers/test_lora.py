@@ -9,8 +9,8 @@ from parallel.sharding import Sharding
 from parallel.spec import merge, select, tree_map, tree_paths
 from parallel.step import grad_of_nested, jit, joined, to_tuple, value_and_grad
 from qwen3.config import Lora
-from qwen3.model import build, metric_names, param_specs, stack_layers, stacked_specs
-from tests.tiny import DENSE, KINDS, MIXED, MOE, assert_close, assert_trees_close, packed_batch, random_params
+from qwen3.model import build, metric_names, param_specs, stacked_specs
+from tests.tiny import DENSE, KINDS, MIXED, MOE, assert_close, assert_trees_close, packed_batch, random_params, stack_layers
 
 LORA = {"rank": 3, "alpha": 5.0}
 

@@ -16,7 +16,7 @@ from parallel.spec import count, tree_map, tree_paths
 from parallel.step import value_and_grad
 from qwen3 import generate
 from qwen3.config import SIZES
-from qwen3.model import build, forward, layer_specs, loss_fn, metric_names, param_specs, stack_layers, unstack_layers
+from qwen3.model import build, forward, layer_specs, loss_fn, metric_names, param_specs
 from tests.tiny import (
     DENSE,
     FUSED,
@@ -30,6 +30,8 @@ from tests.tiny import (
     host,
     packed_batch,
     random_params,
+    stack_layers,
+    unstack_layers,
 )
 
 # Elements of the released files (their safetensors headers), without the copy of a tied head that some of them hold.

@@ -7,10 +7,10 @@ import pytest
 from parallel.sharding import Sharding
 from parallel.spec import tree_map
 from parallel.step import jit
-from qwen3.model import build, choose_kernels, stack_layers
+from qwen3.model import build, choose_kernels
 from qwen3.probe import SEEN, build_probe, names
 from tests import reference
-from tests.tiny import DENSE, FUSED, MIXED, MOE, assert_close, host, packed_batch, random_params
+from tests.tiny import DENSE, FUSED, MIXED, MOE, assert_close, host, packed_batch, random_params, stack_layers
 
 CASES = {"dense": DENSE, "mixed": MIXED, "post": MOE.replace(norm_placement="post"), "both": DENSE.replace(norm_placement="both")}
 
