@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from absl import app, flags
 
-from experiments import compare_page, records
-from parallel.checkpoint_files import write_text
+from experiments.sweep import compare_page
+from experiments.watch import records
+from parallel.checkpoint.files import write_text
 
 FLAGS = flags.FLAGS
 POINTS = 1000  # of a run, in the pictures

@@ -9,7 +9,7 @@ docs/finetuning.md. On many ranks as experiments.pretrain.
 from functools import partial
 
 from experiments import flags as command_line
-from experiments import training
+from experiments.train import run as training
 
 
 def main(_):

@@ -15,15 +15,15 @@ import traceback
 from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from experiments import layout
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
+from experiments.layout import check as layout
 from ops.registry import IMPLEMENTATIONS, OPS
-from parallel.checkpoint_files import COMPRESSIONS
-from parallel.checkpoint_read import Reader, find
+from parallel.checkpoint.files import COMPRESSIONS
+from parallel.checkpoint.read import Reader, find
 from parallel.hints import nearest
 from parallel.mesh import AXES, world_size
-from parallel.pipeline import SCHEDULES
+from parallel.pipeline.schedule import SCHEDULES
 from qwen3.chat import FORMATS
 from qwen3.config import SIZES, Lora, Qwen3Config, RopeScaling, check_compute_dtype
 

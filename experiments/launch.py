@@ -8,7 +8,7 @@ After `--` comes a module or a .py file, with its arguments. --nproc is the numb
 from absl import flags
 
 from experiments import flags as command_line
-from parallel import launch
+from parallel.launch import job as launch
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("nproc", None, "processes on this node, one a device (msrun's local_worker_num); ranks in all are nproc * nnodes")

@@ -6,7 +6,7 @@ On many ranks: python -m experiments.launch --nproc=4 -- experiments.pretrain --
 from functools import partial
 
 from experiments import flags as command_line
-from experiments import training
+from experiments.train import run as training
 
 
 def main(_):

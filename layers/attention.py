@@ -9,7 +9,7 @@ from mindspore import ops
 from layers import lora
 from layers.lora import adapted
 from ops.rearrange import rearrange
-from parallel.spec import ParamSpec, normal, ones, zeros
+from parallel.specs import ParamSpec, normal, ones, zeros
 
 cast = ops.Cast()
 ADAPTED = {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}

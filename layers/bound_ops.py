@@ -146,7 +146,7 @@ class BoundOps:
         return self.bound("gather_seq", dims)(segments)
 
     def token_order(self, segments, dims):
-        """The place of each token in its row: 0, 1, ... T - 1, except in a ring of ranks (parallel/context.py)."""
+        """The place of each token in its row: 0, 1, ... T - 1, except in a ring of ranks (parallel/context/split.py)."""
         return self.bound("token_order", dims)(segments)
 
     def is_token(self, segment_ids, dims):

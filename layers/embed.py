@@ -5,7 +5,7 @@ from mindspore import ops
 
 from ops import iota
 from ops.registry import pick
-from parallel.spec import ParamSpec, normal
+from parallel.specs import ParamSpec, normal
 
 cast = ops.Cast()
 NEVER = float("-inf")  # the logit of padding

@@ -16,7 +16,7 @@ import mindspore as ms
 from mindspore import ops
 
 from ops import iota
-from parallel.spec import ParamSpec, constant, normal, uniform, zeros
+from parallel.specs import ParamSpec, constant, normal, uniform, zeros
 
 cast = ops.Cast()
 EMBED = {"embed": "embed"}

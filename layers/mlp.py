@@ -4,7 +4,7 @@ from mindspore import ops
 
 from layers import lora
 from layers.lora import adapted
-from parallel.spec import ParamSpec, normal
+from parallel.specs import ParamSpec, normal
 
 cast = ops.Cast()
 ADAPTED = {"gate": "w_gate", "up": "w_up", "down": "w_down"}

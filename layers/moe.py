@@ -7,7 +7,7 @@ from mindspore import nn, ops
 from layers import lora
 from layers.lora import adapted, adapted_experts
 from ops.rearrange import rearrange
-from parallel.spec import ParamSpec, normal, zeros
+from parallel.specs import ParamSpec, normal, zeros
 
 _reshape, _concat, _segment_sum = ops.Reshape(), ops.Concat(0), ops.UnsortedSegmentSum()
 _log1p, _exp, _maximum, _total, _mean = ops.Log1p(), ops.Exp(), ops.Maximum(), ops.ReduceSum(), ops.ReduceMean(keep_dims=True)

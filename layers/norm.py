@@ -3,7 +3,7 @@
 pre: x + f(norm(x)), as in Qwen3. post: x + norm(f(x)), the norm on what is added, as in OLMo 2. both: x + norm(f(norm(x))), as in Gemma 2.
 """
 
-from parallel.spec import ParamSpec, ones
+from parallel.specs import ParamSpec, ones
 
 BEFORE, AFTER = ("pre", "both"), ("post", "both")
 

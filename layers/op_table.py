@@ -15,7 +15,8 @@ from ops import attention
 from ops import iota as iota_op
 from ops.identity import identity
 from ops.registry import pick
-from parallel import context, ring
+from parallel.context import ring
+from parallel.context import split as context
 
 cast = ops.Cast()
 
@@ -108,7 +109,7 @@ def definitions(cfg, sharding, kernels):
 
 
 def _attention(sharding, kernels, scale):
-    """Attention to the tokens of the same row. Ranks that share a row send keys and values round (parallel/ring.py)."""
+    """Attention to the tokens of the same row. Ranks that share a row send keys and values round (parallel/context/ring.py)."""
     if sharding.shards("span") == 1:
         return Definition(lambda: pick(kernels, "attention")(scale, in_order=True), "kernel", keys_of_the_queries)
     parts = pick(kernels, "attention", "parts")(scale)
@@ -244,7 +245,7 @@ def of_two(concat):
 def token_order(ring_size):
     """Returns order(segments_BT) -> int32 [B, T], the place of each token in its row. A token sees the tokens of its document up to itself.
 
-    ring_size: ranks in a ring, which have the tokens of a row in another order (parallel/context.py).
+    ring_size: ranks in a ring, which have the tokens of a row in another order (parallel/context/split.py).
     """
     count, zeros_like = iota_op.reference(), ops.ZerosLike()
     if ring_size > 1:

@@ -44,7 +44,7 @@ def reference(scale, in_order=False):
 
 
 def reference_parts(scale):
-    """(forward, backward) of attention to a part of each query's keys, of which parallel/ring.py makes that to all of them.
+    """(forward, backward) of attention to a part of each query's keys, of which parallel/context/ring.py makes that to all of them.
 
     forward(the arguments of attention) -> o_BSNH, lse_BSN, as cpu_with_lse gives them; backward(the same, o_BSNH and lse_BSN of all keys,
     their cotangents) -> dq, dk, dv, this part's share. In float32, results and gradients in the dtype of their operands.
@@ -134,7 +134,7 @@ def largest_logits(scale, block=None):
         B, S = segment.shape
         hidden = maximum(hides(segment, key_segment, order, key_order), 1 - cast(greater(expand(segment, 2), 0), ms.float32))
         s = reshape(scores(q, k), (B, -1, S, k.shape[2]))
-        return most(s + tile(expand(hidden * MASKED, 1), (1, s.shape[1], 1, 1)), 3)  # tiled: see parallel/ring.py
+        return most(s + tile(expand(hidden * MASKED, 1), (1, s.shape[1], 1, 1)), 3)  # tiled: see parallel/context/ring.py
 
     def cut(x, size):
         """[B, T, ...] -> [blocks, B, size, ...], zeros at the end."""

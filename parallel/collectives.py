@@ -17,9 +17,9 @@ from mindspore.communication import create_group, get_rank, init
 from mindspore.ops.auto_generate.gen_ops_prim import dist_comm_irecv_op, dist_comm_isend_op
 
 from ops.identity import identity
-from parallel import runtime
+from parallel.graph import runtime
+from parallel.graph.source import function
 from parallel.mesh import world_size
-from parallel.source import function
 
 _groups = {}  # ranks -> name, of the groups that this process has made
 

@@ -13,10 +13,12 @@ import mindspore as ms
 import numpy as np
 from einops import rearrange
 
-from parallel import collectives, shard
+from parallel import collectives
+from parallel.lowering import partitioner as shard
 from parallel.mesh import Mesh
 from parallel.sharding import PADDED
-from parallel.spec import ParamSpec, tree_map, tree_paths, unflatten
+from parallel.specs import ParamSpec
+from parallel.trees import tree_map, tree_paths, unflatten
 
 PIECE_BYTES = 64 << 20  # of a global array that is gathered, at a time
 

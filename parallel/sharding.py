@@ -4,7 +4,7 @@
 
 An operand or result is a list of dims; `a>b` says that the dim arrives as `a` and is used, or leaves, as `b`, which is where
 a layout change happens. RULES maps a dim to mesh axes, and from the signature alone follow the collectives, forward and
-backward (parallel/manual.py). On one device every annotation is the identity and `op` returns the function itself.
+backward (parallel/lowering/manual.py). On one device every annotation is the identity and `op` returns the function itself.
 
 One sum is left out of the ops: a parameter's gradient over the data axes, dp and cp. It is partial over those of them that the
 parameter is not split over, and parallel/zero.py sums it once, in buckets. So a term of the loss that does not come from the batch, such
@@ -16,8 +16,9 @@ from functools import cached_property
 
 from mindspore import ops
 
-from parallel import manual, shard
 from parallel.hints import divisors, nearest
+from parallel.lowering import manual
+from parallel.lowering import partitioner as shard
 from parallel.mesh import ONE_DEVICE, Mesh
 
 # Logical dim -> the mesh axes it is split over, outermost first; `tp-kv` and the like are parts of axes, see Mesh.
@@ -112,7 +113,7 @@ class Sharding:
         wrap_part(fn, first), with the global index of the shard's first element, takes the place of wrap(fn).
         sizes: {dim: size} of the dims of results that no operand has. dtype: of the results (a tuple: of each), where it is not the first
         operand's. Only the shard lowering needs these two. around: (dim, numbers of operands) that fn sends round the ranks of the dim,
-        and their gradients in the backward (parallel/ring.py), for parallel/traffic.py.
+        and their gradients in the backward (parallel/context/ring.py), for parallel/simulation/traffic.py.
         Raises ValueError for a signature that the kind does not allow.
         """
         operands, results = parse(signature)

@@ -13,10 +13,10 @@ from mindspore.ops.auto_generate import InplaceCopy
 
 from ops.identity import identity
 from parallel import collectives
+from parallel.graph.nested import expression, subscripts
+from parallel.graph.source import function
 from parallel.placement import local_shape, place
-from parallel.source import function
-from parallel.spec import tree_leaves, unflatten
-from parallel.step import expression, subscripts
+from parallel.trees import tree_leaves, unflatten
 
 BUCKET_ELEMENTS = 1 << 24  # of float32, 64 MiB
 

@@ -23,8 +23,8 @@ import numpy as np
 
 from ops import sampling as sampling_op
 from parallel import collectives
+from parallel.random import hash_uniform
 from parallel.sharding import DATA, Sharding
-from parallel.spec import hash_uniform
 from qwen3.cache import RowsCache, round_up
 from qwen3.generate import CHUNK, decode_loop, extended
 from qwen3.model import choose_kernels

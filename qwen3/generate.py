@@ -17,8 +17,8 @@ from mindspore import ops
 
 from ops import registry
 from ops import sampling as sampling_op
-from parallel.spec import hash_uniform
-from parallel.step import jit
+from parallel.graph.jit import jit
+from parallel.random import hash_uniform
 from qwen3.cache import init_cache, round_up
 from qwen3.model import build, choose_kernels
 

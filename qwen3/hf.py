@@ -14,7 +14,7 @@ import numpy as np
 from einops import rearrange
 from mindspore import Tensor
 
-from parallel.spec import tree_paths, unflatten
+from parallel.trees import tree_paths, unflatten
 from qwen3 import hf_files
 from qwen3.config import DTYPES, Qwen3Config
 from qwen3.hf_files import CODES

@@ -19,7 +19,7 @@ from mindspore.common.np_dtype import bfloat16
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from parallel.checkpoint_files import sync_file
+from parallel.checkpoint.files import sync_file
 from qwen3.config import MODEL_TYPES
 
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"

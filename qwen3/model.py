@@ -22,7 +22,7 @@ from layers.bound_ops import BoundOps
 from ops import registry
 from ops.rearrange import rearrange
 from parallel.sharding import Sharding
-from parallel.spec import tree_paths, unflatten
+from parallel.trees import tree_paths, unflatten
 from qwen3 import run_layers
 from qwen3.config import check_compute_dtype
 
@@ -269,7 +269,7 @@ def rows_over_cache(op, cache, positions):
 def default_positions(op, tokens):
     """0, 1, ... S - 1 in every row."""
     if op.seq_shards > 1:
-        raise ValueError("forward: a rank has parts of rows, so it needs positions; see parallel.context.cut")
+        raise ValueError("forward: a rank has parts of rows, so it needs positions; see parallel.context.split.cut")
     B, S = tokens.shape
     return ops.tile(rearrange(op.iota(S), "seq -> 1 seq"), (B, 1))
 

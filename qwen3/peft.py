@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parallel.spec import tree_paths
+from parallel.trees import tree_paths
 from qwen3 import hf, hf_files
 from qwen3.config import TARGETS, Lora
 from qwen3.model import param_specs
@@ -28,7 +28,7 @@ KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_we
 
 class Adapter(NamedTuple):
     """An opened adapter. lora: its Lora. read(path, slices) -> float32 numpy of a parameter of param_specs(cfg with that lora).
-    base: the path or name of its base. fingerprint: see experiments/adapter.py; None where nobody noted it."""
+    base: the path or name of its base. fingerprint: see experiments/train/adapter.py; None where nobody noted it."""
 
     lora: Lora
     read: object

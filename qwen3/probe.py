@@ -1,4 +1,4 @@
-"""Numbers about the layers of a model and the loss of each row, from a forward of a batch, for watching a run (experiments/probe.py).
+"""Numbers about the layers of a model and the loss of each row, from a forward of a batch, for watching a run (experiments/watch/probe.py).
 
 The forward is the model's own, whose ops carry a function `watch` (layers/bound_ops.py). Nothing of it is part of a training step.
 """

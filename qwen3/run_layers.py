@@ -8,9 +8,9 @@ from mindspore import ops
 from layers import moe
 from layers.attention import attention
 from parallel import zero
-from parallel.recompute import recomputed
-from parallel.scan import scan
-from parallel.spec import tree_leaves
+from parallel.graph.recompute import recomputed
+from parallel.graph.scan import scan
+from parallel.trees import tree_leaves
 
 RECOMPUTE = ("none", "full", "attention")  # nothing, all of a layer, or its attention and the norm before it
 OF_ATTENTION = ("cos", "sin", "segments", "order")  # the entries of `rows` that attention reads

@@ -10,8 +10,9 @@ import numpy as np
 from mindspore import ops
 
 from layers import moe
-from parallel import collectives, pipeline
-from parallel.step import jit
+from parallel import collectives
+from parallel.graph.jit import jit
+from parallel.pipeline import schedule as pipeline
 from qwen3 import model, run_layers
 from qwen3.model import param_specs
 

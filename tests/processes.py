@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
-LAUNCH = "import json, sys; from parallel import launch; sys.exit(launch.run(launch.Job(**json.loads(sys.argv[1]))))"
+LAUNCH = "import json, sys; from parallel.launch import job as launch; sys.exit(launch.run(launch.Job(**json.loads(sys.argv[1]))))"
 LATE_S = 20  # after which a launcher whose ranks should have given up is killed
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parallel.spec import tree_map
+from parallel.trees import tree_map
 from tests.tiny import host
 
 

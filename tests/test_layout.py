@@ -1,4 +1,5 @@
-"""The rules of the tree: imports go one way, mesh axes are named in parallel/ alone, nothing unsafe reads files, peers stay apart."""
+"""The rules of the tree: imports go one way and in no circle, mesh axes are named in parallel/ alone, nothing unsafe reads files, peers stay
+apart."""
 
 import ast
 from pathlib import Path
@@ -14,7 +15,7 @@ MAY_IMPORT = {
     "qwen3": ("ops", "parallel", "layers"),
     "experiments": ("ops", "parallel", "layers", "qwen3"),
 }
-PEERS = "experiments/peers"  # what experiments.bench is compared with
+PEERS = "peer_models"  # the folder of the programs that experiments.bench is compared with
 
 
 def sources(folder):
@@ -38,6 +39,25 @@ def test_imports_go_one_way(folder):
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+def modules_imported(path):
+    """The names that a file imports when it is imported itself, each as a module or as what a module holds."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for folder in MAY_IMPORT for path in sources(folder)}
+    graph = {name: {other for other in modules_imported(path) if other in files} - {name} for name, path in files.items()}
+    done = set()
+    while ready := {name for name, others in graph.items() if name not in done and others <= done}:
+        done |= ready
+    assert done == set(files), f"these import each other: {sorted(set(files) - done)}"
+
+
 @pytest.mark.parametrize("folder", ["ops", "layers", "qwen3"])
 def test_mesh_axes_are_named_in_parallel_only(folder):
     for path in sources(folder):
@@ -55,6 +75,6 @@ def test_peers_are_imported_by_the_benchmarks_peers_alone():
     """They run in processes of their own, and nothing imports them."""
     for folder in MAY_IMPORT:
         for path in sources(folder):
-            if path.parent.name != "peers":
+            if path.parent.name != PEERS:
                 assert not set(imported(path)) & {"torch", "transformers", "jax"}, path
-                assert "experiments.peers" not in path.read_text(), path
+                assert f"import {PEERS}" not in path.read_text(), path

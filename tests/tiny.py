@@ -7,7 +7,8 @@ import numpy as np
 
 from experiments.data.packing import pack
 from ops import registry
-from parallel.spec import init_params, normal, tree_leaves, tree_map, tree_paths, unflatten
+from parallel.specs import init_params, normal
+from parallel.trees import tree_leaves, tree_map, tree_paths, unflatten
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
 

@@ -1,9 +1,9 @@
-"""experiments.dryrun_rank with what DRYRUN_PLANTED names done wrong, for the dry run to find."""
+"""experiments.dryrun.rank with what DRYRUN_PLANTED names done wrong, for the dry run to find."""
 
 import os
 import sys
 
-from experiments import dryrun_rank
+from experiments.dryrun import rank as dryrun_rank
 from layers import loss
 from layers.bound_ops import BoundOps
 from parallel import collectives, sharding, zero

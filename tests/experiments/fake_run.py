@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from experiments.records import read_records
+from experiments.watch.records import read_records
 
 STEPS = 20
 

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 
-from experiments import scoring
+from experiments.evaluate import scoring
 from parallel import collectives
 from parallel.mesh import Mesh
 from parallel.placement import load, place, reader
 from parallel.sharding import Sharding
-from parallel.spec import tree_map
+from parallel.trees import tree_map
 from qwen3.stages import own_specs
 from qwen3.tokenizer import train_bpe
 from tests.tiny import DENSE, MIXED, MOE, random_params

@@ -4,8 +4,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments.accumulate import RunningSum
-from parallel.step import jit
+from experiments.train.accumulate import RunningSum
+from parallel.graph.jit import jit
 
 GRADIENTS = tuple(np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in ((2, 3), (4,)))
 

@@ -12,10 +12,13 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import bench_cases, bench_ops, bench_peers, bench_turns
-from experiments.bench_decode import bench_decode
-from experiments.bench_monitors import bench_monitors
-from experiments.bench_train import LOSS_TOLERANCE, MODEL, bench_train, packed_batch
+from experiments.bench import cases as bench_cases
+from experiments.bench import ops as bench_ops
+from experiments.bench import peers as bench_peers
+from experiments.bench import turns as bench_turns
+from experiments.bench.decode import bench_decode
+from experiments.bench.monitors import bench_monitors
+from experiments.bench.train import LOSS_TOLERANCE, MODEL, bench_train, packed_batch
 from ops import build, registry
 from qwen3.config import Qwen3Config
 
@@ -112,7 +115,7 @@ def test_a_peer_that_is_not_installed_is_an_error_that_names_the_fix(monkeypatch
 def test_peak_memory_is_of_this_process_alone():
     """getrusage in a new process starts from the memory of the one that started it."""
     ballast = np.ones(1 << 26, np.float32)  # 256 MB
-    code = "from experiments.bench_turns import peak_mem_gib; print(peak_mem_gib())"
+    code = "from experiments.bench.turns import peak_mem_gib; print(peak_mem_gib())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=bench_peers.ROOT, check=True).stdout
     assert ballast[0] and float(out) < 0.2 < bench_turns.peak_mem_gib()
 

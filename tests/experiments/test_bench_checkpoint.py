@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from experiments.bench_checkpoint import bench_checkpoint
+from experiments.bench.checkpoint import bench_checkpoint
 
 
 def test_saving_is_measured_in_turns_with_copies_of_as_many_bytes(tmp_path):

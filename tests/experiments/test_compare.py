@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import compare, compare_page, records
+from experiments import compare
+from experiments.sweep import compare_page
+from experiments.watch import records
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,16 +11,17 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import convert_look as look
-from experiments import convert_weights as convert
-from experiments import train_program, weights
 from experiments.configs import common
-from experiments.run_folder import TOKENIZER
-from parallel import checkpoint_store
-from parallel.checkpoint import pieces
-from parallel.checkpoint_files import step_folder
+from experiments.convert import look
+from experiments.convert import weights as convert
+from experiments.train import program as train_program
+from experiments.train import weights
+from experiments.train.run_folder import TOKENIZER
+from parallel.checkpoint import store as checkpoint_store
+from parallel.checkpoint.arrays import pieces
+from parallel.checkpoint.files import step_folder
 from parallel.mesh import ONE_DEVICE
-from parallel.spec import tree_paths
+from parallel.trees import tree_paths
 from qwen3 import hf
 from qwen3.tokenizer import Tokenizer, train_bpe
 from tests.qwen3.hf_folders import GOLDEN, MODELS, ROOT, arrays, contents, edit_tensors

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from experiments import dryrun_jobs, dryrun_plot, dryrun_report, dryrun_shard
 from experiments import flags as command_line
-from experiments.dryrun_search import candidates, estimate, search
-from parallel import dryrun
+from experiments.dryrun import jobs as dryrun_jobs
+from experiments.dryrun import plot as dryrun_plot
+from experiments.dryrun import report as dryrun_report
+from experiments.dryrun import shard as dryrun_shard
+from experiments.dryrun.search import candidates, estimate, search
 from parallel.mesh import WORLD
-from parallel.pipeline import stage_ranges
+from parallel.pipeline.schedule import stage_ranges
 from parallel.placement import nbytes, place
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves
+from parallel.simulation import dryrun
+from parallel.trees import tree_leaves
 from qwen3.model import param_specs
 from qwen3.stages import stage_specs
 from tests.experiments.test_layouts import read

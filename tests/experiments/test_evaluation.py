@@ -6,8 +6,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import evaluation, scoring, weights
 from experiments.data import corpus, loader
+from experiments.evaluate import evaluation, scoring
+from experiments.train import weights
 from qwen3 import hf
 from qwen3.chat import alpaca, encode_chat
 from qwen3.model import forward

@@ -7,13 +7,16 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import adapter, convert_lora, finetune, train_program
+from experiments import finetune
 from experiments import flags as command_line
+from experiments.convert import lora as convert_lora
 from experiments.data import conversations, corpus
-from experiments.weights import initial_params
-from parallel.checkpoint_files import step_folder
-from parallel.checkpoint_read import Reader
-from parallel.spec import tree_paths
+from experiments.train import adapter
+from experiments.train import program as train_program
+from experiments.train.weights import initial_params
+from parallel.checkpoint.files import step_folder
+from parallel.checkpoint.read import Reader
+from parallel.trees import tree_paths
 from qwen3 import hf
 from qwen3.model import build
 from tests.experiments.test_pretrain import make_config

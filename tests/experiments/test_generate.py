@@ -12,14 +12,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments import adapter, convert_weights, generate_batch, generate_chat, layout, prompts, weights
-from experiments.inference_flags import sampling_defaults
-from parallel import checkpoint_store
-from parallel.checkpoint_files import step_folder
+from experiments.convert import weights as convert_weights
+from experiments.generate import batch as generate_batch
+from experiments.generate import chat as generate_chat
+from experiments.generate import prompts
+from experiments.generate.flags import sampling_defaults
+from experiments.layout import check as layout
+from experiments.train import adapter, weights
+from parallel.checkpoint import store as checkpoint_store
+from parallel.checkpoint.files import step_folder
 from parallel.mesh import Mesh
 from parallel.placement import cut, place, reader
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves, tree_paths
+from parallel.trees import tree_leaves, tree_paths
 from qwen3 import hf, peft
 from qwen3.engine import Engine, Request
 from qwen3.generate import generate

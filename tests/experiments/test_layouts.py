@@ -8,7 +8,8 @@ from unittest import mock
 import pytest
 from absl import flags as absl_flags
 
-from experiments import flags, layout_table
+from experiments import flags
+from experiments.layout import table as layout_table
 
 TINY, MOE = "--config=experiments/configs/tiny.py", "--config=experiments/configs/tiny_moe.py"
 

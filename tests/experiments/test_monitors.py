@@ -6,12 +6,12 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import train_program
-from experiments.monitors import Monitor
+from experiments.train import program as train_program
+from experiments.watch.monitors import Monitor
 from parallel import collectives
 from parallel.mesh import ONE_DEVICE
-from parallel.spec import tree_map, tree_paths
 from parallel.step import value_and_grad
+from parallel.trees import tree_map, tree_paths
 from qwen3.model import build, metric_names
 from tests import processes
 from tests.experiments.test_train import make_batch

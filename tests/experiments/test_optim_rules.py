@@ -4,12 +4,15 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import flags, muon, optim, optim_rules, train_program
-from experiments.monitors import Monitor
+from experiments import flags
+from experiments.train import muon, optim, optim_rules
+from experiments.train import program as train_program
+from experiments.watch.monitors import Monitor
+from parallel.graph.nested import to_tuple
 from parallel.mesh import ONE_DEVICE
 from parallel.placement import place
-from parallel.spec import ParamSpec, init_params, normal, tree_leaves, tree_map, tree_paths
-from parallel.step import to_tuple
+from parallel.specs import ParamSpec, init_params, normal
+from parallel.trees import tree_leaves, tree_map, tree_paths
 from qwen3.model import param_specs
 from tests.experiments.test_train import make_batch, optim_config, optimizer_step
 from tests.parallel import layouts

@@ -11,8 +11,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import finish, pretrain
+from experiments import pretrain
 from experiments.configs import common
+from experiments.train import finish
 from qwen3 import generate, hf
 from qwen3.model import forward
 from qwen3.tokenizer import Tokenizer

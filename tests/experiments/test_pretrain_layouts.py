@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import run_folder
+from experiments.train import run_folder
 from parallel import collectives
 from parallel.mesh import Mesh
 from tests import processes

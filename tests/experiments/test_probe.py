@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from experiments import train_program
 from experiments.data.loader import Loader
 from experiments.data.packing import pack
 from experiments.data.rows import Blend, PackedRows
-from experiments.monitors import Monitor
-from experiments.probe import Probe
+from experiments.train import program as train_program
+from experiments.watch.monitors import Monitor
+from experiments.watch.probe import Probe
 from parallel import collectives
 from parallel.mesh import ONE_DEVICE
 from parallel.sharding import Sharding
-from parallel.spec import tree_map, tree_paths
+from parallel.trees import tree_map, tree_paths
 from tests import processes
 from tests.parallel import layouts
 from tests.tiny import DENSE, documents, random_params

@@ -8,9 +8,10 @@ import signal
 import numpy as np
 import pytest
 
-from experiments import checkpoints, pretrain, run_folder
-from parallel.checkpoint_files import step_folder, steps
-from parallel.checkpoint_read import Reader
+from experiments import pretrain
+from experiments.train import checkpoints, run_folder
+from parallel.checkpoint.files import step_folder, steps
+from parallel.checkpoint.read import Reader
 from parallel.mesh import ONE_DEVICE
 from tests.experiments.test_pretrain import make_config, make_text
 

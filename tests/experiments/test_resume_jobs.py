@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.checkpoint_files import clean, step_folder, steps
-from parallel.checkpoint_read import Reader
+from parallel.checkpoint.files import clean, step_folder, steps
+from parallel.checkpoint.read import Reader
 from tests.experiments.test_pretrain_data import BLEND, SMALL, folder  # noqa: F401, a fixture
 from tests.experiments.test_resume import records
 

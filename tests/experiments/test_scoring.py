@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import harness, scoring, tasks
+from experiments.evaluate import harness, scoring, tasks
 from qwen3 import hf
 from qwen3.generate import generate
 from qwen3.model import forward

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import scoring
+from experiments.evaluate import scoring
 from qwen3 import hf
 from qwen3.generate import generate
 from tests.experiments import scoring_worker

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import serve_requests
-from experiments.serve_engine import FAILURES, Full, Job, Worker
+from experiments.serve import requests as serve_requests
+from experiments.serve.engine import FAILURES, Full, Job, Worker
 from qwen3.engine import Event
 from qwen3.tokenizer import Tokenizer
 from tests.experiments import scoring_worker
@@ -142,8 +142,8 @@ def test_a_server_with_keys_wants_one_of_them(tokenizer, tmp_path):
     pytest.importorskip("aiohttp")
     from aiohttp.test_utils import TestClient, TestServer
 
-    from experiments.serve_http import Server
-    from experiments.serve_run import Settings, read_keys
+    from experiments.serve.http import Server
+    from experiments.serve.run import Settings, read_keys
 
     (tmp_path / "keys").write_text("a" * 16 + "\n\n" + "b" * 20 + "\n")
     (tmp_path / "short").write_text("abc\n")

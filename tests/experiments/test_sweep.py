@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import sweep_jobs, sweep_table, sweeps
-from experiments.records import read_records
-from experiments.sweeps import Run, chain, over, product, zipped
+from experiments.sweep import jobs as sweep_jobs
+from experiments.sweep import sweeps
+from experiments.sweep import table as sweep_table
+from experiments.sweep.sweeps import Run, chain, over, product, zipped
+from experiments.watch.records import read_records
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """

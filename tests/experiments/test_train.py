@@ -12,11 +12,17 @@ import pytest
 from mindspore.graph import api
 from ml_collections import ConfigDict
 
-from experiments import metrics, optim, train, train_program, weights
 from experiments.configs import common
-from experiments.train_state import Program, uses_scan
-from parallel.spec import ParamSpec, count, hash_uniform, init_params, normal, tree_leaves, tree_map, tree_paths
-from parallel.step import jit, to_tuple
+from experiments.train import loop as train
+from experiments.train import optim, weights
+from experiments.train import program as train_program
+from experiments.train.state import Program, uses_scan
+from experiments.watch import metrics
+from parallel.graph.jit import jit
+from parallel.graph.nested import to_tuple
+from parallel.random import hash_uniform
+from parallel.specs import ParamSpec, count, init_params, normal
+from parallel.trees import tree_leaves, tree_map, tree_paths
 from qwen3 import hf
 from qwen3.config import SIZES
 from qwen3.model import param_specs

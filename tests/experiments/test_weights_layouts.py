@@ -6,10 +6,11 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import train_program
+from experiments.train import program as train_program
 from parallel import collectives, placement
 from parallel.mesh import Mesh
-from parallel.spec import ParamSpec, tree_leaves, zeros
+from parallel.specs import ParamSpec, zeros
+from parallel.trees import tree_leaves
 from qwen3 import hf
 from tests import processes
 from tests.parallel import layouts

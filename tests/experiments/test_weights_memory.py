@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from parallel import checkpoint_store
+from parallel.checkpoint import store as checkpoint_store
 from tests.qwen3.hf_folders import ROOT
 
 MB = 1 << 20

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from experiments.configs import common
-from parallel.spec import tree_map
+from parallel.trees import tree_map
 from qwen3 import hf
 from qwen3.tokenizer import train_bpe
 from tests.tiny import DENSE, MOE, random_params

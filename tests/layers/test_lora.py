@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from layers import lora
+from parallel.graph.jit import jit
+from parallel.graph.nested import joined, to_tuple
 from parallel.sharding import Sharding
-from parallel.spec import merge, select, tree_map, tree_paths
-from parallel.step import grad_of_nested, jit, joined, to_tuple, value_and_grad
+from parallel.step import grad_of_nested, value_and_grad
+from parallel.trees import merge, select, tree_map, tree_paths
 from qwen3.config import Lora
 from qwen3.model import build, metric_names, param_specs, stacked_specs
 from tests.tiny import DENSE, KINDS, MIXED, MOE, assert_close, assert_trees_close, packed_batch, random_params, stack_layers

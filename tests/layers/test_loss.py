@@ -7,8 +7,8 @@ import pytest
 from layers import loss
 from layers.bound_ops import BoundOps
 from ops import registry
+from parallel.graph.jit import jit
 from parallel.sharding import Sharding
-from parallel.step import jit
 from tests.tiny import DENSE
 
 ROWS, VOCAB = 1003, 77  # whatever the number of threads, their shares end with a part of a vector

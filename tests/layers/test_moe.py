@@ -9,10 +9,10 @@ import pytest
 from layers import moe
 from layers.bound_ops import BoundOps
 from ops import registry
-from parallel.scan import scan
+from parallel.graph.scan import scan
 from parallel.sharding import Sharding
-from parallel.spec import tree_map
 from parallel.step import value_and_grad
+from parallel.trees import tree_map
 from tests.tiny import MOE, assert_close, assert_trees_close
 
 REFERENCE, CPU = registry.Kernels(), registry.Kernels(routing="cpu", grouped_matmul="cpu", swiglu="cpu")

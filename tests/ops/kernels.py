@@ -7,8 +7,9 @@ import numpy as np
 from mindspore import ops
 
 from ops import build
-from parallel.scan import scan
-from parallel.step import jit, value_and_grad
+from parallel.graph.jit import jit
+from parallel.graph.scan import scan
+from parallel.step import value_and_grad
 from tests.tiny import assert_close, host
 
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -52,7 +53,7 @@ def _values_and_gradients(op, inputs, fixed, weights, compiled):
 
 
 def agree_in_scan(reference, fused, x, w, consts, tolerance=TOLERANCE):
-    """op(x, w, *consts) -> like x, as a layer of parallel.scan, where its gradient is taken inside a hand-written backward.
+    """op(x, w, *consts) -> like x, as a layer of parallel.graph.scan, where its gradient is taken inside a hand-written backward.
 
     w: [L, ...], one for each layer.
     """

@@ -6,7 +6,7 @@ import pytest
 from mindspore import ops
 
 from ops import adamw
-from parallel.step import jit
+from parallel.graph.jit import jit
 from tests.ops.kernels import call, same_for_any_threads, tensors
 from tests.ops.test_references import draw
 from tests.tiny import assert_close, host

@@ -10,7 +10,8 @@ import pytest
 from mindspore import ops
 
 from ops import attention
-from parallel.step import jit, value_and_grad
+from parallel.graph.jit import jit
+from parallel.step import value_and_grad
 from tests.ops.kernels import agree, agree_in_scan, call, same_for_any_threads, takes_views, tensors
 from tests.ops.test_references import check, draw
 from tests.tiny import assert_close, host

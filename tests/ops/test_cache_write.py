@@ -6,7 +6,8 @@ import pytest
 from mindspore import ops
 
 from ops import cache_write
-from parallel.step import jit, value_and_grad
+from parallel.graph.jit import jit
+from parallel.step import value_and_grad
 from tests.ops.kernels import call, tensors
 from tests.tiny import assert_close, host
 

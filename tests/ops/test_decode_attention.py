@@ -6,7 +6,8 @@ import pytest
 from mindspore import ops
 
 from ops import attention, cache_write, decode_attention, matmul, rms_norm, rope
-from parallel.step import jit, value_and_grad
+from parallel.graph.jit import jit
+from parallel.step import value_and_grad
 from tests.ops.kernels import TOLERANCE, call, same_for_any_threads, tensors
 from tests.ops.test_references import draw
 from tests.tiny import assert_close, host

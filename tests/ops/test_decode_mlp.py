@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ops import decode_mlp, matmul, rms_norm, swiglu
-from parallel.step import jit, value_and_grad
+from parallel.graph.jit import jit
+from parallel.step import value_and_grad
 from tests.ops.kernels import TOLERANCE, call, same_for_any_threads, takes_views, tensors
 from tests.ops.test_references import draw
 from tests.tiny import assert_close, host

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ops import embedding
-from parallel.step import jit
+from parallel.graph.jit import jit
 from tests.ops.kernels import agree, call, same_for_any_threads, takes_views
 from tests.ops.test_references import check, draw
 from tests.tiny import assert_close, host

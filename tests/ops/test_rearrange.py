@@ -148,7 +148,7 @@ def body(x):
 
 
 class Again(nn.Cell):
-    """body with a backward that differentiates it anew, perhaps inside a while loop, as parallel/recompute.py and parallel/scan.py do."""
+    """body with a backward that differentiates it anew, perhaps inside a while loop, as parallel/graph/recompute.py and parallel/graph/scan.py do."""
 
     def __init__(self, loop):
         super().__init__()

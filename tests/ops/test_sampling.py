@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from ops import sampling
-from parallel.spec import hash_uniform
-from parallel.step import jit
+from parallel.graph.jit import jit
+from parallel.random import hash_uniform
 from tests.ops.kernels import call, tensors
 from tests.tiny import host
 

@@ -20,7 +20,7 @@ from ops import (
     swiglu,
 )
 from ops.signature import Signature, check
-from parallel.step import jit
+from parallel.graph.jit import jit
 
 
 def from_column_1(op):

@@ -8,8 +8,9 @@ import pytest
 from mindspore import ops
 
 from ops import registry, stack_write
-from parallel.scan import scan
-from parallel.step import jit, value_and_grad
+from parallel.graph.jit import jit
+from parallel.graph.scan import scan
+from parallel.step import value_and_grad
 from tests.ops.kernels import call
 from tests.tiny import assert_trees_close, host
 

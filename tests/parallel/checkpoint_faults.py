@@ -16,10 +16,10 @@ from functools import partial
 
 import numpy as np
 
-from parallel.checkpoint_files import FOLDER, clean, step_folder, steps
-from parallel.checkpoint_read import Reader
-from parallel.checkpoint_save import Saver, Settings
-from parallel.checkpoint_store import Piece
+from parallel.checkpoint.files import FOLDER, clean, step_folder, steps
+from parallel.checkpoint.read import Reader
+from parallel.checkpoint.save import Saver, Settings
+from parallel.checkpoint.store import Piece
 
 RANKS, ROWS, WIDTH = 3, 8, 20000
 SETTINGS = Settings(keep_last=2, keep_every=5, timeout_s=60)

@@ -6,15 +6,15 @@ from functools import partial
 
 import numpy as np
 
-from experiments import train_program
 from experiments.data.loader import rank_rows
+from experiments.train import program as train_program
 from parallel import collectives
-from parallel.checkpoint import pieces
-from parallel.checkpoint_files import CheckpointError, step_folder, steps
-from parallel.checkpoint_read import Reader
-from parallel.checkpoint_save import Saver, Settings
+from parallel.checkpoint.arrays import pieces
+from parallel.checkpoint.files import CheckpointError, step_folder, steps
+from parallel.checkpoint.read import Reader
+from parallel.checkpoint.save import Saver, Settings
 from parallel.placement import whole
-from parallel.spec import tree_leaves, tree_map
+from parallel.trees import tree_leaves, tree_map
 from tests.experiments.test_train import make_batch
 from tests.parallel.layouts import LR, MODELS, ROWS, run_config, sharding_of
 from tests.tiny import random_params

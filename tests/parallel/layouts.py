@@ -8,15 +8,16 @@ from unittest import mock
 import mindspore as ms
 import numpy as np
 
-from experiments import optim_rules, train_program
 from experiments.configs import common
 from experiments.data.loader import rank_rows
+from experiments.train import optim_rules
+from experiments.train import program as train_program
 from layers.lora import DROPOUT_LAYER
 from parallel import collectives
 from parallel.mesh import Mesh
 from parallel.placement import cut, whole
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves, tree_map, tree_paths
+from parallel.trees import tree_leaves, tree_map, tree_paths
 from qwen3.config import Lora
 from qwen3.model import choose_kernels
 from tests.experiments.test_train import make_batch

@@ -2,7 +2,7 @@
 
     python -m tests.parallel.shard_step LOWERING CASE
 
-in an environment of parallel.standin, with MS_DEV_SAVE_GRAPHS_PATH. Prints a line of JSON, after RESULT. Nothing is computed.
+in an environment of parallel.simulation.standin, with MS_DEV_SAVE_GRAPHS_PATH. Prints a line of JSON, after RESULT. Nothing is computed.
 """
 
 import json
@@ -18,18 +18,18 @@ import numpy as np
 from mindspore import ops
 from mindspore.communication import GlobalComm, init
 
-from experiments import optim
 from experiments.configs import common
-from experiments.train_program import build_program
+from experiments.train import optim
+from experiments.train.program import build_program
 from layers.bound_ops import BoundOps
 from ops.ascendc import build as ascendc
 from ops.identity import identity
 from ops.registry import OPS
 from parallel import collectives
+from parallel.graph.jit import jit
 from parallel.mesh import Mesh
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves, tree_map, tree_paths, unflatten
-from parallel.step import jit
+from parallel.trees import tree_leaves, tree_map, tree_paths, unflatten
 from qwen3.cache import init_cache
 from qwen3.config import Qwen3Config
 from qwen3.model import build, choose_kernels, param_specs

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from experiments import optim, train_state
-from parallel import checkpoint_store
-from parallel.checkpoint import match, pieces, wanted
-from parallel.checkpoint_files import step_folder
-from parallel.checkpoint_read import Reader
+from experiments.train import optim
+from experiments.train import state as train_state
+from parallel.checkpoint import store as checkpoint_store
+from parallel.checkpoint.arrays import match, pieces, wanted
+from parallel.checkpoint.files import step_folder
+from parallel.checkpoint.read import Reader
 from parallel.placement import cut
-from parallel.spec import tree_paths
+from parallel.trees import tree_paths
 from qwen3.model import param_specs
 from tests import processes
 from tests.parallel import checkpoint_groups

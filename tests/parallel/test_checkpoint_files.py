@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import tensorstore
 
-from parallel import checkpoint_store
-from parallel.checkpoint_files import CheckpointError, clean, remove, step_folder, steps, superseded
-from parallel.checkpoint_read import Reader, find
-from parallel.checkpoint_save import Saver, Settings
-from parallel.checkpoint_store import Piece, chunk_shape, piece_of, save
+from parallel.checkpoint import store as checkpoint_store
+from parallel.checkpoint.files import CheckpointError, clean, remove, step_folder, steps, superseded
+from parallel.checkpoint.read import Reader, find
+from parallel.checkpoint.save import Saver, Settings
+from parallel.checkpoint.store import Piece, chunk_shape, piece_of, save
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(3)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from ops import attention
-from parallel import context
+from parallel.context import split as context
+from parallel.context.ring import _join
 from parallel.mesh import Mesh
-from parallel.ring import _join
 from tests.ops.kernels import tensors
 from tests.ops.test_attention import SCALE, anything, documents, qkv
 from tests.tiny import assert_close, host

@@ -12,9 +12,10 @@ import uuid
 
 import pytest
 
-from parallel import launch, launch_process
-from parallel.launch_nodes import Nodes, bind
-from parallel.launch_process import Cause
+from parallel.launch import job as launch
+from parallel.launch import process as launch_process
+from parallel.launch.nodes import Nodes, bind
+from parallel.launch.process import Cause
 
 RUN = """
 import json, sys

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from experiments.optim_rules import MOMENTS
-from experiments.train_program import build_program
-from parallel.pipeline import live_formula, split_layers
+from experiments.train.optim_rules import MOMENTS
+from experiments.train.program import build_program
+from parallel.pipeline.schedule import live_formula, split_layers
 from parallel.placement import local_shape, place
-from parallel.spec import tree_leaves
+from parallel.trees import tree_leaves
 from qwen3.model import param_specs
 from tests import processes
 from tests.parallel import layouts

@@ -618,7 +618,7 @@ def ops_arange(p, x):
 
 
 # Modes: the function called eagerly, in a graph, differentiated in a graph; used by the construct and, differentiated anew, by the bprop of
-# one Cell, as parallel/recompute.py does; and in a `while` of that bprop, as parallel/scan.py does.
+# one Cell, as parallel/graph/recompute.py does; and in a `while` of that bprop, as parallel/graph/scan.py does.
 MODES = ("eager", "graph", "gradient", "backward", "loop")
 EVERYWHERE = MODES
 NO_BACKWARD = ("eager", "graph", "gradient")
@@ -707,7 +707,7 @@ BY_NAME = {rule.fn.__name__: rule for rule in RULES}
 
 
 class Backward(nn.Cell):
-    """A function whose backward computes it again, as those of parallel/recompute.py do."""
+    """A function whose backward computes it again, as those of parallel/graph/recompute.py do."""
 
     def __init__(self, fn):
         super().__init__()
@@ -721,7 +721,7 @@ class Backward(nn.Cell):
 
 
 class Loop(Backward):
-    """The same in a loop of the backward, as in parallel/scan.py."""
+    """The same in a loop of the backward, as in parallel/graph/scan.py."""
 
     def bprop(self, w, x, out, dout):
         i = Tensor(0, ms.int32)

@@ -16,10 +16,10 @@ import pytest
 from mindspore import Parameter, Tensor, mutable, nn, ops
 from mindspore.graph import api
 
-from experiments.bench_turns import mem_mib
+from experiments.bench.turns import mem_mib
 from ops import stack_write
 from ops.custom import kernel
-from parallel import standin
+from parallel.simulation import standin
 
 
 def full(value, *shape):
@@ -176,7 +176,7 @@ def test_a_cell_that_returns_a_parameter_unchanged_reads_another_one(unchanged):
 
 
 class ZeroForConsts(nn.Cell):
-    """A backward that gives the elements of a tuple gradients of zero, as parallel/scan.py does."""
+    """A backward that gives the elements of a tuple gradients of zero, as parallel/graph/scan.py does."""
 
     def __init__(self, body):
         super().__init__()
@@ -221,7 +221,7 @@ def test_elements_of_a_tuple_that_nothing_reads_become_integers(body):
 
 
 class Differentiated(nn.Cell):
-    """A hand-written backward that differentiates the body anew, as parallel/scan.py does."""
+    """A hand-written backward that differentiates the body anew, as parallel/graph/scan.py does."""
 
     def __init__(self, body):
         super().__init__()
@@ -311,7 +311,9 @@ def test_a_loop_cannot_carry_a_tuple_of_arrays_of_one_shape(shapes):
     else:
         with pytest.raises(RuntimeError, match="empty dynamic length sequence"):
             ms.jit(carried, fullgraph=True)(leaves, full(1))
-            pytest.fail("this MindSpore carries such tuples; then simplify: the backward of parallel/scan.py need not carry a counter")
+            pytest.fail(
+                "this MindSpore carries such tuples; then simplify: the backward of parallel/graph/scan.py need not carry a counter"
+            )
 
 
 def test_a_tuple_of_one_array_leaves_a_loop_with_another_dim():
@@ -325,7 +327,7 @@ def test_a_tuple_of_one_array_leaves_a_loop_with_another_dim():
         return totals
 
     out = run(mutable((full(1),)), full(1))
-    still(out[0].shape == (1, 2), "the backward of parallel/scan.py need not carry a counter")
+    still(out[0].shape == (1, 2), "the backward of parallel/graph/scan.py need not carry a counter")
 
 
 @pytest.mark.parametrize("how", ["set_data", "load_param_into_net", "assign"])
@@ -470,7 +472,7 @@ def kept(fn, rows=1 << 19):
 
 
 def test_kernels_keep_memory_for_operands_of_different_shapes_and_for_transposing():
-    still(kept(spread_column) > 2.5, "the shares of parallel/ring.py's join need no Tile")
+    still(kept(spread_column) > 2.5, "the shares of parallel/context/ring.py's join need no Tile")
     assert kept(tiled_column) < 1.5
     still(kept(turned) > 1.5, "_exchange_by_two in parallel/collectives.py may transpose")
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from parallel import pipeline
-from parallel.pipeline import Backward, Forward, Recv, Send
+from parallel.pipeline import schedule as pipeline
+from parallel.pipeline.schedule import Backward, Forward, Recv, Send
 
 # name, ranks, micro-batches, virtual stages
 CASES = [("gpipe", p, m, 1) for p in (2, 3, 4) for m in (1, 2, 5, 8)]

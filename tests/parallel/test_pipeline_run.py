@@ -7,8 +7,8 @@ import weakref
 import numpy as np
 import pytest
 
-from parallel import pipeline
-from parallel.pipeline_run import Executor
+from parallel.pipeline import schedule as pipeline
+from parallel.pipeline.run import Executor
 
 CASES = [
     ("gpipe", 2, 4, 1),

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import train_program
 from experiments.configs import common
-from parallel.spec import tree_leaves
+from experiments.train import program as train_program
+from parallel.trees import tree_leaves
 from tests.experiments.test_train import make_batch
 from tests.tiny import DENSE, MOE, random_params
 

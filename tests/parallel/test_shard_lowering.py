@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import layout_traffic
-from parallel import standin
+from experiments.layout import traffic as layout_traffic
 from parallel.placement import local_shape, place
-from parallel.spec import tree_leaves
+from parallel.simulation import standin
+from parallel.trees import tree_leaves
 from qwen3.model import param_specs
 from tests.parallel.shard_step import CASES
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from parallel import spec
-from parallel.spec import ParamSpec, init_array, init_params, normal, ones, tree_map, tree_paths, unflatten, zeros
+from parallel.specs import ParamSpec, init_array, init_params, normal, ones, zeros
+from parallel.trees import tree_map, tree_paths, unflatten
 
 WIDE = ParamSpec((6, 5, 7), ("experts", "embed", "ffn"), normal(0.5))
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from parallel import standin
+from parallel.simulation import standin
 
 needs_standin = pytest.mark.skipif(standin.unavailable() is not None, reason=str(standin.unavailable()))
 
@@ -43,7 +43,7 @@ def test_a_function_compiles_for_ascend(tmp_path):
 
 @needs_standin
 def test_processes_that_make_the_library_at_once_share_one(tmp_path):
-    make = [sys.executable, "-c", f"from parallel import standin; print(standin.library({str(tmp_path)!r}))"]
+    make = [sys.executable, "-c", f"from parallel.simulation import standin; print(standin.library({str(tmp_path)!r}))"]
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda _: subprocess.run(make, capture_output=True, text=True, timeout=300), range(2)))
     assert [d.returncode for d in done] == [0, 0], done[0].stderr

@@ -9,9 +9,9 @@ from mindspore import Parameter, ops
 from mindspore.graph import api
 
 from parallel import step
-from parallel.scan import scan
-from parallel.spec import tree_leaves, tree_map, tree_paths, unflatten
+from parallel.graph.scan import scan
 from parallel.step import value_and_grad
+from parallel.trees import tree_leaves, tree_map, tree_paths, unflatten
 from qwen3.model import build, metric_names
 from tests.tiny import DENSE, MOE, assert_close, assert_trees_close, host, packed_batch, random_params
 

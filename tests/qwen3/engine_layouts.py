@@ -2,7 +2,7 @@
 
 import json
 
-from experiments.generate_batch import Together, gathered, run
+from experiments.generate.batch import Together, gathered, run
 from parallel import collectives
 from parallel.mesh import Mesh
 from parallel.placement import load, place, reader

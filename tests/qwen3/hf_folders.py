@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from parallel.spec import tree_paths
+from parallel.trees import tree_paths
 from qwen3 import hf
 
 ROOT = Path(__file__).parents[2]

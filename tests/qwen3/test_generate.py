@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ops.registry import Kernels, choose
-from parallel.spec import hash_uniform
+from parallel.random import hash_uniform
 from qwen3 import generate
 from qwen3.cache import init_cache
 from tests.tiny import DENSE, KINDS, assert_close, documents, random_params

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from parallel.spec import init_params, tree_map, tree_paths
+from parallel.specs import init_params
+from parallel.trees import tree_map, tree_paths
 from qwen3 import hf
 from qwen3.config import SIZES
 from qwen3.model import param_specs

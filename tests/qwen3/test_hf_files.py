@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mindspore.common.np_dtype import bfloat16
 
-from parallel.spec import tree_map, tree_paths
+from parallel.trees import tree_map, tree_paths
 from qwen3 import hf, hf_files
 from qwen3.config import SIZES
 from qwen3.model import param_specs

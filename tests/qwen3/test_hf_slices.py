@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from experiments import train_state
+from experiments.train import state as train_state
 from parallel.mesh import Mesh
 from parallel.placement import reader, region
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves, tree_paths
+from parallel.trees import tree_leaves, tree_paths
 from qwen3 import hf, hf_files
 from qwen3.config import SIZES
 from qwen3.model import param_specs

@@ -12,8 +12,9 @@ from layers import moe
 from layers.bound_ops import BoundOps
 from ops import routing
 from parallel.sharding import RULES, Sharding
-from parallel.spec import count, tree_map, tree_paths
+from parallel.specs import count
 from parallel.step import value_and_grad
+from parallel.trees import tree_map, tree_paths
 from qwen3 import generate
 from qwen3.config import SIZES
 from qwen3.model import build, forward, layer_specs, loss_fn, metric_names, param_specs

@@ -6,8 +6,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from parallel.spec import tree_map, tree_paths
 from parallel.step import value_and_grad
+from parallel.trees import tree_map, tree_paths
 from qwen3 import generate, hf
 from qwen3.config import Qwen3Config
 from qwen3.model import build, forward, layer_specs

@@ -7,8 +7,8 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from parallel.spec import tree_map, tree_paths
 from parallel.step import value_and_grad
+from parallel.trees import tree_map, tree_paths
 from qwen3 import hf
 from qwen3.generate import generate
 from qwen3.model import build, forward, metric_names

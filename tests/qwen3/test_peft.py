@@ -6,8 +6,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-from experiments import adapter
-from parallel.spec import init_params, tree_map, tree_paths
+from experiments.train import adapter
+from parallel.specs import init_params
+from parallel.trees import tree_map, tree_paths
 from qwen3 import hf, hf_files, peft
 from qwen3.config import Lora
 from qwen3.model import build, param_specs

@@ -4,9 +4,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from parallel.graph.jit import jit
 from parallel.sharding import Sharding
-from parallel.spec import tree_map
-from parallel.step import jit
+from parallel.trees import tree_map
 from qwen3.model import build, choose_kernels
 from qwen3.probe import SEEN, build_probe, names
 from tests import reference

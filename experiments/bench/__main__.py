@@ -1,0 +1,75 @@
+"""Benchmarks: python -m experiments.bench --what=train|decode|ops|data|checkpoint|memory|monitors|context
+
+One line a figure, and the same as JSON with --json=FILE. Compare figures of one machine and one day only; with --peer, what others take for
+the same work in the same minutes (pip install -e '.[peers]').
+"""
+
+import json
+
+from absl import flags
+
+from experiments import flags as command_line
+from experiments.bench.checkpoint import bench_checkpoint
+from experiments.bench.context import bench_context
+from experiments.bench.data import bench_data
+from experiments.bench.decode import bench_decode
+from experiments.bench.memory import bench_memory
+from experiments.bench.monitors import bench_monitors
+from experiments.bench.ops import bench_ops
+from experiments.bench.peers import PEERS
+from experiments.bench.train import LOSS_TOLERANCE, bench_train
+from parallel.graph import runtime
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("what", "train", ["train", "decode", "ops", "data", "checkpoint", "memory", "monitors", "context"], "what to measure")
+flags.DEFINE_string("json", None, "file for the figures")
+flags.DEFINE_integer(
+    "steps",
+    None,
+    "train: timed steps (20); decode: generations (5); ops: calls (20); data: steps (10); checkpoint: turns (5);"
+    " memory: steps (6); monitors: steps (20); context: (2)",
+    lower_bound=1,
+)
+flags.DEFINE_boolean("moe", False, "train, decode, monitors: 16 experts of ffn 256, 4 a token, instead of an ffn of 768")
+flags.DEFINE_multi_integer("batch", [1, 16], "decode: prompts at a time; repeat the flag for several", lower_bound=1)
+flags.DEFINE_multi_enum("peer", [], list(PEERS), "train, decode: another contestant; repeat the flag for several")
+flags.DEFINE_string("peer_python", None, "interpreter for the peers whose package is not in this one")
+flags.DEFINE_enum("kernels", "auto", ["auto", "reference", "cpu"], "train, decode, memory, monitors: implementation of our ops")
+flags.DEFINE_boolean("check", False, "train, decode: ours with the reference ops is a contestant too")
+flags.DEFINE_enum("layer_loop", "auto", ["auto", "unroll", "scan"], "train, monitors: how the layers are compiled")
+flags.DEFINE_integer("seq_len", 32768, "context: tokens of the row", lower_bound=8)
+flags.DEFINE_enum("cp_attention", "ring", ["ring", "ulysses"], "context: how ranks share attention")
+flags.DEFINE_list("ops", [], "ops: those to measure; default: all")
+flags.DEFINE_float("state_gb", 2.0, "checkpoint: size of the state, in 1e9 bytes", lower_bound=0.001)
+flags.DEFINE_string("folder", None, "checkpoint: a folder on the disk to measure; default: the system's temporary one")
+flags.DEFINE_float("bin_gb", 2.0, "data: size of the .bin that is made to load from, in 1e9 bytes", lower_bound=0.001)
+
+BENCHES = {
+    "train": (bench_train, 20),
+    "decode": (bench_decode, 5),
+    "ops": (bench_ops, 20),
+    "data": (lambda options: bench_data(options.bin_gb, options.steps), 10),
+    "checkpoint": (lambda options: bench_checkpoint(options.state_gb, options.steps, options.folder), 5),
+    "memory": (bench_memory, 6),
+    "monitors": (bench_monitors, 20),
+    "context": (bench_context, 2),
+}
+
+
+def main(_):
+    runtime.set_up()
+    bench, steps = BENCHES[FLAGS.what]
+    FLAGS.steps = FLAGS.steps or steps
+    figures = bench(FLAGS)
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        print(f"{name:{width}} {value:,.4g}" if isinstance(value, float) else f"{name:{width}} {value}")
+    if FLAGS.json:
+        with open(FLAGS.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+    if not figures.get("loss_difference", 0) <= LOSS_TOLERANCE:
+        raise FloatingPointError("the contestants' losses differ: they do not do the same")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

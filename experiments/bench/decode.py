@@ -1,0 +1,77 @@
+"""The decoding benchmark: greedy continuation of prompts by the model of bench_train; `generate`, the engine and transformers' in turn."""
+
+import os
+import tempfile
+
+import numpy as np
+
+from experiments.bench.peers import contest, median, named, ratio, write_weights
+from experiments.bench.train import MODEL, MOE
+from parallel.random import hash_uniform
+from qwen3.config import Qwen3Config
+
+PROMPT, NEW_TOKENS = 128, 128
+PEERS = ("transformers",)  # that generate
+
+
+def bench_decode(options, model=None, prompt=PROMPT, new_tokens=NEW_TOKENS):
+    """Figures as a dict, those of qwen3.generate without a prefix: medians over `options.steps` generations. over_NAME are medians over
+    rounds of NAME's time over ours: of decoding, of prefill, and of both; engine_over_NAME of NAME's over the engine's.
+
+    options: moe, batch (a list; of several, each one's figures begin with batchN_), steps, kernels, check, peer, peer_python. prefill_s:
+    from the prompts to the first new token. decode_tokens_per_s: new tokens but the first of each row, over the whole time less prefill_s.
+    same_ids: the share of NAME's tokens that are ours. engine_grown_mib: memory that the engine's process took while it served so many
+    short requests (engine_requests), after a quarter as many.
+    """
+    if wrong := [peer for peer in options.peer if peer not in PEERS]:
+        raise ValueError(f"--peer={wrong[0]} does not generate; use --peer={PEERS[0]}, or --what=train")
+    cfg = Qwen3Config(**(model or (MOE if options.moe else MODEL)))
+    figures = {"what": "decode", "model": cfg.model_type, "cores": os.cpu_count()}
+    for batch in options.batch:
+        found = _of_batch(options, cfg, batch, prompt, new_tokens)
+        figures.update({f"batch{batch}_{key}" if len(options.batch) > 1 else key: value for key, value in found.items()})
+    return figures
+
+
+def _of_batch(options, cfg, batch, prompt, new_tokens):
+    place = np.arange(batch * prompt).reshape(batch, prompt)
+    prompts = (hash_uniform(0, 2, place) * cfg.vocab_size).astype(np.int32)
+    ours = {"ours": {"kernels": options.kernels}, "engine": {"kernels": options.kernels, "engine": True}}
+    ours |= {"reference": {"kernels": "reference"}} if options.check else {}
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"what": "decode", "prompts": prompts.tolist(), "new_tokens": new_tokens, **write_weights(cfg, folder)}
+        found, others = contest(job, ours, options, options.steps, 1)
+    figures = {"batch": batch, "load_of_others": others}
+    ids = np.array(found["ours"][0]["ids"])
+    for name, (facts, rounds, memory) in found.items():
+        figures.update(named(name, _figures(rounds, memory, batch, prompt, new_tokens)))
+        if name != "ours":
+            figures[f"{name}_same_ids"] = float((ids == np.array(facts["ids"])).mean())
+            for part, of in (("", decode_time), ("prefill_", prefill_time), ("total_", total_time)):
+                figures[f"{part}over_{name}"] = ratio(found["ours"][1], rounds, of)
+                if name in PEERS:
+                    figures[f"engine_{part}over_{name}"] = ratio(found["engine"][1], rounds, of)
+    return {**figures, **named("engine", found["engine"][0]["served"])}
+
+
+def decode_time(step):
+    return step["total_s"] - step["prefill_s"]
+
+
+def prefill_time(step):
+    return step["prefill_s"]
+
+
+def total_time(step):
+    return step["total_s"]
+
+
+def _figures(rounds, memory, batch, prompt, new_tokens):
+    decode_s, prefill_s, total_s = (median(rounds, of) for of in (decode_time, prefill_time, total_time))
+    return {
+        "decode_tokens_per_s": batch * (new_tokens - 1) / decode_s,
+        "tokens_per_s": batch * new_tokens / total_s,
+        "prefill_tokens_per_s": batch * prompt / prefill_s,
+        "prefill_s": prefill_s,
+        "peak_mem_gib": memory,
+    }

@@ -1,0 +1,62 @@
+"""Our side of a contest, a process of its own: python -m experiments.bench.ours, run by bench/peers.py."""
+
+from experiments.bench.ours_train import load, train
+from experiments.bench.turns import mem_mib, serve, timed
+from ops import registry
+from parallel.graph import runtime
+from qwen3.engine import Engine, Request
+from qwen3.generate import generate, prefill
+
+REQUESTS = 400  # short ones, for the engine's memory
+
+
+def decode(job):
+    """A step reads the prompts, and reads and continues them greedily."""
+    (cfg, params), prompts, count = load(job), job["prompts"], job["new_tokens"]
+    kernels = registry.choose({op: job["kernels"] for op in registry.OPS}, "CPU", cfg.compute_dtype)
+    length = len(prompts[0]) + count
+    if job.get("engine"):
+        return _engine(Engine(params, cfg, slots=len(prompts), length=length, kernels=kernels), prompts, count)
+
+    def read():
+        logits, _ = prefill(params, prompts, cfg, length, kernels)
+        return logits.asnumpy().argmax(-1)
+
+    def write():
+        return generate(params, prompts, cfg, count, kernels=kernels)
+
+    def step():
+        first, _ = timed(read)
+        every, _ = timed(write)
+        return {"prefill_s": first, "total_s": every}
+
+    ids = write()
+    return {"ids": ids}, step
+
+
+def _engine(engine, prompts, count):
+    """The same by continuous batching; and what many requests leave of memory."""
+
+    def write(prompts, count):
+        numbers = [engine.submit(Request(prompt, count)) for prompt in prompts]
+        ids = {number: [] for number in numbers}
+        while engine.busy():
+            for event in engine.step():
+                ids[event.id].append(event.token)
+        return [ids[number] for number in numbers]
+
+    def step():
+        first, _ = timed(write, prompts, 1)
+        every, _ = timed(write, prompts, count)
+        return {"prefill_s": first, "total_s": every}
+
+    ids, short = write(prompts, count), [prompts[i % len(prompts)][: 1 + i % 16] for i in range(REQUESTS)]
+    write(short[: REQUESTS // 4], 4)
+    before = mem_mib()
+    write(short, 4)
+    return {"ids": ids, "served": {"requests": REQUESTS, "grown_mib": mem_mib() - before}}, step
+
+
+if __name__ == "__main__":
+    runtime.set_up()
+    serve({"train": train, "decode": decode})

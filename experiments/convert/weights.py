@@ -1,0 +1,213 @@
+"""Weights of either format behind one face, a Hugging Face folder or a checkpoint of ours, and the way from one to the other."""
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+from tqdm import tqdm
+
+from experiments.train.run_folder import TOKENIZER
+from parallel.checkpoint import store as checkpoint_store
+from parallel.checkpoint.arrays import match
+from parallel.checkpoint.files import FOLDER, step_folder
+from parallel.checkpoint.read import Reader, find
+from parallel.trees import tree_paths, unflatten
+from qwen3 import hf, hf_files
+from qwen3.config import Qwen3Config
+from qwen3.model import param_specs
+
+BLOCK_BYTES = 64 << 20  # about, of what is read of an array at a time
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Opened weights. kind: "Hugging Face folder" or "checkpoint". arrays: {name: (shape, dtype)}, where a name is the path of a parameter,
+    and m/path and v/path are its optimizer state. read(name, slices) -> those elements as numpy; None is all. config: the Qwen3Config.
+    tokenizer: the folder that has its files, or None. text: what else is known. checked: for a checkpoint its Reader."""
+
+    kind: str
+    folder: Path
+    arrays: dict
+    read: object
+    config: Qwen3Config
+    tokenizer: Path | None
+    text: str = ""
+    checked: Reader | None = None
+
+    def __str__(self):
+        return f"{self.kind} {self.folder}{', ' * bool(self.text)}{self.text}"
+
+    def describe_tokenizer(self):
+        return f"tokenizer of {self.tokenizer}" if self.tokenizer else "without a tokenizer, as there is none"
+
+    @property
+    def total_bytes(self):
+        return sum(map(self.nbytes, self.arrays))
+
+    def nbytes(self, name):
+        return math.prod(self.arrays[name][0]) * _itemsize(self.arrays[name][1])
+
+    def blocks(self, name, rows=1):
+        """[slices] that cut an array into blocks of about BLOCK_BYTES along its first dim, of a multiple of `rows`."""
+        shape, _ = self.arrays[name]
+        step = max(1, BLOCK_BYTES * shape[0] // max(1, self.nbytes(name)) // rows) * rows
+        rest = tuple(slice(0, n) for n in shape[1:])
+        return [(slice(i, min(i + step, shape[0])), *rest) for i in range(0, shape[0], step)]
+
+
+def _itemsize(dtype):
+    return hf_files.DTYPES[hf_files.CODES[dtype]].itemsize
+
+
+def open_weights(key, path, dtype=None, state=False):
+    """The Weights in a folder: of a Hugging Face model, a run (its newest checkpoint) or a checkpoint.
+
+    dtype: what read() gives of a Hugging Face folder; None is its own. state: a checkpoint's optimizer state too. Raises ValueError or
+    FileNotFoundError, which name the flag `key`, for one that is not to be used.
+    """
+    if not path:
+        raise ValueError(f"--{key} is missing; give the folder of a Hugging Face model, of a run, or of a checkpoint")
+    path = Path(os.path.expanduser(path))
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"--{key}={path} {what}; give the folder of a Hugging Face model, of a run, or of a checkpoint")
+    with _named(key, path):
+        if native := find(str(path)):
+            return _native(Path(native), state)
+        if (path / FOLDER).is_dir():
+            raise ValueError(f"it has no checkpoint in {FOLDER}/; give a run that has saved one")
+        if state:
+            raise ValueError("a Hugging Face folder has no optimizer state; leave --state out")
+        return _hugging_face(path, dtype)
+
+
+@contextlib.contextmanager
+def _named(key, path):
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"--{key}={path}: {error}") from error
+
+
+def _hugging_face(folder, dtype):
+    found = hf.Reader(folder, dtype)
+    arrays = {path: (found.shape(path), found.dtype(path)) for path in found.paths}
+    tokenizer = folder if hf_files.tokenizer_files(folder) else None
+    return Weights("Hugging Face folder", folder, arrays, found.read, found.config, tokenizer)
+
+
+def _native(folder, state):
+    saved = Reader(str(folder))
+    if not isinstance(saved.meta.get("model"), dict):
+        raise ValueError(f"{folder} does not say of which model it is; it was not saved by a run or by hf-to-native")
+    if base := saved.meta.get("base"):
+        raise ValueError(f"{folder} holds adapters alone, for the base {base['path']}; join them by experiments.convert merge-lora first")
+    config = Qwen3Config.from_hf(saved.meta["model"])
+    shapes = {f"params/{path}": spec.shape for path, spec in tree_paths(param_specs(config))}
+    match(saved, shapes, kinds=("params",))
+    names = [*shapes, *(name for kind in ("m", "v") for p in shapes if (name := p.replace("params", kind, 1)) in saved.names)]
+    if state and len(names) == len(shapes):
+        raise ValueError(f"{folder} has weights alone, and no optimizer state; leave --state out")
+    names = names if state else list(shapes)
+    arrays = {name.removeprefix("params/"): (saved.shape(name), saved.dtype(name)) for name in names}
+
+    def read(name, slices=None):
+        return _as_numpy(saved.read(name if name.startswith(("m/", "v/")) else f"params/{name}", slices))
+
+    beside = folder.parent.parent / TOKENIZER
+    tokenizer = beside if folder.parent.name == FOLDER and beside.is_dir() and hf_files.tokenizer_files(beside) else None
+    config = config.replace(param_dtype=arrays["embed"][1])
+    text = f"step {saved.meta.get('step', 0)}"
+    return Weights("checkpoint", folder, arrays, read, config, tokenizer, text, saved)
+
+
+def _as_numpy(array):
+    """tensorstore's bfloat16 as MindSpore's, which are two types of the same bits."""
+    return array.view(hf_files.DTYPES["BF16"]) if array.dtype.name == "bfloat16" else array
+
+
+def _as_tensorstore(array):
+    return array.view(ts.bfloat16.numpy_dtype) if array.dtype.name == "bfloat16" else array
+
+
+def bar(what, total):
+    """A progress bar over so many bytes, where someone watches."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
+
+
+def check_output(path):
+    """The folder to write. Raises ValueError without one, or where something is in it."""
+    if not path:
+        raise ValueError("--output is missing; give the folder to write, which must not exist yet")
+    path = Path(os.path.expanduser(path))
+    _check_new(path)
+    return path
+
+
+def _check_new(path):
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"--output={path} exists already; give another name, or remove it")
+
+
+def write(command, source, output, dtype):
+    """hf-to-native or native-to-hf, from the folder `source`. Returns lines that say what was done."""
+    folder, native = check_output(output), command == "native-to-hf"
+    weights, wanted = open_weights("input", source, dtype), "checkpoint" if native else "Hugging Face folder"
+    if weights.kind != wanted:
+        other = "hf-to-native" if native else "native-to-hf"
+        raise ValueError(f"--input={source} is a {weights.kind}, and {command} takes a {wanted}; use {other}, or give another folder")
+    if native:
+        to_hugging_face(weights, folder, dtype)
+    else:
+        to_native(weights, folder)
+    yield f"read       {weights}"
+    yield f"wrote      {folder}, {'which transformers opens' if native else f'for --init_from={folder}'}; {weights.describe_tokenizer()}"
+
+
+def to_native(weights, output):
+    """A folder like a run's: the one checkpoint, of step 0, has parameters alone; and tokenizer/. It appears once all is on disk."""
+    meta = {"step": 0, "model": weights.config.to_hf()}
+    with hf_files.replacing(output, _check_new) as new, bar("hf-to-native", weights.total_bytes) as progress:
+        if weights.tokenizer:
+            (new / TOKENIZER).mkdir()
+            for file in hf.carried_files(weights.tokenizer):
+                hf_files.copy_file(file, new / TOKENIZER)
+        (new / FOLDER).mkdir()
+        checkpoint_store.save(step_folder(str(new), 0), _pieces(weights, progress), meta)
+
+
+def _pieces(weights, progress):
+    """What is to be written, block by block."""
+    for name, (shape, dtype) in weights.arrays.items():
+        chunk = checkpoint_store.chunk_shape(shape, _itemsize(dtype))
+        for block in weights.blocks(name, chunk[0]):
+            data = _as_tensorstore(weights.read(name, block))
+            yield checkpoint_store.Piece(f"params/{name}", shape, chunk, tuple(s.start for s in block), data)
+            progress.update(data.nbytes)
+
+
+class _Leaf:
+    """A parameter that is read when hf.save asks for it."""
+
+    def __init__(self, weights, name, progress):
+        self.shape, dtype = weights.arrays[name]
+        self.dtype = np.dtype(hf_files.DTYPES[hf_files.CODES[dtype]])
+        self._weights, self._name, self._progress = weights, name, progress
+
+    def asnumpy(self):
+        out = self._weights.read(self._name)
+        self._progress.update(out.nbytes)
+        return out
+
+
+def to_hugging_face(weights, output, dtype):
+    """A folder that transformers opens. It appears once all is on disk."""
+    specs = param_specs(weights.config)
+    with bar("native-to-hf", weights.total_bytes) as progress:
+        leaves = unflatten(specs, [_Leaf(weights, path, progress) for path, _ in tree_paths(specs)])
+        hf.save(output, weights.config, leaves, tokenizer_dir=weights.tokenizer, dtype=dtype)

@@ -1,0 +1,136 @@
+"""The processes of a dry run: which ranks at which depths, and a report of each rank."""
+
+import math
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from experiments import flags as command_line
+from experiments.dryrun import report as dryrun_report
+from experiments.dryrun import shard as dryrun_shard
+from experiments.layout import check as layout
+from experiments.layout import table as layout_table
+from parallel.mesh import WORLD, Mesh
+from parallel.pipeline.schedule import stage_ranges
+from parallel.sharding import Sharding
+from parallel.simulation import dryrun
+
+MODULE = "experiments.dryrun.rank"
+
+
+def check(config, world, ranks, depths):
+    """Raises ValueError for ranks or depths that cannot be, RuntimeError where nothing can be compiled for Ascend."""
+    cfg = command_line.model_config(config, "any")
+    for rank in ranks:
+        if not 0 <= rank < world:
+            raise ValueError(f"--ranks={rank}: the layout has ranks 0 to {world - 1}")
+    if depths and (len(depths) != 2 or not 1 <= depths[0] < depths[1]):
+        raise ValueError(f"--layers={','.join(map(str, depths))} must be two depths, the smaller first, such as --layers=2,6")
+    layers = max(map(len, _stages(config, cfg)))
+    if depths and depths[1] > layers:
+        whose = "a stage's" if config.parallel.pp > 1 else "the model's"
+        raise ValueError(f"--layers={depths[1]} is more than {whose} {layers} layers; leave --layers out to compile all")
+    if config.train.layer_loop == "scan":
+        raise ValueError("train.layer_loop='scan': a loop does not end where nothing is computed; use --config.train.layer_loop=unroll")
+    if reason := dryrun.unavailable():
+        raise RuntimeError(reason)
+
+
+def compiled(config, lowerings, step, ranks, depths, hbm_gb, jobs):
+    """What is found of a layout, as JSON; printed, too. Of two lowerings a rank's reports follow each other."""
+    check(config, math.prod(config.parallel[axis] for axis in WORLD), ranks, depths)
+    if "shard" in lowerings:
+        dryrun_shard.check(config, command_line.model_config(config, "any"), step)
+    print(
+        f"{config.model}, {step} step, {layout_table.summary(config)}\ncompiled for Ascend in simulation; not run on a device", flush=True
+    )
+    each = [run(lowered(config, lowering), step, ranks, depths, hbm_gb, jobs) for lowering in lowerings]
+    reports = [report for of_rank in zip(*each) for report in of_rank]
+    print("\n".join(line for report in reports for line in dryrun_report.text(report)), flush=True)
+    for both in zip(*each) if len(each) > 1 else ():
+        print("\n".join(dryrun_report.beside(*both)))
+    return {"config": config.to_dict(), "step": step, "hbm_gb": hbm_gb, "ranks": reports}
+
+
+def run(config, step, ranks, depths, hbm_gb, jobs=1, module=MODULE, variables=None):
+    """A report of each rank, as JSON: {lowering, rank, layers, of, figures of all layers, compiled: [[layers, figures]], problems, fits,
+    verdict} and, for a plot, the timeline of its deepest compile. Of a pipeline layers and depths are those of a stage; of the rank's own
+    stages, where they differ, the mean. module: the process that compiles, and more variables of its environment, for tests."""
+    cfg = command_line.model_config(config, "any")
+    stages, wanted = _stages(config, cfg), depths or [None]
+    todo = [Job.of(config, step, rank, layers) for rank in ranks for layers in wanted]
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(lambda job: job.compiled(module, variables), todo))
+    each, out = [done[i : i + len(wanted)] for i in range(0, len(done), len(wanted))], []
+    for rank, compiled in zip(ranks, each):
+        mesh = layout.mesh(cfg, config.parallel, rank)
+        own = list(map(len, stages[mesh.index(("pp",)) :: mesh.pp]))
+        whole = {"lowering": config.parallel.lowering, "rank": rank, "layers": sum(own) / len(own)}
+        whole["of"] = " of a stage" if mesh.pp > 1 else ""
+        out.append(_report(whole, depths or [whole["layers"]], compiled, hbm_gb))
+    return out
+
+
+def _stages(config, cfg):
+    parallel = config.parallel
+    return stage_ranges(cfg.num_layers, parallel.pp, parallel.virtual_stages, tuple(parallel.stage_layers))
+
+
+class Job(NamedTuple):
+    """One compile, and what it is to be like."""
+
+    config: FrozenConfigDict
+    step: str
+    mesh: Mesh
+    wanted: dryrun_report.Expected
+
+    @classmethod
+    def of(cls, config, step, rank, layers):
+        """Of a rank at a depth, None for the whole. For the main thread, as MindSpore's eager gradients, which count the calls, are."""
+        config = _at_depth(config, layers)
+        cfg, parallel = command_line.model_config(config, "any"), config.parallel
+        mesh = layout.mesh(cfg, parallel, rank)
+        sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
+        return cls(config, step, mesh, dryrun_report.expected(config, cfg, sharding, step))
+
+    def compiled(self, module, variables):
+        """(figures, problems, timeline)"""
+        job = {"config": self.config.to_dict(), "step": self.step}
+        with tempfile.TemporaryDirectory(prefix="dryrun-") as folder:
+            trace = dryrun.trace(module, job, self.mesh.world, self.mesh.rank, folder, variables)
+        problems = dryrun_report.problems(trace, self.wanted)
+        return dryrun_report.figures(trace, self.mesh), problems, dryrun.timeline(trace.blocks)[0]
+
+
+def lowered(config, lowering):
+    """The config in a lowering, which no other main takes but `manual`."""
+    config = ConfigDict(config.to_dict(), convert_dict=True)
+    config.parallel.lowering = lowering
+    return FrozenConfigDict(config)
+
+
+def _at_depth(config, layers=None):
+    """The config of the same model with so many layers, of a pipeline in each stage; unrolled, as in simulation a loop does not end."""
+    config = ConfigDict(config.to_dict(), convert_dict=True)
+    config.train.layer_loop = "unroll"
+    if layers:
+        config.model_args.num_layers, config.parallel.stage_layers = layers * config.parallel.pp * config.parallel.virtual_stages, ()
+    return FrozenConfigDict(config)
+
+
+def _report(whole, depths, compiled, hbm_gb):
+    figures = [(layers, found) for layers, (found, _, _) in zip(depths, compiled)]
+    found = figures[0][1] if len(figures) == 1 else dryrun_report.extrapolated(*figures, whole["layers"])
+    wrong = [f"at {layers:g} layers: {line}" for layers, (_, lines, _) in zip(depths, compiled) for line in lines]
+    fits, verdict = dryrun_report.verdict(found, hbm_gb)
+    return {
+        **whole,
+        "figures": found,
+        "compiled": figures,
+        "problems": wrong,
+        "fits": fits,
+        "verdict": verdict,
+        "timeline": compiled[-1][2],
+    }

@@ -1,0 +1,46 @@
+"""The process of one simulated rank: python -m experiments.dryrun.rank job.json, in an environment that parallel/simulation/dryrun.py makes.
+
+Compiles a step for the rank's part of a layout, calls it, and prints what it was given.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+import mindspore as ms
+from mindspore.communication import init
+from ml_collections import FrozenConfigDict
+
+from experiments import flags as command_line
+from experiments.dryrun import shard as dryrun_shard
+from experiments.dryrun.steps import STEPS
+from experiments.layout import check as layout
+from parallel.sharding import Sharding
+from parallel.simulation.dryrun import RESULT
+
+
+def main(path):
+    with open(path, encoding="utf-8") as file:
+        job = json.load(file)
+    ms.set_context(mode=ms.GRAPH_MODE)
+    ms.set_device("Ascend")
+    init()
+    config = FrozenConfigDict(job["config"])
+    cfg, rank = command_line.model_config(config, "any"), int(os.environ["RANK_ID"])
+    parallel = config.parallel
+    mesh = layout.mesh(cfg, parallel, rank)
+    sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
+    began = time.perf_counter()
+    step, times = STEPS[job["step"]]
+    if parallel.lowering == "shard":
+        dryrun_shard.prepare(mesh.world, parallel.zero)
+        step = dryrun_shard.train_step
+    found = step(config, cfg, sharding)
+    found.update(steps=times, compile_s=time.perf_counter() - began, host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(RESULT + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

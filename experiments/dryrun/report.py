@@ -1,0 +1,230 @@
+"""What a dry run found, held against what the specs and signatures say, and put into figures and tables."""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from experiments.dryrun.steps import rank_placements
+from experiments.layout import traffic as layout_traffic
+from experiments.train.optim_rules import MOMENTS
+from parallel.placement import local_shape, place
+from parallel.simulation import dryrun
+from parallel.simulation.dryrun import Exchange
+from parallel.trees import tree_leaves
+from qwen3.model import param_specs
+
+GIB = 2**30
+HELD = ("params_bytes", "gradients_bytes", "optimizer_bytes", "cache_bytes")
+LARGEST = 12  # source lines of the buffers that are listed
+# kind or name of a Block -> what is said of it
+NAMES = {
+    "input": "parameters and state, and what else comes from the host",
+    "weight": "parameters and moments",
+    "constant": "constants of the graph",
+    "UpdateOutputDeviceAddress": "results of graphs",
+}
+
+
+class Expected(NamedTuple):
+    """What a compiled step is to be like. held: {kind: {path: local shape}} from the specs. calls: Counter of the Exchanges of a training
+    step from the signatures; None of generation. spare: those of them that a graph may leave out, as it needs no result of them."""
+
+    held: dict
+    calls: Counter | None = None
+    spare: Counter = Counter()
+
+
+def expected(config, cfg, sharding, step):
+    if step != "train":
+        return Expected({"params": _shapes(sharding.mesh, place(sharding, param_specs(cfg)), "used")})
+    (trainable, frozen), mesh = rank_placements(config, cfg, sharding), sharding.mesh
+    params = {**_shapes(mesh, trainable, "stored"), **_shapes(mesh, frozen or (), "stored")}
+    moments = {}
+    for kind in MOMENTS[config.optim.name]:
+        moments.update(_shapes(mesh, trainable, "state", f"{kind}."))
+    held = {"params": params, "optimizer": moments}
+    if sharding.lowering == "manual":  # elsewhere they stay in the graph
+        held["gradients"] = _shapes(mesh, trainable, "state")
+    if mesh.pp > 1:
+        calls, spare = layout_traffic.pipeline_calls(config, cfg, sharding)
+    else:
+        calls, spare = layout_traffic.step_calls(config, cfg, sharding), layout_traffic.spare_calls(config, cfg, sharding)
+    return Expected(held, _exchanges(mesh, calls), _exchanges(mesh, spare))
+
+
+def _shapes(mesh, placed, axes, tag=""):
+    return {tag + p.path: list(local_shape(mesh, p.spec, getattr(p, axes))) for p in tree_leaves(placed)}
+
+
+def _exchanges(mesh, calls):
+    out = Counter()
+    for call, count in calls.items():
+        out[Exchange(call.kind, mesh.members(call.atoms) if call.atoms else (), call.elements, call.itemsize)] += count
+    return out
+
+
+def problems(trace, wanted):
+    """What in a compiled step is not as it should be, in words. wanted: an Expected."""
+    out = []
+    for kind, shapes in wanted.held.items():
+        found = trace.said.get(kind, {})
+        for path, shape in shapes.items():
+            if path not in found:
+                out.append(f"{kind}: {path} is not in the compiled step")
+            elif found[path][0] != shape:
+                out.append(f"{kind}: {path} is {_shape(found[path][0])} on this rank, and {_shape(shape)} in the layout")
+    out += _missing_inputs(trace)
+    if wanted.calls is not None:
+        steps = train_steps(trace)
+        for exchange in sorted({*wanted.calls, *trace.exchanges}):
+            most, seen = wanted.calls[exchange], trace.exchanges[exchange] / steps
+            least = most - wanted.spare[exchange]
+            if not least <= seen <= most:
+                said = f"{least} to {most}" if least < most else most
+                out.append(f"{_words(exchange)}: {seen:g} in a step, and {said} by the signatures")
+    return out
+
+
+def train_steps(trace):
+    """How often the step was run."""
+    return trace.said["steps"]
+
+
+def _missing_inputs(trace):
+    """Tensors that the process gave the step, and for which the allocator gave out nothing of their size."""
+    given = Counter(block.size for block in trace.blocks if block.kind in ("input", "weight"))
+    wanted = Counter(dryrun.aligned(nbytes(w)) for kind in ("params", "optimizer") for w in trace.said.get(kind, {}).values())
+    lacking = wanted - given
+    return [f"{count} inputs of {size:,} bytes were not given memory" for size, count in sorted(lacking.items())]
+
+
+def nbytes(tensor):
+    """Bytes of [shape, dtype]."""
+    return math.prod(tensor[0]) * dryrun.ITEMSIZE[tensor[1]]
+
+
+def figures(trace, mesh):
+    """What a report says of one rank at one depth, as JSON."""
+    held = {key: sum(map(nbytes, trace.said.get(key.removesuffix("_bytes"), {}).values())) for key in HELD}
+    top, live = dryrun.peak(trace.blocks)
+    return {
+        **held,
+        "peak_bytes": top,
+        "peaks": dryrun.peaks(trace.blocks),
+        "rest_bytes": top - sum(held.values()),
+        "with_fragments_bytes": max(top, trace.with_fragments),
+        "margin_bytes": int(dryrun.margin_gib(trace.exchanges) * GIB),
+        "compile_s": round(trace.said["compile_s"], 1),
+        "host_bytes": trace.said["host_bytes"],
+        "collectives": collectives(trace.exchanges, train_steps(trace), mesh),
+        "largest": largest(trace, live),
+        "local_shapes": {path: shape for path, (shape, _) in trace.said["params"].items()},
+    }
+
+
+def collectives(exchanges, steps, mesh):
+    """[[kind, axes, ranks, calls a step, bytes that a rank sends in a step]]"""
+    out = {}
+    for exchange, count in exchanges.items():
+        key = exchange.kind, axes_of(exchange.ranks, mesh) if exchange.ranks else "pp", len(exchange.ranks) or 2
+        calls, sent = out.get(key, (0, 0))
+        out[key] = calls + count / steps, sent + exchange.sent() * count / steps
+    return [[*key, *value] for key, value in sorted(out.items())]
+
+
+def axes_of(ranks, mesh):
+    """The mesh's axes along which these ranks lie, as a reader names them."""
+    atoms = [atom for atom in mesh.sizes if set(mesh.members((atom,))) <= set(ranks)]
+    return "+".join(dict.fromkeys(atom[:2] for atom in atoms)) if mesh.members(tuple(atoms)) == ranks else f"ranks {ranks}"
+
+
+def largest(trace, live):
+    """[[bytes, buffers, what made them]] of those alive at the peak, those of one source line together, the most first."""
+    out = {}
+    for block in live:
+        known = NAMES.get(block.kind) or NAMES.get(block.name)
+        made = known or trace.lines.get((block.graph, block.name)) or re.sub(r"-op\d+$", "", block.name)
+        size, count = out.get(made, (0, 0))
+        out[made] = size + block.size, count + 1
+    return [[size, count, made] for made, (size, count) in sorted(out.items(), key=lambda item: -item[1][0])[:LARGEST]]
+
+
+def extrapolated(low, high, layers):
+    """The figures of a depth from those of two others, on a straight line. low, high: (number of layers, figures). The peak is the highest
+    of those of the graphs, each on its own line. What fragments lose does not grow with depth; it is the larger of the two."""
+    (a, x), (b, y) = low, high
+
+    def line(p, q):
+        return p + (q - p) * (layers - a) / (b - a)
+
+    held = {key: line(x[key], y[key]) for key in HELD if key in x}
+    peak = max(line(x["peaks"].get(graph, top), top) for graph, top in y["peaks"].items())
+    lost = max(found["with_fragments_bytes"] - found["peak_bytes"] for found in (x, y))
+    out = {**held, "peak_bytes": peak, "rest_bytes": peak - sum(held.values()), "with_fragments_bytes": peak + lost}
+    first = {tuple(row[:3]): row[3:] for row in x["collectives"]}
+    rows = [[*row[:3], *(line(p, q) for p, q in zip(first.get(tuple(row[:3]), (0, 0)), row[3:]))] for row in y["collectives"]]
+    return {**out, "margin_bytes": line(x["margin_bytes"], y["margin_bytes"]), "collectives": rows, "largest": y["largest"]}
+
+
+def verdict(found, hbm_gb):
+    """(whether it fits, the sentence)"""
+    used, spare = found["with_fragments_bytes"] / GIB, found["margin_bytes"] / GIB
+    fits = used + spare <= hbm_gb
+    what = f"peak {used:.1f} GiB with fragments + {spare:.1f} GiB that simulation does not count"
+    return fits, f"{'fits' if fits else 'DOES NOT FIT'}: {what} = {used + spare:.1f} GiB, of {hbm_gb:g}"
+
+
+LOWERINGS = {"manual": "every rank's part by hand", "shard": "partitioned by MindSpore"}
+ROWS = (
+    ("parameters", "params_bytes"),
+    ("gradients", "gradients_bytes"),
+    ("optimizer state", "optimizer_bytes"),
+    ("KV cache", "cache_bytes"),
+    ("the rest at the peak", "rest_bytes"),
+    ("peak", "peak_bytes"),
+    ("peak with fragments", "with_fragments_bytes"),
+)
+
+
+def text(report):
+    """The lines of a rank's report."""
+    found, depths = report["figures"], [layers for layers, _ in report["compiled"]]
+    how = "" if len(depths) == 1 else f", by a straight line from {depths[0]} and {depths[1]}"
+    took = " and ".join(f"{figures['compile_s']:.0f} s, {figures['host_bytes'] / GIB:.1f} GiB here" for _, figures in report["compiled"])
+    what = f"{report['layers']:g} layers{report['of']}, {LOWERINGS[report['lowering']]}{how}"
+    out = [f"rank {report['rank']}, {what} (compiled and run in {took})"]
+    out += [f"  {name:<22} {found[key] / GIB:9.3f} GiB" for name, key in ROWS if found[key]]
+    if found["collectives"]:
+        out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5} {'calls':>9} {'GiB a rank':>12}")
+        out += [f"  {kind:<22} {axes:<8} {n:>5} {calls:>9,.0f} {sent / GIB:>12.3f}" for kind, axes, n, calls, sent in found["collectives"]]
+    out.append(f"  alive at the peak of {depths[-1]} layers, by what made it")
+    out += [f"  {size / GIB:9.3f} GiB in {count:>4}  {made}" for size, count, made in found["largest"]]
+    out += [f"  WRONG {line}" for line in report["problems"]] or ["  every part and every collective is as the layout says"]
+    return [*out, f"  {report['verdict']}"]
+
+
+def beside(manual, shard):
+    """The lines that hold a rank's two reports, one of each lowering, against each other."""
+    both = manual, shard
+    shapes = [report["compiled"][-1][1]["local_shapes"] for report in both]
+    other = [path for path in shapes[0] if shapes[0][path] != shapes[1].get(path)]
+    other = list(dict.fromkeys(re.sub(r"^layers\.\d+", "layers.*", path) for path in other))
+    shaped = f"other local shapes: {', '.join(other)}" if other else f"the local shapes of all {len(shapes[0])} parameters are the same"
+    out = [f"rank {manual['rank']}, by hand | partitioned by MindSpore", f"  {shaped}"]
+    out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5}" + f" {'calls':>9} {'GiB a rank':>12}" * 2)
+    rows = [{tuple(row[:3]): row[3:] for row in report["figures"]["collectives"]} for report in both]
+    for kind, axes, n in sorted({*rows[0], *rows[1]}):
+        sides = "".join(f" {calls:>9,.0f} {sent / GIB:>12.3f}" for calls, sent in (side.get((kind, axes, n), (0, 0)) for side in rows))
+        out.append(f"  {kind:<22} {axes:<8} {n:>5}{sides}")
+    peaks = "".join(f" {report['figures']['with_fragments_bytes'] / GIB:>22.3f}" for report in both)
+    return [*out, f"  {'peak with fragments':<37}{peaks}"]
+
+
+def _words(exchange):
+    ranks = f"over ranks {' '.join(map(str, exchange.ranks))}" if exchange.ranks else "between stages"
+    return f"{exchange.kind} of {exchange.elements} elements of {exchange.itemsize} bytes {ranks}"
+
+
+def _shape(shape):
+    return " x ".join(map(str, shape)) or "a scalar"

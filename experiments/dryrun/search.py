@@ -1,0 +1,191 @@
+"""Layouts of a number of ranks, their memory and time by formulas, and those that fit, the fastest first.
+
+The formulas are of an order, not of a percent: the machine's figures below are assumed, and nothing was measured on an NPU. What is to be
+used is then compiled, by the dry run itself.
+"""
+
+import itertools
+import re
+from collections import Counter
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from experiments import flags as command_line
+from experiments.layout import check as layout
+from experiments.layout import traffic as layout_traffic
+from experiments.train.optim_rules import MOMENTS
+from experiments.train.state import stage_placements
+from experiments.watch import metrics
+from ops.routing import shard_capacity
+from parallel.placement import nbytes, place
+from parallel.sharding import Sharding
+from parallel.simulation import dryrun, traffic
+from parallel.trees import tree_leaves
+from qwen3.model import param_specs
+
+GIB = 2**30
+# Assumed of a machine of nodes of 8 NPUs with 64 GB each. Rates are of one NPU.
+NODE = 8  # neighbouring ranks
+FLOPS = 350e12  # bfloat16 products
+PRODUCTS = 0.5  # of that rate that a training step's products reach, split among more ranks or not
+INSIDE, BETWEEN = 150e9, 20e9  # bytes a second that a rank sends in a node, and between nodes
+CALL_S = 20e-6  # what a collective takes besides
+
+FORMULAS = """\
+memory of a rank, in GiB
+  state     parameters + the optimizer's moments, float32, each over the ranks that its placement says; of a pipeline, of the rank that has
+            most
+  gradients float32 as the model uses them, from ZeRO 2 on split over dp
+  saved     layers x tokens of a rank's micro-batch x (SAVED_ROWS x hidden / ranks of the rows + SAVED_INPUTS x hidden + SAVED_FFN x ffn
+            / tp + SAVED_HEADS x (heads + 2 kv heads) x head_dim / tp) x 2 bytes + tokens x SAVED_LOGITS x vocabulary / tp x 4 bytes;
+            where a layer has experts, instead of its ffn rows of their buffers x (hidden + SAVED_EXPERT_FFN x their ffn) + chosen rows
+            x hidden + weights of a rank; recomputed layers count with hidden alone, and one in full; of a pipeline, layers of a stage,
+            and hidden for each live input
+  peak      state + gradients + the larger of saved and of what the update holds: UPDATED_FIRST x the largest trained array of a rank +
+            UPDATED_NEXT x the next. Of a single micro-batch, whose gradients come as what was saved goes, state + the larger of saved and
+            of gradients + what the update holds
+seconds of a step
+  compute   model FLOPs of a step / (ranks x {flops:.3g} x {products:g}); a third more for recomputed layers, and in a pipeline
+  sent      bytes of each collective, and between stages, / ({inside:.3g} a second in a node of {node}, {between:.3g} between) + {call:.0e}
+            for each
+  bubble    compute x (pp - 1) / micro-batches"""
+
+# Tensors of bfloat16 that a layer keeps for its backward, counted from compiled graphs: of [rows, hidden], of those that are whole in every
+# rank of a tp group even where its rows are split, of the heads, of the ffn, and of that of experts.
+SAVED_ROWS, SAVED_INPUTS, SAVED_HEADS, SAVED_FFN, SAVED_EXPERT_FFN = 3, 2, 3, 5, 3
+SAVED_LOGITS = 5  # float32 [rows, vocabulary] alive at once in the loss and its backward
+UPDATED_FIRST, UPDATED_NEXT = 6, 3  # float32, alive at once in the update
+
+
+def search(config, world, hbm_gb, top):
+    """(lines of text: the `top` fastest of the layouts that fit, and the formulas; the configs of those). Batch, sequence and model are the
+    config's."""
+    tried = [(each, *estimate(each)) for each in candidates(config, world)]
+    fitting = [row for row in tried if row[1]["peak"] + row[1]["margin"] <= hbm_gb * GIB]
+    fitting.sort(key=lambda row: (sum(row[2].values()), row[1]["peak"]))
+    lines = [f"{len(tried)} layouts of {world} ranks; {len(fitting)} fit {hbm_gb:g} GiB with their margins; by formula, none compiled"]
+    head = f"{'layout':<66}{'state':>8}{'grad.':>8}{'saved':>8}{'peak':>8}{'margin':>8}{'compute s':>11}{'sent s':>9}{'bubble s':>10}"
+    lines += [head] + [_line(*row) for row in fitting[:top]]
+    if not fitting and tried:
+        least = min(tried, key=lambda row: row[1]["peak"])
+        lines += ["none fits; the one that takes the least memory:", _line(*least)]
+    constants = {"flops": FLOPS, "products": PRODUCTS, "inside": INSIDE, "between": BETWEEN, "node": NODE, "call": CALL_S}
+    formulas = re.sub(r"(SAVED|UPDATED)_\w+", lambda name: str(globals()[name[0]]), FORMULAS.format(**constants))
+    return [*lines, formulas], [each for each, *_ in fitting[:top]]
+
+
+def _line(config, memory, seconds):
+    p = config.parallel
+    name = f"--dp={p.dp} --tp={p.tp}" + f" --pp={p.pp}" * (p.pp > 1) + f" --ep={p.ep}" * (p.ep > 1) + f" --zero={p.zero}" * (p.zero > 0)
+    name += " --seq_parallel" * p.seq_parallel + f" --micro_batches={p.micro_batches}"
+    gib = "".join(f"{memory[key] / GIB:8.1f}" for key in ("state", "gradients", "saved", "peak", "margin"))
+    return f"{name:<66}{gib}{seconds['compute']:11.3f}{seconds['sent']:9.3f}{seconds['bubble']:10.3f}"
+
+
+def candidates(config, world):
+    """The configs of all layouts that the model, the batch and the number of ranks allow, without context parallel; pipelines with as many
+    micro-batches as stages, or a multiple."""
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    rows = config.train.batch_size
+    experts = sizes if command_line.model_config(config, "any").num_experts else [1]
+    for tp, pp, ep, zero, seq, micro in itertools.product(sizes, sizes, experts, range(4), (False, True), range(1, rows + 1)):
+        dp = world // (tp * pp)
+        if not dp or rows % (dp * micro) or (zero and dp == 1) or (seq and tp == 1) or micro % pp:
+            continue
+        each = ConfigDict(config.to_dict(), convert_dict=True)
+        each.parallel.update(dp=dp, tp=tp, pp=pp, cp=1, ep=ep, zero=zero, seq_parallel=seq, micro_batches=micro)
+        each.train.layer_loop = "unroll"
+        try:
+            layout.check(each, command_line.model_config(each, "any"), world)
+        except ValueError:
+            continue
+        yield FrozenConfigDict(each)
+
+
+def estimate(config):
+    """({state, gradients, saved, peak, margin}: bytes of a rank, {compute, sent, bubble}: seconds of a step)"""
+    cfg, parallel = command_line.model_config(config, "any"), config.parallel
+    sharding = Sharding(layout.mesh(cfg, parallel), seq_parallel=parallel.seq_parallel, zero=parallel.zero)
+    mesh, pp = sharding.mesh, parallel.pp
+    placed = max(_placed(config, cfg, sharding), key=lambda each: _bytes(mesh, each, "stored"))
+    trained = [each for each in placed if each.spec.trains]
+    stored, used, part = _bytes(mesh, placed, "stored"), _bytes(mesh, trained, "used"), _bytes(mesh, trained, "state")
+    state, gradients = stored + len(MOMENTS[config.optim.name]) * part, part if parallel.zero >= 2 else used
+    saved, held = saved_bytes(config, cfg, sharding), _updated(mesh, trained)
+    calls = _calls(config, cfg, sharding, placed)
+    groups = {mesh.members(call.atoms) for call in calls} | ({mesh.members(("pp",))} if pp > 1 else set())
+    margin = int((dryrun.MARGIN_GIB + dryrun.MARGIN_PER_GROUP_GIB * len(groups)) * GIB)
+    peak = state + (gradients + max(saved, held) if parallel.micro_batches > 1 else max(saved, gradients + held))
+    memory = {"state": state, "gradients": gradients, "saved": saved, "peak": peak, "margin": margin}
+    compute = metrics.flops_per_token(cfg, config.train.seq_len) * config.train.batch_size * config.train.seq_len
+    compute *= (1 + ((config.train.recompute == "full") + (pp > 1)) / 3) / (mesh.world * FLOPS * PRODUCTS)
+    sent = sum(count * (call.sent(mesh) / _rate(mesh.members(call.atoms)) + CALL_S) for call, count in calls.items())
+    if pp > 1:
+        message = _tokens(config) * cfg.hidden_size * 2 / (parallel.tp if parallel.seq_parallel else 1)
+        sent += 2 * parallel.micro_batches * (message / _rate(mesh.members(("pp",))[:2]) + CALL_S)
+    return memory, {"compute": compute, "sent": sent, "bubble": compute * (pp - 1) / parallel.micro_batches}
+
+
+def _placed(config, cfg, sharding):
+    """For each rank along pp the Placed that it has."""
+    pp = config.parallel.pp
+    if pp == 1:
+        return [tree_leaves(place(sharding, param_specs(cfg)))]
+    _, stages, _ = stage_placements(cfg, config, sharding)
+    return [tree_leaves(tuple(stages[rank::pp])) for rank in range(pp)]
+
+
+def _bytes(mesh, placed, axes):
+    return sum(nbytes(mesh, p, axes) for p in placed)
+
+
+def _calls(config, cfg, sharding, placed):
+    """Counter of the calls of a step; of a pipeline those of an even share of the layers, and of both of its ends."""
+    micro, pp = config.parallel.micro_batches, config.parallel.pp
+    if pp == 1:
+        return layout_traffic.step_calls(config, cfg, sharding)
+    rest, layers = layout_traffic.model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
+    layers = layers + layout_traffic.recomputed_calls(config, cfg, sharding, layers, cfg.num_layers) + traffic.again(layers, 1)
+    mine = Counter({call: count / pp for call, count in layers.items()})
+    return traffic.times(rest + mine, micro) + traffic.of_update(sharding, placed, micro)
+
+
+def _rate(ranks):
+    return INSIDE if ranks[0] // NODE == ranks[-1] // NODE else BETWEEN
+
+
+def _tokens(config):
+    """Of a rank's micro-batch."""
+    parallel = config.parallel
+    return config.train.batch_size // (parallel.dp * parallel.micro_batches) * config.train.seq_len
+
+
+def _updated(mesh, trained):
+    """What the update has besides state and gradients."""
+    first, then, *_ = sorted((nbytes(mesh, each, "state") for each in trained), reverse=True) + [0, 0]
+    return UPDATED_FIRST * first + UPDATED_NEXT * then
+
+
+def saved_bytes(config, cfg, sharding):
+    """What the backward of a micro-batch needs of its forward."""
+    parallel, tp, pp, tokens = config.parallel, config.parallel.tp, config.parallel.pp, _tokens(config)
+    given = tokens * cfg.hidden_size / (tp if parallel.seq_parallel else 1)
+    rows = SAVED_ROWS * given + SAVED_INPUTS * tokens * cfg.hidden_size
+    heads = tokens * SAVED_HEADS * (cfg.num_heads + 2 * max(cfg.num_kv_heads, tp)) * cfg.head_dim / tp
+    sparse = sum(map(cfg.is_moe_layer, range(cfg.num_layers))) / cfg.num_layers  # the share of layers with experts
+    ffn = (1 - sparse) * tokens * SAVED_FFN * cfg.ffn_size / tp + (sparse * _of_experts(config, cfg, sharding) if sparse else 0)
+    layer, count = rows + heads + ffn, -(-cfg.num_layers // pp)
+    kept = {"none": count * layer, "attention": count * (layer - heads) + heads, "full": count * given + layer}[config.train.recompute]
+    kept += min(parallel.micro_batches, pp - 1) * given
+    return int(2 * kept + tokens * SAVED_LOGITS * cfg.vocab_size / tp * 4)
+
+
+def _of_experts(config, cfg, sharding):
+    """Elements of a layer."""
+    shards, ffn, chosen = sharding.shards("experts"), cfg.moe_ffn_size / sharding.shards("expert_ffn"), cfg.experts_per_token
+    rows = _tokens(config) * config.parallel.dp // sharding.shards("expert_rows")
+    buffers = rows * chosen
+    if shards > 1:
+        buffers = shards * shard_capacity(rows, chosen, cfg.num_experts, shards, cfg.moe_capacity_factor)
+    weights = 3 * cfg.num_experts / shards * cfg.hidden_size * ffn
+    return buffers * (cfg.hidden_size + SAVED_EXPERT_FFN * ffn) + rows * chosen * cfg.hidden_size + weights

@@ -1,0 +1,96 @@
+"""The steps that a dry run compiles: of the trainer, and of generation.
+
+Their tensors are zeros that nothing has touched, so that they take no memory on the machine that compiles.
+"""
+
+import mindspore as ms
+import ml_dtypes
+import numpy as np
+
+from experiments.train import optim
+from experiments.train.program import build_program
+from experiments.train.state import local_shapes, placements, split_trainable, stage_placements
+from ops import signature
+from parallel.graph.jit import in_device_memory, jit
+from parallel.graph.nested import to_tuple
+from parallel.placement import local_shape, place
+from parallel.trees import tree_leaves, tree_map, tree_paths
+from qwen3.cache import round_up
+from qwen3.model import build, choose_kernels, param_specs
+
+NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+TRAIN_STEPS = 2  # the second is given what the first returned, as every later one is
+
+
+def train_step(config, cfg, sharding):
+    """Two steps of the trainer. Returns {params, optimizer, gradients: {path: [shape, dtype]}}; what is frozen is in params alone."""
+    (trainable, frozen), gradients = rank_placements(config, cfg, sharding), {}
+    signature.listeners.append(_gradients_to(gradients))
+    program = build_program(cfg, config, sharding, has_peers=False)
+    kinds = optim.state_kinds(config.optim)
+    state = {kind: to_tuple(_blank(local_shapes(sharding.mesh, trainable, axes))) for kind, axes in kinds.items()}
+    if frozen:
+        state["frozen"] = to_tuple(_blank(local_shapes(sharding.mesh, frozen, "stored")))
+    paths, frozen_paths = ([p.path for p in tree_leaves(tree or ())] for tree in (trainable, frozen))
+    given = {kind: [[list(w.shape), "float32"] for w in tree_leaves(state[kind])] for kind in state}
+    state = optim.resident(choose_kernels(config.ops, cfg, sharding))({**state, "norm": ms.Tensor(0.0, ms.float32)})
+    for step in range(TRAIN_STEPS):
+        state, _ = program.step(state, _batch(config, sharding.mesh.dp), 1e-3, step)
+    params = {**dict(zip(paths, given["params"])), **dict(zip(frozen_paths, given.get("frozen", ())))}
+    taken = [gradients.get(tuple(shape), [shape, "float32"]) for shape, _ in given["m"]]
+    optimizer = {f"{kind}.{path}": w for kind in optim.MOMENTS[config.optim.name] for path, w in zip(paths, given[kind])}
+    return {"params": params, "optimizer": optimizer, "gradients": dict(zip(paths, taken))}
+
+
+def rank_placements(config, cfg, sharding):
+    """(what trains, what is frozen) of the Placed that a rank has: of the whole model, or a tree for each of its pipeline stages."""
+    if sharding.mesh.pp == 1:
+        return split_trainable(placements(cfg, sharding, False))
+    _, stages, _ = stage_placements(cfg, config, sharding)
+    return split_trainable(tuple(stages[sharding.mesh.index(("pp",)) :: sharding.mesh.pp]))
+
+
+def _gradients_to(found):
+    """Notes what AdamW takes: {shape of its part of a parameter: [shape, dtype] of the gradient}."""
+
+    def hear(op, shapes, dtypes):
+        if op == "adamw" and len(shapes) > 1:  # one: the sum of squares of the same op
+            found[tuple(shapes[3])] = [list(shapes[4]), str(dtypes[4]).lower().split("[")[-1].rstrip("]")]
+
+    return hear
+
+
+def _blank(tree, dtype="float32"):
+    return tree_map(lambda like: ms.Tensor.from_numpy(np.zeros(like.shape, NUMPY[dtype])), tree)
+
+
+def _batch(config, dp):
+    shape = config.train.batch_size // dp, config.train.seq_len
+    ints = ("tokens", "targets", "segment_ids", "positions")
+    return {**{key: np.ones(shape, np.int32) for key in ints}, "loss_weights": np.ones(shape, np.float32)}
+
+
+def generate_step(config, cfg, sharding):
+    """The prompt, and a token after it: batch_size rows of seq_len. Returns {params, cache: {path: [shape, dtype]}}."""
+    mesh, rows = sharding.mesh, config.train.batch_size // sharding.mesh.dp
+    length, dtype = round_up(config.train.seq_len), cfg.param_dtype
+    placed = place(sharding, param_specs(cfg))
+    params = in_device_memory(tree_map(lambda p: _empty(local_shape(mesh, p.spec, p.used), dtype), placed))
+    heads = cfg.num_kv_heads * mesh.kv_repeat // mesh.tp
+    shape = rows, length, heads, cfg.head_dim
+    cache = in_device_memory(tuple((_empty(shape, cfg.compute_dtype), _empty(shape, cfg.compute_dtype)) for _ in range(cfg.num_layers)))
+    extend = jit(build(cfg, sharding, kernels=choose_kernels(config.ops, cfg, sharding)).extend)
+    last = ms.Tensor(np.zeros(rows, np.int32))
+    for width in (length, 1):
+        ids = ms.Tensor(np.ones((rows, width), np.int32))
+        _, cache = extend(params, cache, ids, ids, last)
+    of_cache = {f"{i}.{kind}": [list(shape), cfg.compute_dtype] for i in range(cfg.num_layers) for kind in "kv"}
+    return {"params": {path: [list(w.shape), dtype] for path, w in tree_paths(params)}, "cache": of_cache}
+
+
+def _empty(shape, dtype):
+    return ms.Tensor.from_numpy(np.zeros(shape, NUMPY[dtype]))
+
+
+# name -> (the step, how often it counts as run)
+STEPS = {"train": (train_step, TRAIN_STEPS), "generate": (generate_step, 1)}

@@ -1,0 +1,61 @@
+"""How good a model is: python -m experiments.evaluate (--hf_dir=DIR | --workdir=RUN) --data=PATH --tasks=FILE.jsonl,... [--json=FILE]
+
+--data: loss, perplexity and bits per byte of whatever data.path takes, as --config.data.* and --config.train.seq_len say, with the model's
+own tokenizer. --workdir alone: of the run's own held-out rows. --tasks: files as experiments/evaluate/tasks.py describes, or names of tasks of
+lm-evaluation-harness where it is installed. In a layout: python -m experiments.launch --nproc=2 -- experiments.evaluate ... --tp=2
+"""
+
+import os
+
+from absl import flags
+
+from experiments import flags as command_line
+from experiments.configs import common
+from experiments.evaluate import evaluation
+from experiments.train import weights
+from parallel import collectives
+from parallel.checkpoint.files import write_json
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    command_line.define(common.__file__)  # wherever this is started
+    flags.DEFINE_string("data", None, "a text file or folder, the prefix of a pair, weight,prefix,..., or what a stream reads")
+    flags.DEFINE_enum("part", "all", ["all", "held_out"], "of --data: all of it, or what a training run holds out of it")
+    flags.DEFINE_integer("rows", 0, "rows of data at most; 0 for all")
+    flags.DEFINE_list("tasks", "", "files of tasks, or names of tasks of lm-evaluation-harness")
+    flags.DEFINE_string("task_folder", None, "folder of YAML files of more tasks for the harness")
+    flags.DEFINE_integer("limit", None, "documents of each task of the harness at most")
+    flags.DEFINE_integer("max_length", None, "tokens of a task's text at most; by default the model's own")
+    flags.DEFINE_string("json", None, "file to write the results to")
+
+
+def main(_):
+    for name in ("init_from", "resume_from", "partial", "zero", "micro_batches"):
+        if FLAGS[name].present:
+            raise ValueError(f"--{name} has no use here; leave it out")
+    rank, _ = collectives.start()
+    model = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
+    tokenizer = model.load_tokenizer()
+    files, names = evaluation.split_tasks(FLAGS.tasks, FLAGS.task_folder)
+    data, part = FLAGS.data, FLAGS.part
+    if data is None and not FLAGS.tasks:
+        data, part = evaluation.own_data(FLAGS.config, FLAGS.workdir), "held_out"
+    FLAGS.config.data.path = data or ""
+    FLAGS.config.data.tokenizer = FLAGS.config.data.tokenizer or str(model.tokenizer)
+    config = command_line.resolve(FLAGS, cfg=model.cfg)
+    scorer = evaluation.load(model, tokenizer, config, rank, FLAGS.max_length)
+    results = {}
+    if data is not None:
+        results["data"] = evaluation.data_set(scorer, config, part, FLAGS.rows)
+    results.update(evaluation.run_tasks(scorer, files, names, FLAGS.task_folder, FLAGS.limit))
+    if rank == 0:
+        report = {"weights": model.text, "data": data, "part": part if data is not None else None, "results": results}
+        print("\n".join(evaluation.table(report)), flush=True)
+        if FLAGS.json:
+            write_json(os.path.expanduser(FLAGS.json), report)
+
+
+if __name__ == "__main__":
+    command_line.run(main, define_flags)

@@ -1,0 +1,96 @@
+"""The parts of experiments.evaluate: a model in a layout, the loss of a data set, tasks, and the table of all."""
+
+import itertools
+import json
+import os
+
+import numpy as np
+
+from experiments.data import corpus, loader
+from experiments.evaluate import harness, scoring, tasks
+from experiments.layout import check as layout
+from experiments.train.run_folder import CONFIG
+from experiments.watch.metrics import held_out
+from parallel.sharding import Sharding
+from qwen3.model import choose_kernels
+
+
+def own_data(config, workdir):
+    """Sets `config`, a ConfigDict, to the data of a run and returns its data.path. Raises ValueError where that cannot be known."""
+    if not workdir:
+        raise ValueError("--data and --tasks are missing; give what is to be evaluated on, or --workdir for a run's own held-out rows")
+    path = os.path.join(os.path.expanduser(workdir), CONFIG)
+    if not os.path.isfile(path):
+        raise ValueError(f"--workdir={workdir} has no {CONFIG}, so that its data is not known; give --data")
+    with open(path, encoding="utf-8") as file:
+        saved = json.load(file)
+    config.data.update({key: value for key, value in saved["data"].items() if key in config.data and key != "tokenizer"})
+    config.train.update({key: saved["train"][key] for key in ("seq_len", "seed", "eval_rows")})
+    return config.data.path
+
+
+def load(model, tokenizer, config, rank, length=None):
+    """The scoring.Scorer of an opened model in the layout of config.parallel, each rank reading its own part."""
+    cfg, seq_parallel = model.cfg, config.parallel.seq_parallel
+    layout.check_only_computes(config.parallel, cfg)
+    sharding = Sharding(layout.mesh(cfg, config.parallel, rank), seq_parallel=seq_parallel)
+    options = {"kernels": choose_kernels(config.ops, cfg, sharding), "batch_size": config.train.batch_size, "length": length}
+    return scoring.build(model.params(sharding), cfg, tokenizer, sharding=sharding, **options)
+
+
+def data_set(scorer, config, part, most=0):
+    """{loss, perplexity, bits_per_byte, targets, bytes, rows} of the first rows of the data, or all. part: "all" or "held_out"."""
+    if part == "held_out":
+        found = corpus.load(config, scorer.cfg.vocab_size)
+        tokenizer, rows = found.tokenizer, ({key: x[i] for key, x in found.held_out.items()} for i in range(len(found.held_out["tokens"])))
+    else:
+        tokenizer, source = corpus.whole(config, scorer.cfg.vocab_size)
+        rows = loader.one_epoch(source, config.train.seed)
+    rows, sizes = itertools.islice(rows, most or None), tokenizer.token_bytes()
+    nats, targets, size, count = 0.0, 0.0, 0.0, 0
+    while batch := list(itertools.islice(rows, scorer.batch_size)):
+        batch = {key: np.stack([row[key] for row in batch]) for key in batch[0]}
+        weights = batch["loss_weights"].astype(np.float64)
+        nats += (scoring.score_rows(scorer, batch)[0] * weights).sum()
+        targets, size, count = targets + weights.sum(), size + (sizes[batch["targets"]] * weights).sum(), count + len(weights)
+    if not targets:
+        raise ValueError(f"data.path={config.data.path!r} has no pair of tokens to score; give more text")
+    values = held_out(nats / targets, size / targets)
+    values = {"loss": values.pop("eval_loss"), **values}
+    return {"values": values, "errors": {}, "count": int(targets), "of": f"targets, {int(size):,} bytes, {count:,} rows"}
+
+
+def split_tasks(given, folder):
+    """([Task of each file], [names that are no file]) of --tasks. Raises ValueError for a missing file."""
+    files = [name for name in given if os.path.isfile(os.path.expanduser(name))]
+    names = [name for name in given if name not in files]
+    if wrong := [name for name in names if name.endswith(".jsonl")]:
+        raise ValueError(f"--tasks={wrong[0]} does not exist; give a file of tasks, as experiments/evaluate/tasks.py describes")
+    if folder and not names:
+        raise ValueError(f"--task_folder={folder} is for tasks of lm-evaluation-harness, and --tasks names none")
+    return [tasks.read(os.path.expanduser(name)) for name in files], names
+
+
+def run_tasks(scorer, files, names, folder=None, limit=None):
+    """{name: {values, errors, count, of}} of tasks in files, and of those that the harness knows by name."""
+    out = {}
+    for task in files:
+        values, errors = tasks.run(scorer, task)
+        out[task.name] = {"values": values, "errors": errors, "count": len(task.lines), "of": "documents"}
+    for name, (values, errors, count) in (harness.run(scorer, names, folder, limit) if names else {}).items():
+        out[name] = {"values": values, "errors": errors, "count": count, "of": "documents, lm-evaluation-harness"}
+    return out
+
+
+def table(report):
+    """The results as lines of text."""
+    lines, results = [f"weights    {report['weights']}"], report["results"]
+    if report["data"] is not None:
+        lines.append(f"data       {report['data'] or 'the library of Python'}, {report['part'].replace('_', ' ')}")
+    width = max(len(name) for name in results)
+    for name, found in results.items():
+        for metric, value in found["values"].items():
+            error = f" +- {found['errors'][metric]:.4f}" if found["errors"].get(metric) else ""
+            lines.append(f"{name:<{width}}  {metric:<16} {value:.4f}{error}")
+        lines.append(f"{name:<{width}}  {'of':<16} {found['count']:,} {found['of']}")
+    return lines

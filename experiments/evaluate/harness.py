@@ -1,0 +1,58 @@
+"""A model of ours as lm-evaluation-harness takes one (`pip install lm-eval`, which is not needed for anything else here)."""
+
+from experiments.evaluate import scoring
+
+MISSING = "{}: no such file, and lm-eval, which knows other tasks by name, is not installed; give a .jsonl file, or pip install lm-eval"
+
+
+def adapter(scorer):
+    """An lm_eval.api.model.LM over a scoring.Scorer. Every rank of a layout asks it the same; to the harness it is one process.
+
+    Raises ImportError where lm-eval is not installed.
+    """
+    from lm_eval.api.model import LM
+
+    class Adapter(LM):
+        tokenizer_name = "qwen3-mindspore"
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return scoring.loglikelihood(scorer, [request.args for request in requests])
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            return scoring.loglikelihood_rolling(scorer, [request.args[0] for request in requests])
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return scoring.generate_until(scorer, [request.args for request in requests])
+
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            return scorer.tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+
+        def chat_template(self, chat_template=False):
+            return scorer.tokenizer.chat_template if chat_template else None
+
+    return Adapter()
+
+
+def run(scorer, names, folder=None, limit=None):
+    """{task: (metrics, standard errors, how many)} of tasks that the harness knows by name. folder: of YAML files of more of them."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError("--tasks=" + MISSING.format(names[0])) from error
+    manager = TaskManager(include_path=folder)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise ValueError(f"--tasks={unknown[0]}: neither a file, nor a task that lm-eval or --task_folder={folder} has")
+    results = lm_eval.simple_evaluate(model=adapter(scorer), tasks=list(names), task_manager=manager, limit=limit)
+    return {name: (*_numbers(found), results["n-samples"].get(name, {}).get("effective", 0)) for name, found in results["results"].items()}
+
+
+def _numbers(found):
+    """({metric: value}, {metric: standard error}) of the harness' {"acc,none": ..., "acc_stderr,none": ...}."""
+    values, errors = {}, {}
+    for key, value in found.items():
+        name, _, filtered = key.partition(",")
+        if filtered and isinstance(value, (int, float)):
+            name = name if filtered == "none" else f"{name}, {filtered}"
+            (errors if name.split(",")[0].endswith("_stderr") else values)[name.replace("_stderr", "")] = value
+    return values, errors

@@ -1,0 +1,91 @@
+"""Generation: python -m experiments.generate --hf_dir=DIR --prompt=TEXT
+
+    --workdir=RUN                       instead of --hf_dir: a training run, from its newest checkpoint, whatever layout wrote it
+    --prompts_file=F                    one prompt a line, or a .jsonl of texts and conversations
+    --chat                              prompts are what a user says, by the chat template; without a prompt, a conversation on the terminal
+
+Writes text_generation_result.txt, a line for each result, in the order of the prompts. On many ranks:
+python -m experiments.launch --nproc=4 -- experiments.generate --hf_dir=DIR --prompts_file=F --dp=2 --tp=2. See docs/generation.md.
+"""
+
+from absl import flags
+
+from experiments import flags as command_line
+from experiments.generate import batch as generate_batch
+from experiments.generate import chat as generate_chat
+from experiments.generate import exchange, prompts
+from experiments.generate import flags as inference_flags
+from qwen3.engine import Engine, check
+
+FLAGS = flags.FLAGS
+CHAT_LENGTH, BATCH = 4096, 8
+
+
+def define_flags():
+    inference_flags.define()
+    flags.DEFINE_string("prompt", None, "text to go on from")
+    flags.DEFINE_string("prompts_file", None, "a file of them: text, one a line, or .jsonl")
+    flags.DEFINE_boolean(
+        "chat", False, "prompts are a user's turns, by the chat template; without a prompt, a conversation on the terminal"
+    )
+    flags.DEFINE_integer("num_samples", 1, "results for each prompt", lower_bound=1)
+    flags.DEFINE_integer("logprobs", None, "in --output_jsonl, the log-probability of each token and of so many of the likeliest")
+    flags.DEFINE_string("output", ".", "folder of text_generation_result.txt, or a file that ends in .txt")
+    flags.DEFINE_string("output_jsonl", None, "a file for tokens, reasons and timings too, one object a result")
+
+
+def main(_):
+    if FLAGS.logprobs is not None and not FLAGS.output_jsonl:
+        raise ValueError(f"--logprobs={FLAGS.logprobs} are written to --output_jsonl=FILE; give one")
+    model = inference_flags.Model()
+    if FLAGS.chat and FLAGS.prompt is None and FLAGS.prompts_file is None:
+        return converse(model)
+    given = prompts.read(FLAGS.prompt, FLAGS.prompts_file) if model.mesh.rank == 0 else []
+    ids = exchange.shared(model.mesh, prompts.encode_all(model.tokenizer, given, FLAGS.chat, FLAGS.enable_thinking) if given else [])
+    engine = make_engine(model, ids)
+    place, dp = model.mesh.index(("dp",)), model.mesh.dp
+    samples = [(i, s) for i in range(len(ids)) for s in range(FLAGS.num_samples)][place::dp]
+    requests = ((i, model.request(ids[i], s, FLAGS.logprobs), FLAGS.stop) for i, s in samples)
+    results = generate_batch.run(engine, model.tokenizer, requests, generate_batch.Together(model.sharding))
+    results, totals = generate_batch.gathered(model.mesh, results, engine.totals)
+    if model.mesh.rank == 0:
+        generate_batch.write(results, totals, FLAGS.output, FLAGS.output_jsonl)
+
+
+def make_engine(model, ids):
+    """The Engine for these prompts. Raises ValueError for one that does not fit."""
+    check(model.request(ids[0], logprobs=FLAGS.logprobs))
+    longest = max(map(len, ids))
+    length = FLAGS.max_length or min(longest + model.max_new_tokens, model.cfg.max_position)
+    if longest > length:
+        number = max(range(len(ids)), key=lambda i: len(ids[i])) + 1
+        fix = "raise --max_length" if FLAGS.max_length else "shorten it: the model has no more positions"
+        raise ValueError(f"prompt {number} of {longest} tokens is longer than a row of the cache, {length} tokens; {fix}")
+    share = -(-len(ids) * FLAGS.num_samples // model.mesh.dp)
+    return build(model, FLAGS.batch_size or min(BATCH, share), length, {len(one) for one in ids})
+
+
+def build(model, slots, length, sizes):
+    """The Engine, compiled for prompts of these sizes (None: of any)."""
+    if length > model.cfg.max_position:
+        raise ValueError(f"--max_length={length} is more than the model's {model.cfg.max_position} positions; use less")
+    engine = Engine(model.params(), model.cfg, slots=slots, length=length, prefill_chunk=FLAGS.prefill_chunk, sharding=model.sharding)
+    if model.mesh.rank == 0:
+        layout = " x ".join(f"{axis} {getattr(model.mesh, axis)}" for axis in ("dp", "pp", "tp", "ep") if getattr(model.mesh, axis) > 1)
+        print(f"model      {model.opened.text}{', ' * bool(layout)}{layout}")
+        print(f"cache      {slots} rows of {engine.length} tokens, {engine.cache.nbytes / 2**20:,.1f} MiB a rank", flush=True)
+    engine.warm_up(sizes)
+    return engine
+
+
+def converse(model):
+    if model.mesh.world > 1:
+        raise ValueError(
+            f"--chat without a prompt is a conversation on one process, and the job has {model.mesh.world}; give --prompts_file"
+        )
+    length = model.new_tokens = FLAGS.max_length or min(CHAT_LENGTH, model.cfg.max_position)
+    generate_chat.chat(build(model, 1, length, None), model, FLAGS.enable_thinking, FLAGS.stop)
+
+
+if __name__ == "__main__":
+    command_line.run(main, define_flags)

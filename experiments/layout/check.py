@@ -1,0 +1,142 @@
+"""The layout of a run: its mesh from config.parallel, checked against the model and the batch before any process meets another.
+
+It does not import MindSpore, so that the launcher can check a layout in no time. What it says of a model, parallel/placement.py holds again
+to every parameter.
+"""
+
+from types import SimpleNamespace
+
+from parallel.context import split as context
+from parallel.hints import divisors
+from parallel.mesh import AXES, Mesh, axis_sizes
+from parallel.pipeline.schedule import check as check_schedule
+from parallel.pipeline.schedule import stage_ranges
+
+
+def check(config, cfg, world=None):
+    """The sizes of the axes for a job of `world` ranks (None: as many as asked). Raises ValueError naming key, value and fix."""
+    parallel = config.parallel
+    sizes = axis_sizes(parallel, world)
+    if parallel.lowering == "shard":
+        raise ValueError("parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual")
+    if parallel.zero not in (0, 1, 2, 3):
+        raise ValueError(f"parallel.zero={parallel.zero} must be 0, 1, 2 or 3")
+    _check_model(cfg, config, sizes)
+    _check_context(cfg, config, sizes)
+    of = mesh(cfg, {**parallel, **sizes})
+    _check_batch(config, sizes, of)
+    _check_pipeline(config, cfg, sizes)
+    of.size(("tp", "cp"))  # raises where the parts of an axis do not fit
+    return sizes
+
+
+def for_inference(asked, cfg, model, world):
+    """The sizes of the axes for a main that only computes with a model, on `world` ranks. asked: {axis: size or None}. model: its name.
+    Raises ValueError naming key, value and fix."""
+    sizes = axis_sizes({axis: asked.get(axis) or 1 for axis in AXES}, world)
+    check_only_computes(sizes, cfg)
+    of_tp = Mesh(**sizes).size(("tp/ep",))
+    if of_tp > 1:
+        raise ValueError(
+            f"parallel.ep={sizes['ep']} takes {of_tp} of the tp={sizes['tp']} ranks, which hold the same tokens when they generate;"
+            f" experts are then spread over data ranks alone, so use --dp={sizes['ep']}, or a smaller --ep"
+        )
+    _check_model(cfg, SimpleNamespace(model=model, parallel=SimpleNamespace(seq_parallel=False)), sizes)
+    sizes.update(cp_attention="ring", cp_ulysses=1)
+    mesh(cfg, sizes).size(("tp",))
+    return sizes
+
+
+def check_only_computes(sizes, cfg):
+    """Raises ValueError for sizes of axes that train alone."""
+    if sizes["cp"] > 1:
+        raise ValueError(f"parallel.cp={sizes['cp']} splits rows, which is for training; use --cp=1, and --tp, --pp, --ep or --dp")
+    if sizes["pp"] > cfg.num_layers:
+        raise ValueError(
+            f"parallel.pp={sizes['pp']} is more than the {cfg.num_layers} layers of the model; use --pp={cfg.num_layers} or less"
+        )
+
+
+def _check_pipeline(config, cfg, sizes):
+    parallel, pp = config.parallel, sizes["pp"]
+    if pp == 1:
+        if parallel.virtual_stages > 1 or parallel.stage_layers:
+            key = "virtual_stages" if parallel.virtual_stages > 1 else "stage_layers"
+            raise ValueError(f"parallel.{key}={parallel[key]} is of a pipeline, and parallel.pp=1; use --pp=2, or leave it out")
+        return
+    check_schedule(parallel.pp_schedule, pp, parallel.micro_batches, parallel.virtual_stages)
+    stage_ranges(cfg.num_layers, pp, parallel.virtual_stages, tuple(parallel.stage_layers))
+    if config.train.layer_loop == "scan":
+        raise ValueError("train.layer_loop=scan: the layers of a pipeline stage are unrolled; use --config.train.layer_loop=auto")
+
+
+def mesh(cfg, parallel, rank=0):
+    """The Mesh of a rank, for axes that check() has filled in."""
+    sizes = {axis: parallel[axis] for axis in AXES}
+    ulysses = {"ring": 1, "ulysses": sizes["cp"], "hybrid": parallel["cp_ulysses"]}[parallel["cp_attention"]]
+    return Mesh(**sizes, kv_repeat=max(1, sizes["tp"] // cfg.num_kv_heads), ulysses=ulysses, rank=rank)
+
+
+def _check_model(cfg, config, sizes):
+    tp, ep, model = sizes["tp"], sizes["ep"], f"model={config.model}"
+
+    def need(ok, axis, what, fix):
+        if not ok:
+            raise ValueError(f"parallel.{axis}={sizes[axis]} {what} of {model}; use {fix}")
+
+    heads, kv = cfg.num_heads, cfg.num_kv_heads
+    need(heads % tp == 0, "tp", f"must divide num_heads={heads}", divisors(heads))
+    fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0))
+    need(kv % tp == 0 or tp % kv == 0, "tp", f"must divide num_kv_heads={kv} or be a multiple of it, for the kv heads", fits)
+    if len(cfg.moe_layers) < cfg.num_layers:
+        need(cfg.ffn_size % tp == 0, "tp", f"must divide ffn_size={cfg.ffn_size}", divisors(cfg.ffn_size))
+    if ep > 1 and not cfg.num_experts:
+        raise ValueError(f"parallel.ep={ep} splits experts, and {model} is dense; use --ep=1")
+    if not cfg.num_experts:
+        return
+    need(cfg.num_experts % ep == 0, "ep", f"must divide num_experts={cfg.num_experts}", divisors(cfg.num_experts))
+    of_tp = Mesh(**sizes).size(("tp/ep",))
+    if of_tp > 1 and not config.parallel.seq_parallel:
+        raise ValueError(
+            f"parallel.ep={ep} takes {of_tp} of the tp={tp} ranks, which then must have tokens of their own; use --seq_parallel, or a"
+            " larger --dp"
+        )
+    left = tp // of_tp
+    what = f"leaves {left} ranks beside ep={ep}, which must divide moe_ffn_size={cfg.moe_ffn_size}"
+    need(cfg.moe_ffn_size % left == 0, "tp", what, divisors(cfg.moe_ffn_size))
+
+
+def _check_context(cfg, config, sizes):
+    parallel, tp, cp = config.parallel, sizes["tp"], sizes["cp"]
+    ulysses, how = parallel.cp_ulysses, f"parallel.cp_attention={parallel.cp_attention}"
+    if parallel.cp_attention != "hybrid":
+        if ulysses != 1:
+            raise ValueError(f"parallel.cp_ulysses={ulysses} is of parallel.cp_attention=hybrid, and {how}; leave it out")
+        ulysses = cp if parallel.cp_attention == "ulysses" else 1
+    elif cp % ulysses or ulysses in (1, cp):
+        fits = [n for n in range(2, cp) if cp % n == 0]
+        fix = f"use {', '.join(map(str, fits))}" if fits else f"parallel.cp={cp} has no such; use parallel.cp_attention=ring or ulysses"
+        raise ValueError(f"parallel.cp_ulysses={ulysses} must divide parallel.cp={cp}, and be neither 1 nor {cp}, for {how}; {fix}")
+    heads, kv = cfg.num_heads // tp, max(1, cfg.num_kv_heads // tp)
+    if heads % ulysses or (kv % ulysses and ulysses % kv):
+        fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0))
+        raise ValueError(
+            f"{how} shares {heads} heads over {ulysses} ranks of cp, which must divide them, and divide {kv} kv heads or be a multiple"
+            f" (num_heads={cfg.num_heads} and num_kv_heads={cfg.num_kv_heads} of model={config.model}, tp={tp}); share them over {fits},"
+            " or use parallel.cp_attention=ring"
+        )
+
+
+def _check_batch(config, sizes, of):
+    train, micro, dp, tp = config.train, config.parallel.micro_batches, sizes["dp"], sizes["tp"]
+    if train.batch_size % (dp * micro):
+        raise ValueError(
+            f"train.batch_size={train.batch_size} must be a multiple of parallel.dp={dp} times parallel.micro_batches={micro};"
+            f" use --config.train.batch_size={dp * micro * (train.batch_size // (dp * micro) + 1)}"
+        )
+    rows = train.batch_size // (dp * micro) * context.padded(of, train.seq_len) // sizes["cp"]
+    if config.parallel.seq_parallel and rows % tp:
+        raise ValueError(
+            f"parallel.seq_parallel splits the {rows} tokens of a data rank's micro-batch over tp={tp} ranks, which does not divide them;"
+            f" use --config.train.seq_len={sizes['cp'] * tp * -(-train.seq_len // (sizes['cp'] * tp))}"
+        )

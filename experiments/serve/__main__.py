@@ -1,0 +1,66 @@
+"""An OpenAI-compatible server: python -m experiments.serve (--hf_dir=DIR | --workdir=RUN) [--port=8000] [--slots=8] [--length=2048]
+
+    from openai import OpenAI
+    OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model=..., messages=[...])
+
+SIGTERM lets what is at work end, within --drain_s seconds; a second one drops it. Needs aiohttp: pip install -e '.[serve]'
+"""
+
+import os
+
+from absl import flags
+
+from experiments import flags as command_line
+from experiments.evaluate import scoring
+from experiments.train import weights
+from parallel import collectives
+from parallel.mesh import world_size
+from parallel.sharding import Sharding
+from qwen3.engine import Engine
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    flags.DEFINE_string("hf_dir", None, "folder of a Hugging Face model")
+    flags.DEFINE_string("workdir", None, "folder of a run, of which the newest checkpoint is served")
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen on; another than the loopback's lets other machines in")
+    flags.DEFINE_integer("port", 8000, "port to listen on; 0 for one that is free", lower_bound=0, upper_bound=65535)
+    flags.DEFINE_string("model_name", None, "the name that clients give; by default that of the folder")
+    flags.DEFINE_integer("slots", 8, "texts that grow at the same time", lower_bound=1)
+    flags.DEFINE_integer("length", 2048, "tokens that a prompt and its answer have room for", lower_bound=2)
+    flags.DEFINE_integer("max_waiting", 64, "texts that wait for a slot at most; then 429", lower_bound=0)
+    flags.DEFINE_integer("max_body", 1 << 20, "bytes of a request's body at most; then 413", lower_bound=1)
+    flags.DEFINE_string("api_key_file", None, "file of the keys that clients may give, one a line; without it none is needed")
+    flags.DEFINE_float("drain_s", 30, "after SIGTERM, seconds for what is at work to end", lower_bound=0)
+
+
+def main(_):
+    if world_size() > 1:
+        raise ValueError("experiments.serve runs on one process; start it without experiments.launch")
+    try:
+        from experiments.serve import run as serve_run
+    except ImportError as error:
+        raise ValueError(f"experiments.serve needs {error.name}: pip install -e '.[serve]'") from error
+    keys = serve_run.read_keys(FLAGS.api_key_file)
+    collectives.start()
+    model = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
+    tokenizer = model.load_tokenizer()
+    params, length = model.params(Sharding()), min(FLAGS.length, model.cfg.max_position)
+    name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
+    stop_ids = scoring.stop_ids(model.cfg, tokenizer) | {tokenizer.eod_id}
+    settings = serve_run.Settings(
+        name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys, serve_run.names(FLAGS.host)
+    )
+    print(f"weights    {model.text}", flush=True)
+
+    def make():
+        engine = Engine(params, model.cfg, slots=FLAGS.slots, length=length)
+        engine.warm_up(by_host=True)
+        return engine
+
+    serve_run.run(settings, make, FLAGS.slots + FLAGS.max_waiting, FLAGS.host, FLAGS.port, FLAGS.drain_s)
+
+
+if __name__ == "__main__":
+    command_line.run(main, define_flags)

@@ -1,0 +1,197 @@
+"""The HTTP side of experiments.serve: the OpenAI API's chat completions, completions and models, and /health, on aiohttp."""
+
+import asyncio
+import dataclasses
+import hmac
+from concurrent.futures import ThreadPoolExecutor
+
+from aiohttp import web
+
+from experiments.serve.engine import Full, Job, report
+from experiments.serve.replies import Choice, Reply, error, event
+from experiments.serve.requests import Refused, parse
+from qwen3.engine import Request
+
+BODY_S = 30  # for a body to arrive
+PARSERS = 2  # threads that tokenise
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """model: the name that clients give. length: tokens that a prompt and its answer have room for. stop_ids: of the end of an answer.
+    slots: rows of the engine. max_body: bytes. keys: the API keys, empty for none. hosts: the names of this server, where only those who
+    call it by one of them may ask; None for any."""
+
+    model: str
+    tokenizer: object
+    length: int
+    stop_ids: tuple
+    slots: int
+    max_body: int
+    keys: tuple = ()
+    hosts: tuple | None = None
+
+
+class Server:
+    """The handlers of one server. worker: a serve_engine.Worker, whose engine runs in another thread."""
+
+    def __init__(self, settings, worker):
+        self.settings, self.worker = settings, worker
+        self.draining, self.idle = False, asyncio.Event()
+        self.idle.set()
+        self.parsers = ThreadPoolExecutor(PARSERS, "parse")
+
+    def app(self):
+        app = web.Application(client_max_size=self.settings.max_body, middlewares=[self._as_json, self._only_by_name, self._only_with_key])
+        app.add_routes(
+            [
+                web.post("/v1/chat/completions", self.chat),
+                web.post("/v1/completions", self.completion),
+                web.get("/v1/models", self.models),
+                web.get("/v1/models/{name:.+}", self.model),
+                web.get("/health", self.health),
+            ]
+        )
+        return app
+
+    @web.middleware
+    async def _as_json(self, request, handler):
+        """Every error as OpenAI's JSON; what went wrong inside is told to the log alone."""
+        try:
+            return await handler(request)
+        except Refused as refused:
+            status, words = refused.status, (str(refused), refused.param, refused.code)
+        except Full:
+            status, words = 429, ("as many requests are waiting as may be; try again later", None, "queue_full")
+        except web.HTTPRequestEntityTooLarge:
+            status, words = 413, (f"the body is larger than {self.settings.max_body} bytes", None, "body_too_large")
+        except web.HTTPException as found:
+            status, words = found.status, (found.reason, None, None)
+        except Exception as failed:
+            report(failed)
+            status, words = 500, ("something failed here", None, "internal_error")
+        headers = {"Retry-After": "1"} if status in (429, 503) else None
+        return web.json_response(error(*words, status), status=status, headers=headers)
+
+    @web.middleware
+    async def _only_by_name(self, request, handler):
+        """A web page whose own name was made to lead here would be allowed by the browser to ask anything."""
+        hosts = self.settings.hosts
+        if hosts is not None and request.url.host not in hosts:
+            raise Refused(f"this server is called {' or '.join(hosts)}", status=403, code="wrong_host")
+        return await handler(request)
+
+    @web.middleware
+    async def _only_with_key(self, request, handler):
+        keys, given = self.settings.keys, request.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
+        if keys and request.path != "/health" and not any([hmac.compare_digest(given, key.encode()) for key in keys]):
+            raise Refused("give a key that this server knows, as Authorization: Bearer KEY", status=401, code="invalid_api_key")
+        return await handler(request)
+
+    async def health(self, request):
+        held = len(self.worker.held)
+        body = {"status": "draining" if self.draining else "ok", "requests": held, "slots": self.settings.slots, "most": self.worker.most}
+        return web.json_response(body, status=503 if self.draining else 200)
+
+    def _described(self):
+        return {"id": self.settings.model, "object": "model", "created": 0, "owned_by": "local", "max_model_len": self.settings.length}
+
+    async def models(self, request):
+        return web.json_response({"object": "list", "data": [self._described()]})
+
+    async def model(self, request):
+        if request.match_info["name"] != self.settings.model:
+            raise Refused(f"the model does not exist; it is {self.settings.model!r}", "model", 404, "model_not_found")
+        return web.json_response(self._described())
+
+    async def chat(self, request):
+        return await self.complete(request, "chat")
+
+    async def completion(self, request):
+        return await self.complete(request, "completion")
+
+    async def complete(self, request, kind):
+        if self.draining:
+            raise Refused("the server is going down", status=503, code="draining")
+        asked = await self._asked(request, kind)
+        events, jobs = asyncio.Queue(), []
+        for prompt in asked.prompts:
+            for sample in range(asked.n):
+                put = (lambda index: lambda event: events.put_nowait((index, event)))(len(jobs))
+                jobs.append(Job(Request(prompt=prompt, sample=sample, **asked.options), put, asked.stream))
+        self.worker.submit(jobs)
+        self.idle.clear()
+        try:
+            choices, reply = [Choice(self.settings.tokenizer, asked) for _ in jobs], Reply(kind, self.settings.model, asked)
+            if asked.stream:
+                return await self._streamed(request, jobs, choices, events, reply)
+            async for _ in self._pushed(jobs, choices, events):
+                pass
+            return web.json_response(reply.whole(choices))
+        finally:  # also where the client has gone, as its handler is cancelled then
+            self.worker.release(jobs)
+            if not self.worker.held:
+                self.idle.set()
+
+    async def _asked(self, request, kind):
+        if request.content_type != "application/json":  # which a web page cannot send to another site unasked
+            raise Refused("Content-Type must be application/json", status=415)
+        try:
+            data = await asyncio.wait_for(request.read(), BODY_S)
+        except asyncio.TimeoutError as late:
+            raise Refused(f"the body did not arrive within {BODY_S} s", status=408) from late
+        s = self.settings
+        arguments = (data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most)
+        return await asyncio.get_running_loop().run_in_executor(self.parsers, parse, *arguments)
+
+    async def _pushed(self, jobs, choices, events):
+        """Yields (index, new text, entries) as choices grow, until all have ended. Raises what the engine raised."""
+        while any(choice.reason is None for choice in choices):
+            index, found = await events.get()
+            if isinstance(found, ValueError):
+                raise Refused(str(found)) from found
+            if isinstance(found, Exception):
+                raise Refused("the engine failed; try again", status=500, code="internal_error") from found
+            if choices[index].reason is None:
+                yield index, *choices[index].push(found)
+                if choices[index].reason:
+                    self.worker.release([jobs[index]])  # at a stop string the engine would go on
+
+    async def _streamed(self, request, jobs, choices, events, reply):
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+        try:
+            for index in range(len(choices)):
+                if opening := reply.opening(index):
+                    await response.write(event(opening))
+            async for index, text, entries in self._pushed(jobs, choices, events):
+                if text or entries or choices[index].reason:
+                    await response.write(event(reply.chunk(index, text, entries, choices[index].reason)))
+            if reply.asked.include_usage:
+                await response.write(event(reply.last(choices)))
+            await response.write(b"data: [DONE]\n\n")
+        except Refused as refused:
+            await response.write(event(error(str(refused), refused.param, refused.code, refused.status)))
+        except ConnectionError:  # the client has gone
+            pass
+        return response
+
+
+async def serve(server, host, port, ready, stop, drain_s):
+    """Listens until `stop`, an asyncio.Event, is set; then lets what is at work end within drain_s seconds, or until server.idle is set.
+    ready(port) is called when it listens. Raises OSError where it cannot."""
+    runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port)
+        await site.start()
+        ready(runner.addresses[0][1])
+        await stop.wait()
+        server.draining = True
+        try:
+            await asyncio.wait_for(server.idle.wait(), drain_s)
+        except asyncio.TimeoutError:
+            print(f"stopping   what is still at work after {drain_s:g} s is dropped", flush=True)
+    finally:
+        await runner.cleanup()
+        server.parsers.shutdown(wait=False, cancel_futures=True)

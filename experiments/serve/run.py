@@ -1,0 +1,71 @@
+"""Running experiments.serve: the engine in this thread, the HTTP server in another, and how signals end both."""
+
+import asyncio
+import os
+import signal
+import threading
+
+from experiments.serve.engine import Worker
+from experiments.serve.http import Server, Settings, serve
+
+__all__ = ["Settings", "names", "read_keys", "run"]
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KEY_CHARACTERS = 16
+
+
+def run(settings, make, most, host, port, drain_s):
+    """Serves until SIGTERM or SIGINT, or until the engine or the server fails, which is raised. make() -> a warm Engine. most: texts at a
+    time, at work and waiting. A second signal drops what is at work."""
+    loop, stop, signals, failed = asyncio.new_event_loop(), asyncio.Event(), [], []
+    worker = Worker(make, most, loop.call_soon_threadsafe)
+    server = Server(settings, worker)
+
+    def ready(bound):
+        print(f"serving    {settings.model} on http://{host}:{bound}/v1{'' if settings.keys else ', to whoever asks'}", flush=True)
+
+    def http():
+        try:
+            loop.run_until_complete(serve(server, host, port, ready, stop, drain_s))
+        except Exception as error:
+            failed.append(error)
+        worker.stop()
+
+    def end(number=None, frame=None):
+        signals.append(number)
+        loop.call_soon_threadsafe(stop.set)
+        if number is None or len(signals) > 1:
+            loop.call_soon_threadsafe(server.idle.set)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    thread = threading.Thread(target=http, name="http")
+    thread.start()
+    try:
+        worker.run()
+    finally:
+        end()
+        thread.join()
+        loop.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if failed and isinstance(failed[0], OSError):
+        raise ValueError(f"--host={host} --port={port}: {failed[0].strerror}; give another address or port") from failed[0]
+    if failed:
+        raise failed[0]
+
+
+def names(host):
+    """The names by which a server on the loopback may be called; None, for any, on another address."""
+    return LOOPBACK if host in LOOPBACK else None
+
+
+def read_keys(path):
+    """The API keys of a file, one a line; none without a file. Raises ValueError for one that is easily guessed."""
+    if path is None:
+        return ()
+    with open(os.path.expanduser(path), encoding="utf-8") as file:
+        keys = tuple(line.strip() for line in file if line.strip())
+    if not keys or min(map(len, keys)) < KEY_CHARACTERS:
+        raise ValueError(
+            f"--api_key_file={path}: give keys of {KEY_CHARACTERS} characters or more, one a line, as `openssl rand -hex 32` makes"
+        )
+    return keys

@@ -1,0 +1,71 @@
+"""The tables of a sweep: a row a run, and a row for runs that differ in their seeds alone."""
+
+import csv
+import io
+import os
+import statistics
+
+from experiments.sweep.sweeps import text, varying_keys
+from experiments.train import run_folder
+from experiments.watch import records
+from parallel.checkpoint.files import write_text
+
+
+def write(workdir, runs, names, over):
+    """Writes runs.csv, summary.csv and table.md, of the last values of the metrics `names`, and returns the last one's text. over: keys
+    that the summary takes mean and spread (the sample's standard deviation) over."""
+    keys = varying_keys([run.overrides for run in runs])
+    every = [_row(workdir, run, keys, names) for run in runs]
+    grouped = [key for key in keys if key not in over]
+    tables = {"runs": [["run", *keys, "status", "step", *names], *every], "summary": _summary(every, keys, grouped, names)}
+    for name, table in tables.items():
+        write_text(os.path.join(workdir, f"{name}.csv"), _csv(table))
+    page = "\n".join(f"## {name.capitalize()}\n\n{_markdown(table)}" for name, table in tables.items())
+    write_text(os.path.join(workdir, "table.md"), page)
+    return page
+
+
+def _row(workdir, run, keys, names):
+    folder = os.path.join(workdir, run.name)
+    found = records.read_records(os.path.join(folder, records.METRICS))
+    step = found[-1]["step"] if found else 0
+    status = "finished" if run_folder.finished_step(folder) is not None else "unfinished" if found else "not begun"
+    last = [next((r[name] for r in reversed(found) if name in r), None) for name in names]
+    return [run.name, *(text(run.overrides[key]) if key in run.overrides else "" for key in keys), status, step, *last]
+
+
+def _summary(every, keys, grouped, names):
+    """Of finished runs only."""
+    groups = {}
+    for row in every:
+        members = groups.setdefault(tuple(row[1 + keys.index(key)] for key in grouped), [])
+        if row[1 + len(keys)] == "finished":
+            members.append(row[-len(names) :])
+    head = [*grouped, "runs", *(f"{name} {what}" for name in names for what in ("mean", "spread"))]
+    return [head, *([*values, len(members), *_figures(members, len(names))] for values, members in groups.items())]
+
+
+def _figures(members, count):
+    out = []
+    for i in range(count):
+        values = [row[i] for row in members if row[i] is not None]
+        out += [statistics.fmean(values) if values else None, statistics.stdev(values) if len(values) > 1 else None]
+    return out
+
+
+def _csv(table):
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([["" if cell is None else cell for cell in row] for row in table])
+    return file.getvalue()
+
+
+def _markdown(table):
+    head, *rows = [[_cell(cell) for cell in row] for row in table]
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in lines)
+
+
+def _cell(value):
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value).replace("|", "\\|")

@@ -1,0 +1,71 @@
+"""The sum of the gradients of a step's micro-batches."""
+
+from functools import partial
+
+import mindspore as ms
+from mindspore import ops
+from mindspore.ops.auto_generate import InplaceCopy
+
+from experiments.train import optim as optimizer
+from parallel.graph.jit import in_device_memory, jit
+from parallel.graph.source import function
+
+EACH = ops.HyperMap()
+
+
+class RunningSum:
+    """The float32 sum of gradients, each times its micro-batch's share; `arrays` is a flat tuple, of the shapes of the flat tuple `like`.
+
+    start() sets it to 0. For use in a graph: add(share, arrays, flat gradients), of which the graph's caller gives the result to take().
+    in_place: one set of arrays serves all steps; for Ascend, where what a graph returns is kept until its next but one call.
+    """
+
+    def __init__(self, like, in_place):
+        self.like, self.in_place, self.arrays = like, in_place, None
+        self.add = _add_in_place(len(like)) if in_place else _add
+        self.clear = jit(_clear())
+
+    def start(self):
+        if not self.in_place:
+            self.arrays = optimizer.zeros_like(self.like)
+        elif self.arrays is None:
+            self.arrays = in_device_memory(optimizer.zeros_like(self.like))
+        else:
+            self.clear(self.arrays, ms.Tensor(0, ms.int32))
+
+    def take(self, added):
+        if not self.in_place:
+            self.arrays = added
+
+
+def _sum(share, total, g):
+    return total + share * ops.Cast()(g, ms.float32)
+
+
+def _add(share, arrays, gradients):
+    return EACH(partial(_sum, share), arrays, gradients)
+
+
+def _add_in_place(count):
+    """The last arrays first, as a backward comes to them: what changes in place does so in the order of the program, and what waits for it
+    takes memory."""
+    copy = InplaceCopy()
+
+    def into(share, total, g):
+        return copy(total, _sum(share, total, g))
+
+    lines = [f"done{i} = into(share, arrays[{i}], gradients[{i}])" for i in reversed(range(count))]
+    done = "".join(f"done{i}, " for i in range(count))
+    return function("add(share, arrays, gradients)", [*lines, f"return depend(share, ({done}))"], into=into, depend=ops.depend)
+
+
+def _clear():
+    copy, greater, cast = InplaceCopy(), ops.Greater(), ops.Cast()
+
+    def into(total):  # not zeros_like, which a graph keeps as a constant of that size
+        return copy(total, cast(greater(total, float("inf")), ms.float32))
+
+    def clear(arrays, token):
+        return ops.depend(token, EACH(into, arrays))
+
+    return clear

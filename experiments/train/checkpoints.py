@@ -1,0 +1,110 @@
+"""A run's checkpoints: how it begins, what is saved and when, and how a signal ends it."""
+
+import dataclasses
+import os
+import signal
+import threading
+from functools import partial
+
+from experiments.train import adapter, run_folder, weights
+from parallel import collectives
+from parallel.checkpoint.arrays import pieces
+from parallel.checkpoint.files import step_folder, steps
+from parallel.checkpoint.read import Reader, find
+from parallel.checkpoint.save import Saver, Settings
+
+SIGNALS = (signal.SIGTERM,)
+
+
+def start(workdir, cfg, config, mesh, program):
+    """The weights.Start of a run: its own folder's newest checkpoint, else that of --resume_from, else the weights of --init_from, else
+    random ones. All ranks call it. Raises ValueError for a folder that does not fit; see run_folder.own_step."""
+    own = run_folder.agreed(mesh, run_folder.own_step(workdir, config) if mesh.rank == 0 else 0)
+    if not own and not config.resume_from:
+        return weights.initial(cfg, config)
+    folder, partial_ = (step_folder(workdir, own), False) if own else (_other(config, mesh), config.partial)
+    fresh = weights.initial_params(cfg, config)[0] if cfg.lora else weights.random(cfg, config)
+    if cfg.lora:
+        adapter.check_base(Reader(folder).meta.get("base"), adapter.base_of(cfg, config, fresh), folder)
+    return weights.from_checkpoint(folder, program, partial_, fresh)
+
+
+def _other(config, mesh):
+    """The checkpoint that --resume_from names, the newest of a run, on all ranks the same. Raises ValueError for one that does not fit."""
+    path = config.resume_from
+    last = run_folder.agreed(mesh, max([0, *steps(path)]) if mesh.rank == 0 else 0)
+    folder = step_folder(path, last) if last else find(path)
+    if folder is None:
+        raise FileNotFoundError(f"resume_from={path} has no checkpoint; give the folder of a run that has saved one, or of a checkpoint")
+    free, saved = run_folder.MAY_CHANGE_ELSEWHERE + ("model", "model_args.") * config.partial, Reader(folder).meta.get("config", {})
+    changed = run_folder.differences(saved, run_folder.to_dict(config), free)
+    before = saved.get("optim", {}).get("name", "adamw")
+    if before != config.optim.name:  # whose state is another
+        changed.append(f"optim.name={before!r} instead of {config.optim.name!r}")
+    if changed:
+        raise ValueError(f"resume_from={path} was saved with {changed[0]}; use the same, or --init_from={path} for its weights alone")
+    return folder
+
+
+class Saving:
+    """What the training loop calls after each step; use it in a `with`, in which SIGTERM asks for a checkpoint and a stop.
+
+    stopped: whether that came.
+    """
+
+    def __init__(self, workdir, cfg, config, mesh, program, loader, writer, begun):
+        """begun: the step and the targets seen from which the run goes on."""
+        self.workdir, self.mesh, self.program, self.loader, self.writer = workdir, mesh, program, loader, writer
+        self.done, self.tokens = begun
+        self.settings, self.stopped, self._asked, self._before = config.checkpoint, False, False, {}
+        self.kept = {"config": run_folder.to_dict(config), "model": cfg.to_hf()}
+        if cfg.lora:
+            self.kept["lora"] = dataclasses.asdict(cfg.lora)
+            self.kept["base"] = adapter.base_of(cfg, config, weights.initial_params(cfg, config)[0])
+        c, token = config.checkpoint, run_folder.agreed(mesh, int.from_bytes(os.urandom(3), "big"))
+        settings = Settings(c.keep_last, c.keep_every, c.compression, c.async_save, c.on_error, c.timeout_s)
+        self.saver = Saver(workdir, mesh.rank, mesh.world, f"{token:06x}", settings, self._sums, begun[0] or None)
+
+    def _sums(self, numbers):
+        return numbers if self.mesh.world == 1 else collectives.host_sum(self.mesh, tuple(self.mesh.sizes), numbers).tolist()
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def _ask(self, number, frame):
+        self._asked = True
+
+    def __exit__(self, kind, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is not None:
+            self.saver.close()
+
+    def after_step(self, state, done, tokens):
+        """Saves where it is time. Returns whether to stop, on all ranks the same. Raises CheckpointError as Saver.save."""
+        asked, failed = self._sums([float(self._asked), float(self.saver.failed())])
+        if failed:
+            self.saver.wait()
+        self.done, self.tokens, self.stopped = done, tokens, bool(asked)
+        if self.stopped or (self.settings.every and done % self.settings.every == 0):
+            self._save(state)
+        return self.stopped
+
+    def _save(self, state):
+        self.writer.sync()
+        norm = state["norm"].asnumpy().tolist()
+        meta = {"step": self.done, "tokens_seen": self.tokens, "norm": norm, "loader": self.loader.state(), **self.kept}
+        self.saver.save(self.done, partial(pieces, self.mesh, self.program.held(state)), meta)
+
+    def end(self, state):
+        """After the last step: a checkpoint, and the end of those under way."""
+        if self.settings.on_exit and not self.stopped:
+            self._save(state)
+        safe = self.saver.wait()
+        if self.stopped and self.mesh.rank == 0:
+            how = (
+                f"saved in {step_folder(self.workdir, self.done)}; the same command goes on from there" if safe else "it could not be saved"
+            )
+            print(f"stopped    after step {self.done}, by SIGTERM; {how}", flush=True)

@@ -1,0 +1,116 @@
+"""The end of a run: held-out loss, the bigram model's, the curve, the weights, and a sample of text."""
+
+import os
+import tempfile
+
+import mindspore as ms
+import numpy as np
+
+from experiments.data import bigram, corpus, loader
+from experiments.train import adapter, run_folder
+from experiments.train import weights as weights_of
+from experiments.watch import metrics
+from layers.lora import without_dropout
+from parallel.trees import tree_map, tree_paths
+from qwen3 import generate, hf, peft
+from qwen3.model import choose_kernels
+
+ANSWERED_AT_ONCE = 50
+
+
+def finish(program, state, cfg, config, data, writer, workdir, mesh):
+    """All ranks evaluate and gather the weights: one at a time as rank 0 writes them, or first all of them where there is to be a sample.
+    Rank 0 writes and prints."""
+    batches = loader.eval_batches(data.held_out, config.train.batch_size, mesh.index(("dp",)), mesh.dp)
+    nats, weights = program.evaluate(state, batches), program.spread(state)
+    leaves = [leaf for path, leaf in tree_paths(weights) if not cfg.lora or config.train.sample_tokens or weights_of.is_adapter(path)]
+    if mesh.rank != 0:
+        for leaf in leaves if config.train.sample_tokens or config.train.save_hf else ():
+            leaf.asnumpy()  # in the order in which rank 0 asks for them
+        return
+    if config.train.sample_tokens:
+        weights = tree_map(lambda leaf: leaf.asnumpy(), weights)
+    if config.train.save_hf and cfg.lora:
+        save_adapter(os.path.join(workdir, "adapter"), cfg, weights, config)
+    elif config.train.save_hf:
+        save(os.path.join(workdir, "hf"), cfg.base, weights, data.tokenizer)
+    cfg = without_dropout(cfg)
+    params = tree_map(ms.Tensor.from_numpy, weights) if config.train.sample_tokens else None
+    if data.held_questions:
+        report_answers(nats, params, cfg, config, data, writer, workdir)
+    else:
+        report(nats, cfg, config, data, writer, workdir)
+    if config.train.sample_tokens:
+        sample(params, cfg, config, data, workdir)
+    run_folder.finish(workdir, config.train.steps)
+
+
+def report(nats, cfg, config, data, writer, workdir):
+    seen = corpus.rows_seen(data.train, config)
+    baseline = bigram.held_out_nats(seen, data.held_out, cfg.vocab_size, None)
+    found = metrics.held_out(nats, corpus.bytes_per_target(data.tokenizer, data.held_out))
+    writer.write(config.train.steps, {**found, "bigram_loss": baseline})
+    metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records, baseline)
+    print(f"held out   {nats:.3f} nats a token, {found['bits_per_byte']:.3f} bits a byte; a bigram model: {baseline:.3f} nats")
+    print(f"           (the bigram model counted {int(seen['loss_weights'].sum()):,} targets, of the first rows of the run)")
+
+
+def report_answers(nats, params, cfg, config, data, writer, workdir):
+    """Held-out loss, and the share of held-out questions whose answer by greedy decoding is the right one, token for token."""
+    found = {"eval_loss": nats}
+    asked = data.held_questions[: config.train.exact_match_rows]
+    if params is not None and asked:
+        right = answers(params, cfg, asked, choose_kernels(config.ops, cfg))
+        found["exact_match"] = sum(right) / len(right)
+    writer.write(config.train.steps, found)
+    metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records)
+    share = f"; {found['exact_match']:.3f} of {len(asked)} held-out questions answered exactly" if "exact_match" in found else ""
+    print(f"held out   {nats:.3f} nats a token{share}")
+
+
+def answers(params, cfg, questions, kernels):
+    """For each of conversations.questions, whether greedy decoding gives its answer."""
+    out = []
+    for start in range(0, len(questions), ANSWERED_AT_ONCE):
+        part = questions[start : start + ANSWERED_AT_ONCE]
+        length = max(len(answer) for _, answer in part)
+        stop = tuple({answer[-1] for _, answer in part})
+        new = generate.generate(params, [question for question, _ in part], cfg, length, stop_ids=stop, kernels=kernels)
+        out += [given == answer[:-1] for given, (_, answer) in zip(new, part)]
+    return out
+
+
+def save(folder, cfg, weights, tokenizer):
+    with tempfile.TemporaryDirectory() as files:
+        tokenizer.save(files)
+        hf.save(folder, cfg, weights, tokenizer_dir=files)
+    print(f"saved      {folder}, which transformers opens")
+
+
+def save_adapter(folder, cfg, weights, config):
+    """The adapter in PEFT's format, where PEFT reproduces it; else says why not, and the checkpoint has it."""
+    base = adapter.base_of(cfg, config, weights_of.initial_params(cfg, config)[0])
+    found = {path: leaf for path, leaf in tree_paths(weights) if weights_of.is_adapter(path)}
+    try:
+        peft.refuse_what_peft_cannot(cfg)
+    except ValueError as error:
+        for leaf in found.values():
+            np.asarray(leaf.asnumpy() if hasattr(leaf, "asnumpy") else leaf)  # the other ranks take part in gathering each
+        print(f"saved      {error}; the checkpoint has the adapters")
+        return
+    peft.save(folder, cfg, found, base["path"], base["fingerprint"])
+    print(f"saved      {folder}, an adapter that PEFT loads; experiments.convert merge-lora joins it to its base")
+
+
+def sample(params, cfg, config, data, workdir):
+    """Continues train.sample_prompt, or the start of a held-out document; greedy and sampled, with the run's ops."""
+    tokenizer, kernels = data.tokenizer, choose_kernels(config.ops, cfg)
+    asked = list(data.held_questions[0][0]) if data.held_questions else tokenizer.encode(data.held_text)[:32]
+    prompt = tokenizer.encode(config.train.sample_prompt) or asked
+    with open(os.path.join(workdir, "sample.txt"), "w", encoding="utf-8") as file:
+        for name, options in (("greedy", {}), ("temperature 0.8, top_p 0.95", {"temperature": 0.8, "top_p": 0.95})):
+            options = {"stop_ids": (tokenizer.eod_id, tokenizer.eos_id), "kernels": kernels, **options}
+            new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, **options)[0]
+            text = f"--- sample, {name}\n{tokenizer.decode(prompt)}|{tokenizer.decode(new)}\n"
+            print(text, end="", flush=True)
+            file.write(text)

@@ -1,0 +1,212 @@
+"""Optimizers on nested tuples of arrays, with clipping and skipping by the global gradient norm; learning-rate schedules.
+
+AdamW is ops/adamw.py, the others are optim_rules.py and muon.py.
+"""
+
+import math
+from functools import partial
+
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+
+from experiments.train import muon, optim_rules
+from experiments.train.optim_rules import MOMENTS
+from ops.identity import identity
+from ops.registry import pick
+from parallel.graph.jit import in_device_memory
+from parallel.graph.nested import to_tuple
+from parallel.trees import tree_leaves, tree_map
+
+NO_DECAY, SIGN, MUON = 0.0, -1.0, -2.0
+NORM_MEMORY = 0.95  # of the running mean of gradient norms
+SPIKE_WARMUP_STEPS = 20  # no update is skipped before the running mean has seen this many
+
+
+def learning_rate(optim, steps):
+    """f(step counted from 0) -> learning rate. optim: the config's section."""
+    shapes = {"constant": _constant, "linear": _linear, "cosine": _cosine, "wsd": _wsd}
+    shape, low, warmup = shapes[optim.schedule], optim.min_lr_ratio, optim.warmup_steps
+
+    def rate(step):
+        if step < warmup:
+            return optim.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - 1 - warmup)
+        return optim.lr * (low + (1 - low) * shape(min(done, 1.0), optim))
+
+    return rate
+
+
+def _constant(done, optim):
+    return 1.0
+
+
+def _linear(done, optim):
+    return 1.0 - done
+
+
+def _cosine(done, optim):
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _wsd(done, optim):
+    """Warm-up, stable, decay: at lr until the last decay_fraction of the steps, then down in a straight line."""
+    return min(1.0, (1.0 - done) / optim.decay_fraction) if optim.decay_fraction else 1.0
+
+
+def state_kinds(optim):
+    """{what is saved of a state: how it is placed}"""
+    return {"params": "stored", **dict.fromkeys(MOMENTS[optim.name], "state")}
+
+
+def init_state(params, optim):
+    """params, nested tuples of tensors -> {m, and of AdamW v: zeros like params, norm: the running mean of gradient norms}."""
+    return {**{kind: zeros_like(params) for kind in MOMENTS[optim.name]}, "norm": ms.Tensor(0.0, ms.float32)}
+
+
+def changes_in_place(kernels):
+    """Whether the optimizer changes arrays in the device's memory; what else changes from step to step then does, too."""
+    return kernels.adamw == "vendor"
+
+
+def resident(kernels):
+    """f(tree of tensors) -> the tree in the device's memory, where AdamW changes it in place."""
+    return in_device_memory if changes_in_place(kernels) else identity
+
+
+def zeros_like(params):
+    """A tree of float32 zeros of the shapes of `params`."""
+    return tree_map(lambda w: ms.Tensor.from_numpy(np.zeros(w.shape, np.float32)), params)
+
+
+def scalars(optim, lr, step):
+    """What changes from step to step (counted from 0), as one tensor, so that nothing compiles again."""
+    corrections = 1 - optim.b1 ** (step + 1), 1 - optim.b2 ** (step + 1)
+    return ms.Tensor(np.array([lr, *corrections, step >= SPIKE_WARMUP_STEPS], np.float32))
+
+
+def build_clip(specs, optim, kernels, norm_squared=None):
+    """clip(flat gradients, running mean, scalars, after) -> (norm, factor, keep, running mean), for use in a compiled function.
+
+    norm: the global norm of the gradients, without leaves of spec.optimizer "sign". factor: by which optim.clip_norm scales the gradients;
+    the update multiplies them by it, in its own pass over memory. keep: 1 to update; 0 to skip the update, where optim.skip_spikes is on
+    and the norm is a spike beside the running mean of norms. norm_squared(flat gradients): their squared norm, where they are split over
+    ranks.
+
+    after: what has to be computed before the update changes anything, as it may work in place. The factor depends on it, and on the
+    gradients.
+    """
+    squares = norm_squared or _sum_of_squares(in_norm(specs), pick(kernels, "adamw", "squares")())
+    control, sqrt = norm_control(optim), ops.Sqrt()
+
+    def clip(grads, mean_norm, values, after):
+        norm = sqrt(squares(grads))
+        factor, keep, mean_norm = control(norm, mean_norm, values[3])
+        return norm, ops.depend(factor, (after, grads)), keep, mean_norm
+
+    return clip
+
+
+def build_update(specs, optim, kernels):
+    """update(params, grads, m, v, factor, keep, scalars) -> nested tuples of (p, m, v); of an optimizer without a second moment v is None,
+    and they are of (p, m). factor, keep: of clip.
+
+    For use in a compiled function, on nested tuples of the structure of `specs`. Decay acts on leaves whose spec has two dims or more. A
+    leaf of spec.optimizer "sign" moves by router_bias_rate against its gradient's sign. in_place() says which leaves change in place.
+    """
+    kinds, each = to_tuple(tree_map(partial(leaf_kind, optim), specs)), ops.HyperMap()
+    leaf, second = leaf_update(optim, kernels), "v" in MOMENTS[optim.name]
+
+    def update(params, grads, m, v, factor, keep, values):
+        moments = (m, v) if second else (m,)
+        return each(partial(leaf, values, factor, keep), kinds, params, grads, *moments)
+
+    return update
+
+
+def in_place(specs, kernels, optim):
+    """For each leaf whether the update changes p, m and v themselves; it does not where a gradient is not finite, or the step skipped."""
+    return tuple(_works_in_place(kernels, leaf_kind(optim, spec), optim) for spec in tree_leaves(specs))
+
+
+def _works_in_place(kernels, kind, optim):
+    if kind == SIGN:
+        return False
+    by_adamw = optim.name == "adamw" or (optim.name == "muon" and kind != MUON)
+    return kernels.adamw != "reference" if by_adamw else changes_in_place(kernels)
+
+
+def in_norm(specs):
+    """The places, among the leaves of a tree of specs, of those whose gradients count in the norm."""
+    return tuple(i for i, spec in enumerate(tree_leaves(specs)) if spec.optimizer != "sign")
+
+
+def leaf_kind(optim, spec):
+    """SIGN, MUON, or the decay of what is trained otherwise."""
+    if spec.optimizer == "sign":
+        return SIGN
+    if optim.name == "muon" and muon.is_matrix(spec):
+        return MUON
+    return float(optim.weight_decay) if len(spec.shape) > 1 else NO_DECAY
+
+
+def _sum_of_squares(counted, of_leaf):
+    add, n = ops.AddN(), len(counted)
+
+    def squares(leaves):
+        each = ()
+        for i in range(n):
+            each += (of_leaf(ops.Cast()(leaves[counted[i]], ms.float32)),)
+        return add(each)
+
+    return squares
+
+
+def norm_control(optim):
+    """control(norm, running mean, warm) -> (factor on the gradients, 1 to update or 0 to skip, running mean). warm: 0 for the first steps,
+    which are never skipped, and 1 after them."""
+    clip, limit = optim.clip_norm, optim.skip_spikes
+    minimum, cast, select = ops.Minimum(), ops.Cast(), ops.Select()
+
+    def control(norm, mean, warm):
+        scale = minimum(clip / (norm + 1e-6), 1.0) if clip else norm * 0 + 1
+        if not limit:
+            return scale, cast(norm < float("inf"), ms.float32), mean
+        spike = cast(norm > limit * mean, ms.float32) * cast(mean > 0, ms.float32) * warm
+        seen = select(mean > 0, mean * NORM_MEMORY + norm * (1 - NORM_MEMORY), norm)
+        return scale, 1 - spike, select(spike > 0, mean, seen)  # not a sum of products, as 0 * inf is not 0
+
+    return control
+
+
+def leaf_update(optim, kernels):
+    """leaf(values, scale, keep, leaf_kind, p, g, m, v) -> p, m, v; of an optimizer without a second moment without v."""
+    # what is changed in place has to be kept from a gradient that is not finite, too
+    skips, in_memory = bool(optim.skip_spikes), changes_in_place(kernels)
+    by_rule = partial(optim_rules.build, skips=skips or in_memory, in_place=in_memory)
+    if optim.name in optim_rules.RULES:
+        decayed, plain = (by_rule(optim_rules.RULES[optim.name](optim, decay)) for decay in (float(optim.weight_decay), NO_DECAY))
+    else:
+        make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=skips or kernels.adamw != "reference")
+        decayed, plain = make(decay=float(optim.weight_decay)), make(decay=NO_DECAY)
+    turned = by_rule(muon.rule(optim, float(optim.weight_decay)))
+    rate, sign, cast = optim.router_bias_rate, ops.Sign(), ops.Cast()
+
+    def leaf(values, scale, keep, kind, p, g, m, v):
+        if kind == MUON:
+            p, m = turned(values, scale, keep, p, g, m)
+            return p, m, v
+        if kind == SIGN:
+            return p - cast(rate * keep * sign(g), p.dtype), m, v
+        if kind > 0:
+            return decayed(values, scale, keep, p, g, m, v)
+        return plain(values, scale, keep, p, g, m, v)
+
+    def leaf_of_one(values, scale, keep, kind, p, g, m):
+        if kind == SIGN:
+            return p - cast(rate * keep * sign(g), p.dtype), m
+        if kind > 0:
+            return decayed(values, scale, keep, p, g, m)
+        return plain(values, scale, keep, p, g, m)
+
+    return leaf if "v" in MOMENTS[optim.name] else leaf_of_one

@@ -1,0 +1,64 @@
+"""The functions of one run of training, for a model, a run's config and a layout."""
+
+import mindspore as ms
+import numpy as np
+
+from experiments.train import optim as optimizer
+from experiments.train import pipeline as train_pipeline
+from experiments.train import step as train_step
+from experiments.train.state import Program, check_dtype, held_arrays, new_state, placements, restored, spread_arrays, uses_scan
+from parallel.placement import place, reader
+from parallel.sharding import Sharding
+from parallel.trees import tree_map
+from qwen3.model import choose_kernels, param_specs
+
+
+def build_program(cfg, config, sharding=None, has_peers=True):
+    """Pure functions over an opaque state; each compiles on first use, once per batch shape. Raises ValueError for weights that are not
+    float32, or that the layout cannot split.
+
+    init(params) -> state, from a tree as qwen3.model and hf.save take it, or from read(path, slices), which gives a rank its part.
+    spread(state) -> the tree as parallel.placement.Spread, of which all ranks together get whole arrays, one by one; params(state) -> it as
+    whole tensors on every rank; all call it.
+    step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], whole rows, this dp rank's; metrics: floats
+    and lists, of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient
+    norm is not finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
+    held(state) -> what this rank has of each array, as parallel.checkpoint.arrays takes it, without a state the sizes alone; the running norm, a
+    number, is not among them.
+    restore(read, norm) -> state, from read(name, slices) of those arrays.
+
+    has_peers: whether the other ranks of the layout run too. On a simulated rank they do not.
+    """
+    check_dtype(cfg)
+    sharding = sharding or Sharding()
+    mesh, kernels = sharding.mesh, choose_kernels(config.ops, cfg, sharding)
+    if mesh.pp > 1:
+        stages = train_pipeline.Stages(cfg, config, sharding, kernels)
+        step, evaluate, executor = train_pipeline.build_step(stages, has_peers), train_pipeline.build_evaluate(stages), stages.executor
+        placed, num_stacked = stages.placed, 0
+        model_placed = saved_placed = stages.model_placed
+    else:
+        scan = uses_scan(cfg, config.train.layer_loop)
+        placed, num_stacked = placements(cfg, sharding, scan), cfg.num_layers if scan else 0
+        model_placed, saved_placed = place(sharding, param_specs(cfg)), placed
+        step, executor = train_step.build_step(cfg, config, sharding, kernels, placed, scan), None
+        evaluate = train_step.build_evaluate(cfg, sharding, kernels, placed, scan)
+    to_device = optimizer.resident(kernels)
+
+    def init(params):
+        return to_device(new_state(mesh, placed, num_stacked, config.optim, params if callable(params) else reader(params)))
+
+    def restore(read, norm):
+        return to_device(restored(mesh, placed, num_stacked, config.optim, read, norm))
+
+    def held(state=None):
+        of = placed if state else saved_placed
+        return held_arrays(of, num_stacked, config.optim, state, with_frozen=cfg.lora is None)
+
+    def spread(state):
+        return spread_arrays(mesh, model_placed, placed, state, num_stacked)
+
+    def params(state):
+        return tree_map(lambda leaf: ms.Tensor(np.array(leaf.asnumpy(everywhere=True))), spread(state))  # memory of its own
+
+    return Program(init, params, step, evaluate, held, restore, spread, executor)

@@ -1,0 +1,101 @@
+"""A run of training from its config, as the mains do it: data, model, where it begins, the loop, what is left at the end."""
+
+import contextlib
+import os
+from dataclasses import replace
+
+import mindspore as ms
+from absl import flags
+
+from experiments import flags as command_line
+from experiments.data import corpus, loader
+from experiments.layout import check as layout
+from experiments.layout import table as layout_table
+from experiments.train import checkpoints, run_folder
+from experiments.train.finish import finish
+from experiments.train.loop import train
+from experiments.train.program import build_program
+from experiments.train.state import uses_scan
+from experiments.watch import metrics, monitors, profiling
+from experiments.watch.probe import Probe
+from ops import registry
+from parallel import collectives
+from parallel.sharding import Sharding
+from parallel.specs import count
+from qwen3.model import choose_kernels, param_specs
+
+FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # --help lists them under the main that calls define_flags()
+
+
+def define_flags(name):
+    """The flags of a main that trains, of command_line.MAINS."""
+    command_line.define(command_line.MAINS[name])
+    flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
+
+
+def run_main(train_one):
+    """train_one(config, workdir) as the flags say, or the layout printed."""
+    if FLAGS.print_layout:
+        print(layout_table.describe(command_line.resolve(FLAGS, world=0)))
+    else:
+        train_one(command_line.resolve(FLAGS), FLAGS.workdir)
+
+
+def train_in(workdir, config):
+    """A whole run, or the rest of one, in the folder `workdir`; config as experiments.flags.resolve gives it."""
+    rank, _ = collectives.start()
+    cfg, parallel = command_line.model_config(config), config.parallel
+    mesh = layout.mesh(cfg, parallel, rank)
+    with run_folder.held(workdir, mesh):
+        data = corpus.load(config, cfg.vocab_size)
+        cfg = corpus.with_token_ids(cfg, data.tokenizer, trained=not config.data.tokenizer)
+        run(config, cfg, data, workdir, mesh)
+
+
+def run(config, cfg, data, workdir, mesh):
+    sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
+    program = build_program(cfg, config, sharding)
+    start = checkpoints.start(workdir, cfg, config, mesh, program)
+    peak = metrics.mesh_peak_flops(mesh)
+    if mesh.rank == 0:
+        run_folder.begin(workdir, config, data.tokenizer)
+        announce(cfg, config, data, sharding, peak, start)
+
+    place, dp, train_ = mesh.index(("dp",)), mesh.dp, config.train
+    held = {key: value[: train_.eval_rows or None] for key, value in data.held_out.items()}
+    eval_batches = list(loader.eval_batches(held, train_.batch_size, place, dp))
+    cost = metrics.flops_per_token(cfg, train_.seq_len)
+    micro, state = config.parallel.micro_batches, start.make(program)
+    with contextlib.ExitStack() as opened:
+        writer = opened.enter_context(metrics.Writer(workdir if mesh.rank == 0 else None, start.step))
+        batches = opened.enter_context(loader.Loader(data.train, train_.batch_size, train_.seed, place, dp, micro, start.loader))
+        begun = start.step, start.tokens
+        saving = opened.enter_context(checkpoints.Saving(workdir, cfg, config, mesh, program, batches, writer, begun))
+        of_bytes = corpus.bytes_per_target(data.tokenizer, held)
+        mfu_of = lambda speed: speed * cost / peak
+        if train_.monitor_every:
+            probe = Probe(cfg, config, sharding, program, batches.sources if hasattr(data.train, "source_of") else None)
+            monitor = monitors.Monitor(program, mesh, config.optim, train_.monitor_every, writer.write, probe)
+            program = replace(program, step=monitor.step)
+        if train_.profile_steps and mesh.rank == 0:
+            profile = opened.enter_context(profiling.Profile(workdir, train_.profile_steps))
+            program = replace(program, step=profile.around(program.step))
+        state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, saving.after_step, of_bytes)
+        saving.end(state)
+        if not saving.stopped:
+            finish(program, state, cfg, config, data, writer, workdir, mesh)
+
+
+def announce(cfg, config, data, sharding, peak, start):
+    mesh, device = sharding.mesh, ms.get_context("device_target")
+    looped = uses_scan(cfg, config.train.layer_loop) and mesh.pp == 1
+    how = "one compiled layer, looped over" if looped else "unrolled"
+    print(f"model      {config.model}: {count(param_specs(cfg)):,} parameters, {cfg.num_layers} layers, {how}")
+    if mesh.world > 1:
+        print(f"layout     {layout_table.summary(config)}")
+    print(f"ops        {registry.describe(choose_kernels(config.ops, cfg, sharding), device)}")
+    print(f"start      {start.text}{'; left out: ' * bool(start.not_loaded)}{start.not_loaded}")
+    print(f"data       {corpus.describe(data, config.train.seq_len)}")
+    cost, what = metrics.flops_per_token(cfg, config.train.seq_len), "these processes'" if mesh.world > 1 else "this machine's"
+    print(f"compute    {cost:.3g} FLOPs a token; {what} float32 matmul peak {peak / 1e9:.0f} GFLOP/s; {os.cpu_count()} cores", flush=True)

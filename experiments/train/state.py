@@ -1,0 +1,182 @@
+"""The state of training: which arrays a rank has, and how they are made, saved, restored and joined to a tree of parameters.
+
+A state is a dict of nested tuples of tensors, this rank's local shards: "params", what trains; "frozen", what does not, where there is
+any; "m" and, of AdamW and Muon, "v", the optimizer's moments; and a number, "norm", the running mean of gradient norms.
+
+A tree of Placed (parallel/placement.py) says where each array lies. It has a leaf for each parameter of the model; with a layer loop, one
+for each stack of the layers' arrays; and on a rank of a pipeline it is a tuple of trees, one for each of the rank's stages.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+
+import mindspore as ms
+import numpy as np
+
+from experiments.train import optim as optimizer
+from parallel.graph.nested import from_tuple, to_tuple
+from parallel.pipeline import schedule as pipeline
+from parallel.placement import Held, Spread, load, local_shape, place, stacked
+from parallel.trees import merge, select, shallow, tree_leaves, tree_map
+from qwen3.model import param_specs
+from qwen3.stages import stage_specs
+
+SCAN_ABOVE_LAYERS = 8  # a scanned layer compiles once, and takes less memory; unrolled ones compute no forward twice
+
+
+@dataclass(frozen=True)
+class Program:
+    """The functions of one run; see experiments.train.program.build_program."""
+
+    init: object
+    params: object
+    step: object
+    evaluate: object
+    held: object = None
+    restore: object = None
+    spread: object = None
+    executor: object = None  # of a pipeline: its parallel.pipeline.run.Executor
+
+
+def check_dtype(cfg):
+    if cfg.param_dtype != "float32":
+        raise ValueError(
+            f"model_args.param_dtype={cfg.param_dtype!r}: training keeps its weights in float32, whatever it computes in;"
+            " use --config.model_args.param_dtype=float32"
+        )
+
+
+def uses_scan(cfg, layer_loop):
+    """Whether train.layer_loop makes one compiled layer run in a loop instead of unrolling all."""
+    one_kind = len({cfg.at_layer(i) for i in range(cfg.num_layers)}) == 1 and _layers_train_alike(cfg)
+    return layer_loop == "scan" or (layer_loop == "auto" and one_kind and cfg.num_layers > SCAN_ABOVE_LAYERS)
+
+
+def _layers_train_alike(cfg):
+    """Whether the same parameters are frozen in every layer."""
+    layers = param_specs(cfg)["layers"]
+    return len({tuple(spec.trains for spec in tree_leaves(layer)) for layer in layers}) == 1
+
+
+def placements(cfg, sharding, scan):
+    """The tree of Placed of a model; with scan, one for each stack of the layers' arrays, whose path is that of the first layer's."""
+    tree = place(sharding, param_specs(cfg))
+    return {**tree, "layers": tree_map(lambda p: stacked(p, cfg.num_layers), tree["layers"][0])} if scan else tree
+
+
+def stage_placements(cfg, config, sharding):
+    """(the range of layers of each pipeline stage, the tree of Placed of each stage, the tree of Placed of the model)"""
+    parallel, pp, holders = config.parallel, sharding.mesh.pp, {}
+    layers = pipeline.stage_ranges(cfg.num_layers, pp, parallel.virtual_stages, tuple(parallel.stage_layers))
+    stages = [place(sharding, stage_specs(cfg, each, s == 0, s == len(layers) - 1)) for s, each in enumerate(layers)]
+    for s, placed in enumerate(stages):
+        for p in tree_leaves(placed):
+            holders[p.path] = (*holders.get(p.path, ()), s % pp)
+
+    def with_holders(placed):
+        return tree_map(lambda p: replace(p, holders=holders[p.path]), placed)
+
+    return layers, list(map(with_holders, stages)), with_holders(place(sharding, param_specs(cfg)))
+
+
+def split_trainable(tree):
+    """(what trains, what is frozen) of a tree of ParamSpecs or of Placed, with the same paths; None where there is nothing.
+
+    What trains is shallow where there is something frozen, see parallel.spec.shallow.
+    """
+    trainable, frozen = select(tree, _trains), select(tree, lambda leaf: not _trains(leaf))
+    return (trainable if trainable is None or frozen is None else shallow(trainable)), frozen
+
+
+def _trains(leaf):
+    return getattr(leaf, "spec", leaf).trains
+
+
+def full_tree(placed, params, frozen):
+    """The tree of `placed`'s structure from nested tuples of what trains and of what is frozen, None where nothing is."""
+    trainable_placed, frozen_placed = split_trainable(placed)
+    return merge(placed, from_tuple(trainable_placed, params), from_tuple(frozen_placed, frozen) if frozen_placed else None)
+
+
+def local_shapes(mesh, placed, axes):
+    """For each of a tree of Placed something with the shape of the local shard. axes: used, stored or state."""
+    return tree_map(lambda p: SimpleNamespace(shape=local_shape(mesh, p.spec, getattr(p, axes))), placed)
+
+
+def load_shards(mesh, placed, read, num_stacked, axes="stored"):
+    """The local shards of a tree of Placed, from read(path, slices). num_stacked: of how many layers there are stacks, 0 for none."""
+    if not num_stacked:
+        return load(mesh, placed, read, axes)
+
+    def read_stack(path, slices):
+        rest, out = path.split(".", 2)[2], None
+        for i in range(num_stacked):
+            layer = read(f"layers.{i}.{rest}", slices[1:])
+            out = np.empty((num_stacked, *layer.shape), layer.dtype) if out is None else out
+            out[i] = layer
+        return out
+
+    return {key: load(mesh, {key: value}, read_stack if key == "layers" else read, axes)[key] for key, value in placed.items()}
+
+
+def new_state(mesh, placed, num_stacked, optim, read):
+    """The state before the first step, with parameters from read(path, slices)."""
+    trainable, frozen = split_trainable(placed)
+    state = {"params": to_tuple(load_shards(mesh, trainable, read, num_stacked))}
+    state.update(optimizer.init_state(to_tuple(local_shapes(mesh, trainable, "state")), optim))
+    if frozen:
+        state["frozen"] = to_tuple(load_shards(mesh, frozen, read, num_stacked))
+    return state
+
+
+def restored(mesh, placed, num_stacked, optim, read, norm):
+    """The state of which read(name, slices) gives the arrays, by the names of held_arrays; norm: the running mean of gradient norms."""
+    trainable, frozen = split_trainable(placed)
+
+    def shards(kind, tree, axes):
+        return to_tuple(load_shards(mesh, tree, lambda path, slices: read(f"{kind}/{path}", slices), num_stacked, axes))
+
+    state = {kind: shards(kind, trainable, axes) for kind, axes in optimizer.state_kinds(optim).items()}
+    if frozen:
+        state["frozen"] = shards("params", frozen, "stored")
+    return {**state, "norm": ms.Tensor(norm, ms.float32)}
+
+
+def held_arrays(placed, num_stacked, optim, state=None, with_frozen=True):
+    """[Held] of what a rank has of each array of a state, for parallel.checkpoint.arrays; without a state, of the sizes alone.
+
+    with_frozen: whether what is frozen is saved too, under its name as a parameter.
+    """
+    trainable, frozen = split_trainable(placed)
+    kinds = [(name, name, axes, trainable) for name, axes in optimizer.state_kinds(optim).items()]
+    if frozen and with_frozen:
+        kinds.append(("params", "frozen", "stored", frozen))
+    return [
+        Held(_saved_names(kind, p.path, num_stacked), p.spec, getattr(p, axes), w, p.holders)
+        for kind, name, axes, tree in kinds
+        for p, w in zip(tree_leaves(tree), tree_leaves(state[name]) if state else [None] * len(tree_leaves(tree)))
+    ]
+
+
+def _saved_names(kind, path, num_stacked):
+    """The names in a checkpoint of the arrays of a leaf: one, or one for each of the stacked layers."""
+    if not num_stacked or not path.startswith("layers."):
+        return (f"{kind}/{path}",)
+    return tuple(f"{kind}/layers.{i}.{path.split('.', 2)[2]}" for i in range(num_stacked))
+
+
+def spread_arrays(mesh, model_placed, placed, state, num_stacked):
+    """The tree of Spread of a model's parameters. model_placed: the tree of Placed with a leaf for each parameter of the model."""
+    trainable, frozen = split_trainable(placed)
+    shards = {p.path: w for p, w in zip(tree_leaves(trainable), tree_leaves(state["params"]))}
+    if frozen:
+        shards.update({p.path: w for p, w in zip(tree_leaves(frozen), tree_leaves(state["frozen"]))})
+    return tree_map(partial(_spread, mesh, shards, num_stacked), model_placed)
+
+
+def _spread(mesh, shards, num_stacked, p):
+    if num_stacked and p.path.startswith("layers."):
+        _, layer, rest = p.path.split(".", 2)
+        return Spread(mesh, p, shards[f"layers.0.{rest}"], int(layer))
+    return Spread(mesh, p, shards.get(p.path))

@@ -1,0 +1,189 @@
+"""Where a run's state comes from: its own newest checkpoint, another run's, weights alone, or random numbers. And a main's that only
+computes with a model: inference()."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import mindspore as ms
+
+from experiments.convert.weights import open_weights
+from experiments.train import adapter
+from experiments.train.run_folder import TOKENIZER
+from layers.lora import DROPOUT_LAYER
+from parallel.checkpoint.arrays import match, wanted
+from parallel.checkpoint.read import Reader, find
+from parallel.graph.jit import in_device_memory
+from parallel.placement import load, place
+from parallel.specs import init_array
+from parallel.trees import tree_paths
+from qwen3 import hf
+from qwen3.config import Qwen3Config
+from qwen3.model import param_specs
+from qwen3.stages import own_specs
+from qwen3.tokenizer import Tokenizer
+
+
+class Start(NamedTuple):
+    """make(program) -> the state. step, tokens, loader: how far it is, the targets seen, and the state of the data's loader. text: for who
+    watches. not_loaded: what did not match, with --partial."""
+
+    make: object
+    step: int
+    tokens: float
+    loader: dict | None
+    text: str
+    not_loaded: str = ""
+
+
+def from_checkpoint(folder, program, partial, fresh):
+    """The Start that goes on where a checkpoint was saved, in any layout. fresh(path, slices): parameters that it does not have, such
+    as the base of adapters.
+
+    Raises CheckpointError for a damaged one, and without `partial` for one of another model.
+    """
+    saved = Reader(folder)
+    if "loader" not in saved.meta:
+        raise ValueError(f"{folder} holds weights alone, without a run to go on with; use --init_from={folder}")
+    found, other = match(saved, wanted(program.held()), partial)
+
+    def read(name, slices):
+        if name in found:
+            return saved.read(name, slices)
+        kind, path = name.split("/")
+        return fresh(path, slices) if kind == "params" else fresh(path, slices) * 0
+
+    meta = saved.meta
+    start = Start(lambda program: program.restore(read, meta["norm"]), meta["step"], meta["tokens_seen"], meta["loader"], "", other)
+    return start._replace(text=f"{folder}, step {start.step}")
+
+
+def random(cfg, config):
+    """read(path, slices) of the random parameters of train.seed; adapters' too."""
+    specs = dict(tree_paths(param_specs(cfg)))
+    return lambda path, slices: init_array(specs[path], path, config.train.seed, index=slices)
+
+
+def initial(cfg, config):
+    """The Start of a run without steps."""
+    read, text, other = initial_params(cfg, config)
+    return Start(lambda program: program.init(read), 0, 0.0, None, text, other)
+
+
+def initial_params(cfg, config):
+    """The weights of config.init_from, else random ones: (read(path, slices), what they are, what did not match, with --partial)."""
+    fresh = random(cfg, config)
+    read, text, other = _base(cfg.base, config, fresh)
+    if cfg.lora is None:
+        return read, text, other
+    adapters, how = fresh, f"new adapters of rank {cfg.lora.rank}"
+    if config.lora.adapter:
+        given = adapter.open_adapter(config.lora.adapter, cfg.base, read)
+        adapter.check_same(given, cfg, config.lora.adapter)
+        adapters, how = given.read, f"the adapter of {config.lora.adapter}"
+
+    def either(path, slices):
+        return (adapters if is_adapter(path) else fresh if path.endswith(DROPOUT_LAYER) else read)(path, slices)
+
+    return either, f"{text}, {how}", other
+
+
+def is_adapter(path):
+    """Whether a parameter is of an adapter."""
+    return ".lora." in f".{path}"
+
+
+def _base(cfg, config, fresh):
+    """What initial_params says, of a model without adapters."""
+    path = config.init_from
+    if not path:
+        return fresh, f"random weights of train.seed={config.train.seed}", ""
+    if native := find(path):
+        return _native(native, cfg, config.partial, fresh)
+    return _hugging_face(path, cfg, config), f"the weights of {path}", ""
+
+
+def _hugging_face(path, cfg, config):
+    """What a rank does not ask for is not read."""
+    weights = hf.Reader(path, cfg.param_dtype)
+    if param_specs(cfg) != weights.specs:
+        raise ValueError(f"init_from={path} holds another model than model={config.model}; use --config.model={path}")
+    return weights.read
+
+
+def _native(folder, cfg, partial, fresh):
+    """The parameters alone of a checkpoint."""
+    saved, specs = Reader(folder), tree_paths(param_specs(cfg))
+    if base := saved.meta.get("base"):
+        raise ValueError(
+            f"init_from={folder} holds adapters alone, for the base {base['path']}; join them by"
+            f" `python -m experiments.convert merge-lora --input={folder} --output=NEW` and use --init_from=NEW"
+        )
+    found, other = match(saved, {f"params/{path}": spec.shape for path, spec in specs}, partial, kinds=("params",))
+
+    def read(path, slices):
+        name = f"params/{path}"
+        return saved.read(name, slices).astype("float32") if name in found else fresh(path, slices)
+
+    return read, f"the weights of {folder}", other
+
+
+class Inference(NamedTuple):
+    """A model to compute with. params(sharding) -> this rank's parts of its parameters. tokenizer: the folder of its files, or None. text:
+    where it comes from, for who watches. folder: of the Hugging Face files, or of the checkpoint."""
+
+    cfg: Qwen3Config
+    params: object
+    tokenizer: Path | None
+    folder: Path
+    text: str
+
+    def load_tokenizer(self):
+        """The Tokenizer. Raises ValueError where there is none, or one that is not the model's."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.text} has no tokenizer beside its weights; put tokenizer.json and tokenizer_config.json there")
+        tokenizer = Tokenizer.load(self.tokenizer)
+        if tokenizer.vocab_size > self.cfg.vocab_size:
+            have = f"{tokenizer.vocab_size} ids, and the model {self.cfg.vocab_size}"
+            raise ValueError(f"the tokenizer of {self.tokenizer} has {have}; are they of one model?")
+        return tokenizer
+
+
+def inference(hf_dir=None, workdir=None, adapter_dir=None):
+    """The Inference of a Hugging Face folder, or of a run: its newest checkpoint, of any layout, else the model in its hf/. On CPU in
+    float32, elsewhere in the dtype that the embedding has there. Raises ValueError or FileNotFoundError that name the flag.
+
+    adapter_dir: of an adapter, which is joined to the weights as they are read: in PEFT's format, or a run of LoRA. Such a run may be the
+    workdir itself; its base is then the one that it notes. Whatever else changes the weights on their way into a model belongs here."""
+    if bool(hf_dir) == bool(workdir):
+        raise ValueError("give --hf_dir=FOLDER, a Hugging Face folder, or --workdir=RUN, the folder of a training run; one of them")
+    key, path = ("hf_dir", hf_dir) if hf_dir else ("workdir", workdir)
+    path = os.path.expanduser(path)
+    beside, final = Path(path, TOKENIZER), os.path.join(path, "hf")
+    if workdir and not adapter_dir and (base := adapter.base_name(path)):
+        adapter_dir, path = path, _noted_base(workdir, base)
+    elif workdir and os.path.isdir(final) and not find(path):
+        path = final
+    weights = open_weights(key, path)
+    dtype = "float32" if ms.get_context("device_target") == "CPU" else weights.config.param_dtype
+    cfg, read, text = weights.config.replace(param_dtype=dtype, compute_dtype=dtype), weights.read, str(weights)
+    if adapter_dir:
+        cfg, read = adapter.merged(cfg, read, adapter.open_adapter(os.path.expanduser(adapter_dir), cfg, read, path))
+        text += f", with the adapter of {adapter_dir}"
+    tokenizer = beside if workdir and beside.is_dir() else weights.tokenizer
+
+    def read_cast(path, slices):
+        return hf.cast(read(path, slices), dtype, path)
+
+    def params(sharding):
+        return in_device_memory(load(sharding.mesh, place(sharding, own_specs(cfg, sharding.mesh)), read_cast, "used"))
+
+    return Inference(cfg, params, tokenizer, weights.folder, text)
+
+
+def _noted_base(workdir, base):
+    if not os.path.isdir(base):
+        raise ValueError(
+            f"--workdir={workdir} holds adapters alone, for the base {base}, which is not there; use --hf_dir=BASE --adapter={workdir}"
+        )
+    return base

@@ -1,0 +1,117 @@
+"""What a run measures and writes: FLOPs per token, MFU, metrics.jsonl, TensorBoard, the loss curve."""
+
+import json
+import math
+import os
+import time
+
+import mindspore as ms
+import numpy as np
+
+from experiments.watch.records import METRICS, read_records
+from ops.registry import choose, pick
+from parallel import collectives
+from parallel.checkpoint.files import write_text
+from parallel.trees import tree_paths
+from qwen3.model import param_specs
+
+
+def flops_per_token(cfg, seq_len):
+    """Training FLOPs per token, recompute not counted: 6 x (active non-embedding parameters + head) + causal attention; of frozen
+    parameters 4, as they have no gradients."""
+    flops, head = 0, None
+    for path, spec in tree_paths(param_specs(cfg)):
+        each = 6 if spec.trains else 4
+        if path in ("embed", "lm_head"):
+            head = each * cfg.vocab_size * cfg.hidden_size
+            continue
+        share = cfg.experts_per_token / cfg.num_experts if "experts" in spec.dims else 1
+        flops += each * math.prod(spec.shape) * share
+    attention = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len  # scores and mix, half of them masked
+    return flops + head + 6 * attention
+
+
+def peak_flops(size=1536, repeats=5):
+    """FLOP/s of the fastest float32 matmul that this device has: the best of a few."""
+    a = ms.Tensor(np.ones((size, size), np.float32))
+    matmul, best = pick(choose({}, ms.get_context("device_target"), "float32"), "matmul")(), 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        matmul(a, a).asnumpy()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def mesh_peak_flops(mesh):
+    """The sum of peak_flops over all ranks, measured by all at once, as they share what they run on when they train."""
+    return float(collectives.host_sum(mesh, tuple(mesh.sizes), [peak_flops()])[0])
+
+
+def held_out(nats, bytes_per_target=None):
+    """The metrics of a loss in nats per target: eval_loss, perplexity, and bits_per_byte where it is known how many bytes a target stands
+    for."""
+    values = {"eval_loss": nats, "perplexity": math.exp(min(nats, 700.0))}  # beyond, a float has no room
+    return {**values, "bits_per_byte": nats / math.log(2) / bytes_per_target} if bytes_per_target else values
+
+
+class Writer:
+    """A run's metrics: one JSON object a line in `metrics.jsonl`, numbers also in `tensorboard/`, all of them in `records`.
+
+    Without a workdir, on ranks that do not write, only the last. begun: the step from which a run goes on; what an earlier process wrote of
+    later steps goes, as they are done again.
+    """
+
+    def __init__(self, workdir, begun=0):
+        self.records, self.silent = [], workdir is None
+        if not self.silent:
+            path = os.path.join(workdir, METRICS)
+            if begun:
+                self.records = [record for record in read_records(path) if record["step"] <= begun]
+                write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
+            self.file = open(path, "a", encoding="utf-8")
+            from tensorboardX import SummaryWriter  # here, as it brings all of torch with it where that is installed
+
+            self.board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=begun + 1 if begun else None)
+
+    def write(self, step, values):
+        """values: numbers, or lists of numbers (to the file only)."""
+        self.records.append({"step": step, **values})
+        if self.silent:
+            return
+        self.file.write(json.dumps(self.records[-1]) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, step)
+
+    def sync(self):
+        """What was written is on disk then."""
+        if not self.silent:
+            os.fsync(self.file.fileno())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if not self.silent:
+            self.file.close()
+            self.board.close()
+
+
+def plot_losses(path, records, bigram=None):
+    """The loss curve as a PNG. records: dicts with step, and loss or eval_loss (nats per target)."""
+    from matplotlib.figure import Figure  # here, as the other ranks and the benchmarks draw nothing
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="tight")
+    axes = figure.subplots()
+    for name, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        if points:
+            axes.plot(*zip(*points), label=label, marker="o" if name == "eval_loss" else None, linewidth=1)
+    if bigram is not None:
+        axes.axhline(bigram, linestyle="--", color="gray", label="bigram model, held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,269 @@
+"""What a layout sends in a step, by arithmetic: the collectives that the signatures of a model's ops ask for, and parallel/zero.py's.
+
+How often an op runs, and which cotangents flow through it, is seen by running the model once on one device, as small as one likes, with
+every op watched. What it then sends in a layout follows from its signature, and the payload from the sizes of the signature's dims.
+Holds for unrolled layers, in both lowerings; see again() for what scanned layers add.
+"""
+
+import math
+from collections import Counter
+from typing import NamedTuple
+
+from mindspore import nn
+
+from parallel import zero
+from parallel.lowering.manual import entering, op_steps, varying, wrapped
+from parallel.placement import local_shape
+from parallel.sharding import DATA, Sharding, parse
+
+# Step of parallel/lowering/manual.py -> its collective forward and backward. An all-gather whose backward is a slice has none there.
+DIRECTIONS = {
+    "psum": ("AllReduce", None),
+    "pmax": ("AllReduce", None),
+    "pvary": (None, "AllReduce"),
+    "all_gather": ("AllGather", "ReduceScatter"),
+    "reduce_scatter": ("ReduceScatter", "AllGather"),
+    "split": (None, "AllGather"),
+    "all_to_all": ("AlltoAll", "AlltoAll"),
+}
+# The same where MindSpore's partitioner makes the backward: a tensor that ranks hold alike has partial cotangents, see parallel/lowering/partitioner.py.
+PARTITIONED = {**DIRECTIONS, "psum": ("AllReduce", "AllReduce"), "pvary": (None, None)}
+FLOAT32 = 4  # bytes; those of an int32 too
+
+
+class Call(NamedTuple):
+    """A collective over the ranks along these atoms. phase: forward, backward or update. elements: of the whole that they exchange."""
+
+    phase: str
+    kind: str
+    atoms: tuple
+    elements: int
+    itemsize: int = FLOAT32
+
+    def sent(self, mesh):
+        """Bytes that a rank sends, and receives, in a ring: each passes on all parts of the whole but one; twice for a sum that all get."""
+        n = mesh.size(self.atoms)
+        return (2 if self.kind == "AllReduce" else 1) * (n - 1) * self.elements * self.itemsize // n
+
+
+class Watched(Sharding):
+    """Ops on one device, whose runs and cotangents are counted: seen[place of the op in the order of binding, step] -> times. A step is
+    ("run",), or ("operand" or "result", number) for a cotangent. `layout`, whose parts the model asks for, is the Sharding meant."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.layout, self.bound, self.seen = layout, [], Counter()
+
+    def shards(self, dim):
+        return self.layout.shards(dim)
+
+    def placement(self, spec, path=""):
+        return ((),) * len(spec.shape)
+
+    def op(self, fn, signature, *, kind, wrap=None, reduce="sum", dtype=None, around=None, **_):
+        operands, results = parse(signature)
+        place = len(self.bound)
+        self.bound.append((operands, [results], kind, reduce, dtype, around))
+        if kind == "elementwise":
+            return wrapped(fn, wrap)
+        return self._watching(place, wrapped(fn, wrap), len(operands))
+
+    def fan(self, make, operand, signatures, *, kind, wrap=None):
+        parsed = [parse(f"{operand}, {signature}") for signature in signatures]
+        place, fns = len(self.bound), [wrapped(make(), wrap) for _ in signatures]
+        operands = [parsed[0][0][0], *(each[1] for each, _ in parsed)]
+        self.bound.append((operands, [results for _, results in parsed], kind, "sum", None, None))
+        return self._watching(place, lambda x, *ws: tuple(fn(x, w) for fn, w in zip(fns, ws)), 1 + len(fns))
+
+    def _watching(self, place, fn, count):
+        def watched(*args):
+            self.seen[place, ("run",)] += 1
+            args = [self._cell(place, ("operand", i))(x) if i < count and _differentiable(x) else x for i, x in enumerate(args)]
+            out = fn(*args)
+            each = out if isinstance(out, tuple) else (out,)
+            each = tuple(self._cell(place, ("result", i))(y) if _differentiable(y) else y for i, y in enumerate(each))
+            return each if isinstance(out, tuple) else each[0]
+
+        return watched
+
+    def _cell(self, place, step):
+        return _Cotangent(lambda: self.seen.update([(place, step)]))
+
+
+class _Cotangent(nn.Cell):
+    """The identity; calls `note` when a cotangent comes back."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def construct(self, x):
+        return x * 1
+
+    def bprop(self, x, out, dout):
+        self.note()
+        return (dout,)
+
+
+def _differentiable(x):
+    return getattr(x, "dtype", None) is not None and x.is_floating_point()
+
+
+def of_ops(layout, bound, seen, sizes, itemsize):
+    """Counter of the Calls of watched ops in a layout. sizes: {dim: global size} of what travels. itemsize: of the compute dtype."""
+    out, directions = Counter(), PARTITIONED if layout.lowering == "shard" else DIRECTIONS
+    for place, (operands, results, kind, reduce, dtype, around) in enumerate(bound):
+        if kind == "elementwise" or not seen[place, ("run",)]:
+            continue
+        if around:
+            runs = seen[place, ("run",)], seen[place, ("result", 0)]
+            out += _rounds(layout, *around, operands, runs, sizes, itemsize)
+        for what, i, part, steps in _sides(layout, operands, results, kind, reduce):
+            item = FLOAT32 if dtype and what == "result" else _itemsize(layout, part, itemsize)
+            for name, atoms, whole in _payloads(layout, part, steps, what):
+                forward, backward = directions[name] if name != "sliced" else ("AllGather", None)
+                for phase, kind, step in (("forward", forward, ("run",)), ("backward", backward, (what, i))):
+                    if kind and seen[place, step]:
+                        elements = math.prod(-(-_size(sizes, dim) // n) for dim, n in whole)
+                        out[Call(phase, kind, atoms, elements, item)] += seen[place, step]
+    return out
+
+
+def _rounds(layout, dim, numbers, operands, runs, sizes, itemsize):
+    """Counter of the Calls that send operands round the ranks of a dim, to each but the first owner; in the backward again, and with them
+    their gradients, in float32, home. Each is a gather, see collectives.ppermute. runs: forward, and backward."""
+    atoms, (forward, backward) = layout.atoms(dim), runs
+    n = layout.mesh.size(atoms)
+    parts = [operands[i] for i in numbers]
+    each = [math.prod(-(-_size(sizes, used) // layout.shards(used)) for _, used in part) for part in parts]
+    assert len(set(each)) == 1, "what goes round together is of one shape"
+    call = Call("forward", "AllGather", atoms, n * sum(each), _itemsize(layout, parts[0], itemsize))
+    again = call._replace(phase="backward")
+    out = Counter({call: (n - 1) * forward, again: (n - 1) * backward})
+    out[again._replace(itemsize=FLOAT32)] += n * backward
+    return out
+
+
+def _sides(layout, operands, results, kind, reduce):
+    """(operand or result, number, its dims, its Steps), for an op, and for a fan, whose first operand is brought in once."""
+    if len(results) == 1:
+        enters, leaves = op_steps(layout, operands, results[0], kind, reduce)
+        yield from (("operand", i, part, steps) for i, (part, steps) in enumerate(zip(operands, enters)))
+        yield from (("result", i, part, steps) for i, (part, steps) in enumerate(zip(results[0], leaves)))
+        return
+    for i, each in enumerate(results):
+        pair = [operands[0], operands[1 + i]]
+        (_, weight), (leave,) = op_steps(layout, pair, each, kind, reduce)
+        if i == 0:
+            yield "operand", 0, operands[0], entering(layout, operands[0], varying(layout, pair, each))
+        yield "operand", 1 + i, operands[1 + i], weight
+        yield "result", i, each[0], leave
+
+
+def _payloads(layout, part, steps, what):
+    """(name, atoms, [(dim, parts it is in)] of the whole) of each Step, in turn."""
+    held = [set(layout.atoms(arrives)) for arrives, _ in part]
+    for name, atoms, args in steps:
+        before = list(map(set, held))
+        if name == "all_gather":
+            held[args[0]] -= set(atoms)
+        elif name in ("reduce_scatter", "split"):
+            held[args[0]] |= set(atoms)
+        elif name == "all_to_all":
+            held[args[0]] |= set(atoms)
+            held[args[1]] -= set(atoms)
+        whole = held if name == "all_gather" else before
+        sliced = name == "all_gather" and args[1] == "slice"
+        yield "sliced" if sliced else name, atoms, [(arrives, layout.mesh.size(split)) for (arrives, _), split in zip(part, whole)]
+
+
+def _size(sizes, dim):
+    assert dim in sizes, f"dim {dim!r} travels, and its size is not known"
+    return sizes[dim]
+
+
+def _itemsize(layout, part, itemsize):
+    """Of activations along embed, heads or an adapter's rank, that of the compute dtype. The others are float32, or int32."""
+    dims = {dim for dim, _ in part}
+    of_data = any(axis[:2] in DATA for dim in dims for axis in layout.rules[dim])
+    return itemsize if of_data and dims & {"embed", "head_dim", "rank"} else FLOAT32
+
+
+def of_update(layout, placed, micro_batches=1, itemsize=FLOAT32):
+    """Counter of the Calls of gradient sums, the gathering of updated parameters, and the gradient's norm. itemsize: of the compute dtype,
+    in which MindSpore gathers."""
+    if layout.lowering == "shard":
+        return _of_partitioned_update(layout, placed, micro_batches, itemsize)
+    out, mesh = of_sums(layout, placed, micro_batches), layout.mesh
+    for atoms, split, elements in _bucket_sizes(mesh, placed):
+        if split and layout.zero < 3:
+            out[Call("update", "AllGather", atoms, elements)] += 1
+    if mesh.world > 1:
+        out[Call("update", "AllReduce", tuple(mesh.sizes), 1)] += 1
+    if micro_batches > 1 and layout.data_atoms:
+        out[Call("update", "AllReduce", layout.data_atoms, micro_batches)] += 1
+    return out
+
+
+def _of_partitioned_update(layout, placed, micro_batches, itemsize):
+    """In each micro-batch MindSpore sums each parameter's gradient by itself, over all ranks that use it alike, and scatters it where the
+    parameter is stored in parts; the norm is ours."""
+    out, mesh = Counter(), layout.mesh
+    for p in placed:
+        split = {atom for atoms in p.used for atom in atoms}
+        alike = tuple(atom for atom in mesh.sizes if atom not in split)
+        if alike:
+            kind = "AllReduce" if p.stored == p.used else "ReduceScatter"
+            out[Call("update", kind, alike, math.prod(local_shape(mesh, p.spec, p.used)))] += 1
+    out += times(partitioned_gathers(mesh, placed, itemsize), 2 if layout.zero == 3 else 1)  # stage 3 gathers for the backward again
+    norm = Counter({Call("update", "AllReduce", tuple(mesh.sizes), 1): 1} if mesh.world > 1 else {})
+    return times(out, micro_batches) + norm
+
+
+def partitioned_gathers(mesh, placed, itemsize):
+    """Counter of the Calls by which MindSpore brings the parameters that are stored in parts to where they are used: each once, after the
+    cast to what it is used in."""
+    out = Counter()
+    for p in placed:
+        if p.stored != p.used:
+            (atoms,) = (more[len(has) :] for has, more in zip(p.used, p.stored) if has != more)
+            in_float32 = p.path == "embed" or "router" in p.spec.dims
+            elements = math.prod(local_shape(mesh, p.spec, p.used))
+            out[Call("update", "AllGather", atoms, elements, FLOAT32 if in_float32 else itemsize)] += 1
+    return out
+
+
+def of_sums(layout, placed, micro_batches):
+    """Counter of the Calls of gradient sums alone."""
+    out = Counter()
+    for atoms, split, elements in _bucket_sizes(layout.mesh, placed):
+        times = micro_batches if layout.zero >= 2 else 1
+        if not (split and layout.zero == 3):
+            out[Call("update", "ReduceScatter" if split and layout.zero == 2 else "AllReduce", atoms, elements)] += times
+    return out
+
+
+def of_gathered(layout, placed):
+    """Counter of the Calls where stage 3 gathers these parameters, in one place of the model."""
+    out = Counter()
+    for atoms, split, elements in _bucket_sizes(layout.mesh, placed):
+        if split and layout.zero == 3:  # never in the shard lowering, where MindSpore gathers
+            out[Call("forward", "AllGather", atoms, elements)] += 1
+            out[Call("backward", "ReduceScatter", atoms, elements)] += 1
+    return out
+
+
+def _bucket_sizes(mesh, placed):
+    for atoms, split, places in zero.buckets(mesh, placed):
+        yield atoms, split, sum(math.prod(local_shape(mesh, placed[i].spec, placed[i].used)) for i in places)
+
+
+def times(calls, n):
+    """A Counter of as many calls n times."""
+    return Counter({call: count * n for call, count in calls.items()})
+
+
+def again(calls, n=2):
+    """The forward calls of a scanned layer that its backward makes again: once for the inputs of all layers, once for each's gradient.
+    All are counted; the graph leaves out those whose result it does not need, such as, for the gradient, the layer's last sum."""
+    return Counter({call._replace(phase="backward"): count * n for call, count in calls.items() if call.phase == "forward"})

@@ -1,0 +1,100 @@
+"""ParamSpec, the single source of a parameter's shape, initialisation, sharding and checkpoint layout.
+
+A path is the tuple of keys to a parameter in the tree, written with dots: `layers.0.attention.wq`.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from parallel.random import hash_normal, hash_symmetric
+from parallel.trees import tree_leaves, tree_paths, unflatten
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """shape: global sizes. dims: the logical name of each dim. init: normal(std), uniform(bound), constant(value), ones() or zeros().
+
+    optimizer: "adamw" for what a run's optimizer trains, whichever it is, or "sign" for a value moved by a fixed step against the sign of
+    its gradient (the router's bias), or "none" for a frozen one, which has no gradient and no optimizer state.
+    parts: for each dim, into how many equal parts it can be cut, such as heads; None where every element is one. Default: all None.
+    """
+
+    shape: tuple
+    dims: tuple
+    init: tuple
+    optimizer: str = "adamw"
+    parts: tuple = ()
+
+    def __post_init__(self):
+        assert len(self.shape) == len(self.dims), (self.shape, self.dims)
+
+    def parts_of(self, i):
+        """Into how many parts dim i can be cut."""
+        return (self.parts[i] if self.parts else None) or self.shape[i]
+
+    @property
+    def trains(self):
+        return self.optimizer != "none"
+
+
+def normal(std):
+    return ("normal", std)
+
+
+def uniform(bound):
+    """Between -bound and bound."""
+    return ("uniform", bound)
+
+
+def constant(value):
+    return ("constant", value)
+
+
+def ones():
+    return ("ones",)
+
+
+def zeros():
+    return ("zeros",)
+
+
+def count(specs):
+    """Number of elements in a tree of specs or arrays."""
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in tree_leaves(specs))
+
+
+def init_array(spec, path, seed, dtype=np.float32, index=None):
+    """One parameter's initial value as a numpy array; `index`, a tuple of slices with bounds, gives only that part.
+
+    An element depends on (seed, path, its place in the global array) alone, so every sharding starts from the same numbers.
+    """
+    index = index or tuple(slice(0, n) for n in spec.shape)
+    shape = tuple(s.stop - s.start for s in index)
+    kind = spec.init[0]
+    if kind not in ("normal", "uniform"):
+        return np.full(shape, {"ones": 1, "zeros": 0}.get(kind, spec.init[-1]), dtype)
+    draw = hash_normal if kind == "normal" else hash_symmetric
+    key = np.uint32(zlib.crc32(path.encode()))
+    out = np.empty(shape, dtype)
+    rows = max(1, (1 << 20) // max(1, int(np.prod(shape[1:]))))  # bounds the working memory at a few MB
+    for first in range(0, shape[0], rows):
+        part = (slice(index[0].start + first, min(index[0].start + first + rows, index[0].stop)),) + index[1:]
+        place = _places(spec.shape, part)
+        out[first : first + rows] = draw(seed, key, place) * spec.init[1]
+    return out
+
+
+def init_params(specs, seed, dtype=np.float32):
+    """A tree of numpy arrays for a tree of specs. Deterministic in `seed`; see init_array."""
+    return unflatten(specs, [init_array(spec, path, seed, dtype) for path, spec in tree_paths(specs)])
+
+
+def _places(shape, index):
+    """uint64 row-major positions in an array of `shape` of the elements that `index` selects."""
+    place = np.zeros((1,) * len(shape), np.uint64)
+    for i, (n, s) in enumerate(zip(shape, index)):
+        along = np.arange(s.start, s.stop, dtype=np.uint64).reshape((-1,) + (1,) * (len(shape) - i - 1))
+        place = place * np.uint64(n) + along
+    return place
