@@ -30,7 +30,7 @@ FIGURES = ("step_time_s", "tokens_per_s", "mfu", "peak_mem_gib", "compile_time_s
 CONTESTANT = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-from experiments.bench_turns import serve
+from experiments.bench.turns import serve
 
 def job(job):
     print("to standard error")

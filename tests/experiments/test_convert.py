@@ -328,8 +328,8 @@ def test_a_value_too_large_for_float16_leaves_nothing(tmp_path):
 COMMAND = [sys.executable, "-m", "experiments.convert"]
 KILLED = """
 import os, signal, sys
-from experiments import convert_weights
-from parallel import checkpoint_store
+from experiments.convert import weights as convert_weights
+from parallel.checkpoint import store as checkpoint_store
 from qwen3 import hf
 command, source, output = sys.argv[1:]
 read, calls = convert_weights._as_numpy, []

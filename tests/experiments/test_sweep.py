@@ -20,7 +20,7 @@ from experiments.watch.records import read_records
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 from experiments.configs import common
-from experiments.sweeps import chain, over, product, zipped
+from experiments.sweep.sweeps import chain, over, product, zipped
 
 def get_config():
     c = common.get_config()

@@ -13,11 +13,12 @@ MB = 1 << 20
 MEASURED = """
 import json, os, sys
 import numpy as np
-from experiments import convert_look as look, convert_weights as convert, train_state
-from parallel import checkpoint_store
+from experiments.convert import look, weights as convert
+from experiments.train import state as train_state
+from parallel.checkpoint import store as checkpoint_store
 from parallel.mesh import Mesh
 from parallel.sharding import Sharding
-from parallel.spec import tree_leaves, tree_map
+from parallel.trees import tree_leaves, tree_map
 from qwen3 import hf
 from qwen3.config import SIZES
 from qwen3.model import param_specs

@@ -19,7 +19,7 @@ from parallel.launch.process import Cause
 
 RUN = """
 import json, sys
-from parallel import launch
+from parallel.launch import job as launch
 launch.SCHEDULER = sys.argv[1]  # nothing here meets, and MindSpore takes seconds to import
 try:
     sys.exit(launch.run(launch.Job(**json.loads(sys.argv[2]))))

@@ -44,11 +44,11 @@ def test_recomputed_steps_are_bitwise_those_that_keep_all(cfg, loop, recompute):
 PEAK = """
 import sys, json
 import mindspore as ms
-from experiments import train_program
-from experiments.bench_train import packed_batch
-from experiments.bench_turns import held_mem_gib, peak_mem_gib
+from experiments.train import program as train_program
+from experiments.bench.train import packed_batch
+from experiments.bench.turns import held_mem_gib, peak_mem_gib
 from experiments.configs import common
-from parallel.spec import init_params
+from parallel.specs import init_params
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
 

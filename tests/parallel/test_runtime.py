@@ -7,8 +7,8 @@ import sys
 SCRIPT = """
 import os
 import mindspore as ms
-from parallel import runtime
-from parallel.step import jit
+from parallel.graph import runtime
+from parallel.graph.jit import jit
 
 {before}
 
