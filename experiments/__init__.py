@@ -1,7 +1,7 @@
 import os
 
-# MindSpore warns of every function that is compiled for a second shape; errors still show. Set GLOG_v=2 to see warnings.
+# Shows MindSpore's errors alone: it would warn of every function that is compiled for a second shape. Set GLOG_v=2 to see warnings.
 os.environ.setdefault("GLOG_v", "3")
-# Threads of OpenMP that wait sleep instead of spinning: MindSpore calls kernels from several threads, each of which has a team of its own,
-# and the teams would spin against each other. Read when MindSpore is imported, so set before.
+# Makes waiting OpenMP threads sleep instead of spin. MindSpore calls kernels from several threads, each with its own OpenMP team,
+# and spinning teams would take the cores from each other. MindSpore reads the variable when it is imported, so it is set here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,7 +1,7 @@
-"""Runs beside each other: python -m experiments.compare RUN... [--metric=loss --metric=eval_loss] [--x=step|tokens|time] [--smooth=50]
+"""Compares runs: python -m experiments.compare RUN... [--metric=loss --metric=eval_loss] [--x=step|tokens|time] [--smooth=50]
 
-Writes compare.html, a page of its own that needs nothing else, and a PNG for each metric, into --output, and prints the last values and the
-config keys in which the runs differ. Runs may still be going on.
+Writes compare.html, a page that needs no other file, and a PNG for each metric to the folder --output. Prints the last values and the
+config keys in which the runs differ. The runs may still be training.
 """
 
 import os
@@ -15,14 +15,14 @@ from experiments.watch import records
 from parallel.checkpoint.files import write_text
 
 FLAGS = flags.FLAGS
-POINTS = 1000  # of a run, in the pictures
+POINTS = 1000  # most points drawn of a run
 
 
 def define_flags():
     flags.DEFINE_multi_string("metric", ["loss", "eval_loss"], "a name in metrics.jsonl; repeat the flag for several")
-    flags.DEFINE_enum("x", "step", list(records.AXES), "what metrics are drawn over: steps, tokens seen, or hours of training")
-    flags.DEFINE_integer("smooth", 1, "each point is the mean of so many", lower_bound=1)
-    flags.DEFINE_string("output", "compare", "folder for the page and the pictures; made where missing")
+    flags.DEFINE_enum("x", "step", list(records.AXES), "the horizontal axis: steps, tokens seen, or hours of training")
+    flags.DEFINE_integer("smooth", 1, "draw the mean of this many values at each point", lower_bound=1)
+    flags.DEFINE_string("output", "compare", "folder for the page and the pictures; made if missing")
 
 
 def main(argv):
@@ -55,7 +55,7 @@ def drawn(x, values, smooth):
 
 
 def short_names(folders):
-    """The paths without what all begin with."""
+    """The paths relative to their common folder: ["runs/a", "runs/b"] -> ["a", "b"]. Raises ValueError for a path given twice."""
     if len(folders) == 1:
         return [os.path.basename(folders[0])]
     common = os.path.commonpath([os.path.abspath(folder) for folder in folders])
@@ -66,7 +66,7 @@ def short_names(folders):
 
 
 def values_of(values, most=8):
-    """The different ones, in order, and how many more."""
+    """The distinct values as text, in order; after the first `most`, only how many there are in all."""
     different = sorted(set(map(str, values)), key=lambda text: (len(text), text) if text.lstrip("-").isdigit() else (0, text))
     return ", ".join(different[:most]) + (f", ... ({len(different)} in all)" if len(different) > most else "")
 
@@ -76,7 +76,7 @@ def safe(name):
 
 
 def table(names, found, metrics):
-    """The last point and value of each run."""
+    """Lines of text: the last value of each metric for each run."""
     width = max(len("run"), *map(len, names))
     lines = [f"{'run':{width}}" + "".join(f"  {metric:>14}" for metric in metrics)]
     for name, run in zip(names, found):

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning on conversations, of all weights or by LoRA:
+"""Supervised fine-tuning on conversations, of all weights or of LoRA adapters:
 
     python -m experiments.finetune --config=experiments/configs/finetune_tiny.py --workdir=runs/sft [--hf_dir=DIR]
 
---hf_dir: a Hugging Face folder, or a run, whose model, weights and tokenizer it starts from. Data: data.format, data.path; see
-docs/finetuning.md. On many ranks as experiments.pretrain.
+--hf_dir: a Hugging Face folder or a run, which gives the model's sizes, initial weights and tokenizer. The data are set by data.format and
+data.path; see docs/finetuning.md. For many ranks, see experiments.pretrain.
 """
 
 from functools import partial
@@ -17,9 +17,9 @@ def main(_):
 
 
 def finetune(config, workdir):
-    """A whole run, or the rest of one, in the folder `workdir`; config as experiments.flags.resolve gives it."""
+    """Trains in the folder `workdir`, from the start or from its newest checkpoint. config: from experiments.flags.resolve."""
     if not (config.data.format or config.data.conversations):
-        raise ValueError("data.format='' names no format of conversations; use alpaca, sharegpt or messages, or data.conversations=true")
+        raise ValueError("data.format='' is no format of conversations; use alpaca, sharegpt or messages, or data.conversations=true")
     training.train_in(workdir, config)
 
 

@@ -1,4 +1,4 @@
-"""The command line of every main: --config with its overrides, layout flags, checks, and errors of one line.
+"""The command line of every main: --config and its overrides, the layout flags, the checks of a config, and errors in one line.
 
 A main calls `define()` at import, `resolve(FLAGS)` in `main(argv)`, and ends with `flags.run(main)`.
 """
@@ -27,14 +27,14 @@ from parallel.pipeline.schedule import SCHEDULES
 from qwen3.chat import FORMATS
 from qwen3.config import SIZES, Lora, Qwen3Config, RopeScaling, check_compute_dtype
 
-# Mains that run on many ranks, and their default config
+# Mains that train, on any number of ranks, and their default config
 MAINS = {"experiments.pretrain": "experiments/configs/tiny.py", "experiments.finetune": "experiments/configs/finetune_tiny.py"}
 
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 
 
 def define(default_config=None, flag_values=flags.FLAGS):
-    """Registers --config, --workdir and the layout flags, which override `config.parallel` when given."""
+    """Registers --config, --workdir and the layout flags. A layout flag that is given overrides its key of `config.parallel`."""
     config_flags.DEFINE_config_file("config", None, "a file with get_config(); --config.KEY=VALUE overrides", flag_values=flag_values)
     flag_values["config"].default = default_config  # loaded by parse(), where errors are reported
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=flag_values)
@@ -43,19 +43,18 @@ def define(default_config=None, flag_values=flags.FLAGS):
     flags.DEFINE_boolean("seq_parallel", None, "overrides config.parallel.seq_parallel", flag_values=flag_values)
     flags.DEFINE_string("lowering", None, "overrides config.parallel.lowering: manual or shard", flag_values=flag_values)
     flags.DEFINE_string("profile_steps", None, "overrides config.train.profile_steps: FIRST:LAST, such as 10:15", flag_values=flag_values)
-    flags.DEFINE_string("resume_from", None, "overrides config.resume_from: a run to go on from", flag_values=flag_values)
-    flags.DEFINE_string("init_from", None, "overrides config.init_from: weights to begin with", flag_values=flag_values)
+    flags.DEFINE_string("resume_from", None, "overrides config.resume_from: the run to continue", flag_values=flag_values)
+    flags.DEFINE_string("init_from", None, "overrides config.init_from: the initial weights", flag_values=flag_values)
     flags.DEFINE_string(
-        "hf_dir", None, "folder of a Hugging Face model or of a run: its sizes, weights and tokenizer", flag_values=flag_values
+        "hf_dir", None, "folder of a Hugging Face model or of a run: gives sizes, weights and tokenizer", flag_values=flag_values
     )
-    flags.DEFINE_boolean("partial", None, "overrides config.partial: load what fits of another model", flag_values=flag_values)
+    flags.DEFINE_boolean("partial", None, "overrides config.partial: load what matches by name and shape", flag_values=flag_values)
 
 
 def run(main, define_flags=None):
-    """Parses sys.argv and calls main([program]), after define_flags(), so that a main that is imported defines none. A user's mistake
-    prints `error: ...` and exits with status 2.
+    """Calls define_flags(), parses sys.argv and calls main([program]). An import of the main's module thus defines no flags.
 
-    --traceback shows where it was raised instead.
+    A user's mistake prints one line, `error: ...`, and exits with status 2. With --traceback it prints the traceback instead.
     """
     if define_flags:
         define_flags()
@@ -67,13 +66,13 @@ def run(main, define_flags=None):
         if "--traceback" in sys.argv:
             raise
         print(f"error: {error}", file=sys.stderr)
-        if flags.FLAGS.is_parsed():  # raised by the program, so perhaps no mistake of the user's
+        if flags.FLAGS.is_parsed():  # main() raised it, so it may be a bug instead of a user's mistake
             print("(--traceback shows where)", file=sys.stderr)
         sys.exit(2)
 
 
 def parse(argv, flag_values=flags.FLAGS):
-    """Parses argv, which must be sys.argv. Returns [program]; raises ValueError or flags.Error."""
+    """Parses argv, which must be sys.argv because config_flags reads that. Returns [program]; raises ValueError or flags.Error."""
     if "config" in flag_values:
         argv = _with_config(argv, flag_values["config"].default)
     rest = flag_values(argv)
@@ -83,10 +82,10 @@ def parse(argv, flag_values=flags.FLAGS):
 
 
 def resolve(flag_values, world=None, cfg=None):
-    """The run's config as a FrozenConfigDict: file, then --config.KEY, then layout flags, in which no axis is -1 any more.
+    """Returns the run's config as a FrozenConfigDict: the file, overridden by --config.KEY and then by the layout flags.
 
-    world: ranks of the job; default: of the one that this process is in; 0: as many as the layout asks for. cfg: the model's, where it is
-    not that of config.model. Raises ValueError naming key and fix.
+    An axis of -1 is replaced by its size. world: the number of ranks; None: those of this process's job; 0: as many as the layout asks for.
+    cfg: the Qwen3Config, where it is not the one of config.model. Raises ValueError that names the key, its value and the fix.
     """
     if flag_values.config is None:
         raise ValueError("--config is missing; try --config=experiments/configs/tiny.py")
@@ -108,23 +107,23 @@ def resolve(flag_values, world=None, cfg=None):
 
 
 def _start_from(config, folder):
-    """The config of a run that starts from the model of a folder: a Hugging Face one, or a run of ours."""
+    """Sets the config's model, initial weights and tokenizer to those of a folder: a Hugging Face model, or a run of this project."""
     config.model = config.init_from = folder
-    own = os.path.join(folder, "tokenizer")  # of a run
+    own = os.path.join(folder, "tokenizer")  # where a run keeps it
     config.data.tokenizer = config.data.tokenizer or (own if os.path.isdir(own) else folder)
 
 
 def check_layout(argv, world):
-    """Raises ValueError for a command [module, *arguments] whose layout does not make up `world` ranks, or is wrong in itself.
+    """Raises ValueError if the layout of a command [module, *arguments] is wrong, or does not have `world` ranks.
 
-    Says nothing of modules that have no layout.
+    A module that has no layout is not checked.
     """
     if argv[0] in MAINS or any(re.match("--?config(=|$)", arg) for arg in argv):
         resolved(argv, world)
 
 
 def resolved(argv, world):
-    """The config of a command [module, *arguments] on `world` ranks, as resolve() gives it to that main; options of others are let be."""
+    """Returns the config that a command [module, *arguments] gets from resolve() on `world` ranks; ignores flags that define() lacks."""
     default, values, own = MAINS.get(argv[0]), flags.FlagValues(), sys.argv
     define(default, values)
     sys.argv = list(argv)  # where config_flags looks for the keys
@@ -136,7 +135,7 @@ def resolved(argv, world):
 
 
 def taken_after_dashes():
-    """What follows `--` on the command line, which loses it: a command, or options for others."""
+    """Removes `--` and all that follows from sys.argv, and returns what followed: a command, or options for another program."""
     if "--" not in sys.argv:
         return []
     place = sys.argv.index("--")
@@ -146,10 +145,10 @@ def taken_after_dashes():
 
 
 def model_config(config, device="CPU"):
-    """The Qwen3Config that `config.model` names, with `config.model_args` applied. device: MindSpore's name of the target.
+    """Returns the Qwen3Config that `config.model` names, changed by `config.model_args`, `yarn`, `lora` and `train.freeze_*`.
 
-    'any' is a device that computes in every dtype. Raises ValueError for an unknown size, a folder that Qwen3Config.from_hf refuses, or a
-    dtype that `device` cannot compute in.
+    device: MindSpore's name of the target, or 'any' to accept every compute dtype. Raises ValueError for an
+    unknown size, a folder that Qwen3Config.from_hf refuses, or a dtype that `device` cannot compute in.
     """
     args = {name: value for name, value in config.model_args.items() if value is not None}
     if "mlp_only_layers" in args:
@@ -157,9 +156,9 @@ def model_config(config, device="CPU"):
         if any(not isinstance(i, int) for i in args["mlp_only_layers"]):
             raise ValueError(f"model_args.mlp_only_layers={args['mlp_only_layers']} must be layer numbers, such as (0,1)")
     base = _base_model(config.model)
-    if args.get("vocab_size", base.vocab_size) != base.vocab_size:  # another tokenizer, with other ids
+    if args.get("vocab_size", base.vocab_size) != base.vocab_size:  # another tokenizer, so the ids of the special tokens are unknown
         args = {"bos_id": None, "eos_id": None, "pad_id": None, **args}
-    cfg = _what_trains(_with_yarn(base.replace(**args), config.yarn), config)
+    cfg = _with_trainable(_with_yarn(base.replace(**args), config.yarn), config)
     check_compute_dtype(cfg, device)
     return cfg
 
@@ -167,19 +166,20 @@ def model_config(config, device="CPU"):
 def _with_yarn(cfg, yarn):
     if not yarn.factor:
         if yarn.original_max_position:
-            raise ValueError(f"yarn.original_max_position={yarn.original_max_position} is of a stretch by yarn.factor; give that too")
+            raise ValueError(f"yarn.original_max_position={yarn.original_max_position} has no use without yarn.factor; set yarn.factor too")
         return cfg
     return cfg.replace(rope_scaling=RopeScaling(yarn.factor, yarn.original_max_position or cfg.max_position))
 
 
-def _what_trains(cfg, config):
-    """cfg with config.lora and train.freeze_*. Raises ValueError for patterns that nothing matches."""
+def _with_trainable(cfg, config):
+    """cfg with the adapters of config.lora and the frozen parameters of train.freeze_*. Raises ValueError for a pattern without a match."""
     include, exclude = (_patterns(config.train[key]) for key in ("freeze_include", "freeze_exclude"))
     if not config.lora.rank:
         return cfg.replace(frozen=(include, exclude))
     if include or exclude:
         raise ValueError(
-            f"train.freeze_*={','.join(include + exclude)!r}: with lora.rank={config.lora.rank} all but adapters is frozen; leave it out"
+            f"train.freeze_*={','.join(include + exclude)!r}: lora.rank={config.lora.rank} freezes all parameters but the adapters;"
+            " leave it out"
         )
     known, chosen = cfg.lora_targets, set()
     for pattern in _patterns(config.lora.targets):
@@ -197,7 +197,7 @@ def _what_trains(cfg, config):
 
 
 def _patterns(text):
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    return tuple(pattern.strip() for pattern in text.split(",") if pattern.strip())
 
 
 def _base_model(model):
@@ -220,15 +220,15 @@ def _base_model(model):
 
 
 def _saved_model(folder):
-    """The Qwen3Config of a checkpoint of ours."""
+    """The Qwen3Config in the metadata of a checkpoint of this project."""
     meta = Reader(folder).meta
     if not isinstance(meta.get("model"), dict):
-        raise ValueError(f"model={folder!r} does not say of which model it is; it was not saved by a run or by hf-to-native")
+        raise ValueError(f"model={folder!r} has no model config in its metadata; give a checkpoint that a run or hf-to-native saved")
     return Qwen3Config.from_hf(meta["model"])
 
 
 def _with_config(argv, default):
-    """argv with --config=default added where it has none. Raises ValueError for a bad config file or an unknown key in argv."""
+    """Returns argv, with --config=default if it has no --config. Raises ValueError for a bad config file or an unknown key in argv."""
     options = [*argv[1 : argv.index("--") if "--" in argv else None], ""]
     paths, keys = [], []
     for arg, following in zip(options, options[1:]):
@@ -252,7 +252,7 @@ def _with_config(argv, default):
 
 
 def _load(path):
-    """The config of a file. Every error in the file is a ValueError with its line, since ml_collections' own run to pages."""
+    """Loads the config of a file. An error in the file becomes a ValueError with its line: ml_collections' own messages fill pages."""
     if not os.path.isfile(path):
         near = nearest(path, glob.glob(os.path.join(os.path.dirname(path), "*.py")))
         raise ValueError(f"--config={path} is not a file{near}")
@@ -277,14 +277,14 @@ def _where(error, path):
 
 
 def _reason(error):
-    """The useful line of an error: ml_collections' hint where it has one; its own list of all fields is left out."""
+    """One line of an error's message: ml_collections' hint if there is one; its list of all fields is left out."""
     if hint := re.search("Did you mean .*", str(error)):
         return hint[0]
     return f"{type(error).__name__}: {str(error).split(' Other fields present')[0]}".splitlines()[0]
 
 
 def _keys(config):
-    """The dotted names of all values."""
+    """The dotted names of all values, such as "train.steps"."""
     out = []
     for key, value in config.items():
         out += [f"{key}.{k}" for k in _keys(value)] if isinstance(value, ConfigDict) else [key]
@@ -350,7 +350,7 @@ CHECKS = {
     "data.path": ((lambda value: isinstance(value, str | tuple | list)), "must be text, or a list [weight, prefix, ...]"),
     "data.json_key": ((lambda value: value != ""), "must name a key of the records; use 'text'"),
     "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),
-    "yarn.factor": ((lambda value: value == 0 or value >= 1), "must be 1 or more, or 0 for the model's own"),
+    "yarn.factor": ((lambda value: value == 0 or value >= 1), "must be 1 or more, or 0 to keep the model's own scaling"),
     "yarn.original_max_position": NOT_NEGATIVE,
     "parallel.lowering": _one_of("manual", "shard"),
     "parallel.pp_schedule": _one_of(*SCHEDULES),

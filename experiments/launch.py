@@ -1,4 +1,4 @@
-"""Starts a main on several processes, and waits: python -m experiments.launch --nproc=4 -- experiments.pretrain --config=FILE --tp=2
+"""Starts a main on several processes and waits: python -m experiments.launch --nproc=4 -- experiments.pretrain --config=FILE --tp=2
 
 After `--` comes a module or a .py file, with its arguments. --nproc is the number of processes on THIS node. On each of several nodes:
 
@@ -11,17 +11,17 @@ from experiments import flags as command_line
 from parallel.launch import job as launch
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("nproc", None, "processes on this node, one a device (msrun's local_worker_num); ranks in all are nproc * nnodes")
-flags.DEFINE_integer("nnodes", 1, "nodes, each with a launcher of its own (msrun's worker_num / local_worker_num)")
+flags.DEFINE_integer("nproc", None, "processes on this node, one per device (msrun's local_worker_num); the job has nproc * nnodes ranks")
+flags.DEFINE_integer("nnodes", 1, "number of nodes; start a launcher on each (msrun's worker_num / local_worker_num)")
 flags.DEFINE_integer("node_rank", None, "this node's number, from 0; needed with several nodes")
 flags.DEFINE_string("master_addr", None, "name or IP address of node 0; needed with several nodes")
-flags.DEFINE_integer("master_port", None, "port of the scheduler on node 0; with several nodes needed, and the next one is used too")
-LOGS = "folder of rank_<r>.log and scheduler.log, which are overwritten; made where missing; default: a new one in logs/"
-flags.DEFINE_string("log_dir", None, LOGS, allow_override=True)  # absl's logging has a flag of this name, which nothing here reads
-flags.DEFINE_float("timeout_s", 600, "seconds for all nodes to come, and for all ranks to meet (msrun's cluster_time_out)")
-flags.DEFINE_float("save_s", 60, "after SIGTERM, seconds for the ranks to save a checkpoint and end; a second signal ends them at once")
+flags.DEFINE_integer("master_port", None, "port of the scheduler on node 0; needed with several nodes; the port after it is used too")
+LOGS = "folder for rank_<r>.log and scheduler.log, which are overwritten; made if missing; default: a new folder in logs/"
+flags.DEFINE_string("log_dir", None, LOGS, allow_override=True)  # replaces a flag of absl's logging, which is not used here
+flags.DEFINE_float("timeout_s", 600, "seconds in which all nodes must start and all ranks connect (msrun's cluster_time_out)")
+flags.DEFINE_float("save_s", 60, "seconds after SIGTERM for the ranks to save a checkpoint and end; a second signal ends them at once")
 OPTIONS = ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_dir", "timeout_s", "save_s")
-TARGET = []  # what follows `--`, taken out of the command line
+TARGET = []  # the command after `--`
 
 
 def main(_):

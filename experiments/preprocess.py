@@ -1,7 +1,7 @@
 """Text to tokens: python -m experiments.preprocess --input=texts.jsonl --output_prefix=data/wiki --tokenizer=DIR --workers=8
 
-Writes data/wiki_text_document.bin and .idx, one pair for each of --json_keys. With --format=alpaca, sharegpt or messages the records
-are conversations, and a second pair, data/wiki_loss_document, has 1 for each token of the first that an assistant produces.
+Writes data/wiki_text_document.bin and .idx, one such pair of files for each of --json_keys. With --format=alpaca, sharegpt or messages the
+records are conversations. A second pair, data/wiki_loss_document, then has their loss mask: 1 for each token that the assistant produces.
 
     python -m experiments.preprocess inspect data/wiki_text_document [--tokenizer=DIR] [--document=N]
 """
@@ -21,20 +21,20 @@ from qwen3.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "a file or a folder of files: jsonl, json, csv, parquet, arrow, txt, WikiText; .gz and .zst of them")
-flags.DEFINE_string("output_prefix", None, "start of the names of what is written")
+flags.DEFINE_string("output_prefix", None, "start of the names of the files that are written")
 flags.DEFINE_string("tokenizer", None, "folder with tokenizer.json and tokenizer_config.json")
-flags.DEFINE_list("json_keys", "text", "keys of the texts in a record, each to a pair of its own")
-flags.DEFINE_list("map_keys", "", "from:to,... renames keys of the records first")
-flags.DEFINE_boolean("append_eod", True, "the tokenizer's end-of-document id after each document")
-flags.DEFINE_integer("workers", 1, "processes that tokenize, each on one core")
-flags.DEFINE_integer("max_samples", 0, "records to read at most; 0 for all")
-flags.DEFINE_boolean("skip_bad", False, "count, report and leave out records that cannot be used")
-flags.DEFINE_boolean("per_line", False, "of .txt: each line is a document")
-flags.DEFINE_boolean("detokenize", False, "of WikiText: undo @-@, @,@, @.@ and the spaces around marks")
+flags.DEFINE_list("json_keys", "text", "keys of a record whose texts are tokenized; each key gets its own pair of files")
+flags.DEFINE_list("map_keys", "", "from:to,... renames keys of the records before anything else")
+flags.DEFINE_boolean("append_eod", True, "end each document with the tokenizer's end-of-document id")
+flags.DEFINE_integer("workers", 1, "number of processes that tokenize, each on one core")
+flags.DEFINE_integer("max_samples", 0, "most records to read; 0 = all")
+flags.DEFINE_boolean("skip_bad", False, "leave out records that cannot be used, and report how many; otherwise they are errors")
+flags.DEFINE_boolean("per_line", False, "for .txt files: each line is a document")
+flags.DEFINE_boolean("detokenize", False, "for WikiText: undo @-@, @,@, @.@ and the spaces around punctuation")
 flags.DEFINE_enum("format", None, list(FORMATS), "records are conversations of this format")
-flags.DEFINE_enum("enable_thinking", "none", list(encode.THINKING), "given to the chat template")
+flags.DEFINE_enum("enable_thinking", "none", list(encode.THINKING), "value of enable_thinking for the chat template; none = not set")
 flags.DEFINE_integer("document", 0, "the document that inspect shows")
-INSPECTED = []  # the prefix that `inspect` gives, taken out of the command line
+INSPECTED = []  # the prefix after `inspect` on the command line
 
 
 def main(_):
@@ -55,7 +55,7 @@ def main(_):
 
 
 def preprocess(path, prefix, job):
-    """Writes the pairs of a job, as the flags say."""
+    """Tokenizes the records at `path` and writes the pairs of `job`, an encode.Job, to files that begin with `prefix`."""
     bad = pairs.Skipped(FLAGS.skip_bad)
     back = {to: name for name, to in job.map_keys.items()}
     columns = [back.get(key, key) for key in job.keys] if job.format is None else None

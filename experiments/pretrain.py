@@ -14,7 +14,7 @@ def main(_):
 
 
 def pretrain(config, workdir):
-    """A whole run, or the rest of one, in the folder `workdir`; config as experiments.flags.resolve gives it."""
+    """Trains in the folder `workdir`, from the start or from its newest checkpoint. config: from experiments.flags.resolve."""
     if config.data.format:
         raise ValueError(f"data.format={config.data.format!r} is for experiments.finetune; pre-training reads text or a .bin/.idx pair")
     training.train_in(workdir, config)

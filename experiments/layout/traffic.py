@@ -7,7 +7,7 @@ from functools import partial
 import mindspore as ms
 import numpy as np
 
-from experiments.train.pipeline import count_found
+from experiments.train.pipeline import count_metrics
 from experiments.train.state import placements, stage_placements, uses_scan
 from layers import attention, embed, norm
 from layers.bound_ops import BoundOps
@@ -222,7 +222,7 @@ def pipeline_calls(config, cfg, sharding):
         update += sum((traffic.of_sums(sharding, leaves, micro) for leaves in each), Counter())
     if micro == 1 and sharding.data_atoms:
         update[traffic.Call("update", "AllReduce", sharding.data_atoms, 1)] += 1
-    update[traffic.Call("update", "AllReduce", mesh.atoms(("pp",)), count_found(cfg))] += 1
+    update[traffic.Call("update", "AllReduce", mesh.atoms(("pp",)), count_metrics(cfg))] += 1
     return traffic.times(calls, micro) + update + _transfers(config, cfg, sharding, layers, placed), traffic.times(spare, micro)
 
 

@@ -1,4 +1,4 @@
-"""The sum of the gradients of a step's micro-batches."""
+"""Gradient accumulation: the running sum of the gradients of a step's micro-batches."""
 
 from functools import partial
 
@@ -14,10 +14,12 @@ EACH = ops.HyperMap()
 
 
 class RunningSum:
-    """The float32 sum of gradients, each times its micro-batch's share; `arrays` is a flat tuple, of the shapes of the flat tuple `like`.
+    """A float32 sum of gradients, each multiplied by its micro-batch's share of the loss weight.
 
-    start() sets it to 0. For use in a graph: add(share, arrays, flat gradients), of which the graph's caller gives the result to take().
-    in_place: one set of arrays serves all steps; for Ascend, where what a graph returns is kept until its next but one call.
+    `arrays` is a flat tuple of tensors with the shapes of the flat tuple `like`; start() sets them to 0. Inside a graph,
+    add(share, arrays, flat gradients) adds a micro-batch; the caller of the graph passes the result of add to take().
+    in_place: the same arrays are updated in every step. On Ascend a graph's results stay in memory until its next call but one, so new
+    arrays would take more memory.
     """
 
     def __init__(self, like, in_place):
@@ -47,8 +49,10 @@ def _add(share, arrays, gradients):
 
 
 def _add_in_place(count):
-    """The last arrays first, as a backward comes to them: what changes in place does so in the order of the program, and what waits for it
-    takes memory."""
+    """add() that updates the arrays in place, in the order of the backward: the last parameter first.
+
+    In-place updates run in the order of the program, and a gradient stays in memory until its update has run.
+    """
     copy = InplaceCopy()
 
     def into(share, total, g):
@@ -62,7 +66,7 @@ def _add_in_place(count):
 def _clear():
     copy, greater, cast = InplaceCopy(), ops.Greater(), ops.Cast()
 
-    def into(total):  # not zeros_like, which a graph keeps as a constant of that size
+    def into(total):  # not zeros_like: a graph would keep its result as a constant of the full size
         return copy(total, cast(greater(total, float("inf")), ms.float32))
 
     def clear(arrays, token):

@@ -1,4 +1,4 @@
-"""Adapters of LoRA, in PEFT's format or in the checkpoints of a run, and the base they belong to."""
+"""LoRA adapters, in PEFT's format or in the checkpoints of a run, and the base model that they belong to."""
 
 import hashlib
 from dataclasses import replace
@@ -14,11 +14,11 @@ from qwen3 import hf_files, peft
 from qwen3.config import Lora
 from qwen3.model import param_specs
 
-PROBED, PROBE = 16, 64  # parameters, and elements of each dim, that go into a fingerprint
+PROBED, PROBE = 16, 64  # a fingerprint reads at most 16 parameters, and of each at most 64 elements along every dim
 
 
 def fingerprint(cfg, read):
-    """16 hexadecimal digits of a base: its sizes and constants, and values here and there. read(path, slices): its parameters."""
+    """Returns 16 hexadecimal digits, a hash of a base model's sizes, its constants and a sample of its weights from read(path, slices)."""
     specs = tree_paths(param_specs(cfg.base))
     constants = (cfg.model_type, cfg.rope_theta, cfg.rope_scaling, cfg.rms_norm_eps, cfg.experts_per_token, cfg.norm_topk_prob)
     out = hashlib.blake2b(repr((constants, [(path, spec.shape) for path, spec in specs])).encode(), digest_size=8)
@@ -30,39 +30,39 @@ def fingerprint(cfg, read):
 
 
 def base_of(cfg, config, read):
-    """What a checkpoint of adapters notes of its base."""
+    """Returns {path, fingerprint} of the base model, which a checkpoint of adapters stores."""
     return {"path": config.init_from or f"random weights of train.seed={config.train.seed}", "fingerprint": fingerprint(cfg, read)}
 
 
 def check_base(noted, base, folder):
-    """ValueError unless adapters that note one base, see base_of, are used with the same. Where nothing was noted, sizes have to do."""
+    """Raises ValueError if the adapters in `folder` belong to another base. noted, base: see base_of; no fingerprint noted: no check."""
     if noted and noted["fingerprint"] and noted["fingerprint"] != base["fingerprint"]:
         raise ValueError(
             f"{folder} holds adapters for the base {noted['path']} (fingerprint {noted['fingerprint']}), and this is {base['path']}"
-            f" ({base['fingerprint']}), another one; give the base they were trained on"
+            f" ({base['fingerprint']}), another model; give the base that they were trained on"
         )
 
 
 def open_adapter(folder, cfg, read, path="the base that was given"):
-    """The peft.Adapter in a folder in PEFT's format, or of a run of LoRA's newest checkpoint, for the base `cfg` with parameters read().
+    """Opens the peft.Adapter in a folder: a folder in PEFT's format, or a LoRA run, whose newest checkpoint is used.
 
-    Raises ValueError for one that belongs to another base, which it names.
+    cfg, read(path, slices): config and parameters of the base. Raises ValueError for an adapter of another base, and names that base.
     """
     if peft.is_adapter(folder):
         found = peft.open_adapter(folder, cfg)
     elif native := find(folder):
         found = _of_checkpoint(native, cfg)
     else:
-        raise FileNotFoundError(f"{folder} holds no adapter: neither {peft.CONFIG} nor a checkpoint; give the folder of one")
+        raise FileNotFoundError(f"{folder} holds no adapter: neither {peft.CONFIG} nor a checkpoint; give the folder of an adapter")
     noted = {"path": found.base, "fingerprint": found.fingerprint}
     check_base(noted, {"path": path, "fingerprint": fingerprint(cfg, read)}, folder)
     return found
 
 
 def lora_of(settings, folder):
-    """The Lora of a run, from config.lora and the targets that its model has."""
+    """Returns the Lora that a checkpoint's metadata describes. Raises ValueError if `settings` is empty: the checkpoint has no adapters."""
     if not settings:
-        raise ValueError(f"{folder} is a checkpoint of a whole model, not of adapters; use it as it is")
+        raise ValueError(f"{folder} is a checkpoint of a full model, not of adapters; give the checkpoint of a LoRA run")
     return Lora(**{**settings, "targets": tuple(settings["targets"])})
 
 
@@ -80,7 +80,7 @@ def _of_checkpoint(folder, cfg):
 
 
 def check_same(found, cfg, folder):
-    """ValueError unless an adapter is what config.lora asks for."""
+    """Raises ValueError if an adapter's rank, alpha, rslora or targets are not those of config.lora."""
     for key in ("rank", "alpha", "rslora", "targets"):
         have, want = getattr(found.lora, key), getattr(cfg.lora, key)
         if have != want:
@@ -89,7 +89,7 @@ def check_same(found, cfg, folder):
 
 
 def base_name(folder):
-    """The path of the base that an adapter notes."""
+    """Returns the path of the base model that an adapter names, "" if it names none."""
     if peft.is_adapter(folder):
         return str(hf_files.read_json(Path(folder) / peft.CONFIG).get("base_model_name_or_path") or "")
     native = find(folder)
@@ -97,8 +97,11 @@ def base_name(folder):
 
 
 def merged(cfg, read, found):
-    """(cfg, read) of the plain model of a base and an adapter: W + scale A B in float32. The head of a tied model stays as the base has it,
-    as PEFT's does, so where the embedding has an adapter the model is untied."""
+    """Merges an adapter into its base: returns (cfg, read) of a model without adapters whose weights are W + scale A B, in float32.
+
+    With tied embeddings, an adapter on the embedding changes the embedding alone, as in PEFT: the merged model is then untied, and its head
+    is the base's embedding.
+    """
     lora, values = found.lora, {}
     for path in peft.adapters(cfg.base.replace(lora=lora)):
         weight, which = peft.base_path(path)
@@ -121,9 +124,10 @@ def merged(cfg, read, found):
 
 
 def with_adapter(cfg, params, folder, merge=True):
-    """(cfg, params) for generation: a base's config and tree of tensors with the adapter in a folder, see open_adapter.
+    """Returns (cfg, params) for generation with a base, given as its config and tree of tensors, and the adapter in a folder.
 
-    merge: weights with the products added; else the tree with the adapters beside them, which qwen3.model.build(cfg) runs as they are.
+    merge: True adds the adapters to the weights; False keeps them as parameters of their own. qwen3.model.build(cfg) runs both.
+    For the folder see open_adapter.
     """
     leaves = {path: leaf.asnumpy() for path, leaf in tree_paths(params)}
 

@@ -1,4 +1,4 @@
-"""What a training step does on the host: the micro-batches that go into its graphs, and the metrics that come out of them."""
+"""Host code of a training step: makes the micro-batches that its graphs take, and the metrics from what they return."""
 
 import mindspore as ms
 import numpy as np
@@ -9,12 +9,14 @@ from parallel.random import hash_bits
 from parallel.sharding import DATA
 from qwen3.model import drops, metric_names
 
-SUMS = ("tokens", "expert_overflow")  # metrics that add up over micro-batches; the others are weighted means
+SUMS = ("tokens", "expert_overflow")  # metrics that are summed over micro-batches; all others are weighted means
 
 
-def with_noise(cfg, config, mesh, batch, at):
-    """The batch of step `at` with the integers of which dropout draws, where the model has dropout. They depend on the run's seed, the step
-    and the token's place in the global batch."""
+def with_dropout_seeds(cfg, config, mesh, batch, at):
+    """Adds "noise" to the batch of step `at` if the model has dropout: an int32 seed for each token, [rows, S].
+
+    A seed depends on train.seed, the step and the token's position in the global batch, so it is the same in every layout.
+    """
     if not drops(cfg):
         return batch
     rows, length = batch["tokens"].shape
@@ -24,14 +26,14 @@ def with_noise(cfg, config, mesh, batch, at):
 
 
 def split_batch(batch, count):
-    """`count` slices of a batch's rows."""
+    """Splits the rows of a batch into `count` micro-batches of equal size."""
     rows = len(batch["tokens"]) // count
     return [{key: value[i * rows : (i + 1) * rows] for key, value in batch.items()} for i in range(count)]
 
 
 def shares(mesh, slices):
-    """Each micro-batch's share of the loss weight, over all data ranks, which call it together; equal shares where nothing has weight."""
-    weights = np.array([part["loss_weights"].sum(dtype=np.float64) for part in slices])
+    """Returns each micro-batch's share of the loss weight, summed over all data ranks; equal shares if no target has weight. Collective."""
+    weights = np.array([micro_batch["loss_weights"].sum(dtype=np.float64) for micro_batch in slices])
     weights = np.asarray(collectives.host_sum(mesh, DATA, weights), np.float64)
     return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / len(weights))
 
@@ -41,19 +43,19 @@ def tensors(batch):
 
 
 def metric_weight(name, share):
-    """The factor on a metric of a micro-batch in the sum over a step's. share: the micro-batch's share of the loss weight."""
+    """Returns the factor of a micro-batch's metric in the sum over the step. share: the micro-batch's share of the loss weight."""
     return 1.0 if name in SUMS else share
 
 
 def metrics_of(cfg, config, lr, objective, aux, norm, skipped):
-    """A step's metrics as numbers and lists. aux: the values of metric_names; norm: the gradient's; skipped: 1 where the update was."""
+    """Returns a step's metrics as numbers and lists. aux: values of metric_names; norm: gradient norm; skipped: 1 if no update was made."""
     metrics = {name: number(value) for name, value in zip(metric_names(cfg), aux)}
     metrics.update(objective=number(objective), grad_norm=number(norm), lr=lr)
     if cfg.moe_layers:
-        metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # of any expert, over the mean
+        metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # busiest expert over the mean
     return {**metrics, "skipped": number(skipped)} if config.optim.skip_spikes else metrics
 
 
 def number(value):
-    """A float, or lists of floats, of a tensor, an array or a number."""
+    """Converts a tensor, an array or a number to a float or to lists of floats."""
     return (value.asnumpy() if hasattr(value, "asnumpy") else np.asarray(value)).tolist()

@@ -1,4 +1,4 @@
-"""A run's checkpoints: how it begins, what is saved and when, and how a signal ends it."""
+"""A run's checkpoints: which one it starts from, when it saves, and how SIGTERM ends it."""
 
 import dataclasses
 import os
@@ -17,8 +17,11 @@ SIGNALS = (signal.SIGTERM,)
 
 
 def start(workdir, cfg, config, mesh, program):
-    """The weights.Start of a run: its own folder's newest checkpoint, else that of --resume_from, else the weights of --init_from, else
-    random ones. All ranks call it. Raises ValueError for a folder that does not fit; see run_folder.own_step."""
+    """Returns the weights.Start of a run. All ranks call it.
+
+    The start is the newest checkpoint in the run's own folder, else that of --resume_from, else the weights of --init_from, else random
+    weights. Raises ValueError for a folder that belongs to another run or model; see run_folder.own_step.
+    """
     own = run_folder.agreed(mesh, run_folder.own_step(workdir, config) if mesh.rank == 0 else 0)
     if not own and not config.resume_from:
         return weights.initial(cfg, config)
@@ -30,7 +33,7 @@ def start(workdir, cfg, config, mesh, program):
 
 
 def _other(config, mesh):
-    """The checkpoint that --resume_from names, the newest of a run, on all ranks the same. Raises ValueError for one that does not fit."""
+    """Returns the checkpoint that --resume_from names, or the newest of the run there. Raises ValueError if the run's config differs."""
     path = config.resume_from
     last = run_folder.agreed(mesh, max([0, *steps(path)]) if mesh.rank == 0 else 0)
     folder = step_folder(path, last) if last else find(path)
@@ -39,7 +42,7 @@ def _other(config, mesh):
     free, saved = run_folder.MAY_CHANGE_ELSEWHERE + ("model", "model_args.") * config.partial, Reader(folder).meta.get("config", {})
     changed = run_folder.differences(saved, run_folder.to_dict(config), free)
     before = saved.get("optim", {}).get("name", "adamw")
-    if before != config.optim.name:  # whose state is another
+    if before != config.optim.name:  # its state has other arrays
         changed.append(f"optim.name={before!r} instead of {config.optim.name!r}")
     if changed:
         raise ValueError(f"resume_from={path} was saved with {changed[0]}; use the same, or --init_from={path} for its weights alone")
@@ -47,13 +50,13 @@ def _other(config, mesh):
 
 
 class Saving:
-    """What the training loop calls after each step; use it in a `with`, in which SIGTERM asks for a checkpoint and a stop.
+    """Saves checkpoints during training. Use it in a `with`: inside it, SIGTERM makes the run save and stop after the current step.
 
-    stopped: whether that came.
+    The training loop calls after_step() after each step. stopped: whether SIGTERM stopped the run.
     """
 
     def __init__(self, workdir, cfg, config, mesh, program, loader, writer, begun):
-        """begun: the step and the targets seen from which the run goes on."""
+        """begun: (steps done, targets seen) at the start."""
         self.workdir, self.mesh, self.program, self.loader, self.writer = workdir, mesh, program, loader, writer
         self.done, self.tokens = begun
         self.settings, self.stopped, self._asked, self._before = config.checkpoint, False, False, {}
@@ -69,7 +72,7 @@ class Saving:
         return numbers if self.mesh.world == 1 else collectives.host_sum(self.mesh, tuple(self.mesh.sizes), numbers).tolist()
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # others get no signals
+        if threading.current_thread() is threading.main_thread():  # Python runs signal handlers in the main thread alone
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
@@ -83,7 +86,7 @@ class Saving:
             self.saver.close()
 
     def after_step(self, state, done, tokens):
-        """Saves where it is time. Returns whether to stop, on all ranks the same. Raises CheckpointError as Saver.save."""
+        """Saves if a checkpoint is due. Returns whether to stop; all ranks agree. Raises CheckpointError as Saver.save does."""
         asked, failed = self._sums([float(self._asked), float(self.saver.failed())])
         if failed:
             self.saver.wait()
@@ -99,7 +102,7 @@ class Saving:
         self.saver.save(self.done, partial(pieces, self.mesh, self.program.held(state)), meta)
 
     def end(self, state):
-        """After the last step: a checkpoint, and the end of those under way."""
+        """Saves the last checkpoint, and waits until every checkpoint is written."""
         if self.settings.on_exit and not self.stopped:
             self._save(state)
         safe = self.saver.wait()

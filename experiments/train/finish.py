@@ -1,4 +1,4 @@
-"""The end of a run: held-out loss, the bigram model's, the curve, the weights, and a sample of text."""
+"""The end of a run: evaluates on held-out rows, draws the loss curve, writes the weights and a sample of text."""
 
 import os
 import tempfile
@@ -15,18 +15,20 @@ from parallel.trees import tree_map, tree_paths
 from qwen3 import generate, hf, peft
 from qwen3.model import choose_kernels
 
-ANSWERED_AT_ONCE = 50
+ANSWERED_AT_ONCE = 50  # questions in a batch of generation
 
 
 def finish(program, state, cfg, config, data, writer, workdir, mesh):
-    """All ranks evaluate and gather the weights: one at a time as rank 0 writes them, or first all of them where there is to be a sample.
-    Rank 0 writes and prints."""
+    """Evaluates, gathers the weights, and on rank 0 writes and prints the results. All ranks call it.
+
+    Weights are gathered one by one while rank 0 writes them. If a sample is to be made, all are gathered first, as it needs the full model.
+    """
     batches = loader.eval_batches(data.held_out, config.train.batch_size, mesh.index(("dp",)), mesh.dp)
     nats, weights = program.evaluate(state, batches), program.spread(state)
     leaves = [leaf for path, leaf in tree_paths(weights) if not cfg.lora or config.train.sample_tokens or weights_of.is_adapter(path)]
     if mesh.rank != 0:
         for leaf in leaves if config.train.sample_tokens or config.train.save_hf else ():
-            leaf.asnumpy()  # in the order in which rank 0 asks for them
+            leaf.asnumpy()  # takes part in the gather, in the order in which rank 0 asks
         return
     if config.train.sample_tokens:
         weights = tree_map(lambda leaf: leaf.asnumpy(), weights)
@@ -56,7 +58,7 @@ def report(nats, cfg, config, data, writer, workdir):
 
 
 def report_answers(nats, params, cfg, config, data, writer, workdir):
-    """Held-out loss, and the share of held-out questions whose answer by greedy decoding is the right one, token for token."""
+    """Writes the held-out loss, and exact_match: the share of held-out questions that greedy decoding answers right in every token."""
     found = {"eval_loss": nats}
     asked = data.held_questions[: config.train.exact_match_rows]
     if params is not None and asked:
@@ -69,14 +71,14 @@ def report_answers(nats, params, cfg, config, data, writer, workdir):
 
 
 def answers(params, cfg, questions, kernels):
-    """For each of conversations.questions, whether greedy decoding gives its answer."""
+    """Returns for each question of conversations.questions whether greedy decoding gives its answer."""
     out = []
     for start in range(0, len(questions), ANSWERED_AT_ONCE):
-        part = questions[start : start + ANSWERED_AT_ONCE]
-        length = max(len(answer) for _, answer in part)
-        stop = tuple({answer[-1] for _, answer in part})
-        new = generate.generate(params, [question for question, _ in part], cfg, length, stop_ids=stop, kernels=kernels)
-        out += [given == answer[:-1] for given, (_, answer) in zip(new, part)]
+        asked = questions[start : start + ANSWERED_AT_ONCE]
+        length = max(len(answer) for _, answer in asked)
+        stop = tuple({answer[-1] for _, answer in asked})
+        new = generate.generate(params, [question for question, _ in asked], cfg, length, stop_ids=stop, kernels=kernels)
+        out += [given == answer[:-1] for given, (_, answer) in zip(new, asked)]
     return out
 
 
@@ -88,14 +90,14 @@ def save(folder, cfg, weights, tokenizer):
 
 
 def save_adapter(folder, cfg, weights, config):
-    """The adapter in PEFT's format, where PEFT reproduces it; else says why not, and the checkpoint has it."""
+    """Writes the adapter in PEFT's format. If PEFT cannot reproduce it, prints why; the adapter is then in the checkpoint alone."""
     base = adapter.base_of(cfg, config, weights_of.initial_params(cfg, config)[0])
     found = {path: leaf for path, leaf in tree_paths(weights) if weights_of.is_adapter(path)}
     try:
         peft.refuse_what_peft_cannot(cfg)
     except ValueError as error:
         for leaf in found.values():
-            np.asarray(leaf.asnumpy() if hasattr(leaf, "asnumpy") else leaf)  # the other ranks take part in gathering each
+            np.asarray(leaf.asnumpy() if hasattr(leaf, "asnumpy") else leaf)  # the other ranks gather each leaf too, and would wait
         print(f"saved      {error}; the checkpoint has the adapters")
         return
     peft.save(folder, cfg, found, base["path"], base["fingerprint"])
@@ -103,7 +105,7 @@ def save_adapter(folder, cfg, weights, config):
 
 
 def sample(params, cfg, config, data, workdir):
-    """Continues train.sample_prompt, or the start of a held-out document; greedy and sampled, with the run's ops."""
+    """Continues train.sample_prompt, or the start of a held-out document, by greedy decoding and by sampling; writes sample.txt."""
     tokenizer, kernels = data.tokenizer, choose_kernels(config.ops, cfg)
     asked = list(data.held_questions[0][0]) if data.held_questions else tokenizer.encode(data.held_text)[:32]
     prompt = tokenizer.encode(config.train.sample_prompt) or asked

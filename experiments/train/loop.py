@@ -11,17 +11,17 @@ from experiments.watch.metrics import held_out
 
 
 def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(0, 0.0), after_step=None, bytes_per_target=None):
-    """Up to train.steps steps, logged to `writer`; returns the last state. mfu_of: tokens per second -> MFU. bytes_per_target: of the
-    held-out rows, for their bits per byte.
+    """Trains up to train.steps steps, logs to `writer`, and returns the last state.
 
-    batches: an iterator over dicts of [rows, S], a data rank's part of each batch; eval_batches: a list of such. begun: the steps that are
-    done, and the targets they saw. after_step(state, steps done, targets seen) -> whether to stop there.
+    batches: an iterator over dicts of [rows, S], this data rank's rows of each global batch; eval_batches: a list of such dicts.
+    mfu_of(tokens per second) -> MFU. begun: (steps done, targets seen) at the start. after_step(state, steps done, targets seen) -> whether
+    to stop. bytes_per_target: mean bytes of a held-out target, for bits_per_byte.
 
-    Raises FloatingPointError at a loss or gradient norm that is not finite, before the state is replaced or anything is written.
+    Raises FloatingPointError if the loss or the gradient norm is not finite, before the state is replaced or anything is written.
     """
     steps = config.train.steps
     rate, (first, targets) = optimizer.learning_rate(config.optim, steps), begun
-    # Also compiles it now: MindSpore reads the source when it compiles, so a file edited during the run would go into the result.
+    # Also compiles evaluate now: MindSpore reads source files when it compiles, so an edit during the run would change the result.
     eval_loss = program.evaluate(state, eval_batches)
     if first == 0:
         writer.write(0, held_out(eval_loss, bytes_per_target))
@@ -49,7 +49,7 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(
 
 
 class Timer:
-    """Seconds per step between laps."""
+    """Measures seconds per step from one lap() to the next."""
 
     def __init__(self):
         self.start, self.steps = time.perf_counter(), 0
@@ -73,11 +73,11 @@ def _stop_if_wrong(metrics, step):
     if lost := metrics.get("expert_overflow"):
         raise FloatingPointError(
             f"step {step}: {lost:.0f} assignments of tokens to experts found no place in the buffers between expert parallel ranks; the run"
-            " stops and what it had saved stays as it is. Raise model_args.moe_capacity_factor, or leave it out for the worst case"
+            " stops and keeps the checkpoints that it has saved. Raise model_args.moe_capacity_factor, or leave it out for the worst case"
         )
     for name in ("objective",) if metrics.get("skipped") else ("objective", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise FloatingPointError(
-                f"step {step}: {name}={metrics[name]} is not finite; the run stops and what it had saved stays as it is."
+                f"step {step}: {name}={metrics[name]} is not finite; the run stops and keeps the checkpoints that it has saved."
                 " Lower optim.lr, lengthen optim.warmup_steps, or look at this step's batch"
             )

@@ -1,33 +1,33 @@
-"""Muon: of each matrix the step is its momentum with all singular values brought near 1, by Newton and Schulz's iteration in float32.
+"""Muon: the step of a matrix is its momentum, orthogonalized by a Newton-Schulz iteration in float32: all singular values come near 1.
 
-The scale is Moonlight's, by which a step has the size of AdamW's and takes its lr and decay. Sources: Jordan et al. 2024, whose
-coefficients these are; Liu et al. 2025 (Moonlight).
+Steps are scaled as in Moonlight: they have the size of AdamW's steps, so AdamW's learning rate and decay can be used. Sources: Jordan et
+al. 2024, also for the coefficients; Liu et al. 2025 (Moonlight).
 """
 
 from mindspore import ops
 
 STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-AS_ADAMW = 0.2  # of the root mean square of AdamW's steps
+AS_ADAMW = 0.2  # typical root mean square of AdamW's steps, before the learning rate
 
 
 def is_matrix(spec):
-    """Whether Muon trains a parameter: a matrix, or one an expert, inside of layers. AdamW trains the others."""
+    """Whether Muon trains a parameter: matrices inside layers, also stacks of one matrix per expert. AdamW trains the others."""
     return spec.optimizer == "adamw" and len(spec.shape) > 1 and "vocab" not in spec.dims
 
 
 def check_whole(specs, placed):
-    """Raises ValueError for a matrix that a rank has a part of. specs, placed: flat, of the same parameters."""
+    """Raises ValueError if a matrix that Muon trains is sharded. specs, placed: flat sequences for the same parameters."""
     for spec, p in zip(specs, placed):
         if is_matrix(spec) and any(p.state[-2:]):
             why = "ZeRO" if p.used[-2:] != p.state[-2:] else "tensor parallelism"
             raise ValueError(
-                f"optim.name=muon needs whole matrices, and of {p.path} a rank has a part, by {why};"
+                f"optim.name=muon needs whole matrices, and {p.path} is sharded by {why};"
                 " use --zero=0 and --tp=1, or --config.optim.name=adamw"
             )
 
 
 def orthogonalised(steps=STEPS):
-    """f(g [..., A, B] float32) -> the same with singular values from about 0.7 to 1.2; those of almost 0 stay below."""
+    """Returns f(g [..., A, B] float32) -> g with its singular values moved to about 0.7 to 1.2; those near 0 stay smaller."""
     a, b, c = COEFFICIENTS
     by_transposed, product, swap, sqrt, total = (
         ops.BatchMatMul(transpose_b=True),
@@ -54,7 +54,7 @@ def orthogonalised(steps=STEPS):
 
 
 def rule(optim, decay):
-    """new(values, scale, p, g, m) -> p, m, as those of optim_rules.py; with Nesterov's momentum."""
+    """Returns new(values, scale, p, g, m) -> (p, m), a rule as in optim_rules.py, with Nesterov momentum."""
     momentum, orthogonal = optim.muon_momentum, orthogonalised()
 
     def new(values, scale, p, g, m):

@@ -1,6 +1,6 @@
-"""Optimizers on nested tuples of arrays, with clipping and skipping by the global gradient norm; learning-rate schedules.
+"""Optimizers on nested tuples of arrays, clipping by the global gradient norm, skipping of spikes, and learning-rate schedules.
 
-AdamW is ops/adamw.py, the others are optim_rules.py and muon.py.
+AdamW is in ops/adamw.py, Lion and SGD in optim_rules.py, Muon in muon.py.
 """
 
 import math
@@ -18,13 +18,13 @@ from parallel.graph.jit import in_device_memory
 from parallel.graph.nested import to_tuple
 from parallel.trees import tree_leaves, tree_map
 
-NO_DECAY, SIGN, MUON = 0.0, -1.0, -2.0
-NORM_MEMORY = 0.95  # of the running mean of gradient norms
+NO_DECAY, SIGN, MUON = 0.0, -1.0, -2.0  # kinds of leaves; any value above 0 is a weight decay
+NORM_MEMORY = 0.95  # decay of the running mean of gradient norms
 SPIKE_WARMUP_STEPS = 20  # no update is skipped before the running mean has seen this many
 
 
 def learning_rate(optim, steps):
-    """f(step counted from 0) -> learning rate. optim: the config's section."""
+    """Returns f(step, from 0) -> learning rate, for a run of `steps` steps. optim: the config's section."""
     shapes = {"constant": _constant, "linear": _linear, "cosine": _cosine, "wsd": _wsd}
     shape, low, warmup = shapes[optim.schedule], optim.min_lr_ratio, optim.warmup_steps
 
@@ -50,51 +50,49 @@ def _cosine(done, optim):
 
 
 def _wsd(done, optim):
-    """Warm-up, stable, decay: at lr until the last decay_fraction of the steps, then down in a straight line."""
+    """Warmup-stable-decay: constant until the last decay_fraction of the steps, then linear."""
     return min(1.0, (1.0 - done) / optim.decay_fraction) if optim.decay_fraction else 1.0
 
 
 def state_kinds(optim):
-    """{what is saved of a state: how it is placed}"""
+    """{kind of array that a checkpoint has: the field of Placed that gives its sharding}, such as {"params": "stored", "m": "state"}."""
     return {"params": "stored", **dict.fromkeys(MOMENTS[optim.name], "state")}
 
 
 def init_state(params, optim):
-    """params, nested tuples of tensors -> {m, and of AdamW v: zeros like params, norm: the running mean of gradient norms}."""
+    """The initial optimizer state for nested tuples of tensors: moments of zeros, see MOMENTS, and norm, the running mean of norms."""
     return {**{kind: zeros_like(params) for kind in MOMENTS[optim.name]}, "norm": ms.Tensor(0.0, ms.float32)}
 
 
 def changes_in_place(kernels):
-    """Whether the optimizer changes arrays in the device's memory; what else changes from step to step then does, too."""
+    """Whether the optimizer updates arrays in device memory in place. The other arrays of a step are then updated in place too."""
     return kernels.adamw == "vendor"
 
 
 def resident(kernels):
-    """f(tree of tensors) -> the tree in the device's memory, where AdamW changes it in place."""
+    """Returns f(tree of tensors) that moves the tree to device memory if the optimizer works in place there, else the identity."""
     return in_device_memory if changes_in_place(kernels) else identity
 
 
 def zeros_like(params):
-    """A tree of float32 zeros of the shapes of `params`."""
+    """A tree of float32 zeros with the shapes of `params`."""
     return tree_map(lambda w: ms.Tensor.from_numpy(np.zeros(w.shape, np.float32)), params)
 
 
 def scalars(optim, lr, step):
-    """What changes from step to step (counted from 0), as one tensor, so that nothing compiles again."""
+    """float32 [4]: lr, the two bias corrections of Adam, and 1 if spikes may be skipped. A tensor, so that no step compiles again."""
     corrections = 1 - optim.b1 ** (step + 1), 1 - optim.b2 ** (step + 1)
     return ms.Tensor(np.array([lr, *corrections, step >= SPIKE_WARMUP_STEPS], np.float32))
 
 
 def build_clip(specs, optim, kernels, norm_squared=None):
-    """clip(flat gradients, running mean, scalars, after) -> (norm, factor, keep, running mean), for use in a compiled function.
+    """Returns clip(flat gradients, running mean, scalars, after) -> (norm, factor, keep, running mean), for use in a graph.
 
-    norm: the global norm of the gradients, without leaves of spec.optimizer "sign". factor: by which optim.clip_norm scales the gradients;
-    the update multiplies them by it, in its own pass over memory. keep: 1 to update; 0 to skip the update, where optim.skip_spikes is on
-    and the norm is a spike beside the running mean of norms. norm_squared(flat gradients): their squared norm, where they are split over
-    ranks.
-
-    after: what has to be computed before the update changes anything, as it may work in place. The factor depends on it, and on the
-    gradients.
+    norm: the global norm of the gradients, without the leaves of spec.optimizer "sign". factor: the scale of the gradients for
+    optim.clip_norm; the update multiplies by it while it reads them. keep: 1 to update, 0 to skip the update: optim.skip_spikes is on and
+    the norm exceeds that multiple of the running mean of norms.
+    norm_squared(flat gradients) -> their squared norm, needed if they are sharded. after: values that must be computed before the update,
+    which may overwrite what they read; the factor is made to depend on them and on the gradients.
     """
     squares = norm_squared or _sum_of_squares(in_norm(specs), pick(kernels, "adamw", "squares")())
     control, sqrt = norm_control(optim), ops.Sqrt()
@@ -108,11 +106,11 @@ def build_clip(specs, optim, kernels, norm_squared=None):
 
 
 def build_update(specs, optim, kernels):
-    """update(params, grads, m, v, factor, keep, scalars) -> nested tuples of (p, m, v); of an optimizer without a second moment v is None,
-    and they are of (p, m). factor, keep: of clip.
+    """Returns update(params, grads, m, v, factor, keep, scalars) -> nested tuples with (p, m, v) at each leaf, for use in a graph.
 
-    For use in a compiled function, on nested tuples of the structure of `specs`. Decay acts on leaves whose spec has two dims or more. A
-    leaf of spec.optimizer "sign" moves by router_bias_rate against its gradient's sign. in_place() says which leaves change in place.
+    The arguments are nested tuples of the structure of `specs`; factor and keep come from clip. Without a second moment, v is None and a
+    leaf is (p, m). Leaves with two dims or more have weight decay. A leaf of spec.optimizer "sign" moves by router_bias_rate against the
+    sign of its gradient. in_place() tells which leaves are updated in place.
     """
     kinds, each = to_tuple(tree_map(partial(leaf_kind, optim), specs)), ops.HyperMap()
     leaf, second = leaf_update(optim, kernels), "v" in MOMENTS[optim.name]
@@ -125,7 +123,7 @@ def build_update(specs, optim, kernels):
 
 
 def in_place(specs, kernels, optim):
-    """For each leaf whether the update changes p, m and v themselves; it does not where a gradient is not finite, or the step skipped."""
+    """For each leaf, whether its p, m and v are updated in place. Nothing changes if a gradient is not finite or the step is skipped."""
     return tuple(_works_in_place(kernels, leaf_kind(optim, spec), optim) for spec in tree_leaves(specs))
 
 
@@ -137,12 +135,12 @@ def _works_in_place(kernels, kind, optim):
 
 
 def in_norm(specs):
-    """The places, among the leaves of a tree of specs, of those whose gradients count in the norm."""
+    """The indices of the leaves of a tree of specs whose gradients count in the norm."""
     return tuple(i for i, spec in enumerate(tree_leaves(specs)) if spec.optimizer != "sign")
 
 
 def leaf_kind(optim, spec):
-    """SIGN, MUON, or the decay of what is trained otherwise."""
+    """SIGN, MUON, or for any other leaf its weight decay."""
     if spec.optimizer == "sign":
         return SIGN
     if optim.name == "muon" and muon.is_matrix(spec):
@@ -163,8 +161,10 @@ def _sum_of_squares(counted, of_leaf):
 
 
 def norm_control(optim):
-    """control(norm, running mean, warm) -> (factor on the gradients, 1 to update or 0 to skip, running mean). warm: 0 for the first steps,
-    which are never skipped, and 1 after them."""
+    """Returns control(norm, running mean, warm) -> (factor of the gradients, 1 to update or 0 to skip, new running mean).
+
+    warm: 0 for the first SPIKE_WARMUP_STEPS steps, which are never skipped; 1 after them.
+    """
     clip, limit = optim.clip_norm, optim.skip_spikes
     minimum, cast, select = ops.Minimum(), ops.Cast(), ops.Select()
 
@@ -174,14 +174,14 @@ def norm_control(optim):
             return scale, cast(norm < float("inf"), ms.float32), mean
         spike = cast(norm > limit * mean, ms.float32) * cast(mean > 0, ms.float32) * warm
         seen = select(mean > 0, mean * NORM_MEMORY + norm * (1 - NORM_MEMORY), norm)
-        return scale, 1 - spike, select(spike > 0, mean, seen)  # not a sum of products, as 0 * inf is not 0
+        return scale, 1 - spike, select(spike > 0, mean, seen)  # select, because 0 * inf is NaN
 
     return control
 
 
 def leaf_update(optim, kernels):
-    """leaf(values, scale, keep, leaf_kind, p, g, m, v) -> p, m, v; of an optimizer without a second moment without v."""
-    # what is changed in place has to be kept from a gradient that is not finite, too
+    """Returns leaf(values, scale, keep, leaf_kind, p, g, m, v) -> (p, m, v); without v if the optimizer has no second moment."""
+    # an in-place update must also be skipped for a gradient that is not finite: the old values would be lost
     skips, in_memory = bool(optim.skip_spikes), changes_in_place(kernels)
     by_rule = partial(optim_rules.build, skips=skips or in_memory, in_place=in_memory)
     if optim.name in optim_rules.RULES:

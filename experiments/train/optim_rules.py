@@ -1,7 +1,6 @@
-"""What Lion and SGD with momentum do to one array, elementwise as AdamW (ops/adamw.py), in MindSpore's own ops. Decay is decoupled. Muon is
-muon.py.
+"""The update rules of Lion and of SGD with momentum for one array, in MindSpore's own ops, with decoupled weight decay.
 
-Sources: Chen et al. 2023 (Lion); torch.optim.SGD, but for the decay.
+AdamW is in ops/adamw.py, Muon in muon.py. Sources: Chen et al. 2023 (Lion); torch.optim.SGD, except for the decay.
 """
 
 import mindspore as ms
@@ -10,13 +9,15 @@ from mindspore.ops.auto_generate import InplaceCopy
 
 from experiments.train import muon
 
-# Of the state, by optim.name. Muon's v is used where AdamW trains, and stays 0 for matrices
+# The optimizer's arrays, by optim.name. Muon's v is for the parameters that AdamW trains; it stays 0 for matrices
 MOMENTS = {"adamw": ("m", "v"), "muon": ("m", "v"), "lion": ("m",), "sgd": ("m",)}
 
 
 def lion(optim, decay):
-    """new(values, scale, p, g, m) -> p, m: p moves by lr against the sign of a mean of m and the gradient. values: float32 [lr, ...];
-    scale: of the gradient g."""
+    """Returns new(values, scale, p, g, m) -> (p, m): p moves by lr against the sign of b1 m + (1 - b1) g.
+
+    values: float32 [lr, ...], see optim.scalars. scale: the factor of the gradient g.
+    """
     b1, b2, sign = optim.b1, optim.b2, ops.Sign()
 
     def new(values, scale, p, g, m):
@@ -27,7 +28,7 @@ def lion(optim, decay):
 
 
 def sgd(optim, decay):
-    """new(values, scale, p, g, m) -> p, m, as of lion(): m sums the gradients, older ones times b1, and p moves by lr times that."""
+    """Returns new(values, scale, p, g, m) -> (p, m), as in lion(): m = b1 m + g, and p moves by -lr m."""
     b1 = optim.b1
 
     def new(values, scale, p, g, m):
@@ -41,8 +42,10 @@ RULES = {"lion": lion, "sgd": sgd}
 
 
 def build(new, skips, in_place):
-    """update(values, scale, keep, p, g, m) -> p, m by a rule, as lion() gives one; all float32. skips: whether nothing changes where keep
-    is not above 0. in_place: p and m themselves are changed and returned, which have to be in the device's memory."""
+    """Returns update(values, scale, keep, p, g, m) -> (p, m) by a rule `new`, see lion(); all float32.
+
+    skips: nothing changes unless keep is above 0. in_place: p and m, which must be in device memory, are overwritten and returned.
+    """
     select, cast, copy = ops.Select(), ops.Cast(), InplaceCopy() if in_place else None
 
     def update(values, scale, keep, p, g, m):
@@ -50,8 +53,8 @@ def build(new, skips, in_place):
 
     def update_or_skip(values, scale, keep, p, g, m):
         new_p, new_m = new(values, scale, p, cast(g, ms.float32), m)
-        same = ops.BroadcastTo(p.shape)(keep > 0)
-        return select(same, new_p, p), select(same, new_m, m)
+        keeps = ops.BroadcastTo(p.shape)(keep > 0)
+        return select(keeps, new_p, p), select(keeps, new_m, m)
 
     chosen = update_or_skip if skips else update
 
@@ -63,7 +66,7 @@ def build(new, skips, in_place):
 
 
 def momentum(optim, spec):
-    """(decay, gain) of the first moment of a parameter: m' = decay m + gain g, of which the gradient is found again."""
+    """(decay, gain) of a parameter's first moment, m' = decay m + gain g, from which a monitor computes the gradient g."""
     if optim.name == "muon" and muon.is_matrix(spec):
         return optim.muon_momentum, 1.0
     adamw = optim.b1, 1 - optim.b1

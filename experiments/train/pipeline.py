@@ -1,6 +1,7 @@
-"""The training step of a pipeline: every rank runs the compiled functions of its stages, in the order of its list. See build_step.
+"""The training step under pipeline parallelism: each rank runs the compiled functions of its stages in the order of the schedule.
 
-A tree of a state is here a tuple of trees, one for each of a rank's stages; names of parameters are those of the whole model.
+See build_step. In a state, each tree is here a tuple of trees, one for each stage of the rank. Parameters have the names of the full model:
+the first layer of a later stage may be "layers.8".
 """
 
 import math
@@ -14,7 +15,7 @@ from mindspore import ops
 
 from experiments.train import optim as optimizer
 from experiments.train.accumulate import RunningSum
-from experiments.train.batch import metric_weight, metrics_of, shares, split_batch, tensors, with_noise
+from experiments.train.batch import metric_weight, metrics_of, shares, split_batch, tensors, with_dropout_seeds
 from experiments.train.state import local_shapes, split_trainable, stage_placements
 from experiments.train.update import build_clip, build_update
 from layers import lora
@@ -29,16 +30,16 @@ from parallel.trees import merge, tree_leaves
 from qwen3.model import metric_names
 from qwen3.stages import build_stage, carried_shapes
 
-EVAL_GROUP = 4  # times the stages: micro-batches of one run of forwards, after which all ranks wait for each other
+EVAL_GROUP = 4  # an evaluation runs this many micro-batches per stage between two synchronizations of the ranks
 
 
 def build_step(stages, has_peers):
-    """step(state, batch, lr, step from 0) -> (state, metrics): gradient, accumulation over micro-batches, sum over ranks, clip, update.
+    """Returns step(state, batch, lr, step from 0) -> (state, metrics): gradients, accumulation, sum over ranks, clip, update.
 
-    has_peers: whether there are other ranks, for which a first step compiles all stages at once.
+    has_peers: whether the other ranks run too. If so, the first step first compiles all stages, so that the ranks compile at one time.
     """
     cfg, config, sharding, mesh = stages.cfg, stages.config, stages.sharding, stages.sharding.mesh
-    # flat, as MindSpore nests no more than 6 tuples, and the update's results are one level deeper than a rank's trees
+    # flat: MindSpore allows tuples nested 6 deep, and the results of the update are one level deeper than a rank's trees
     trainable = tuple(tree_leaves(stages.trainable))
     specs = tuple(p.spec for p in trainable)
     gradients, reduce_every_micro_batch = Gradients(stages, has_peers), stages.reduce_every_micro_batch
@@ -47,7 +48,7 @@ def build_step(stages, has_peers):
     update, changed, merge_changed = build_update(specs, trainable, sharding, config.optim, stages.kernels)
 
     def finish(params, grads, m, v, mean_norm, values):
-        """The graph after the last micro-batch. ZeRO 2 and 3 have reduced after each, see build_backward; ZeRO 0 and 1 do so here."""
+        """The graph after the last micro-batch. ZeRO 0 and 1 reduce here; ZeRO 2 and 3 after every micro-batch, in build_backward."""
         if not reduce_every_micro_batch:
             grads = sum_over_ranks(grads)
         norm, factor, keep, mean_norm = clip(grads, mean_norm, values, ())
@@ -58,25 +59,25 @@ def build_step(stages, has_peers):
     finish = jit(finish, order="dfs")
 
     def step(state, batch, lr, at):
-        batch = context.cut(mesh, with_noise(cfg, config, mesh, batch, at))
+        batch = context.cut(mesh, with_dropout_seeds(cfg, config, mesh, batch, at))
         values = optimizer.scalars(config.optim, lr, at)
-        grads, found = gradients.accumulated(state, batch)  # over the micro-batches, as the schedule orders them
+        grads, metric_sums = gradients.accumulated(state, batch)
         grads = sum_tied_embeddings(stages, grads)
         params, m, v = (tuple(tree_leaves(state[name])) if name in state else None for name in ("params", "m", "v"))
         norm, skipped, new = finish(params, tuple(grads), m, v, state["norm"], values)
-        return merge_changed(state, new), metrics_of(cfg, config, lr, *_objective_and_metrics(cfg, found), norm, skipped)
+        return merge_changed(state, new), metrics_of(cfg, config, lr, *_objective_and_metrics(cfg, metric_sums), norm, skipped)
 
     return step
 
 
 def build_backward(stages, number, add):
-    """backward(inputs, frozen, sums, share, batch, cotangents): the graph of a micro-batch's gradient in a stage. add: of its RunningSum.
+    """Returns backward(inputs, frozen, sums, share, batch, cotangents), the graph of the gradient of one micro-batch in one stage.
 
-    It returns what the RunningSum takes; behind the first stage, also the cotangents for the stage before; and of the last stage, also
-    (objective, metrics).
+    add: RunningSum.add of the stage. inputs: (params,) in the first stage, else (params, carried), where `carried` came from the previous
+    stage. cotangents: gradients of the stage's results, from the next stage; None in the last stage, which computes the loss.
 
-    inputs: (params nested,), and behind the first stage (params, carried), which came from the stage before. cotangents: of the results,
-    from the stage after; None for the last, which has the loss.
+    Returns (added,) in the first stage, (added, cotangents for the previous stage) in the others, and in the last also (objective,
+    metrics). `added` goes to RunningSum.take.
     """
     k, first, last = stages.numbers.index(number), number == 0, number == stages.last
     trainable, frozen = stages.trainable_of[k], stages.frozen_of[k]
@@ -90,14 +91,14 @@ def build_backward(stages, number, add):
             return stage(params, (), batch)
         return stage(params, inputs[1], batch)
 
-    def along(inputs, frozen, batch, cotangents):
-        """A number whose gradient is that of the stage's results, times these."""
+    def inner_product(inputs, frozen, batch, cotangents):
+        """The inner product of the results and the cotangents: its gradient is the vector-Jacobian product of the stage."""
         out, value = results(inputs, frozen, batch), 0.0
         for i in range(sent):
             value = value + total(cast(out[i], ms.float32) * cast(cotangents[i], ms.float32), ())
         return value
 
-    gradient = grad_of_nested(results, metric_names(stages.cfg)) if last else grad_of_nested(along)
+    gradient = grad_of_nested(results, metric_names(stages.cfg)) if last else grad_of_nested(inner_product)
 
     def backward(inputs, frozen, sums, share, batch, cotangents):
         if last:
@@ -105,7 +106,7 @@ def build_backward(stages, number, add):
         else:
             out, grads = gradient(inputs, frozen, batch, cotangents)
         of_params = flatten(grads[0])
-        if reduce_every_micro_batch:  # ZeRO 2 and 3: the sum is of this rank's shard alone
+        if reduce_every_micro_batch:  # ZeRO 2 and 3: the running sum has this rank's shard alone
             of_params = sum_over_ranks(of_params)
         added = add(share, sums, of_params)
         if first:
@@ -119,16 +120,16 @@ def build_backward(stages, number, add):
 
 @dataclass(frozen=True)
 class Work:
-    """A batch under way: the state, the tensors of each micro-batch, its share of the loss weight, and the sum of the metrics so far."""
+    """A batch in progress: the state, each micro-batch's tensors and share of the loss weight, and the sums of the metrics so far."""
 
     state: dict
     batches: list
     shares: np.ndarray
-    found: np.ndarray
+    metric_sums: np.ndarray
 
 
 class Gradients:
-    """The gradients of a batch: runs the rank's list of actions of a training step, and adds up those of the micro-batches."""
+    """Computes the gradients of a batch: runs the rank's actions of the pipeline schedule and sums over the micro-batches."""
 
     def __init__(self, stages, has_peers):
         config, mesh = stages.config, stages.mesh
@@ -142,18 +143,19 @@ class Gradients:
         self.compiled = not has_peers
 
     def accumulated(self, state, batch):
-        """(flat gradients of what trains of this rank's parameters, [objective, *metrics] on all ranks)"""
+        """Returns (flat gradients of this rank's trainable parameters, [objective, *metrics], which all ranks get)."""
         stages, slices = self.stages, split_batch(batch, self.micro_batches)
         stages.rows = slices[0]["tokens"].size
-        work = Work(state, [tensors(part) for part in slices], shares(stages.mesh, slices), np.zeros(count_found(stages.cfg)))
+        metric_sums = np.zeros(count_metrics(stages.cfg))
+        work = Work(state, [tensors(micro_batch) for micro_batch in slices], shares(stages.mesh, slices), metric_sums)
         if not self.compiled:
             self._start()
-            stages.compile_all(partial(self._both_ways, replace(work, found=np.zeros_like(work.found))))
+            stages.compile_all(partial(self._both_ways, replace(work, metric_sums=np.zeros_like(metric_sums))))
             self.compiled = True
         self._start()
         stages.executor.run(self.actions, partial(self._forward, work), partial(self._backward, work))
-        found = collectives.host_sum(stages.mesh, ("pp",), work.found)
-        return [g for s in stages.numbers for g in self.sums[s].arrays], found
+        metric_sums = collectives.host_sum(stages.mesh, ("pp",), metric_sums)
+        return [g for s in stages.numbers for g in self.sums[s].arrays], metric_sums
 
     def _start(self):
         for each in self.sums.values():
@@ -165,7 +167,7 @@ class Gradients:
 
     def _forward(self, work, action, carried):
         if action.stage == self.stages.last:
-            return ()  # its backward computes it
+            return ()  # the backward of the last stage computes the forward too
         params = self.stages.params_of(work.state, action.stage)
         return self.stages.forward[action.stage](params, carried or None, work.batches[action.micro])
 
@@ -181,12 +183,12 @@ class Gradients:
             each = [share * objective.asnumpy().reshape(-1)]
             for name, x in zip(metric_names(self.stages.cfg), aux):
                 each.append(metric_weight(name, share) * x.asnumpy().reshape(-1))
-            work.found[:] += np.concatenate(each)
+            work.metric_sums[:] += np.concatenate(each)
         return out[0] if out else ()
 
 
 def sum_tied_embeddings(stages, grads):
-    """The flat gradients, with those of a matrix that the first and the last stage have, tied embeddings, summed over both."""
+    """Sums the gradient of tied embeddings over the first and the last stage, which both have the matrix. grads: flat, changed in place."""
     mesh, here = stages.mesh, stages.mesh.index(("pp",))
     for i, p in enumerate(tree_leaves(stages.trainable)):
         if len(p.holders) < 2:
@@ -201,8 +203,8 @@ def sum_tied_embeddings(stages, grads):
     return grads
 
 
-def count_found(cfg):
-    """Numbers that a step finds of a batch: the objective, and those of metric_names."""
+def count_metrics(cfg):
+    """How many numbers a step reports for a batch: the objective, and the elements of all metrics of metric_names."""
     return 1 + sum(math.prod(shape) for shape in _metric_shapes(cfg))
 
 
@@ -211,29 +213,29 @@ def _metric_shapes(cfg):
     return [(len(cfg.moe_layers), cfg.num_experts) if name == "expert_load" else () for name in metric_names(cfg)]
 
 
-def _objective_and_metrics(cfg, found):
-    """(objective, [metrics]) from the vector of all their numbers."""
+def _objective_and_metrics(cfg, numbers):
+    """Splits the vector of all numbers into (objective, [metrics])."""
     out, at = [], 1
     for shape in _metric_shapes(cfg):
-        out.append(found[at : at + math.prod(shape)].reshape(shape))
+        out.append(numbers[at : at + math.prod(shape)].reshape(shape))
         at += math.prod(shape)
-    return found[0], out
+    return numbers[0], out
 
 
 def build_evaluate(stages):
-    """evaluate(state, batches) -> nats per target: micro-batches of the size of a step's, forward through all stages."""
+    """Returns evaluate(state, batches) -> cross-entropy in nats per target. Micro-batches have the size of a training step's."""
     mesh, parallel, cfg = stages.mesh, stages.config.parallel, lora.without_dropout(stages.cfg)
-    judge = stages.build(stages.last, cfg)
+    last_stage = stages.build(stages.last, cfg)
     forwards = stages.forward if cfg == stages.cfg else {s: stages.compiled_forward(s, cfg) for s in stages.forward}
 
     def loss(params, carried, batch):
-        _, metrics = judge(params, carried, batch)
+        _, metrics = last_stage(params, carried, batch)
         return metrics["loss"], metrics["tokens"]
 
     loss, compiled = jit(loss), []
 
     def run(state, group):
-        sums, batches = np.zeros(2), [tensors(part) for part in group]
+        sums, batches = np.zeros(2), [tensors(micro_batch) for micro_batch in group]
         stages.rows = group[0]["tokens"].size
 
         def forward(action, carried):
@@ -253,10 +255,10 @@ def build_evaluate(stages):
         return collectives.host_sum(mesh, ("pp",), sums)
 
     def evaluate(state, batches):
-        cut = (context.cut(mesh, batch) for batch in batches)
-        every = (part for batch in cut for part in split_batch(batch, parallel.micro_batches))
+        own = (context.cut(mesh, batch) for batch in batches)
+        micro_batches = (each for batch in own for each in split_batch(batch, parallel.micro_batches))
         sums = np.zeros(2)
-        while group := list(islice(every, EVAL_GROUP * len(stages.layers))):
+        while group := list(islice(micro_batches, EVAL_GROUP * len(stages.layers))):
             sums += run(state, group)
         return float(sums[0] / max(sums[1], 1.0))
 
@@ -264,19 +266,20 @@ def build_evaluate(stages):
 
 
 class Stages:
-    """The stages of the model, of which this rank has those of `numbers`; and what their functions send to each other.
+    """The pipeline stages of a model: this rank's stages, their compiled forwards, and the messages between stages.
 
-    placed: this rank's tree of Placed, a tuple of one a stage; model_placed: that of the whole model. trainable, frozen: its two parts, see
-    split_trainable; trainable_of[k], frozen_of[k]: the part of the k-th of this rank's stages, None where it has nothing.
+    numbers: this rank's stages among all. placed: their trees of Placed, a tuple; model_placed: the tree of the full model. trainable,
+    frozen: `placed` without the other kind of parameters, see split_trainable. trainable_of[k], frozen_of[k]: these trees for the k-th of
+    the rank's stages, None if it has no such parameters.
     """
 
     def __init__(self, cfg, config, sharding, kernels):
         self.cfg, self.config, self.sharding, self.mesh, self.kernels = cfg, config, sharding, sharding.mesh, kernels
-        self.layers, every, self.model_placed = stage_placements(cfg, config, sharding)
-        _check_trains(every)
+        self.layers, placed_stages, self.model_placed = stage_placements(cfg, config, sharding)
+        _check_trains(placed_stages)
         self.last = len(self.layers) - 1
         self.numbers = tuple(range(self.mesh.index(("pp",)), len(self.layers), self.mesh.pp))
-        self.placed = tuple(every[s] for s in self.numbers)
+        self.placed = tuple(placed_stages[s] for s in self.numbers)
         self.trainable, self.frozen = split_trainable(self.placed)
         self.trainable_of, self.frozen_of = (
             tuple(_of_stage(tree, k) for k in range(len(self.numbers))) for tree in (self.trainable, self.frozen)
@@ -284,19 +287,19 @@ class Stages:
         self.reduce_every_micro_batch = sharding.zero >= 2
         self.executor = Executor(len(self.layers), self.send, self.receive)
         self.forward = {s: self.compiled_forward(s, cfg) for s in self.numbers if s != self.last}
-        self.rows = 0  # tokens of a data rank in the micro-batches under way
+        self.rows = 0  # tokens of this data rank in the current micro-batches
 
     def carried(self, stage):
-        """[(shape, dtype)] of what arrives at a stage from the one before; nothing at the first, or behind the last."""
+        """[(shape, dtype)] of the tensors that `stage` receives from the previous one; [] for the first stage and for last + 1."""
         return carried_shapes(self.cfg, self.sharding, self.layers[stage], self.rows) if 0 < stage <= self.last else []
 
     def build(self, number, cfg=None):
-        """f(params, carried, batch) of a stage: see qwen3.stages.build_stage."""
+        """Returns f(params, carried, batch) of a stage, see qwen3.stages.build_stage."""
         ends, recompute = (number == 0, number == self.last), self.config.train.recompute
         return build_stage(cfg or self.cfg, self.sharding, self.kernels, self.layers[number], *ends, recompute)
 
     def compiled_forward(self, number, cfg):
-        """f(params, carried, batch), compiled; carried is None for the first stage."""
+        """Returns f(params, carried, batch) of a stage, compiled; carried is None for the first stage."""
         stage, first = self.build(number, cfg), number == 0
 
         def forward(params, carried, batch):
@@ -307,7 +310,7 @@ class Stages:
         return jit(forward)
 
     def params_of(self, state, stage):
-        """A stage's parameters of a state, as a tree."""
+        """The tree of a stage's parameters in a state."""
         k = self.numbers.index(stage)
         frozen = from_tuple(self.frozen_of[k], self.frozen_in(state, stage)) if self.frozen_of[k] else None
         return merge(self.placed[k], from_tuple(self.trainable_of[k], state["params"][k]), frozen)
@@ -318,7 +321,7 @@ class Stages:
         return state["frozen"][sum(each is not None for each in self.frozen_of[:k])] if self.frozen_of[k] else None
 
     def compile_all(self, call):
-        """call(stage, its input, cotangents of its result) on zeros, so that all ranks compile at once, not one when the last has done."""
+        """Runs call(stage, carried, cotangents) on zeros for each of the rank's stages. All ranks then compile at once, not one by one."""
         for s in self.numbers:
             call(s, *(tuple(ops.zeros(*each) for each in self.carried(at)) for at in (s, s + 1)))
 
@@ -327,12 +330,12 @@ class Stages:
             collectives.send(self.mesh, rank, x)
 
     def receive(self, action, rank):
-        stage = action.stage + (not isinstance(action, pipeline.Forward))  # gradients are of what the next stage was sent
+        stage = action.stage + (not isinstance(action, pipeline.Forward))  # the gradient has the shapes of what was sent to the next stage
         return tuple(collectives.receive(self.mesh, rank, *each) for each in self.carried(stage))
 
 
 def _of_stage(tree, k):
-    """The part of the k-th stage of a tree of them; None where it has none."""
+    """The k-th stage's tree, of a tuple of trees or a dict of them by number, see parallel.trees.select; None if it has none."""
     return tree.get(str(k)) if isinstance(tree, dict) else tree and tree[k]
 
 

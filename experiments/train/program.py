@@ -1,4 +1,4 @@
-"""The functions of one run of training, for a model, a run's config and a layout."""
+"""Builds the functions of a training run from a model, a config and a layout."""
 
 import mindspore as ms
 import numpy as np
@@ -14,20 +14,21 @@ from qwen3.model import choose_kernels, param_specs
 
 
 def build_program(cfg, config, sharding=None, has_peers=True):
-    """Pure functions over an opaque state; each compiles on first use, once per batch shape. Raises ValueError for weights that are not
-    float32, or that the layout cannot split.
+    """Returns the Program: functions over an opaque state. Each compiles on first use, once per batch shape.
 
-    init(params) -> state, from a tree as qwen3.model and hf.save take it, or from read(path, slices), which gives a rank its part.
-    spread(state) -> the tree as parallel.placement.Spread, of which all ranks together get whole arrays, one by one; params(state) -> it as
-    whole tensors on every rank; all call it.
-    step(state, batch, lr, step from 0) -> (state, metrics); batch: a dict of numpy [rows, S], whole rows, this dp rank's; metrics: floats
-    and lists, of the global batch. The state that it is given is used up: its arrays may have been changed in place. Where the gradient
-    norm is not finite they have not. evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches.
-    held(state) -> what this rank has of each array, as parallel.checkpoint.arrays takes it, without a state the sizes alone; the running norm, a
-    number, is not among them.
-    restore(read, norm) -> state, from read(name, slices) of those arrays.
+    init(params) -> state. params: a tree as qwen3.model and hf.save take it, or read(path, slices), which reads a slice of a parameter.
+    step(state, batch, lr, step from 0) -> (state, metrics). batch: a dict of numpy [rows, S], the full-length rows of this data rank.
+    metrics: floats and lists, for the global batch. Do not use the old state again: its arrays may be updated in place. They are unchanged
+    if the gradient norm is not finite.
+    evaluate(state, batches) -> cross-entropy in nats per target, over all ranks' batches.
+    held(state) -> the local shards for parallel.checkpoint.arrays; held() -> their sizes alone. The running norm is not included.
+    restore(read, norm) -> state. read(name, slices): the arrays of a checkpoint; norm: the running norm.
+    spread(state) -> a tree of parallel.placement.Spread, which gathers one full array at a time; params(state) -> the tree of full tensors
+    on every rank. All ranks call both.
 
-    has_peers: whether the other ranks of the layout run too. On a simulated rank they do not.
+    has_peers: whether the other ranks of the layout run too; False for a simulated rank.
+
+    Raises ValueError for weights that are not float32, or that the layout cannot shard.
     """
     check_dtype(cfg)
     sharding = sharding or Sharding()
@@ -59,6 +60,6 @@ def build_program(cfg, config, sharding=None, has_peers=True):
         return spread_arrays(mesh, model_placed, placed, state, num_stacked)
 
     def params(state):
-        return tree_map(lambda leaf: ms.Tensor(np.array(leaf.asnumpy(everywhere=True))), spread(state))  # memory of its own
+        return tree_map(lambda leaf: ms.Tensor(np.array(leaf.asnumpy(everywhere=True))), spread(state))  # a copy
 
     return Program(init, params, step, evaluate, held, restore, spread, executor)

@@ -1,4 +1,4 @@
-"""A run of training from its config, as the mains do it: data, model, where it begins, the loop, what is left at the end."""
+"""A training run from its config, for the mains: loads the data, builds the model, restores or initializes it, trains, and finishes."""
 
 import contextlib
 import os
@@ -29,13 +29,13 @@ flags.disclaim_key_flags()  # --help lists them under the main that calls define
 
 
 def define_flags(name):
-    """The flags of a main that trains, of command_line.MAINS."""
+    """Defines the flags of a main that trains. name: a key of command_line.MAINS."""
     command_line.define(command_line.MAINS[name])
-    flags.DEFINE_boolean("print_layout", False, "print where every parameter lies in the layout, and what it costs; train nothing")
+    flags.DEFINE_boolean("print_layout", False, "print how the layout shards every parameter, and its memory and traffic; do not train")
 
 
 def run_main(train_one):
-    """train_one(config, workdir) as the flags say, or the layout printed."""
+    """Calls train_one(config, workdir) with the values of the flags, or prints the layout for --print_layout."""
     if FLAGS.print_layout:
         print(layout_table.describe(command_line.resolve(FLAGS, world=0)))
     else:
@@ -43,11 +43,11 @@ def run_main(train_one):
 
 
 def train_in(workdir, config):
-    """A whole run, or the rest of one, in the folder `workdir`; config as experiments.flags.resolve gives it."""
+    """Trains in the folder `workdir`, from the start or from its newest checkpoint. config: from experiments.flags.resolve."""
     rank, _ = collectives.start()
     cfg, parallel = command_line.model_config(config), config.parallel
     mesh = layout.mesh(cfg, parallel, rank)
-    with run_folder.held(workdir, mesh):
+    with run_folder.locked(workdir, mesh):
         data = corpus.load(config, cfg.vocab_size)
         cfg = corpus.with_token_ids(cfg, data.tokenizer, trained=not config.data.tokenizer)
         run(config, cfg, data, workdir, mesh)

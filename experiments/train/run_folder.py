@@ -1,5 +1,7 @@
-"""The folder of a run: config.json, metrics.jsonl, tensorboard/, checkpoints/, and what the main adds; who may write there, and what is
-there already."""
+"""The folder of a run: config.json, metrics.jsonl, tensorboard/, checkpoints/, and files that the main adds.
+
+Locks the folder for one job, and checks that what is already there belongs to the same run.
+"""
 
 import contextlib
 import fcntl
@@ -13,18 +15,18 @@ from parallel import collectives
 from parallel.checkpoint.files import FOLDER, clean, steps, write_json
 
 LOCK, FINISHED, TOKENIZER = ".lock", "finished.json", "tokenizer"
-# What may change between the starts of one run: how it is computed, watched and saved, and how long it is.
+# Keys, and prefixes of keys, that may change when a run is restarted: how it is computed, monitored and saved, and its length.
 MAY_CHANGE = ("parallel.", "ops.", "checkpoint.", "init_from", "resume_from", "partial", "data.cache_dir", "data.skip_bad")
 MAY_CHANGE += tuple(f"train.{key}" for key in ("steps", "log_every", "eval_every", "eval_rows", "layer_loop", "save_hf"))
 MAY_CHANGE += ("train.monitor_every", "train.profile_steps", "train.sample_tokens", "train.sample_prompt", "train.exact_match_rows")
-MAY_CHANGE_ELSEWHERE = (*MAY_CHANGE, "optim.", "train.batch_size")  # when another run goes on in a folder of its own
+MAY_CHANGE_ELSEWHERE = (*MAY_CHANGE, "optim.", "train.batch_size")  # for --resume_from: a new run that continues another one
 
 
 @contextlib.contextmanager
-def held(path, mesh):
-    """Makes a run's folder and keeps others out of it, on rank 0, and checks that every rank sees it. All ranks use it together.
+def locked(path, mesh):
+    """Makes a run's folder and locks it against other jobs, on rank 0, and checks that every rank sees it. All ranks enter it together.
 
-    What killed runs had begun to save is removed. Raises ValueError without a path, where another process runs, or on a rank that does not
+    Removes unfinished checkpoints of killed runs. Raises ValueError without a path, if another process trains there, or if a rank does not
     see the folder.
     """
     with contextlib.ExitStack() as locks:
@@ -41,7 +43,7 @@ def _check_seen(path, mesh):
     mark = os.path.join(path or "", f".rank_0_{agreed(mesh, secrets.randbelow(1 << 24))}")
     if mesh.rank == 0:
         open(mark, "w").close()
-    _sum(mesh, 0)  # the mark is there
+    _sum(mesh, 0)  # waits until rank 0 has made the mark
     seen = os.path.exists(mark)
     missing = _sum(mesh, not seen)
     if mesh.rank == 0:
@@ -52,12 +54,12 @@ def _check_seen(path, mesh):
 
 
 def agreed(mesh, number):
-    """Rank 0's number, from 0 to below 2**24, on all ranks."""
+    """Returns rank 0's number on all ranks. It must be 0 or more and below 2**24, because it is sent as float32."""
     return int(_sum(mesh, number * (mesh.rank == 0)))
 
 
 def _sum(mesh, number):
-    """Over all ranks, which wait for each other."""
+    """Sums a number over all ranks, which thereby wait for each other."""
     return collectives.host_sum(mesh, tuple(mesh.sizes), [number])[0]
 
 
@@ -72,7 +74,7 @@ def _make(path):
 
 @contextlib.contextmanager
 def _lock(path):
-    """The system releases it when the process ends, however it ends."""
+    """Locks the folder for this process. The system releases the lock when the process ends, also after a kill."""
     with open(os.path.join(path, LOCK), "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +89,7 @@ def _lock(path):
 
 
 def own_step(path, config):
-    """The step of the newest checkpoint in a run's folder, 0 where there is none, so that the run begins anew. For rank 0.
+    """Returns the step of the newest checkpoint in a run's folder; 0 if there is none and the run starts from its first step. For rank 0.
 
     Raises ValueError for the folder of a finished run, or of one with another config.
     """
@@ -96,28 +98,28 @@ def own_step(path, config):
         return 0
     if changed := differences(saved, to_dict(config), MAY_CHANGE):
         raise ValueError(
-            f"--workdir={path} already holds a run with {changed[0]}; give another folder, or the run's own config. Another folder with"
-            f" --resume_from={path} goes on from it with other optim keys"
+            f"--workdir={path} already holds a run with {changed[0]}; give another folder, or the run's own config. To continue it"
+            f" with other optim keys, use another folder and --resume_from={path}"
         )
     found, finished = steps(path), _read(os.path.join(path, FINISHED))
     if finished and (config.train.steps <= finished["step"] or not found):
         raise ValueError(
             f"--workdir={path} already holds a finished run of {finished['step']} steps; give another folder,"
-            " or more --config.train.steps to go on from its checkpoint"
+            " or more --config.train.steps to continue from its checkpoint"
         )
     if not found:
-        with contextlib.suppress(FileNotFoundError):  # an earlier try that saved nothing
+        with contextlib.suppress(FileNotFoundError):  # keeps the metrics of an earlier start that saved no checkpoint
             os.replace(os.path.join(path, METRICS), os.path.join(path, "metrics.before.jsonl"))
     return found[-1] if found else 0
 
 
 def saved_config(workdir):
-    """What begin() wrote of a run's config, None where there is no run."""
+    """Returns the config that begin() wrote, as a dict; None if the folder has no run."""
     return _read(os.path.join(workdir, CONFIG))
 
 
 def finished_step(workdir):
-    """The steps of a run that has done all, None of one that has not."""
+    """Returns the steps of a finished run, None if the run is not finished."""
     done = _read(os.path.join(workdir, FINISHED))
     return done["step"] if done else None
 
@@ -133,19 +135,19 @@ def _read(path):
 
 
 def to_dict(config):
-    """A config as JSON has it."""
+    """Returns a config as a dict of JSON values."""
     return json.loads(config.to_json())
 
 
 def differences(old, new, may_change):
-    """["key=new instead of old"] for the keys that differ. may_change: keys, and prefixes of keys that end in a dot, that do not count."""
+    """["key=old value instead of new value"] for keys that differ. may_change: keys, or prefixes such as "optim.", that are ignored."""
     old, new = flat(old), flat(new)
     keys = [key for key in new if not any(key == m or (m.endswith(".") and key.startswith(m)) for m in may_change)]
     return [f"{key}={old[key]!r} instead of {new[key]!r}" for key in keys if key in old and old[key] != new[key]]
 
 
 def begin(workdir, config, tokenizer):
-    """Writes config.json, the resolved config with the git hash of the code, or null, and once the tokenizer."""
+    """Writes config.json, the resolved config with the code's git hash (null without git), and the tokenizer if it is not there yet."""
     if not os.path.isdir(os.path.join(workdir, TOKENIZER)):
         aside = os.path.join(workdir, f".{TOKENIZER}.new")
         tokenizer.save(aside)
@@ -156,7 +158,7 @@ def begin(workdir, config, tokenizer):
 
 
 def finish(workdir, step):
-    """Notes that a run of so many steps has done all."""
+    """Marks the run as finished after `step` steps."""
     write_json(os.path.join(workdir, FINISHED), {"step": step})
 
 

@@ -1,10 +1,10 @@
-"""The state of training: which arrays a rank has, and how they are made, saved, restored and joined to a tree of parameters.
+"""The training state: its arrays on a rank, and how they are made, saved, restored and joined to a tree of parameters.
 
-A state is a dict of nested tuples of tensors, this rank's local shards: "params", what trains; "frozen", what does not, where there is
-any; "m" and, of AdamW and Muon, "v", the optimizer's moments; and a number, "norm", the running mean of gradient norms.
+A state is a dict of nested tuples of tensors, the local shards of this rank: "params", the trainable parameters; "frozen", the frozen ones,
+if there are any; "m" and, for AdamW and Muon, "v", the optimizer's moments; and "norm", a number, the running mean of gradient norms.
 
-A tree of Placed (parallel/placement.py) says where each array lies. It has a leaf for each parameter of the model; with a layer loop, one
-for each stack of the layers' arrays; and on a rank of a pipeline it is a tuple of trees, one for each of the rank's stages.
+A tree of Placed (parallel/placement.py) gives the sharding of each array. It has a leaf for each parameter of the model. With a layer loop,
+a leaf stands for one parameter of all layers, stacked. Under pipeline parallelism it is a tuple of trees, one for each stage of the rank.
 """
 
 from dataclasses import dataclass, replace
@@ -22,12 +22,12 @@ from parallel.trees import merge, select, shallow, tree_leaves, tree_map
 from qwen3.model import param_specs
 from qwen3.stages import stage_specs
 
-SCAN_ABOVE_LAYERS = 8  # a scanned layer compiles once, and takes less memory; unrolled ones compute no forward twice
+SCAN_ABOVE_LAYERS = 8  # scan compiles one layer and takes less memory; unrolled layers compute no forward twice
 
 
 @dataclass(frozen=True)
 class Program:
-    """The functions of one run; see experiments.train.program.build_program."""
+    """The functions of a run; see experiments.train.program.build_program."""
 
     init: object
     params: object
@@ -36,31 +36,31 @@ class Program:
     held: object = None
     restore: object = None
     spread: object = None
-    executor: object = None  # of a pipeline: its parallel.pipeline.run.Executor
+    executor: object = None  # the parallel.pipeline.run.Executor, under pipeline parallelism
 
 
 def check_dtype(cfg):
     if cfg.param_dtype != "float32":
         raise ValueError(
-            f"model_args.param_dtype={cfg.param_dtype!r}: training keeps its weights in float32, whatever it computes in;"
+            f"model_args.param_dtype={cfg.param_dtype!r}: training keeps weights in float32 with every compute dtype;"
             " use --config.model_args.param_dtype=float32"
         )
 
 
 def uses_scan(cfg, layer_loop):
-    """Whether train.layer_loop makes one compiled layer run in a loop instead of unrolling all."""
+    """Whether train.layer_loop means a loop over one compiled layer (scan) instead of unrolled layers."""
     one_kind = len({cfg.at_layer(i) for i in range(cfg.num_layers)}) == 1 and _layers_train_alike(cfg)
     return layer_loop == "scan" or (layer_loop == "auto" and one_kind and cfg.num_layers > SCAN_ABOVE_LAYERS)
 
 
 def _layers_train_alike(cfg):
-    """Whether the same parameters are frozen in every layer."""
+    """Whether all layers freeze the same parameters."""
     layers = param_specs(cfg)["layers"]
     return len({tuple(spec.trains for spec in tree_leaves(layer)) for layer in layers}) == 1
 
 
 def placements(cfg, sharding, scan):
-    """The tree of Placed of a model; with scan, one for each stack of the layers' arrays, whose path is that of the first layer's."""
+    """The tree of Placed of a model. With scan, the layers are one tree of stacked arrays, whose paths are those of the first layer."""
     tree = place(sharding, param_specs(cfg))
     return {**tree, "layers": tree_map(lambda p: stacked(p, cfg.num_layers), tree["layers"][0])} if scan else tree
 
@@ -81,9 +81,9 @@ def stage_placements(cfg, config, sharding):
 
 
 def split_trainable(tree):
-    """(what trains, what is frozen) of a tree of ParamSpecs or of Placed, with the same paths; None where there is nothing.
+    """Splits a tree of ParamSpec or Placed into (trainable, frozen), which keep the paths; None for one that has no leaves.
 
-    What trains is shallow where there is something frozen, see parallel.spec.shallow.
+    If something is frozen, the trainable tree is made shallow, see parallel.trees.shallow.
     """
     trainable, frozen = select(tree, _trains), select(tree, lambda leaf: not _trains(leaf))
     return (trainable if trainable is None or frozen is None else shallow(trainable)), frozen
@@ -94,18 +94,18 @@ def _trains(leaf):
 
 
 def full_tree(placed, params, frozen):
-    """The tree of `placed`'s structure from nested tuples of what trains and of what is frozen, None where nothing is."""
+    """Joins nested tuples of trainable and of frozen arrays (None if there are none) to a tree of the structure of `placed`."""
     trainable_placed, frozen_placed = split_trainable(placed)
     return merge(placed, from_tuple(trainable_placed, params), from_tuple(frozen_placed, frozen) if frozen_placed else None)
 
 
 def local_shapes(mesh, placed, axes):
-    """For each of a tree of Placed something with the shape of the local shard. axes: used, stored or state."""
+    """A tree of objects that have only a `shape`, that of the local shard. axes: the field of Placed, "used", "stored" or "state"."""
     return tree_map(lambda p: SimpleNamespace(shape=local_shape(mesh, p.spec, getattr(p, axes))), placed)
 
 
 def load_shards(mesh, placed, read, num_stacked, axes="stored"):
-    """The local shards of a tree of Placed, from read(path, slices). num_stacked: of how many layers there are stacks, 0 for none."""
+    """Reads the local shards of a tree of Placed with read(path, slices). num_stacked: layers in a stack, 0 if they are not stacked."""
     if not num_stacked:
         return load(mesh, placed, read, axes)
 
@@ -121,7 +121,7 @@ def load_shards(mesh, placed, read, num_stacked, axes="stored"):
 
 
 def new_state(mesh, placed, num_stacked, optim, read):
-    """The state before the first step, with parameters from read(path, slices)."""
+    """Makes the state before the first step, with parameters from read(path, slices)."""
     trainable, frozen = split_trainable(placed)
     state = {"params": to_tuple(load_shards(mesh, trainable, read, num_stacked))}
     state.update(optimizer.init_state(to_tuple(local_shapes(mesh, trainable, "state")), optim))
@@ -131,7 +131,7 @@ def new_state(mesh, placed, num_stacked, optim, read):
 
 
 def restored(mesh, placed, num_stacked, optim, read, norm):
-    """The state of which read(name, slices) gives the arrays, by the names of held_arrays; norm: the running mean of gradient norms."""
+    """Makes the state from a checkpoint. read(name, slices): its arrays, by the names of held_arrays; norm: running mean of norms."""
     trainable, frozen = split_trainable(placed)
 
     def shards(kind, tree, axes):
@@ -144,9 +144,9 @@ def restored(mesh, placed, num_stacked, optim, read, norm):
 
 
 def held_arrays(placed, num_stacked, optim, state=None, with_frozen=True):
-    """[Held] of what a rank has of each array of a state, for parallel.checkpoint.arrays; without a state, of the sizes alone.
+    """Lists the local shards of a state as [Held], for parallel.checkpoint.arrays; without a state, their sizes alone.
 
-    with_frozen: whether what is frozen is saved too, under its name as a parameter.
+    with_frozen: also list the frozen parameters, under the names "params/...".
     """
     trainable, frozen = split_trainable(placed)
     kinds = [(name, name, axes, trainable) for name, axes in optimizer.state_kinds(optim).items()]
@@ -160,14 +160,14 @@ def held_arrays(placed, num_stacked, optim, state=None, with_frozen=True):
 
 
 def _saved_names(kind, path, num_stacked):
-    """The names in a checkpoint of the arrays of a leaf: one, or one for each of the stacked layers."""
+    """The names of a leaf's arrays in a checkpoint: one name, or one for each of the stacked layers."""
     if not num_stacked or not path.startswith("layers."):
         return (f"{kind}/{path}",)
     return tuple(f"{kind}/layers.{i}.{path.split('.', 2)[2]}" for i in range(num_stacked))
 
 
 def spread_arrays(mesh, model_placed, placed, state, num_stacked):
-    """The tree of Spread of a model's parameters. model_placed: the tree of Placed with a leaf for each parameter of the model."""
+    """The model's parameters as a tree of Spread. model_placed: the tree of Placed with a leaf for each parameter of the model."""
     trainable, frozen = split_trainable(placed)
     shards = {p.path: w for p, w in zip(tree_leaves(trainable), tree_leaves(state["params"]))}
     if frozen:

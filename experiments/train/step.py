@@ -1,11 +1,11 @@
-"""The training step of one graph program: one device, or any layout without a pipeline. See build_step."""
+"""The training step on one device, or in any layout without pipeline parallelism. See build_step."""
 
 import mindspore as ms
 from mindspore import ops
 
 from experiments.train import optim as optimizer
 from experiments.train.accumulate import RunningSum
-from experiments.train.batch import metric_weight, metrics_of, number, shares, split_batch, tensors, with_noise
+from experiments.train.batch import metric_weight, metrics_of, number, shares, split_batch, tensors, with_dropout_seeds
 from experiments.train.state import full_tree, local_shapes, split_trainable
 from experiments.train.update import build_clip, build_update
 from layers import lora
@@ -19,16 +19,16 @@ from qwen3.model import build, metric_names, param_specs, stacked_specs
 
 
 def build_step(cfg, config, sharding, kernels, placed, scan):
-    """step(state, batch, lr, step from 0) -> (state, metrics): gradient, accumulation over micro-batches, sum over ranks, clip, update.
+    """Returns step(state, batch, lr, step from 0) -> (state, metrics): gradients, accumulation, sum over ranks, clip, update.
 
-    placed: the tree of Placed of the model; with scan, its layers are stacked. Raises ValueError where nothing trains.
+    placed: the tree of Placed of the model; with scan, its layers are stacked. Raises ValueError if no parameter is trainable.
     """
     trainable, frozen = split_trainable(placed)
     if trainable is None:
         raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
     specs, _ = split_trainable(stacked_specs(cfg) if scan else param_specs(cfg))
     micro_batches, names = config.parallel.micro_batches, metric_names(cfg)
-    reduce_every_micro_batch = micro_batches > 1 and sharding.zero >= 2  # then the running sum is of this rank's shard alone
+    reduce_every_micro_batch = micro_batches > 1 and sharding.zero >= 2  # then the running sum has this rank's shard alone
 
     gradient = _build_gradient(build(cfg, sharding, scan, kernels, config.train.recompute).loss_fn, placed, names)
     sum_shapes = tree_leaves(local_shapes(sharding.mesh, trainable, "state" if reduce_every_micro_batch else "used"))
@@ -39,7 +39,7 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
     update, changed, merge = build_update(specs, trainable, sharding, config.optim, kernels)
 
     def step_in_one_graph(params, frozen, m, v, mean_norm, values, batch):
-        """With one micro-batch, the graph of the whole step."""
+        """The graph of the full step, for a step of one micro-batch."""
         loss, aux, grads = gradient(params, frozen, batch)
         grads = sum_over_ranks(grads)
         norm, factor, keep, mean_norm = clip(grads, mean_norm, values, (loss, aux))
@@ -48,14 +48,14 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
         return loss, aux, norm, 1 - keep, changed(p, m, v, mean_norm)
 
     def accumulate(params, frozen, total, share, batch):
-        """With several, the graph of each. ZeRO 2 and 3 reduce after every micro-batch; ZeRO 0 and 1 reduce once, after the last."""
+        """The graph of each of several micro-batches. ZeRO 2 and 3 reduce gradients here; ZeRO 0 and 1 once, in finish."""
         loss, aux, grads = gradient(params, frozen, batch)
         if reduce_every_micro_batch:
             grads = sum_over_ranks(grads)
         return loss, aux, add(share, total, grads)
 
     def finish(params, grads, m, v, mean_norm, values):
-        """With several, the graph after the last: the end of the step."""
+        """The graph after the last of several micro-batches."""
         if not reduce_every_micro_batch:
             grads = sum_over_ranks(grads)
         norm, factor, keep, mean_norm = clip(grads, mean_norm, values, ())
@@ -65,7 +65,7 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
     step_in_one_graph, accumulate, finish = jit(step_in_one_graph, order="dfs"), jit(accumulate), jit(finish, order="dfs")
 
     def step(state, batch, lr, at):
-        batch = context.cut(sharding.mesh, with_noise(cfg, config, sharding.mesh, batch, at))
+        batch = context.cut(sharding.mesh, with_dropout_seeds(cfg, config, sharding.mesh, batch, at))
         values = optimizer.scalars(config.optim, lr, at)
         params, frozen, m, v, mean_norm = (state.get(name) for name in ("params", "frozen", "m", "v", "norm"))
         if micro_batches == 1:
@@ -73,11 +73,12 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
         else:
             running_sum.start()
             loss, aux, slices = 0.0, [0.0] * len(names), split_batch(batch, micro_batches)
-            for share, part in zip(shares(sharding.mesh, slices), slices):
-                part_loss, part_aux, added = accumulate(params, frozen, running_sum.arrays, ms.Tensor(share, ms.float32), tensors(part))
+            for share, micro_batch in zip(shares(sharding.mesh, slices), slices):
+                weight = ms.Tensor(share, ms.float32)
+                one_loss, one_aux, added = accumulate(params, frozen, running_sum.arrays, weight, tensors(micro_batch))
                 running_sum.take(added)
-                loss += share * number(part_loss)
-                aux = [a + metric_weight(name, share) * x.asnumpy() for name, a, x in zip(names, aux, part_aux)]
+                loss += share * number(one_loss)
+                aux = [a + metric_weight(name, share) * x.asnumpy() for name, a, x in zip(names, aux, one_aux)]
             norm, skipped, new = finish(params, running_sum.arrays, m, v, mean_norm, values)
         return merge(state, new), metrics_of(cfg, config, lr, loss, aux, norm, skipped)
 
@@ -85,8 +86,10 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
 
 
 def _build_gradient(loss_fn, placed, names):
-    """gradient(params, frozen, batch) -> (loss, metrics of these names, flat gradients of params), for use in a graph; params, frozen:
-    nested tuples, frozen None where nothing is."""
+    """Returns gradient(params, frozen, batch) -> (loss, metrics called `names`, flat gradients of params), for use in a graph.
+
+    params, frozen: nested tuples; frozen is None if nothing is frozen.
+    """
     trainable, frozen = split_trainable(placed)
     tree_of, flatten = joined(placed, trainable, frozen), flatten_in_graph(to_tuple(trainable))
 
@@ -103,7 +106,7 @@ def _build_gradient(loss_fn, placed, names):
 
 
 def build_evaluate(cfg, sharding, kernels, placed, scan):
-    """evaluate(state, batches) -> cross-entropy in nats per target, of all ranks' batches."""
+    """Returns evaluate(state, batches) -> cross-entropy in nats per target, over all ranks' batches."""
     loss_fn = build(lora.without_dropout(cfg), sharding, scan, kernels).loss_fn
 
     def loss_of(params, batch):

@@ -1,4 +1,4 @@
-"""How summed gradients change a state in a layout: the clip by their global norm, and the optimizer on this rank's shards."""
+"""The end of a training step in a layout: clips the summed gradients by their global norm, and updates this rank's shards."""
 
 from experiments.train import muon
 from experiments.train import optim as optimizer
@@ -9,8 +9,10 @@ from parallel.trees import tree_leaves, unflatten
 
 
 def build_clip(specs, trainable, sharding, optim, kernels):
-    """clip(flat summed gradients, running mean, scalars, after) -> (norm, factor, keep, running mean): optim.build_clip, with the norm of
-    the whole gradient on every rank. specs, trainable: the tree of ParamSpec and of Placed of what trains."""
+    """Returns optim.build_clip's function for sharded gradients: every rank gets the norm of the full gradient.
+
+    specs, trainable: the trees of ParamSpec and of Placed of the trainable parameters.
+    """
     if sharding.mesh.world == 1:
         return optimizer.build_clip(specs, optim, kernels)
     norm_squared = zero.global_norm_squared(sharding, tree_leaves(trainable), optimizer.in_norm(specs))
@@ -18,15 +20,15 @@ def build_clip(specs, trainable, sharding, optim, kernels):
 
 
 def build_update(specs, trainable, sharding, optim, kernels):
-    """(update, changed, merge). specs, trainable: as for build_clip; specs are of one layer where layers are stacked.
+    """Returns (update, changed, merge). specs, trainable: as for build_clip; if layers are stacked, specs have one layer.
 
-    For use in a graph, params, m and v being nested tuples of this rank's shards, v None of an optimizer without a second moment:
-    update(params, flat summed gradients, m, v, factor, keep, scalars) -> (p, m, v), the new ones, flat;
-    changed(p, m, v, running mean) -> those of them that did not change in place, which the graph has to return.
+    Inside a graph, where params, m and v are nested tuples of this rank's shards (v is None without a second moment):
+    update(params, flat summed gradients, m, v, factor, keep, scalars) -> the new (p, m, v), flat;
+    changed(p, m, v, running mean) -> the arrays that were not updated in place, which the graph must return.
     On the host: merge(state, changed) -> the new state.
 
-    With ZeRO 1 and 2 a rank has full parameters, and the optimizer's state of a shard of them: the update is of the shard, and the new
-    shards of all ranks are gathered and written over the old parameters.
+    With ZeRO 1 and 2 a rank has full parameters but only its shard of the optimizer's state. It updates its shard of the parameters; then
+    an all-gather of the new shards overwrites the old parameters.
     """
     if optim.name == "muon":
         muon.check_whole(tree_leaves(specs), tree_leaves(trainable))
@@ -58,17 +60,17 @@ def build_update(specs, trainable, sharding, optim, kernels):
 
 
 def _elements(places):
-    """f(flat) -> the elements at these places, for use in a graph."""
+    """Returns f(flat) -> the tuple of the elements at `places`, for use in a graph."""
     return function("elements(flat)", [f"return ({''.join(f'flat[{i}], ' for i in places)})"])
 
 
 def _column(like, i):
-    """A function, for use in a graph, from nested tuples of (p, m, v) to the flat tuple of one of the three."""
+    """Returns f(nested tuples of (p, m, v)) -> the flat tuple of element i of each, for use in a graph."""
     return function("column(new)", [f"return ({''.join(f'new{at}[{i}], ' for at in subscripts(like))})"])
 
 
 def _replaced(nested, places, new):
-    """Nested tuples with other leaves at these places."""
+    """Nested tuples with the leaves at `places` replaced by `new`."""
     leaves = tree_leaves(nested)
     for i, leaf in zip(places, new):
         leaves[i] = leaf

@@ -1,5 +1,7 @@
-"""Where a run's state comes from: its own newest checkpoint, another run's, weights alone, or random numbers. And a main's that only
-computes with a model: inference()."""
+"""The initial state of a run: from its newest checkpoint, from another run, from weights alone, or random.
+
+Also inference(), the model of a main that does not train.
+"""
 
 import os
 from pathlib import Path
@@ -25,8 +27,10 @@ from qwen3.tokenizer import Tokenizer
 
 
 class Start(NamedTuple):
-    """make(program) -> the state. step, tokens, loader: how far it is, the targets seen, and the state of the data's loader. text: for who
-    watches. not_loaded: what did not match, with --partial."""
+    """The start of a run. make(program) -> the state. step, tokens: steps done and targets seen. loader: the state of the data loader.
+
+    text: a description to print. not_loaded: the parameters that did not match, with --partial.
+    """
 
     make: object
     step: int
@@ -37,14 +41,14 @@ class Start(NamedTuple):
 
 
 def from_checkpoint(folder, program, partial, fresh):
-    """The Start that goes on where a checkpoint was saved, in any layout. fresh(path, slices): parameters that it does not have, such
-    as the base of adapters.
+    """Returns the Start that continues from a checkpoint, which may have been saved in another layout.
 
-    Raises CheckpointError for a damaged one, and without `partial` for one of another model.
+    fresh(path, slices): values of parameters that the checkpoint does not have, such as the base of adapters.
+    Raises CheckpointError for a damaged checkpoint, and without `partial` for one of another model.
     """
     saved = Reader(folder)
     if "loader" not in saved.meta:
-        raise ValueError(f"{folder} holds weights alone, without a run to go on with; use --init_from={folder}")
+        raise ValueError(f"{folder} holds weights alone, not the state of a run; use --init_from={folder}")
     found, other = match(saved, wanted(program.held()), partial)
 
     def read(name, slices):
@@ -59,19 +63,19 @@ def from_checkpoint(folder, program, partial, fresh):
 
 
 def random(cfg, config):
-    """read(path, slices) of the random parameters of train.seed; adapters' too."""
+    """Returns read(path, slices) of random initial parameters, adapters included, drawn from train.seed."""
     specs = dict(tree_paths(param_specs(cfg)))
     return lambda path, slices: init_array(specs[path], path, config.train.seed, index=slices)
 
 
 def initial(cfg, config):
-    """The Start of a run without steps."""
+    """Returns the Start of a run that begins at step 0."""
     read, text, other = initial_params(cfg, config)
     return Start(lambda program: program.init(read), 0, 0.0, None, text, other)
 
 
 def initial_params(cfg, config):
-    """The weights of config.init_from, else random ones: (read(path, slices), what they are, what did not match, with --partial)."""
+    """Returns (read(path, slices), description, parameters not loaded): the weights of config.init_from, else random weights."""
     fresh = random(cfg, config)
     read, text, other = _base(cfg.base, config, fresh)
     if cfg.lora is None:
@@ -89,12 +93,12 @@ def initial_params(cfg, config):
 
 
 def is_adapter(path):
-    """Whether a parameter is of an adapter."""
+    """Whether a parameter belongs to an adapter, such as "layers.0.attention.lora.wq.a"."""
     return ".lora." in f".{path}"
 
 
 def _base(cfg, config, fresh):
-    """What initial_params says, of a model without adapters."""
+    """initial_params for a model without adapters."""
     path = config.init_from
     if not path:
         return fresh, f"random weights of train.seed={config.train.seed}", ""
@@ -104,7 +108,7 @@ def _base(cfg, config, fresh):
 
 
 def _hugging_face(path, cfg, config):
-    """What a rank does not ask for is not read."""
+    """Returns read(path, slices) of a Hugging Face folder; a rank reads only the slices that it asks for."""
     weights = hf.Reader(path, cfg.param_dtype)
     if param_specs(cfg) != weights.specs:
         raise ValueError(f"init_from={path} holds another model than model={config.model}; use --config.model={path}")
@@ -112,11 +116,11 @@ def _hugging_face(path, cfg, config):
 
 
 def _native(folder, cfg, partial, fresh):
-    """The parameters alone of a checkpoint."""
+    """Returns initial_params from the parameters of a checkpoint, without its optimizer state."""
     saved, specs = Reader(folder), tree_paths(param_specs(cfg))
     if base := saved.meta.get("base"):
         raise ValueError(
-            f"init_from={folder} holds adapters alone, for the base {base['path']}; join them by"
+            f"init_from={folder} holds adapters alone, for the base {base['path']}; merge them with"
             f" `python -m experiments.convert merge-lora --input={folder} --output=NEW` and use --init_from=NEW"
         )
     found, other = match(saved, {f"params/{path}": spec.shape for path, spec in specs}, partial, kinds=("params",))
@@ -129,8 +133,10 @@ def _native(folder, cfg, partial, fresh):
 
 
 class Inference(NamedTuple):
-    """A model to compute with. params(sharding) -> this rank's parts of its parameters. tokenizer: the folder of its files, or None. text:
-    where it comes from, for who watches. folder: of the Hugging Face files, or of the checkpoint."""
+    """A model for inference. params(sharding) -> this rank's shards of its parameters. tokenizer: the folder of its files, or None.
+
+    text: the source of the weights, to print. folder: that of the Hugging Face files or of the checkpoint.
+    """
 
     cfg: Qwen3Config
     params: object
@@ -139,22 +145,23 @@ class Inference(NamedTuple):
     text: str
 
     def load_tokenizer(self):
-        """The Tokenizer. Raises ValueError where there is none, or one that is not the model's."""
+        """Returns the Tokenizer. Raises ValueError if there is none, or if it has more ids than the model."""
         if self.tokenizer is None:
             raise ValueError(f"{self.text} has no tokenizer beside its weights; put tokenizer.json and tokenizer_config.json there")
         tokenizer = Tokenizer.load(self.tokenizer)
         if tokenizer.vocab_size > self.cfg.vocab_size:
             have = f"{tokenizer.vocab_size} ids, and the model {self.cfg.vocab_size}"
-            raise ValueError(f"the tokenizer of {self.tokenizer} has {have}; are they of one model?")
+            raise ValueError(f"the tokenizer of {self.tokenizer} has {have}; use the tokenizer of this model")
         return tokenizer
 
 
 def inference(hf_dir=None, workdir=None, adapter_dir=None):
-    """The Inference of a Hugging Face folder, or of a run: its newest checkpoint, of any layout, else the model in its hf/. On CPU in
-    float32, elsewhere in the dtype that the embedding has there. Raises ValueError or FileNotFoundError that name the flag.
+    """Returns the Inference of a Hugging Face folder, or of a run: its newest checkpoint, saved in any layout, else the model in its hf/.
 
-    adapter_dir: of an adapter, which is joined to the weights as they are read: in PEFT's format, or a run of LoRA. Such a run may be the
-    workdir itself; its base is then the one that it notes. Whatever else changes the weights on their way into a model belongs here."""
+    The dtype is float32 on CPU, elsewhere that of the embedding in the files. adapter_dir: an adapter in PEFT's format or a LoRA run, which
+    is merged into the weights as they are read. If workdir itself is a LoRA run, its base is the one that its checkpoint names.
+    Raises ValueError or FileNotFoundError that name the flag.
+    """
     if bool(hf_dir) == bool(workdir):
         raise ValueError("give --hf_dir=FOLDER, a Hugging Face folder, or --workdir=RUN, the folder of a training run; one of them")
     key, path = ("hf_dir", hf_dir) if hf_dir else ("workdir", workdir)
@@ -184,6 +191,6 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None):
 def _noted_base(workdir, base):
     if not os.path.isdir(base):
         raise ValueError(
-            f"--workdir={workdir} holds adapters alone, for the base {base}, which is not there; use --hf_dir=BASE --adapter={workdir}"
+            f"--workdir={workdir} holds adapters alone, for the base {base}, which does not exist; use --hf_dir=BASE --adapter={workdir}"
         )
     return base

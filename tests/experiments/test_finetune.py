@@ -187,9 +187,9 @@ def test_frozen_parameters_of_full_fine_tuning_are_saved_without_state(base, tmp
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"data.format": ""}, "data.format='' names no format of conversations"),
+        ({"data.format": ""}, "data.format='' is no format of conversations"),
         ({"lora.rank": 2, "lora.targets": "q,gates"}, "lora.targets: 'gates' matches none of embed, q, k"),
-        ({"lora.rank": 2, "train.freeze_include": "embed"}, "all but adapters is frozen; leave it out"),
+        ({"lora.rank": 2, "train.freeze_include": "embed"}, "freezes all parameters but the adapters; leave it out"),
         ({"train.freeze_include": "*"}, "leaves nothing to train"),
         ({"data.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
     ],

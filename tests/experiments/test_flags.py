@@ -210,7 +210,7 @@ def test_yarn_is_put_on_a_model(monkeypatch):
     assert flags.model_config(read(monkeypatch, TINY, *both)).rope_scaling == RopeScaling(2.0, 128)
     with pytest.raises(ValueError, match="yarn.factor=0.5 must be 1 or more"):
         read(monkeypatch, TINY, "--config.yarn.factor=0.5")
-    with pytest.raises(ValueError, match="yarn.original_max_position=128 is of a stretch by yarn.factor"):
+    with pytest.raises(ValueError, match="yarn.original_max_position=128 has no use without yarn.factor; set yarn.factor too"):
         read(monkeypatch, TINY, both[1])
 
 

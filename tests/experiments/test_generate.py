@@ -200,7 +200,7 @@ def test_an_adapter_is_joined_to_the_weights_in_any_layout(tmp_path):
     other = weights.inference(base).params(Sharding())
     assert not np.array_equal(other["layers"][0]["attention"]["wq"].asnumpy(), params["layers"][0]["attention"]["wq"].asnumpy())
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="for the base .*base, which is not there; use --hf_dir=BASE --adapter="):
+    with pytest.raises(ValueError, match="for the base .*base, which does not exist; use --hf_dir=BASE --adapter="):
         weights.inference(None, run)
 
 

@@ -129,5 +129,5 @@ def turned(x):
 
 @pytest.mark.parametrize("options, why", [(dict(tp=2), "tensor parallelism"), (dict(dp=2, zero=1), "ZeRO")])
 def test_muon_refuses_parts_of_matrices(options, why):
-    with pytest.raises(ValueError, match=f"optim.name=muon needs whole matrices, and of layers.0.*by {why}; use --zero=0 and --tp=1"):
+    with pytest.raises(ValueError, match=f"muon needs whole matrices, and layers.0.* is sharded by {why}; use --zero=0 and --tp=1"):
         muon.check_whole(*map(tree_leaves, (param_specs(DENSE), place(layouts.sharding_of(DENSE, options), param_specs(DENSE)))))

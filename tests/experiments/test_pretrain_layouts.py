@@ -70,13 +70,13 @@ def folders():
     """In each of 2 processes: a folder that both see, then one that rank 1 has for itself; what each says of them."""
     rank, world = collectives.start()
     mesh = Mesh(dp=world, rank=rank)
-    with run_folder.held("shared", mesh):
+    with run_folder.locked("shared", mesh):
         listed = str(sorted(os.listdir("shared")))
     if rank == 1:
         os.mkdir("elsewhere")
         os.chdir("elsewhere")
     try:
-        with run_folder.held("run", mesh):
+        with run_folder.locked("run", mesh):
             return {"said": "", "listed": listed}
     except ValueError as error:
         return {"said": str(error), "listed": listed}

@@ -82,7 +82,7 @@ def test_a_stopped_and_resumed_run_is_bit_for_bit_the_one_that_went_through(whol
         ({"train.seed": 1}, "already holds a run with train.seed=0 instead of 1; give another folder, or the run's own config"),
         ({"data.held_out": 0.1}, "data.held_out=0.05 instead of 0.1"),
         ({"model_args.rope_theta": 5e5}, "model_args.rope_theta=None instead of 500000.0"),
-        ({"optim.lr": 1.0}, "optim.lr=0.01 instead of 1.0.*--resume_from=.* goes on from it with other optim keys"),
+        ({"optim.lr": 1.0}, "optim.lr=0.01 instead of 1.0.*with other optim keys, use another folder and --resume_from="),
         ({"train.log_every": 3, "parallel.micro_batches": 2}, "already holds a finished run of 6 steps; give another folder, or more"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_run_goes_on_elsewhere_with_all_or_with_the_weights_alone(whole, text,
 
 
 def test_only_one_run_at_a_time_uses_a_folder(whole, text):
-    with run_folder.held(str(whole), ONE_DEVICE), pytest.raises(ValueError, match=f"process {os.getpid()} trains there now; wait for it"):
+    with run_folder.locked(str(whole), ONE_DEVICE), pytest.raises(ValueError, match=f"process {os.getpid()} trains there now; wait for it"):
         pretrain.pretrain(config_of(text), str(whole))
 
 
@@ -146,7 +146,7 @@ def test_a_run_that_was_killed_before_it_saved_begins_again(whole, text, tmp_pat
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints" / ".step_000002.abc0001.tmp").mkdir(parents=True)
     os.remove(run / "finished.json")
-    with run_folder.held(str(run), ONE_DEVICE):
+    with run_folder.locked(str(run), ONE_DEVICE):
         assert run_folder.own_step(str(run), config_of(text)) == 0
     assert (run / "metrics.before.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert not (run / "metrics.jsonl").exists() and os.listdir(run / "checkpoints") == []
