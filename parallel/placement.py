@@ -197,8 +197,8 @@ def load(mesh, placed, read, axes="stored"):
 class Spread:
     """A sharded parameter with the shape, dtype and asnumpy() of an array, for hf.save.
 
-    tensor: this rank's stored shard; None for a float32 parameter of another pipeline stage. layer: the index in `tensor` of the parameter's
-    layer where layers are stacked, else None.
+    tensor: this rank's stored shard; None for a float32 parameter of another pipeline stage. layer: the index of the parameter in `tensor`
+    where layers are stacked, else None.
     """
 
     mesh: Mesh
@@ -215,7 +215,7 @@ class Spread:
         return ms.float32 if self.tensor is None else self.tensor.dtype
 
     def asnumpy(self, everywhere=False):
-        """Returns the global array on rank 0, or on all ranks, else None. All ranks must call it, in an equal order of parameters."""
+        """Returns the global array on rank 0, or on all ranks; else None. All ranks call it, in one order of parameters."""
         part = self.tensor if self.layer is None else self.tensor[self.layer].contiguous()
         holder = self.placed.holders[0] if self.placed.holders else None
         return whole(self.mesh, self.placed.spec, self.placed.stored, part, everywhere or self.mesh.rank == 0, holder)

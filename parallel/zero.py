@@ -69,7 +69,7 @@ def written_back(placed, returned):
     """
     copied = {i for i, p in enumerate(placed) if p.stored != p.state and i not in returned}
     each = [f"depend(old[{i}], copy(old[{i}], new[{i}]))" if i in copied else f"new[{i}]" for i in range(len(placed))]
-    text = f"({', '.join(each)},)" if written else "new"
+    text = f"({', '.join(each)},)" if copied else "new"
     return function("written_back(old, new)", [f"return {text}"], depend=ops.depend, copy=InplaceCopy())
 
 

@@ -154,9 +154,9 @@ def test_a_step_waits_for_the_copy_alone(tmp_path, monkeypatch):
 FULL = """
 import json, sys
 import numpy as np
-from parallel.checkpoint_save import Saver, Settings
-from parallel.checkpoint_store import piece_of
-from parallel.checkpoint_files import steps
+from parallel.checkpoint.save import Saver, Settings
+from parallel.checkpoint.store import piece_of
+from parallel.checkpoint.files import steps
 run, said = sys.argv[1], []
 for on_error in ("stop", "continue"):
     saver = Saver(run, 0, 1, on_error.encode().hex(), Settings(on_error=on_error))
