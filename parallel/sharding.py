@@ -154,7 +154,7 @@ class Sharding:
         operands, results = parse(signature)
         self._validate(signature, "region", operands, results, region=True)  # the ops inside check their own sums
         if moved := [f"{a}>{b}" for part in operands + results for a, b in part if a != b]:
-            raise ValueError(f"op {signature!r} (region): {moved[0]!r} moves a dim between axes; move it in an op inside the region")
+            raise ValueError(f"op {signature!r} (region): {moved[0]!r} changes a layout; change it in an op inside the region")
         if self.lowering == "shard":
             return shard.region(self, fn, operands, results, sizes, dtype)
         return _checked(fn, signature, operands, results, sizes, dtype, asked=not self.in_region) if self.check else fn

@@ -45,7 +45,7 @@ def sum_gradients(sharding, placed):
 
 
 def split_params(sharding, placed):
-    """Returns f(flat stored parameters) -> flat, with this rank's shard of those whose optimizer state ZeRO shards and the others whole."""
+    """Returns f(flat stored parameters) -> flat. Parameters whose optimizer state is sharded further become this rank's shards of it."""
     names, done = {}, [f"g[{i}]" for i in range(len(placed))]
     for i, p in enumerate(placed):
         if p.stored != p.state:

@@ -131,11 +131,11 @@ def of_ops(layout, bound, seen, sizes, itemsize):
             out += _rounds(layout, *around, operands, runs, sizes, itemsize)
         for what, i, part, steps in _sides(layout, operands, results, kind, reduce):
             item = FLOAT32 if dtype and what == "result" else _itemsize(layout, part, itemsize)
-            for name, atoms, whole in _payloads(layout, part, steps, what):
+            for name, atoms, complete in _payloads(layout, part, steps, what):
                 forward, backward = directions[name] if name != "sliced" else ("AllGather", None)
                 for phase, kind, step in (("forward", forward, ("run",)), ("backward", backward, (what, i))):
                     if kind and seen[place, step]:
-                        elements = math.prod(-(-_size(sizes, dim) // n) for dim, n in whole)
+                        elements = math.prod(-(-_size(sizes, dim) // n) for dim, n in complete)
                         out[Call(phase, kind, atoms, elements, item)] += seen[place, step]
     return out
 
