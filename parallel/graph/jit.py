@@ -10,6 +10,7 @@ from parallel.graph.nested import rebuild, to_tuple
 from parallel.trees import tree_map
 
 ms.set_recursion_limit(100000)  # room for deep unrolled models; the default is 1000
+_NONE = Tensor(0, ms.int32)  # takes the place of None, since arguments of a graph are tensors
 
 
 def jit(fn, order="bfs"):
@@ -43,6 +44,15 @@ def _placed(leaf):
     return _NONE if leaf is None else leaf.contiguous()  # a graph with loops reads a view of a tensor at the wrong offset
 
 
+def structure(tree):
+    """Returns a hashable description of the keys of a tree and of the shape and dtype of its leaves."""
+    if isinstance(tree, dict):
+        return ("dict", *((k, structure(v)) for k, v in tree.items()))
+    if isinstance(tree, (list, tuple)):
+        return ("list", *(structure(v) for v in tree))
+    return None if tree is None else (tuple(tree.shape), str(tree.dtype))
+
+
 def in_device_memory(tree):
     """Returns a tree of tensors in the memory of the device; on CPU, the tree itself.
 
@@ -54,15 +64,3 @@ def in_device_memory(tree):
 def _copied(x):
     # Outside of a graph, which would keep its input, and from a new host tensor, since x would keep its device copy as long as it lives.
     return ms.Tensor.from_numpy(x.asnumpy()) * 1
-
-
-def structure(tree):
-    """Returns a hashable description of the keys of a tree and of the shape and dtype of its leaves."""
-    if isinstance(tree, dict):
-        return ("dict", *((k, structure(v)) for k, v in tree.items()))
-    if isinstance(tree, (list, tuple)):
-        return ("list", *(structure(v) for v in tree))
-    return None if tree is None else (tuple(tree.shape), str(tree.dtype))
-
-
-_NONE = Tensor(0, ms.int32)  # takes the place of None, since arguments of a graph are tensors
