@@ -1,4 +1,4 @@
-"""AdamW of one array, and the squared norm of a gradient.
+"""The AdamW update of one array, and the squared norm of a gradient.
 
 Source: Loshchilov and Hutter 2019; the order of operations is torch.optim.AdamW's.
 """
@@ -17,10 +17,10 @@ IN_KERNEL = "values n; scale; keep; constants 7; g ...; p ...; m ...; v ..."
 
 
 def reference(b1, b2, eps, decay, skips):
-    """update(values, scale, keep, p, g, m, v) -> (p, m, v), new arrays.
+    """Returns update(values, scale, keep, p, g, m, v) -> new arrays (p, m, v).
 
-    values: float32 [lr, 1 - b1**t, 1 - b2**t, ...]. scale: of the gradient; keep: where `skips` and it is not above 0, nothing changes;
-    both float32 of 0 dims. p and g of any dtype; m and v float32.
+    values: float32 [lr, 1 - b1**t, 1 - b2**t, ...]. scale: a float32 scalar by which the gradient is multiplied. keep: a float32 scalar;
+    if `skips` is set and keep <= 0, nothing changes. p and g have any float dtype, m and v are float32.
     """
     sqrt, cast, select, require = ops.Sqrt(), ops.Cast(), ops.Select(), check("adamw", ARGUMENTS, least={"n": 3})
 
@@ -51,10 +51,10 @@ def _given(values, scale, keep, p, g, m, v):
 
 
 def cpu(b1, b2, eps, decay, skips):
-    """The same in one pass over memory, in place: p, m and v are changed and returned. All in float32.
+    """Returns update as `reference` does, as a float32 C++ kernel in one pass over memory that changes p, m and v in place.
 
-    What reads p, m or v otherwise may see the old values, the new ones or some of both, unless `scale` or g depends on
-    what it gives. Raises ValueError, called eagerly, for p, m or v that are views in another order, as these would not change.
+    Another op that reads p, m or v may get old values, new ones or a mixture, unless `scale` or g depends on its result. An eager call
+    raises ValueError for a p, m or v that is not contiguous, since only a copy of it would change.
     """
     return _Update(np.array([b1, 1 - b1, b2, 1 - b2, eps, decay, bool(skips)], np.float32))
 
@@ -69,7 +69,7 @@ class _Update(nn.Cell):
         for name, x in zip("pmv", (p, m, v)):
             if not x.is_contiguous():
                 raise ValueError(
-                    f"adamw: {name} is a view of shape {x.shape} in another order, which has no place to change; use contiguous()"
+                    f"adamw: {name} is a view of shape {x.shape} that is not contiguous, so only a copy would change; use contiguous()"
                 )
         return super().__call__(values, scale, keep, p, g, m, v)
 
@@ -79,7 +79,7 @@ class _Update(nn.Cell):
 
 
 def reference_squares():
-    """g of any shape -> the sum of its squares, float32 of 0 dims."""
+    """Returns squares(g of any shape) -> the sum of squares, a float32 scalar."""
     total, cast, require = ops.ReduceSum(), ops.Cast(), check("adamw", "g *")
 
     def squares(g):
@@ -91,15 +91,15 @@ def reference_squares():
 
 
 def cpu_squares():
-    """The same for g in float32, in one pass."""
+    """Returns squares as a float32 C++ kernel in one pass."""
     return kernel("adamw", "sum_of_squares", "g *", _scalar, identity)
 
 
 def vendor(b1, b2, eps, decay, skips):
-    """The reference's results copied into p, m and v, which are returned, by MindSpore's InplaceCopy: of a state there is one in memory.
+    """Returns update as `reference` does, which copies the results into p, m and v with MindSpore's InplaceCopy, to save memory.
 
-    What reads p, m or v otherwise is as with cpu(). They have to be in the device's memory: a graph works on a copy of what comes from the
-    host.
+    Other ops that read p, m or v have the limits of cpu(). p, m and v must be in device memory: a graph copies tensors of the host, and
+    would change the copy.
     """
     new, copy = reference(b1, b2, eps, decay, skips), InplaceCopy()
 
@@ -111,12 +111,12 @@ def vendor(b1, b2, eps, decay, skips):
 
 
 def vendor_squares():
-    """As the reference: MindSpore has no kernel of its own."""
+    """Returns reference_squares(), since MindSpore has no kernel for it."""
     return reference_squares()
 
 
 def vendor_missing(use):
-    """It serves everywhere on Ascend."""
+    """Returns "": it can always be used on Ascend."""
     return ""
 
 

@@ -1,9 +1,11 @@
 """Causal grouped-query attention between tokens of one segment. Source: Vaswani et al. 2017; Ainslie et al. 2023; Dao 2023 for `cpu`.
 
 attention(q_BSNH, k_BTKH, v_BTKH, segment_BS, key_segment_BT, order_BS, key_order_BT) -> o_BSNH; segments and orders are int32. A query
-sees the keys of its own segment whose order is not above its own; one that sees no key gets 0. Head n reads kv head n // (N / K).
+attends to ("sees") the keys of its own segment whose order is not above its own. The result of a query that sees no key is 0. Head n uses
+kv head n // (N / K).
 
-in_order, of each factory: a promise that S is T and that both orders are 0, 1, ... in every row, for kernels that skip later keys by it.
+in_order, an argument of each factory: the caller promises that S equals T and that both orders are 0, 1, ... in every row. Kernels then
+skip later keys.
 """
 
 import mindspore as ms
@@ -16,13 +18,13 @@ from ops.signature import check
 MASKED = -1e9  # added to a score: exp of it is 0 in float32
 INTS = "segment int32 B S; key_segment int32 B T; order int32 B S; key_order int32 B T"
 ARGUMENTS, GROUPED = f"q B S N H; k same B T K H; v same B T K H; {INTS}", {"divides": ("K", "N")}
-HALF = ("bfloat16", "float16")  # what MindSpore's kernel computes in
-SCORES = 1 << 23  # that largest_logits makes at a time: 32 MiB
-FAR = 2**31 - 1  # its number for all tokens before, or after
+HALF = ("bfloat16", "float16")  # the dtypes of MindSpore's kernel
+SCORES = 1 << 23  # scores that largest_logits computes at a time: 32 MiB
+FAR = 2**31 - 1  # the number by which MindSpore's kernel means all earlier, or all later, tokens
 
 
 def reference(scale, in_order=False):
-    """The attention above, with scores of q k times scale; softmax in float32, the result in q's dtype."""
+    """Returns attention with scores q k^T times scale. Softmax in float32, the result in the dtype of q."""
     require = check("attention", ARGUMENTS, **GROUPED)
     scores, mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
     softmax, reshape, cast, swap, expand = ops.Softmax(-1), ops.Reshape(), ops.Cast(), ops.Transpose(), ops.ExpandDims()
@@ -33,7 +35,7 @@ def reference(scale, in_order=False):
         B, S, N, H = q.shape
         T, K = k.shape[1], k.shape[2]
         hidden = hides(segment, key_segment, order, key_order)
-        grouped = reshape(swap(q * scale, (0, 2, 1, 3)), (B, K, (N // K) * S, H))  # the queries of a kv head, one below the other
+        grouped = reshape(swap(q * scale, (0, 2, 1, 3)), (B, K, (N // K) * S, H))  # [B, K, G * S, H]
         s = cast(scores(grouped, swap(k, (0, 2, 1, 3))), ms.float32)
         p = softmax(reshape(s, (B, N, S, T)) + expand(hidden * MASKED, 1))
         o = mix(reshape(cast(p, q.dtype), (B, K, (N // K) * S, T)), swap(v, (0, 2, 1, 3)))
@@ -44,17 +46,17 @@ def reference(scale, in_order=False):
 
 
 def reference_parts(scale):
-    """(forward, backward) of attention to a part of each query's keys, of which parallel/context/ring.py makes that to all of them.
+    """Returns (forward, backward) of attention to some of the keys, from which parallel/context/ring.py computes attention to all keys.
 
-    forward(the arguments of attention) -> o_BSNH, lse_BSN, as cpu_with_lse gives them; backward(the same, o_BSNH and lse_BSN of all keys,
-    their cotangents) -> dq, dk, dv, this part's share. In float32, results and gradients in the dtype of their operands.
+    forward(the arguments of attention) -> (o_BSNH, lse_BSN), see cpu_with_lse. backward(the arguments of attention, o_BSNH and lse_BSN of
+    attention to all keys, do, dlse) -> (dq, dk, dv) for these keys. Computes in float32; results have the dtypes of the operands.
     """
     require, hides, sizes = check("attention", ARGUMENTS, **GROUPED), _hidden(), ops.ReduceSum()
     product, with_keys, of_keys = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True), ops.BatchMatMul(transpose_a=True)
     exp, log1p, most, total = ops.Exp(), ops.Log1p(), ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
     cast, expand, tile, swap, reshape = ops.Cast(), ops.ExpandDims(), ops.Tile(), ops.Transpose(), ops.Reshape()
 
-    def grouped(x, K):  # [B, S, N, H] -> [B, K, G * S, H] float32: the queries of a kv head, one below the other
+    def grouped(x, K):  # [B, S, N, H] -> float32 [B, K, G * S, H], the queries of the G heads of a kv head
         B, S, N, H = x.shape
         return reshape(swap(cast(x, ms.float32), (0, 2, 1, 3)), (B, K, (N // K) * S, H))
 
@@ -63,7 +65,7 @@ def reference_parts(scale):
         return swap(reshape(x, (B, N, S, H)), (0, 2, 1, 3))
 
     def scores(q, k, hidden):
-        """[B, K, G * S, T], and what hides keys in its shape."""
+        """Returns the scores [B, K, G * S, T], and `hidden` in this shape."""
         hidden = tile(expand(hidden, 1), (1, 1, q.shape[2] // k.shape[2], 1))
         return with_keys(grouped(q, k.shape[2]) * scale, grouped(k, k.shape[2])) + hidden * MASKED, hidden
 
@@ -93,13 +95,13 @@ def reference_parts(scale):
 
 
 def _given(q, k, v, segment, key_segment, order, key_order):
-    """The shapes and dtypes of the arguments."""
+    """Returns the shapes and dtypes of the arguments."""
     shapes = q.shape, k.shape, v.shape, segment.shape, key_segment.shape, order.shape, key_order.shape
     return shapes, (q.dtype, k.dtype, v.dtype, segment.dtype, key_segment.dtype, order.dtype, key_order.dtype)
 
 
 def _hidden():
-    """hidden_BST: 1 where a query does not see a key, 0 where it does; float32."""
+    """Returns a function of segments and orders -> float32 hidden_BST, 1 where a query does not see a key, else 0."""
     greater, different, maximum = ops.Greater(), ops.NotEqual(), ops.Maximum()
     expand, cast = ops.ExpandDims(), ops.Cast()
 
@@ -112,10 +114,10 @@ def _hidden():
 
 
 def largest_logits(scale, block=None):
-    """largest(q_BSNH, k_BTKH, segment_BS, key_segment_BT, order_BS, key_order_BT) -> [B, S, N] float32: of each query the largest q k times
-    scale among the keys that it sees, MASKED for padding, which is of segment 0. For watching: it has no gradient.
+    """Returns largest(q_BSNH, k_BTKH, segment_BS, key_segment_BT, order_BS, key_order_BT) -> float32 [B, S, N], the largest logits.
 
-    Keys are taken `block` at a time, by default as many as make SCORES of them.
+    It is the maximum of q k^T times scale over the keys that a query sees, and MASKED for padding (segment 0). It is for monitoring and has
+    no gradient. block: the number of keys that are taken at a time; by default so many that there are SCORES scores.
     """
     scores, most, hides, greater = ops.BatchMatMul(transpose_b=True), ops.ReduceMax(), _hidden(), ops.Greater()
     cast, expand, swap, reshape = ops.Cast(), ops.ExpandDims(), ops.Transpose(), ops.Reshape()
@@ -130,14 +132,14 @@ def largest_logits(scale, block=None):
     limit = given if block else of_size
 
     def of_block(q, k, segment, key_segment, order, key_order):
-        """q [B, K, G * S, H], k [B, K, t, H] -> [B, N, S]"""
+        """q [B, K, G * S, H], k [B, K, t, H] -> the largest logits [B, N, S] for these keys."""
         B, S = segment.shape
         hidden = maximum(hides(segment, key_segment, order, key_order), 1 - cast(greater(expand(segment, 2), 0), ms.float32))
         s = reshape(scores(q, k), (B, -1, S, k.shape[2]))
         return most(s + tile(expand(hidden * MASKED, 1), (1, s.shape[1], 1, 1)), 3)  # tiled: see parallel/context/ring.py
 
     def cut(x, size):
-        """[B, T, ...] -> [blocks, B, size, ...], zeros at the end."""
+        """Splits [B, T, ...] into [blocks, B, size, ...], padded with zeros."""
         missing = -x.shape[1] % size
         x = concat((x, ops.zeros((x.shape[0], missing, *x.shape[2:]), x.dtype))) if missing else x
         x = reshape(x, (x.shape[0], x.shape[1] // size, size, *x.shape[2:]))
@@ -152,7 +154,7 @@ def largest_logits(scale, block=None):
         if k.shape[0] == 1:
             return swap(of_block(q, k[0], segment, key_segment[0], order, key_order[0]), (0, 2, 1))
         i, top = ms.Tensor(0, ms.int32), ops.zeros((B, N, S), ms.float32) + MASKED
-        while i < k.shape[0]:  # the graph of many blocks would take long to compile
+        while i < k.shape[0]:  # a graph with every block unrolled would take long to compile
             top = maximum(top, of_block(q, k[i], segment, key_segment[i], order, key_order[i]))
             i = i + 1
         return swap(top, (0, 2, 1))
@@ -161,9 +163,9 @@ def largest_logits(scale, block=None):
 
 
 def vendor(scale, in_order=False):
-    """The same in MindSpore's flash attention, in bfloat16 or float16, with a mask of B * S * T bytes.
+    """Returns attention by MindSpore's flash attention, in bfloat16 or float16, with a mask of B * S * T bytes.
 
-    What it makes of a query that sees no key is not documented, so such a one is shown all keys, and its result multiplied by 0.
+    MindSpore does not document the result for a query that sees no key. Such a query gets all keys here, and its result is multiplied by 0.
     """
     mask, cast, expand = vendor_mask(in_order), ops.Cast(), ops.ExpandDims()
     require, after = check("attention", ARGUMENTS, HALF, **GROUPED), 0 if in_order else FAR
@@ -179,8 +181,11 @@ def vendor(scale, in_order=False):
 
 
 def vendor_mask(in_order=False):
-    """(segment, key_segment, order, key_order) -> hidden [B, 1, S, T], true where a query does not see a key; sees_BS, true where it sees
-    one. The queries that see none have nothing hidden from them, unless in_order, when there are none and sees is None."""
+    """Returns mask(segment, key_segment, order, key_order) -> (hidden [B, 1, S, T], sees_BS), both bool.
+
+    hidden: true where a query does not see a key. sees: true for a query that sees a key; for the others nothing is hidden. With in_order
+    every query sees a key, and `sees` is None.
+    """
     greater, different, either, both = ops.Greater(), ops.NotEqual(), ops.LogicalOr(), ops.LogicalAnd()
     expand, every, opposite = ops.ExpandDims(), ops.ReduceAll(), ops.LogicalNot()
 
@@ -201,7 +206,7 @@ def vendor_mask(in_order=False):
 
 def vendor_missing(use):
     if use.spans > 1:
-        return f"is not built for keys in {use.spans} parts, as ring attention has them"
+        return f"cannot do ring attention, and parallel.cp makes a ring of {use.spans} ranks"
     if use.dtype not in HALF:
         return f"computes in {' or '.join(HALF)}, and the model in {use.dtype}"
     if use.head_dim is None or use.head_dim % 16 or use.head_dim > 512:
@@ -210,7 +215,7 @@ def vendor_missing(use):
 
 
 def cpu(scale, in_order=False):
-    """The same in memory linear in S and T, forward and backward; float32."""
+    """Returns attention as a float32 C++ kernel. Its memory is linear in S and T, in the forward and the backward."""
     attend = cpu_with_lse(scale)
 
     def attention(q, k, v, segment, key_segment, order, key_order):
@@ -220,13 +225,16 @@ def cpu(scale, in_order=False):
 
 
 def cpu_with_lse(scale):
-    """The same -> (o_BSNH, lse_BSN), the logarithm of a query's sum of exp(score), and MASKED where it sees no key. Parts of one row of
-    keys join by it: their o add up with the weights softmax(lse)."""
+    """Returns attention as `cpu` does, with the results (o_BSNH, lse_BSN).
+
+    lse is the log-sum-exp of the scores of a query, and MASKED if it sees no key. The results for disjoint sets of keys are combined by it:
+    the sum of their o, weighted by softmax(lse) over the sets.
+    """
     return _Attention(scale)
 
 
 def cpu_parts(scale):
-    """reference_parts in the kernels of `cpu`."""
+    """Returns (forward, backward) as reference_parts does, by the kernels of `cpu`."""
     attend = _Attention(scale)
     forward, backward, scale = attend.forward, attend.backward, attend.scale
 

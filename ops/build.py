@@ -1,7 +1,7 @@
-"""C++ kernels for CPU, built with g++ on first use: python -m ops.build builds all of them beforehand.
+"""Builds the C++ kernels for CPU with g++ on first use. `python -m ops.build` builds all of them beforehand.
 
-A source ops/cpu/NAME.cc becomes one shared library in the cache, named for all that it is made of: the source, the headers beside it, the
-compiler, its flags, and this machine's kind of CPU. Any number of processes may ask at once; one builds, the others wait.
+Each source ops/cpu/NAME.cc becomes a shared library in the cache. Its file name has a digest of the source, the headers, the compiler, the
+flags and the CPU type of this machine. If several processes need a library at once, one builds it and the others wait.
 """
 
 import fcntl
@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "cpu"
-# The parameter: for some processors GCC makes a product and a sum of what could be one instruction, in some loops and not in others, and
-# then the same sum would round in different ways; and it is slower here.
+# avoid-fma-max-bits=0: for some processors GCC replaces fused multiply-adds by a product and a sum in some loops only. Equal sums would
+# then round differently, and it is slower.
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "--param=avoid-fma-max-bits=0"),
     *("-fPIC", "-shared", "-Wall", "-Wextra"),
@@ -24,24 +24,24 @@ FLAGS = (
 
 
 def cache_folder():
-    """Where what can be made again is kept between runs: $XDG_CACHE_HOME/qwen3_mindspore."""
+    """Returns the folder for files that can be made again: $XDG_CACHE_HOME/qwen3_mindspore, by default in ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(home, "qwen3_mindspore")
 
 
 def compiler():
-    """The path of the C++ compiler, $CXX or g++; None where there is none."""
+    """Returns the path of the C++ compiler, $CXX or g++; None if there is none."""
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
 def names():
-    """Every kernel source, by name."""
+    """Returns the names of all kernel sources."""
     return sorted(path.stem for path in SOURCES.glob("*.cc"))
 
 
 @functools.cache
 def library(name):
-    """The path of the shared library of ops/cpu/NAME.cc, built if it is not in the cache. Raises RuntimeError where that fails."""
+    """Returns the path of the shared library of ops/cpu/NAME.cc, and builds it if needed. Raises RuntimeError if that fails."""
     cxx = compiler()
     if cxx is None:
         raise RuntimeError(f"the CPU kernel {name!r} needs a C++ compiler, and there is no g++; install it, or use ops.*=reference")
@@ -77,7 +77,7 @@ def _needs_blas(name):
 
 
 def _blas():
-    """(compile flags, link flags) for OpenBLAS as scipy-openblas32 brings it."""
+    """Returns (compile flags, link flags) for the OpenBLAS of the package scipy-openblas32."""
     import scipy_openblas32 as blas
 
     folder = blas.get_lib_dir()
@@ -85,7 +85,7 @@ def _blas():
 
 
 def _key(name, cxx, flags):
-    """A digest of everything that the library depends on."""
+    """Returns a digest of everything that a library depends on."""
     digest = hashlib.sha256()
     for path in [SOURCES / f"{name}.cc", *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.read_bytes())
@@ -94,7 +94,7 @@ def _key(name, cxx, flags):
 
 
 def target(cxx):
-    """The compiler, and what it takes this machine's kind of CPU for."""
+    """Returns the version of the compiler and its settings for the CPU of this machine, as text."""
     return _run(cxx, "--version") + _run(cxx, *FLAGS[:2], "-Q", "--help=target")
 
 

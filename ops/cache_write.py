@@ -1,4 +1,4 @@
-"""Writing new keys or values into their slots of a KV cache."""
+"""Writes new keys or values into their slots of a KV cache."""
 
 from mindspore import ops
 
@@ -10,9 +10,9 @@ ARGUMENTS = "cache B T K H; new same B S K H; at int32 B S"
 
 
 def reference():
-    """write(cache_BTKH, new_BSKH, at_BS int32) -> the cache with new[b, s] in slot at[b, s]; a slot outside 0..T-1 is dropped.
+    """Returns write(cache_BTKH, new_BSKH, at_BS int32) -> a new cache with new[b, s] in slot at[b, s].
 
-    The slots of one row are all different. A new array: `cache` stays as it is.
+    The slots of a row must differ. A token with a slot outside 0..T-1 is dropped.
     """
     matmul, equal, cast, expand, reshape = ops.BatchMatMul(), ops.Equal(), ops.Cast(), ops.ExpandDims(), ops.Reshape()
     total, select, broadcast, count = ops.ReduceSum(), ops.Select(), ops.BroadcastTo, iota.reference()
@@ -31,5 +31,5 @@ def reference():
 
 
 def cpu():
-    """The same in place, for arrays of float32, or of int32: the cache that is given changes, and is returned. See ops.custom.InPlace."""
+    """Returns write as a C++ kernel that changes and returns the given cache, float32 or int32. See ops.custom.InPlace."""
     return InPlace("cache_write", ARGUMENTS, ("float32", "int32"))

@@ -1,7 +1,11 @@
-"""The pieces of cross-entropy over a vocabulary that may be sharded, in float32.
+"""The terms of cross-entropy over a vocabulary that may be sharded, in float32.
 
-Each function takes `first`, the id of the first of its columns, an int or an int32 tensor of 0 dims; z_RV, the logits of these columns, in
-which -inf is padding; and ids_R int32. `picked` is z[r, ids[r] - first] where that is one of the columns, else 0.
+measure(first, z_RV, ids_R) -> (top, total, picked), each [R, 1]. z: the logits of this shard, with -inf for padding. first: the id of the
+first column of z, an int or an int32 scalar. ids: the int32 targets.
+
+    top      the largest logit of the row
+    total    the sum of exp(z - top)
+    picked   the logit of the target, z[r, ids[r] - first]; 0 if the target is in another shard
 """
 
 import mindspore as ms
@@ -14,10 +18,10 @@ ARGUMENTS = "z float32 R V; ids int32 R"
 
 
 def reference():
-    """first, z_RV, ids_R -> top [R, 1], the largest logit; sum(exp(z - top)) [R, 1]; picked [R, 1].
+    """Returns measure.
 
-    top is a constant to the gradient, so what is made of the three must not depend on it: log(sum) + (top - picked) does not, and keeps the
-    digits of large logits. A row of nothing but -inf has a top of -inf, a sum of 0 and no gradient.
+    The gradient treats top as a constant, so a loss made of the three terms must not depend on top: log(total) + (top - picked) does not,
+    and is accurate for large logits. A row with only -inf has top -inf, total 0 and no gradient.
     """
     largest, total, exp = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True), ops.Exp()
     select, greater, zeros_like, pick = ops.Select(), ops.Greater(), ops.ZerosLike(), _pick()
@@ -26,32 +30,32 @@ def reference():
     def measure(first, z, ids):
         require((z.shape, ids.shape), (z.dtype, ids.dtype))
         top = ops.stop_gradient(largest(z, 1))
-        shift = select(greater(top, float("-inf")), top, zeros_like(top))  # as -inf - -inf is NaN
+        shift = select(greater(top, float("-inf")), top, zeros_like(top))  # -inf - -inf is NaN
         return top, total(exp(z - shift), 1), pick(z, ids - first)
 
     return measure
 
 
 def _pick():
-    """z_RV, at_R -> z[r, at[r]], 0 for a place in no column, [R, 1]"""
+    """Returns pick(z_RV, at_R) -> z[r, at[r]] [R, 1]; 0 if at[r] is no column."""
     greater_equal, less, logical_and = ops.GreaterEqual(), ops.Less(), ops.LogicalAnd()
     gather, expand, cast, select, zeros_like = ops.GatherD(), ops.ExpandDims(), ops.Cast(), ops.Select(), ops.ZerosLike()
 
     def pick(z, at):
         mine = logical_and(greater_equal(at, 0), less(at, z.shape[1]))
         picked = gather(z, 1, expand(at * cast(mine, ms.int32), 1))
-        return select(expand(mine, 1), picked, zeros_like(picked))  # not a product: the column in its place may be -inf
+        return select(expand(mine, 1), picked, zeros_like(picked))  # not a product, since the column that was gathered instead may be -inf
 
     return pick
 
 
 def cpu():
-    """The same without an array of probabilities: one pass over z forward, and one backward."""
+    """Returns measure as a float32 C++ kernel with one pass over z in each direction. It stores no probabilities."""
     return by_kernels(kernel)
 
 
 def by_kernels(kernel, prefix=""):
-    """The function of two kernels, by the factory and under the names of an implementation: `prefix`cross_entropy and its _grad."""
+    """Returns measure by two kernels, `prefix`cross_entropy and `prefix`cross_entropy_grad. kernel: the factory of kernels."""
     sums = _Sums(kernel, prefix)
 
     def measure(first, z, ids):

@@ -1,11 +1,11 @@
-"""C++ kernels as primitives: `kernel` makes one of a function in ops/cpu, for eager and compiled code.
+"""C++ kernels as MindSpore primitives: `kernel` makes a primitive from a function in ops/cpu, for eager and compiled code.
 
-A kernel has no backward of its own; an nn.Cell with a bprop joins it with the kernel of its gradient. Its C++ side is
+A primitive of a kernel has no backward. An nn.Cell with a bprop combines it with the kernel of its gradient. The C++ function is
 
     extern "C" int name(int count, void **data, int *ndims, int64_t **shapes, const char **dtypes, void *stream, void *extra)
 
-with the inputs' and then the outputs' arrays, all contiguous. Scalars arrive as tensors of one element. It returns 0, or a number that
-MindSpore raises an error with: 1 for types and 2 for shapes that are not its own, which `arguments` tell of first, in words.
+Its arrays are the inputs, then the outputs, all contiguous; scalars are tensors of one element. It returns 0, or an error number for which
+MindSpore raises an error: 1 for wrong dtypes and 2 for wrong shapes. The check of `arguments` finds these earlier, with a clear message.
 """
 
 import itertools
@@ -21,10 +21,11 @@ _instances = itertools.count()
 
 
 def kernel(source, name, arguments, shapes, dtypes, *, floats=("float32",), **conditions):
-    """The function `name` of ops/cpu/SOURCE.cc as a primitive.
+    """Returns the function `name` of ops/cpu/SOURCE.cc as a primitive.
 
-    arguments: what it takes, as in ops/signature.py, with `floats` and `conditions`; for a gradient, which only its op calls, their number.
-    shapes, dtypes: functions of the inputs' shapes, and of their dtypes, to the output's, or a tuple of the outputs'.
+    arguments: the text of its arguments for ops/signature.py, which takes `floats` and `conditions` too. For a gradient, which only its op
+    calls, the number of its arguments. shapes, dtypes: functions of the shapes and of the dtypes of the inputs; they return that of the
+    output, or a tuple for several outputs.
     """
     inputs = arguments if isinstance(arguments, int) else arguments.count(";") + 1
     outputs = _count(dtypes, inputs)
@@ -38,16 +39,15 @@ def kernel(source, name, arguments, shapes, dtypes, *, floats=("float32",), **co
         info = info.output(i, f"y{i}")
     info = info.dtype_format(*([DataType.None_None] * (inputs + outputs))).target("CPU").get_op_info()
     primitive = ops.Custom(f"{build.library(source)}:{name}", shapes, dtypes, "aot", reg_info=info)
-    # Eager calls take the results' shapes from an earlier call of any primitive with these attributes and inputs, whatever `shapes` says.
+    # Without it an eager call would take its output shapes from an earlier call of any primitive with equal attributes and inputs.
     return primitive.add_prim_attr("instance", next(_instances))
 
 
 class InPlace(nn.Cell):
-    """f(array, a, b) -> the array, which the kernel NAME of ops/cpu/NAME.cc has written to; its output is one integer, to wait for.
+    """f(array, a, b) -> the array, which the kernel NAME of ops/cpu/NAME.cc changes in place. Its output is an integer to wait for.
 
-    Nothing orders the write against other reads of the array that was given, so read the returned one only; a write whose result nothing
-    reads does not happen in a graph; and a graph that returns the result copies it, while the array that was given has changed already.
-    It has no gradient: differentiating it is an error.
+    The write has no order relative to other reads of the given array, so read only the returned array. In a graph, a write whose result is
+    not read does not happen. A graph that returns the result copies it, and the given array changes too. Differentiating f is an error.
     """
 
     def __init__(self, name, arguments, floats):
@@ -56,7 +56,7 @@ class InPlace(nn.Cell):
         self.no_gradient = f"the {name} kernel works in place and has no gradient; use ops.{name}=reference"
 
     def __call__(self, array, a, b):
-        """Eager calls: a kernel is given a copy of a view, and what it writes there would be lost."""
+        """Makes the array contiguous. In an eager call a kernel gets a copy of a view, and what it writes to the copy would be lost."""
         return super().__call__(array.contiguous(), a, b)
 
     def construct(self, array, a, b):

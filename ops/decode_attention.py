@@ -1,4 +1,4 @@
-"""The attention half of a layer for one token a row, as one op: what a step of decoding does between two states of the residual stream."""
+"""The attention half of a layer, norm to residual sum, for one token a row, as one op for decoding."""
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -15,10 +15,10 @@ HEADS = {"divides": ("H", "Q")}  # Q = N * H
 
 
 def reference(eps, scale):
-    """decode(x_BD, norm_D, wq, wk, wv, wo, q_norm_H, k_norm_H, cos, sin, at_B1, k_BTKH, v_BTKH) -> x + attention(norm(x)), k, v.
+    """Returns decode(x_BD, norm_D, wq, wk, wv, wo, q_norm_H, k_norm_H, cos, sin, at_B1, k_BTKH, v_BTKH) -> (x + attention(norm(x)), k, v).
 
-    The row's new k and v are in slot `at` of the caches that are returned; they are dropped where there is no such slot. A row sees the
-    slots up to its own.
+    The returned caches have the new k and v of each row in slot `at`; they are dropped if there is no such slot. A row attends to the slots
+    from 0 to `at`.
     """
     require, reshape, ones_like, tile = check("decode_attention", ARGUMENTS, **HEADS), ops.Reshape(), ops.OnesLike(), ops.Tile()
     norm, turn, write = rms_norm.reference(eps), rope.reference_norm(eps), cache_write.reference()
@@ -38,14 +38,14 @@ def reference(eps, scale):
 
 
 def _given(*args):
-    """The shapes and dtypes of the arguments."""
+    """Returns the shapes and dtypes of the arguments."""
     return tuple(x.shape for x in args), tuple(x.dtype for x in args)
 
 
 def cpu(eps, scale):
-    """The same, writing into the caches that it is given, under the conditions of ops.custom.InPlace; float32. It has no gradient.
+    """Returns decode as `reference` does, as a float32 C++ kernel that changes the caches in place (see ops.custom.InPlace). No gradient.
 
-    The numbers are those of the ops that it is made of, in their C++ kernels, bit for bit up to 16 rows and 4 heads a kv head.
+    Results are bitwise those of the C++ kernels of the ops that it replaces, for up to 16 rows and 4 query heads a kv head.
     """
     return _Decode(eps, scale)
 
@@ -57,7 +57,7 @@ class _Decode(nn.Cell):
         self.step = kernel("decode_attention", "decode_attention", f"{ARGUMENTS}; eps; scale", _x, _x, **HEADS)
 
     def __call__(self, x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v):
-        """Eager calls: a kernel is given a copy of a view, and what it writes there would be lost."""
+        """Makes the caches contiguous. In an eager call a kernel gets a copy of a view, and what it writes to the copy would be lost."""
         return super().__call__(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k.contiguous(), v.contiguous())
 
     def construct(self, x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v):

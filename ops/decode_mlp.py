@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer for one token a row, as one op."""
+"""The feed-forward half of a layer, norm to residual sum, for one token a row, as one op for decoding."""
 
 import mindspore as ms
 from mindspore import nn
@@ -11,7 +11,7 @@ ARGUMENTS = "x B D; norm same D; w_gate same D F; w_up same D F; w_down same F D
 
 
 def reference(eps):
-    """decode(x_BD, norm_D, w_gate_DF, w_up_DF, w_down_FD) -> x + down(silu(gate) * up) of norm(x), [B, D]"""
+    """Returns decode(x_BD, norm_D, w_gate_DF, w_up_DF, w_down_FD) -> y_BD = x + down(silu(gate(h)) * up(h)) with h = norm(x)."""
     norm, multiply, act, require = rms_norm.reference(eps), matmul.reference(), swiglu.reference(), check("decode_mlp", ARGUMENTS)
 
     def decode(x, norm_w, w_gate, w_up, w_down):
@@ -24,8 +24,10 @@ def reference(eps):
 
 
 def cpu(eps):
-    """The same; float32. It has no gradient. The numbers are those of the ops that it is made of, in their C++ kernels, bit for bit up to
-    16 rows."""
+    """Returns decode as `reference` does, as a float32 C++ kernel without gradient.
+
+    Results are bitwise those of the C++ kernels of the ops that it replaces, for up to 16 rows.
+    """
     return _Decode(eps)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a matrix by id, as of a token embedding; the gradient is dense."""
+"""Token embedding: takes rows of a matrix by id. The gradient is dense."""
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -10,18 +10,21 @@ ARGUMENTS = "w V D; ids int32 R"
 
 
 def reference():
-    """w_VD, ids_R int32 -> float32 [R, D]. The ids have to be in [0, V)."""
+    """Returns take(w_VD, ids_R int32) -> float32 [R, D]. The ids have to be in [0, V)."""
     gather, cast, require = ops.Gather(), ops.Cast(), check("embedding", ARGUMENTS)
 
     def take(w, ids):
         require((w.shape, ids.shape), (w.dtype, ids.dtype))
-        return gather(cast(w, ms.float32), ids, 0)  # float32, so that a token's gradients are summed in it
+        return gather(cast(w, ms.float32), ids, 0)  # cast first, so that the gradients of a token are summed in float32
 
     return take
 
 
 def reference_part():
-    """first, w_VD, ids_R -> the rows of ids in [first, first + V), and zeros for the others. first: an int, or an int32 of 0 dims."""
+    """Returns take_part(first, w_VD, ids_R) -> float32 [R, D], for a shard of the vocabulary.
+
+    w has the rows of the ids in [first, first + V). Other ids give zeros. first: an int or an int32 scalar.
+    """
     greater_equal, less, logical_and, expand = ops.GreaterEqual(), ops.Less(), ops.LogicalAnd(), ops.ExpandDims()
     take, cast, require = reference(), ops.Cast(), check("embedding", ARGUMENTS)
 
@@ -35,13 +38,15 @@ def reference_part():
 
 
 def cpu():
-    """The same as reference, for w in float32; its gradient is summed in the order of the ids. Raises RuntimeError (return value 3) for an
-    id outside [0, V), when the result is first read."""
+    """Returns take as a C++ kernel for float32 w. The gradient is summed in the order of the ids.
+
+    An id outside [0, V) raises RuntimeError (return value 3) when the result is first read.
+    """
     return _Take("embedding")
 
 
 def cpu_part():
-    """The same as reference_part, for w in float32."""
+    """Returns take_part as a C++ kernel for float32 w."""
     take = _Take("embedding_part")
 
     def take_part(first, w, ids):

@@ -1,6 +1,7 @@
-"""Matrix products of blocks of rows, each with its own group's matrix: what dropless experts compute.
+"""Grouped matrix product, for dropless experts: each block of rows is multiplied with the matrix of its group.
 
-A block of group E has none: its rows are zeros, and so are those of its result; what is made of them has no gradient.
+Groups are numbered from 0 to E - 1. A block with the number E is empty: its rows must be zeros, its results are zeros, and no gradient must
+flow through them.
 """
 
 import mindspore as ms
@@ -15,9 +16,9 @@ ONE_RESULT, ROWS_IN_GROUPS, GIVEN_ENDS, NO_ACTIVATION = 3, 0, 0, 0  # GroupedMat
 
 
 def reference():
-    """x [blocks, b, i], w [E, i, o], group [blocks] int32 -> [blocks, b, o]: x[n] @ w[group[n]].
+    """Returns grouped_matmul(x [blocks, b, i], w [E, i, o], group int32 [blocks]) -> [blocks, b, o], x[n] @ w[group[n]] for block n.
 
-    The weights of each block are gathered, so memory grows by blocks * i * o elements.
+    It gathers the weights of each block, which takes blocks * i * o elements of memory.
     """
     gather, matmul, cast, minimum = ops.Gather(), ops.BatchMatMul(), ops.Cast(), ops.Minimum()
     require = check("grouped_matmul", ARGUMENTS)
@@ -30,14 +31,14 @@ def reference():
 
 
 def reference_block(limit):
-    """The largest block that suits it, up to `limit` rows: fewer rows a block are less padding and more copies of weights."""
+    """Returns the number of rows of a block, at most `limit`. Small blocks have less padding, but need more copies of the weights."""
     return limit
 
 
 def vendor():
-    """The same in MindSpore's kernel, for groups in rising order, as a plan's are: it is given where each group's rows end.
+    """Returns grouped_matmul by MindSpore's kernel, for blocks in order of group, as those of a routing plan are.
 
-    The rows of blocks without a group are taken as the last group's: as they are zeros, nothing comes of them.
+    The kernel takes the index at which the rows of each group end. Empty blocks count for the last group; their zero rows change nothing.
     """
     multiply, reshape, cast, ends_of = GroupedMatmulV4(), ops.Reshape(), ops.Cast(), group_ends()
     require = check("grouped_matmul", ARGUMENTS)
@@ -46,7 +47,7 @@ def vendor():
         require((x.shape, w.shape, group.shape), (x.dtype, w.dtype, group.dtype))
         n, b, i = x.shape
         rows, ends = reshape(x, (n * b, i)), ends_of(group, w.shape[0], b)
-        unused = None, None, None, None, None, None  # bias, and what quantised weights need
+        unused = None, None, None, None, None, None  # the bias, and arguments of quantised weights
         how = ONE_RESULT, ROWS_IN_GROUPS, GIVEN_ENDS, NO_ACTIVATION
         y = multiply((rows,), (cast(w, x.dtype),), *unused, ends, None, None, None, *how)
         return reshape(y[0], (n, b, w.shape[2]))
@@ -55,7 +56,7 @@ def vendor():
 
 
 def group_ends():
-    """ends(group_n int32, the number of groups E, the rows of a block) -> int64 [E]: how many rows there are up to a group's last."""
+    """Returns ends(group_n int32, number of groups E, rows of a block) -> int64 [E], the index after the last row of each group."""
     segment_sum, cumsum, cast = ops.UnsortedSegmentSum(), ops.CumSum(), ops.Cast()
     ones_like, minimum = ops.OnesLike(), ops.Minimum()
 
@@ -67,7 +68,7 @@ def group_ends():
 
 
 def vendor_block(limit):
-    """One row, as in cpu_block."""
+    """Returns 1: blocks of one row need no padding."""
     return 1
 
 
@@ -76,12 +77,12 @@ def vendor_missing(use):
 
 
 def cpu():
-    """The same in float32, w too, without copies of weights. Groups are best in order: neighbouring blocks of one group are one product."""
+    """Returns grouped_matmul as a float32 C++ kernel, which copies no weights. Neighbouring blocks of one group are one product."""
     return _GroupedMatMul()
 
 
 def cpu_block(limit):
-    """One row: nothing is padded, and no more is computed."""
+    """Returns 1: blocks of one row need no padding, and the kernel joins them."""
     return 1
 
 

@@ -1,4 +1,4 @@
-"""The head and the pieces of cross-entropy over its logits as one op, for a vocabulary in one part: the logits are nobody else's."""
+"""The output head and the terms of cross-entropy over its logits as one op, for a vocabulary that is not sharded."""
 
 from mindspore import nn, ops
 
@@ -10,7 +10,7 @@ ARGUMENTS = "x R D; w same V D; ids int32 R"
 
 
 def reference():
-    """x_RD, w_VD, ids_R -> top, sum(exp(z - top)), picked [R, 1] of the logits z = x w^T, as ops/cross_entropy.py has them."""
+    """Returns measure_head(x_RD, w_VD, ids_R) -> (top, total, picked) [R, 1] of the logits z = x w^T, see ops/cross_entropy.py."""
     project, measure, require = matmul.reference(transpose_b=True), cross_entropy.reference(), check("head_loss", ARGUMENTS)
 
     def measure_head(x, w, ids):
@@ -21,7 +21,7 @@ def reference():
 
 
 def cpu():
-    """The same; float32. In the backward the gradient of the logits is written over them, where two ops would hold both."""
+    """Returns measure_head as a float32 C++ kernel. Its backward writes the gradient of the logits over the logits, to save memory."""
     pieces = _HeadLoss()
 
     def measure_head(x, w, ids):
@@ -32,7 +32,7 @@ def cpu():
 
 
 class _HeadLoss(nn.Cell):
-    """x, w, ids -> logits, top, total, picked; the logits are for the backward, which uses them up, and top is a constant to it."""
+    """Returns (logits, top, total, picked). The logits are for the backward, which overwrites them; top is a constant for it."""
 
     def __init__(self):
         super().__init__()

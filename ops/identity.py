@@ -1,4 +1,4 @@
-"""The identity, for places that need a function where there is nothing to do."""
+"""The identity, for code that needs a function where nothing is to be done."""
 
 
 def identity(x):

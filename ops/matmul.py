@@ -1,6 +1,6 @@
-"""The product of a matrix of rows and a weight matrix.
+"""The product of a matrix of activations and a weight matrix.
 
-MindSpore's own runs near the peak of a CPU with AVX-512 and at 40 % of it on one with AVX2 alone; OpenBLAS is near it on both.
+MindSpore's MatMul runs near the peak of a CPU with AVX-512, but at 40 % of the peak of one with only AVX2; OpenBLAS is near it on both.
 """
 
 from mindspore import nn, ops
@@ -9,17 +9,17 @@ from ops.custom import kernel
 
 
 def reference(transpose_b=False):
-    """x_RI, w_IO (w_OI with transpose_b) of one dtype -> y_RO. A primitive, which MindSpore's partitioner knows."""
+    """Returns matmul(x_RI, w_IO) -> y_RO, or matmul(x_RI, w_OI) with transpose_b. It is a primitive that MindSpore's partitioner knows."""
     return ops.MatMul(transpose_b=transpose_b)
 
 
 def cpu(transpose_b=False):
-    """The same by OpenBLAS, forward and backward; float32."""
+    """Returns matmul by OpenBLAS, forward and backward, in float32."""
     return _Transposed() if transpose_b else _Plain()
 
 
 class _Plain(nn.Cell):
-    """y = x w, dx = dy w^T, dw = x^T dy"""
+    """y = x w; dx = dy w^T, dw = x^T dy."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class _Plain(nn.Cell):
 
 
 class _Transposed(nn.Cell):
-    """y = x w^T, dx = dy w, dw = dy^T x"""
+    """y = x w^T; dx = dy w, dw = dy^T x."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
 """Reshapes and transposes by name: einops' rearrange for MindSpore tensors.
 
-einops cannot run inside a graph. It parses the pattern while the graph compiles, and the graph holds Reshape and Transpose alone: the
-fewest that give the result, three at most, and none where nothing changes.
+einops cannot run inside a graph, so it parses the pattern while the graph is compiled. The graph has only Reshape and Transpose ops: the
+fewest that give the result, at most three, and none if nothing changes.
 """
 
 import functools
@@ -15,24 +15,25 @@ from mindspore import ops
 
 
 def rearrange(x, pattern, **sizes):
-    """x with its dims split, merged and moved by einops' pattern, for example
+    """Returns x with its dims split, merged and reordered by a pattern of einops, for example
 
         rearrange(x, "(batch seq) (heads head_dim) -> batch seq heads head_dim", batch=2, head_dim=8)
 
-    It works eagerly, in graphs, in gradients and in a hand-written backward. x's shape and the sizes must be known while a graph compiles.
-    On CPU a graph cannot reshape or transpose bfloat16. An axis cannot be named x or pattern. EinopsError, with the pattern, the sizes and
-    the shape, if they do not fit. Source: einops, Rogozhnikov 2022."""
+    It works eagerly, in graphs, in gradients and in a hand-written backward. The shape of x and the sizes must be known while a graph is
+    compiled. On CPU a graph cannot reshape or transpose bfloat16. An axis cannot be named `x` or `pattern`. Raises EinopsError, with the
+    pattern, the sizes and the shape, if these do not fit. Source: einops, Rogozhnikov 2022.
+    """
     return _compiled(pattern, x.shape, sizes)(x)
 
 
 def steps(pattern, shape, sizes):
-    """(before, order, after): a reshape to `before`, a transpose by `order`, a reshape to `after`. A step that is not needed is None."""
+    """Returns (before, order, after): reshape to `before`, transpose by `order`, reshape to `after`. A step that is not needed is None."""
     left, right, lengths, result = _parse(pattern, shape, sizes)
     axes_left, axes_right = [axis for dim in left for axis in dim], [axis for dim in right for axis in dim]
     if axes_left == axes_right or 0 in shape:  # no element moves
         return None, None, None if result == shape else result
 
-    # The transpose can move x's own dims, or give the result's own dims, or move the longest blocks of axes that stay together.
+    # The transpose can act on the dims of x, or give the dims of the result, or act on the longest blocks of axes that stay together.
     choices = []
     order = _order(left, right)
     if order:
@@ -52,15 +53,17 @@ def steps(pattern, shape, sizes):
 
 
 def _parse(pattern, shape, sizes):
-    """The axes of each of x's dims and of each of the result's, [[name]]; each axis' length, {name: int}; the result's shape.
-    Axes of length 1 are left out of the lists, for they move no element."""
+    """Returns (the axes of each dim of x, those of each dim of the result, {axis: length}, the shape of the result).
+
+    Axes are lists of names for each dim. Axes of length 1 are left out of them, since they move no element.
+    """
     given = f'rearrange by "{pattern}" with sizes ({", ".join(f"{k}={v}" for k, v in sizes.items())}) of a tensor of shape {shape}'
     for name, size in sizes.items():
-        if not isinstance(size, numbers.Integral):  # MindSpore gives a tensor of 0 for a tensor that is not known while a graph compiles
+        if not isinstance(size, numbers.Integral):  # MindSpore passes a tensor of 0 for a value that is not known while a graph is compiled
             raise einops.EinopsError(f"{given}: {name} must be an int, not {type(size).__name__}")
     try:
-        x = np.broadcast_to(np.empty(()), shape)  # neither it nor einops' reshapes and transposes of it take memory
-        result = einops.rearrange(x, pattern, **sizes).shape  # every mistake is found here
+        x = np.broadcast_to(np.empty(()), shape)  # an array that takes no memory, nor do its reshapes and transposes
+        result = einops.rearrange(x, pattern, **sizes).shape  # finds every mistake in the pattern
         if "..." in pattern:
             rest = len(shape) - len(ParsedExpression(pattern.split("->")[0]).composition) + 1
             pattern = pattern.replace("...", " ".join(f"dim_{i}_of_the_ellipsis" for i in range(rest)))
@@ -68,15 +71,17 @@ def _parse(pattern, shape, sizes):
         dims_left, dims_right = ParsedExpression(left).composition, ParsedExpression(right).composition
         axes = [axis for dim in dims_left for axis in dim]
         lengths = dict(zip(axes, einops.rearrange(x, f"{left} -> {' '.join(axes)}", **sizes).shape))
-    except (einops.EinopsError, ValueError, ArithmeticError) as error:  # Python and numpy find what einops does not, as a size of 0
+    except (einops.EinopsError, ValueError, ArithmeticError) as error:  # numpy raises for a size of 0
         raise einops.EinopsError(f"{given}: {str(error).strip()}") from error
     left, right = ([[axis for axis in dim if lengths[axis] > 1] for dim in dims] for dims in (dims_left, dims_right))
     return left, right, lengths, result
 
 
 def _order(dims, target):
-    """The order in which a transpose puts `dims` so that their axes follow one another as in `target`; None if it had to split a dim.
-    Dims of length 1 come where the target has its own, if that gives all of the target's dims, and first otherwise."""
+    """Returns the order of `dims` in which their axes follow one another as in `target`; None if a dim would have to be split.
+
+    Dims of length 1 get the positions of those of the target if this gives all dims of the target; otherwise they come first.
+    """
     axes = [axis for dim in target for axis in dim]
     ones = [i for i, dim in enumerate(dims) if not dim]
     order = sorted((i for i, dim in enumerate(dims) if dim), key=lambda i: axes.index(dims[i][0]))
@@ -92,7 +97,7 @@ def _order(dims, target):
 
 
 def _blocks(left, right):
-    """The axes of `left` in the longest runs that are runs of `right` too, [[name]]."""
+    """Groups the axes of `left` into the longest runs that are also runs of `right`. Returns a list of lists of names."""
     blocks = [[left[0]]]
     for before, axis in zip(left, left[1:]):
         if right.index(axis) == right.index(before) + 1:
@@ -104,7 +109,7 @@ def _blocks(left, right):
 
 @functools.lru_cache(maxsize=4096)
 def _function(pattern, shape, sizes):
-    """f(x) that takes the steps; sizes as pairs. It has one argument, as a graph needs of a function that it gets while it compiles."""
+    """Returns f(x), which runs the steps. sizes: pairs. A function that is made while a graph is compiled may not take *args."""
     before, order, after = steps(pattern, shape, dict(sizes))
     reshape, transpose = ops.Reshape(), ops.Transpose()
 

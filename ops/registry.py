@@ -1,12 +1,16 @@
-"""Which implementation of each op a model is built with.
+"""Chooses the implementation of each op for a model.
 
     kernels = choose({"attention": "reference"}, device="CPU", dtype="float32")
     attend = pick(kernels, "attention")(scale)
 
-An op's module has a factory for each implementation: `reference`, in plain MindSpore ops; `cpu`, in C++; `vendor`, a kernel that MindSpore
-has for Ascend, with vendor_missing(use) to say why it cannot serve, empty if it can. Where a module has several functions, theirs are named
-`reference_add`, `cpu_add` and so on. `ascendc`, our own kernel for Ascend, which an emulator runs on CPU, is in ops/ascendc, in a module of
-the op's name; it is taken only where it is asked for.
+The module of an op has a factory for each of its implementations:
+
+    reference   plain MindSpore ops, on every device
+    cpu         a C++ kernel for CPU
+    vendor      a MindSpore kernel for Ascend. vendor_missing(use) says why it cannot be used, and returns "" if it can
+    ascendc     our own kernel for Ascend, in the module ops/ascendc/OP.py; an emulator runs it on CPU. It is used only if asked for
+
+A module with several functions has factories such as `reference_add` and `cpu_add`.
 """
 
 import importlib
@@ -15,13 +19,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from ops import build
 from ops.ascendc import build as ascendc
 
-DEVICES = {"vendor": "Ascend", "cpu": "CPU"}  # where implementations run that do not run everywhere; auto tries them in this order
+DEVICES = {"vendor": "Ascend", "cpu": "CPU"}  # implementations that run on one device only; auto tries them in this order
 IMPLEMENTATIONS = ("reference", *reversed(DEVICES), "ascendc")
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """For each op the name of its implementation."""
+    """The name of the implementation of each op."""
 
     adamw: str = "reference"
     attention: str = "reference"
@@ -43,11 +47,11 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Use:
-    """What ops are for: MindSpore's name of the device, the dtype that the model computes in, and what else a kernel may not suit.
+    """The properties of a model and device on which the choice of implementations depends.
 
-    head_dim: None where it is not known, and then nothing serves that depends on it. expert_shards: the ranks that experts are spread over.
-    spans: the parts of a row that attention has on different ranks.
-    padded: whether grouped_matmul wants blocks of more than one row, and so padding.
+    device: MindSpore's name. dtype: the compute dtype of the model. head_dim: None if not known; then no kernel that depends on it is used.
+    router_bias: whether the choice of experts has a bias. expert_shards: the number of ranks that experts are spread over. spans: the
+    number of ranks of an attention ring. padded: whether grouped_matmul takes blocks of several rows, which are padded.
     """
 
     device: str
@@ -60,25 +64,25 @@ class Use:
 
 
 OPS = tuple(field.name for field in fields(Kernels))
-PARTS = {  # ops that do what others do one after another: they are chosen where all of these are
+PARTS = {  # fused ops -> the ops that they replace. A fused op is chosen if all of these have its implementation
     "decode_attention": ("attention", "cache_write", "matmul", "rms_norm", "rope"),
     "decode_mlp": ("matmul", "rms_norm", "swiglu"),
     "head_loss": ("cross_entropy", "matmul"),
 }
-ANY_DTYPE = ("adamw", "sampling", "stack_write")  # whose kernels do not go by the model's dtype
+ANY_DTYPE = ("adamw", "sampling", "stack_write")  # ops whose kernels do not depend on the compute dtype
 
 
 def pick(kernels, op, function=""):
-    """The factory of an op's implementation, or of one of its functions."""
+    """Returns the factory of the chosen implementation of an op, or of its function `function`."""
     name = getattr(kernels, op)
     return getattr(_module(op, name), f"{name}_{function}" if function else name)
 
 
 def choose(asked, device, dtype, **more):
-    """The Kernels for a device (MindSpore's name), the dtype that the model computes in, and `more` of a Use.
+    """Returns the Kernels for a device, a compute dtype and further fields of Use.
 
-    asked: {op: implementation}, in which auto, the default, is the fastest that serves. Raises ValueError for an op or implementation
-    that does not exist, or that cannot do what it is asked for.
+    asked: {op: implementation}. "auto", the default, takes the fastest implementation that can be used. Raises ValueError for an op or an
+    implementation that does not exist or cannot be used.
     """
     unknown = [op for op in asked if op not in OPS]
     if unknown:
@@ -108,7 +112,7 @@ def _choose(op, asked, use):
 
 
 def _missing(op, name, use):
-    """Why an implementation of an op cannot serve; empty if it can."""
+    """Returns why an implementation of an op cannot be used; "" if it can."""
     if name == "ascendc":
         return _ascendc_missing(op, use)
     if name == "vendor" and not hasattr(_module(op), "vendor_missing"):
@@ -141,7 +145,7 @@ def _module(op, name=""):
 
 
 def describe(kernels, device):
-    """One line: the ops of each implementation, and why the C++ kernels are not used where they could be."""
+    """Returns one line of text with the ops of each implementation, and the reason if C++ kernels cannot be built."""
     groups = {}
     for op, name in asdict(kernels).items():
         groups.setdefault(name, []).append(op)

@@ -11,7 +11,7 @@ ARGUMENTS, SUMMED = "x ... n; w n", "x ... n; y same ... n; w n"
 
 
 def reference(eps):
-    """x [..., n], w [n] -> [..., n] in x's dtype; the statistics are in float32."""
+    """Returns rms_norm(x [..., n], w [n]) -> [..., n] in the dtype of x. The statistics are in float32."""
     mean, rsqrt, cast = ops.ReduceMean(keep_dims=True), ops.Rsqrt(), ops.Cast()
     require = check("rms_norm", ARGUMENTS)
 
@@ -25,7 +25,7 @@ def reference(eps):
 
 
 def reference_add(eps):
-    """x, y [..., n], w [n] -> h = x + y, and its norm, both in x's dtype."""
+    """Returns add_norm(x [..., n], y [..., n], w [n]) -> (h = x + y, rms_norm(h, w)), both in the dtype of x."""
     norm, require = reference(eps), check("rms_norm", SUMMED)
 
     def add_norm(x, y, w):
@@ -37,7 +37,7 @@ def reference_add(eps):
 
 
 def vendor(eps):
-    """The same as reference in MindSpore's kernel, which rounds the norm once, after the product with w."""
+    """Returns rms_norm by MindSpore's kernel, which rounds once, after the product with w."""
     norm, cast, require = RmsNorm(eps), ops.Cast(), check("rms_norm", ARGUMENTS)
 
     def rms_norm(x, w):
@@ -48,7 +48,7 @@ def vendor(eps):
 
 
 def vendor_add(eps):
-    """The same as reference_add, likewise."""
+    """Returns add_norm by MindSpore's kernel, which rounds the norm once, after the product with w."""
     add_norm, cast, require = _VendorAddNorm(eps), ops.Cast(), check("rms_norm", SUMMED)
 
     def add_rms_norm(x, y, w):
@@ -60,7 +60,7 @@ def vendor_add(eps):
 
 
 class _VendorAddNorm(nn.Cell):
-    """x, y, w -> x + y, its norm, and the norm's scale. MindSpore's own gradient leaves out that of x + y (docs/mindspore.md)."""
+    """Returns (h = x + y, its norm, the scale of the norm). MindSpore's own gradient ignores the cotangent of h (docs/mindspore.md)."""
 
     def __init__(self, eps):
         super().__init__()
@@ -81,12 +81,12 @@ def vendor_missing(use):
 
 
 def cpu(eps):
-    """The same as reference in one pass over memory, forward and backward; float32."""
+    """Returns rms_norm as a float32 C++ kernel with one pass over memory in the forward and one in the backward."""
     return _Norm(eps)
 
 
 def cpu_add(eps):
-    """The same as reference_add in one pass over memory, forward and backward; float32."""
+    """Returns add_norm as a float32 C++ kernel with one pass over memory in the forward and one in the backward."""
     return _AddNorm(eps)
 
 

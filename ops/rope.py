@@ -14,7 +14,7 @@ ARGUMENTS, NORMED = f"x B S N H; {ANGLES}", f"x B S N H; w H; {ANGLES}"
 
 
 def reference():
-    """x_BSNH, cos and sin [B, S, 1, H/2] float32 -> x_BSNH in x's dtype; the turn is in float32."""
+    """Returns rotate(x_BSNH, cos, sin) -> x_BSNH in the dtype of x. cos and sin are float32 [B, S, 1, H/2]; computes in float32."""
     split, concat, cast, require = ops.Split(-1, 2), ops.Concat(-1), ops.Cast(), check("rope", ARGUMENTS)
 
     def rotate(x, cos, sin):
@@ -26,7 +26,7 @@ def reference():
 
 
 def reference_norm(eps):
-    """x_BSNH, w_H, cos, sin -> the RMS norm of each head, turned."""
+    """Returns norm_rotate(x_BSNH, w_H, cos, sin) -> the RMS norm of each head of x, rotated."""
     return _norm_then_turn(rms_norm.reference(eps), reference())
 
 
@@ -41,7 +41,7 @@ def _norm_then_turn(norm, rotate):
 
 
 def vendor():
-    """The same as reference in MindSpore's kernel, in float32: it wants angles of x's dtype. The gradients of cos and sin are 0."""
+    """Returns rotate by MindSpore's kernel, in float32, since it takes angles of the dtype of x only. cos and sin get no gradient."""
     turn, twice, cast, require = RotaryPositionEmbedding(), ops.Concat(-1), ops.Cast(), check("rope", ARGUMENTS)
 
     def rotate(x, cos, sin):
@@ -53,7 +53,7 @@ def vendor():
 
 
 def vendor_norm(eps):
-    """The same as reference_norm, in two of MindSpore's kernels."""
+    """Returns norm_rotate by two of MindSpore's kernels."""
     return _norm_then_turn(rms_norm.vendor(eps), vendor())
 
 
@@ -64,17 +64,17 @@ def vendor_missing(use):
 
 
 def cpu():
-    """The same as reference in one pass over memory, forward and backward; float32. The gradients of cos and sin are 0."""
+    """Returns rotate as a float32 C++ kernel with one pass over memory in each direction. The gradients of cos and sin are 0."""
     return Rotate(kernel("rope", "rope", ARGUMENTS, _first, _first), kernel("rope", "rope_grad", 3, _first, _first))
 
 
 def cpu_norm(eps):
-    """The same as reference_norm in one pass over memory, forward and backward; float32. The gradients of cos and sin are 0."""
+    """Returns norm_rotate as a float32 C++ kernel with one pass over memory in each direction. The gradients of cos and sin are 0."""
     return _NormRotate(eps)
 
 
 class Rotate(nn.Cell):
-    """The function of two kernels: forward(x, cos, sin) -> y, and backward(dy, cos, sin) -> dx."""
+    """rotate by two kernels: forward(x, cos, sin) -> y and backward(dy, cos, sin) -> dx."""
 
     def __init__(self, forward, backward):
         super().__init__()

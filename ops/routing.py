@@ -1,7 +1,9 @@
-"""Routing of tokens to experts: the choice of experts, and dropless dispatch with static shapes, in which assignments are sorted by expert
-and each expert's padded to blocks.
+"""MoE routing: the choice of experts for each token, and dropless dispatch with static shapes.
 
-Every function has a factory for each implementation. In all of them an index one past the last row means no row.
+An assignment is a pair of a token and an expert that it chose. Assignments are sorted by expert, and those of each expert are padded to
+blocks of fixed size. An index of a row that is the number of rows means "no row".
+
+Every function has a factory for each implementation.
 """
 
 import math
@@ -21,13 +23,13 @@ TAKEN, COMBINED = "x ... M D; index int32 *", "y ... M D; slot int32 R*k; weight
 
 @ops.constexpr
 def num_blocks(assignments, experts, block):
-    """Blocks that hold any split of the assignments: their sum over experts of ceil(count / block) never exceeds this."""
+    """Returns the number of blocks for any distribution of the assignments: the largest sum over experts of ceil(count / block)."""
     return (assignments + min(experts, assignments) * (block - 1)) // block
 
 
 @ops.constexpr
 def block_size(assignments, experts, limit):
-    """Rows in a block: the power of two at the mean load of an expert, or `limit` if that is less."""
+    """Returns the rows of a block: the smallest power of two that is at least the mean load of an expert, at most `limit`."""
     size = 1
     while size < limit and size * experts < assignments:
         size *= 2
@@ -36,17 +38,20 @@ def block_size(assignments, experts, limit):
 
 @ops.constexpr
 def shard_capacity(tokens, choices, experts, shards, factor):
-    """Slots that a rank keeps for its assignments to each shard of the experts: for the worst case, in which all of a token's choices that
-    can be there are; or, with a factor, for that multiple of the mean."""
+    """Returns the slots of a rank's send buffer for each shard of the experts.
+
+    factor: the capacity as a multiple of the mean load. None takes the worst case, in which all tokens choose experts of one shard.
+    """
     worst = tokens * min(choices, experts // shards)
     return worst if factor is None else min(worst, max(1, math.ceil(factor * tokens * choices / shards)))
 
 
 def reference_top_k(k, normalise, biased=False):
-    """logits_RE float32 -> probs_RE, expert_Rk int32, weight_Rk: softmax, the k most probable experts of a row, the most probable first,
-    and their probabilities; divided by their sum if `normalise`. Among equals the lower number comes first.
+    """Returns top_k(logits_RE float32) -> (probs_RE, expert_Rk int32, weight_Rk).
 
-    biased: of logits_RE, bias_E. The choice and its order are by probability + bias; the bias has no gradient.
+    probs: softmax of the logits. expert: the k most probable experts, most probable first; among equals the lower number comes first.
+    weight: their probabilities, divided by their sum if `normalise`. biased: the function is top_k(logits_RE, bias_E), and the experts are
+    chosen and sorted by probability + bias. The bias has no gradient.
     """
     softmax, best, weights = ops.Softmax(-1), _best(k), _weights(normalise)
     require, require_biased = (check("routing", text, least={"E": k}) for text in (LOGITS, BIASED))
@@ -67,8 +72,11 @@ def reference_top_k(k, normalise, biased=False):
 
 
 def _best(k):
-    """best(x_RE) -> [R, k] int32, the places of the k largest, in order. TopK's own rule for equals differs from device to device, so only
-    its values are used: the n-th of a value in the result is its n-th in the row."""
+    """Returns best(x_RE) -> int32 [R, k], the indices of the k largest elements, largest first and lower index first among equals.
+
+    TopK orders equal elements differently on each device, so only its values are used: the n-th occurrence of a value in the result is
+    looked up as its n-th occurrence in the row.
+    """
     top, equal, less, cumsum, total = ops.TopK(), ops.Equal(), ops.Less(), ops.CumSum(), ops.ReduceSum()
     cast, expand, count = ops.Cast(), ops.ExpandDims(), iota.reference()
 
@@ -84,7 +92,7 @@ def _best(k):
 
 
 def _weights(normalise):
-    """weights(probs_RE, expert_Rk) -> [R, k]"""
+    """Returns weights(probs_RE, expert_Rk) -> [R, k], the probabilities of the experts, divided by their sum if `normalise`."""
     pick, total = ops.GatherD(), ops.ReduceSum(keep_dims=True)
 
     def probability(probs, expert):
@@ -98,9 +106,9 @@ def _weights(normalise):
 
 
 def vendor_top_k(k, normalise, biased=False):
-    """The same with the choice made by MindSpore's kernel, which does not say what it does among equals, and knows no bias."""
+    """Returns top_k, with experts chosen by MindSpore's kernel. Its order of equal elements is not documented, and it has no bias."""
     if biased:
-        raise ValueError("ops.routing=vendor knows no bias on the choice of experts; use --config.ops.routing=reference")
+        raise ValueError("ops.routing=vendor has no bias on the choice of experts; use --config.ops.routing=reference")
     softmax, choose, weights = ops.Softmax(-1), MoeGatingTopKSoftmax(), _weights(normalise)
     require = check("routing", LOGITS, least={"E": k})
 
@@ -114,20 +122,20 @@ def vendor_top_k(k, normalise, biased=False):
 
 def vendor_missing(use):
     if use.router_bias:
-        return "knows no bias on the choice of experts, which model_args.router_bias asks for"
+        return "has no bias on the choice of experts, which model_args.router_bias asks for"
     if use.expert_shards > 1:
-        return f"takes no assignments without a place, and experts are spread over {use.expert_shards} ranks"
+        return f"cannot leave out assignments, which expert parallel needs, and experts are spread over {use.expert_shards} ranks"
     if use.padded:
-        return "makes no blocks with padding, which ops.grouped_matmul=reference wants"
+        return "makes no padded blocks, which ops.grouped_matmul=reference needs"
     return ""
 
 
 def reference_plan(num_experts, limit, empty=False):
-    """expert_Tk int32 -> (slot_N, source_nb, group_n) int32: the places of the N = T * k assignments in n blocks of b slots.
+    """Returns plan(expert_Tk int32) -> (slot_N, source_nb, group_n) int32, which puts N = T * k assignments into n blocks of b slots.
 
-    slot: where each assignment goes. source: the token in each slot, T for padding. group: the expert of each block, E for a block that
-    no expert needs. An expert's assignments are in order. b is block_size(N, E, limit); padding is at most min(E, N) * (b - 1) slots.
-    empty: an expert of number E is none, and its assignments take no slot; the slot given for them is n * b.
+    slot: the slot of each assignment. source: the token in each slot, T for padding. group: the expert of each block, E if unused.
+    The assignments of an expert keep their order. b is block_size(N, E, limit); at most min(E, N) * (b - 1) slots are padding.
+    empty: an assignment to expert E is not one; it takes no slot, and its entry in `slot` is n * b.
     """
     stable_sort, cumsum, scatter = _stable_sort(), ops.CumSum(), ops.TensorScatterUpdate()
     reshape, cast, expand = ops.Reshape(), ops.Cast(), ops.ExpandDims()
@@ -162,7 +170,7 @@ def reference_plan(num_experts, limit, empty=False):
 
 
 def _stable_sort():
-    """f(x_N int32, not negative) -> x sorted, and the place that each element had."""
+    """Returns stable_sort(x_N int32, not negative) -> (x sorted, the index that each element had)."""
     sort, count = ops.Sort(0), iota.reference()
 
     def stable_sort(x):
@@ -182,7 +190,7 @@ def _all_filled(num_experts):
 
 
 def _filled(num_experts):
-    """filled(expert, slot, slots) -> an assignment's slot, one past the end for none."""
+    """Returns filled(expert, slot, slots) -> the slot of each assignment, and `slots` for assignments to expert E."""
     less, cast = ops.Less(), ops.Cast()
 
     def filled(expert, slot, slots):
@@ -193,11 +201,11 @@ def _filled(num_experts):
 
 
 def reference_send_plan(num_experts, shards, factor):
-    """expert_Tk int32 -> (slot_N, source_sC, local_sC) int32, lost_Tk float32: the places of the N = T * k assignments in the slots of s
-    shards, C = shard_capacity each; expert e is in shard e // (E / s).
+    """Returns send_plan(expert_Tk int32) -> (slot_N, source_sC, local_sC) int32 and lost_Tk float32, the send buffers for s expert shards.
 
-    slot: where each assignment goes, in order, s * C without a place. source: the token in each slot, T for an empty one. local: its expert
-    counted within the shard, E / s for an empty one. lost: 1 for an assignment without a place; 0 unless `factor` bounds the capacity.
+    N = T * k assignments go into s buffers of C = shard_capacity slots. Expert e is in shard e // (E / s).
+    slot: the slot of each assignment, s * C for one that does not fit. source: the token in each slot, T for an empty slot. local: the
+    number of the expert within its shard, E / s for an empty slot. lost: 1 for an assignment that does not fit; always 0 without `factor`.
     """
     stable_sort, cumsum, reshape, cast = _stable_sort(), ops.CumSum(), ops.Reshape(), ops.Cast()
     scatter, segment_sum, expand = ops.TensorScatterUpdate(), ops.UnsortedSegmentSum(), ops.ExpandDims()
@@ -229,8 +237,10 @@ def reference_send_plan(num_experts, shards, factor):
 
 
 def reference_take():
-    """x [..., D], index int32 of any shape -> [*index.shape, D]: the rows of x, counted over all of its leading dims; zeros for one past
-    the last."""
+    """Returns take(x [..., D], index int32 of any shape) -> [*index.shape, D], rows of x.
+
+    Rows are counted over all leading dims of x. The index after the last row gives zeros.
+    """
     gather, concat, reshape, zeros_like = ops.Gather(), ops.Concat(0), ops.Reshape(), ops.ZerosLike()
     require = check("routing", TAKEN)
 
@@ -243,7 +253,7 @@ def reference_take():
 
 
 def reference_permute(num_experts, limit):
-    """x_TD, expert_Tk int32 -> [n, b, D], slot_N, group_n int32: the rows of x in the slots that reference_plan gives their assignments."""
+    """Returns permute(x_TD, expert_Tk int32) -> (rows [n, b, D], slot_N int32, group_n int32), rows of x by reference_plan."""
     return _permute(reference_plan(num_experts, limit), reference_take())
 
 
@@ -259,7 +269,7 @@ def _permute(plan, take):
 
 
 def vendor_permute(num_experts, limit):
-    """The same in MindSpore's kernel, for blocks of one row. Raises ValueError for others."""
+    """Returns permute by MindSpore's kernel, for blocks of one row only. Raises ValueError for another `limit`."""
     if limit != 1:
         raise ValueError(f"ops.routing=vendor makes blocks of one row, not of {limit}; use --config.ops.grouped_matmul=vendor")
     sort, reshape, scatter = MoeTokenPermute(), ops.Reshape(), ops.TensorScatterUpdate()
@@ -275,8 +285,10 @@ def vendor_permute(num_experts, limit):
 
 
 def reference_combine():
-    """y [..., D], slot [R * k] int32, weight_Rk -> [R, D]: for each row the sum of k rows of y by their weights; a row one past the last
-    adds nothing."""
+    """Returns combine(y [..., D], slot int32 [R * k], weight_Rk) -> [R, D], the weighted sums of k rows of y.
+
+    The index after the last row adds nothing.
+    """
     take, reshape, total, expand, cast = reference_take(), ops.Reshape(), ops.ReduceSum(), ops.ExpandDims(), ops.Cast()
     require = check("routing", COMBINED)
 
@@ -289,7 +301,7 @@ def reference_combine():
 
 
 def vendor_combine():
-    """The same in MindSpore's kernel, where every row of y is in one slot, as vendor_permute gives them."""
+    """Returns combine by MindSpore's kernel. Every row of y must be in exactly one slot, as vendor_permute gives them."""
     unsort, reshape, cast, require = MoeTokenUnpermute(), ops.Reshape(), ops.Cast(), check("routing", COMBINED)
 
     def combine(y, slot, weight):
@@ -300,7 +312,7 @@ def vendor_combine():
 
 
 def cpu_top_k(k, normalise, biased=False):
-    """The same in one pass over the rows."""
+    """Returns top_k as a C++ kernel in one pass over the rows."""
     name = "top_k_shares" if normalise else "top_k"
     if not biased:
         return _TopK(name, k)
@@ -326,7 +338,7 @@ class _TopK(nn.Cell):
 
 
 def chosen(k):
-    """The shapes of a biased top-k's results, from its arguments'."""
+    """Returns the function from the shapes of the arguments of a biased top_k to those of its results."""
 
     def shapes(logits, bias):
         return logits, (logits[0], k), (logits[0], k)
@@ -335,7 +347,10 @@ def chosen(k):
 
 
 class BiasedTopK(nn.Cell):
-    """The function of two kernels: forward(logits, bias) -> probs, expert, weight, and backward(these, d_probs, d_weight) -> d_logits."""
+    """A biased top_k by two kernels.
+
+    forward(logits, bias) -> (probs, expert, weight). backward(probs, expert, weight, d_probs, d_weight) -> d_logits.
+    """
 
     def __init__(self, forward, backward):
         super().__init__()
@@ -349,7 +364,7 @@ class BiasedTopK(nn.Cell):
 
 
 def cpu_plan(num_experts, limit, empty=False):
-    """The same by counting."""
+    """Returns plan as a C++ kernel, by a counting sort."""
 
     def shapes(expert, num):
         N = expert[0] * expert[1]
@@ -361,7 +376,7 @@ def cpu_plan(num_experts, limit, empty=False):
 
 
 def cpu_send_plan(num_experts, shards, factor):
-    """The same by counting."""
+    """Returns send_plan as a C++ kernel, by a counting sort."""
 
     def shapes(expert, num):
         T, k = expert
@@ -372,7 +387,7 @@ def cpu_send_plan(num_experts, shards, factor):
 
 
 class _Plan(nn.Cell):
-    """Integers of integers: nothing to differentiate."""
+    """A plan by a kernel. Its arguments and results are integers, so it has no gradient."""
 
     def __init__(self, name, num_experts, shapes, dtypes):
         super().__init__()
@@ -388,7 +403,7 @@ class _Plan(nn.Cell):
 
 
 def cpu_take():
-    """The same without a copy of x; float32. The gradient of a row is summed in the order of the index."""
+    """Returns take as a float32 C++ kernel, which does not copy x. The gradient of a row is summed in the order of the index."""
     return _Take()
 
 
@@ -407,18 +422,18 @@ class _Take(nn.Cell):
 
 
 def cpu_permute(num_experts, limit):
-    """The same by counting, with one copy of the rows."""
+    """Returns permute by the C++ kernels of cpu_plan and cpu_take, which copy each row once."""
     return _permute(cpu_plan(num_experts, limit), cpu_take())
 
 
 def cpu_combine():
-    """The same without a copy of the rows; float32."""
+    """Returns combine as a float32 C++ kernel, which does not copy the rows."""
     backward = kernel("routing", "combine_grad", 4, combine_grads, _combine_grads_dtypes)
     return Combine(kernel("routing", "combine", COMBINED, combined, _first), backward)
 
 
 class Combine(nn.Cell):
-    """The function of two kernels: forward(y, slot, weight) -> x, and backward(y, slot, weight, dx) -> dy, d_weight."""
+    """combine by two kernels: forward(y, slot, weight) -> x and backward(y, slot, weight, dx) -> (dy, d_weight)."""
 
     def __init__(self, forward, backward):
         super().__init__()
@@ -457,12 +472,12 @@ def _taken(x, index):
 
 
 def combined(y, slot, weight):
-    """The shape of cpu_combine's result, from its arguments'."""
+    """Returns the shape of the result of combine from those of its arguments."""
     return weight[0], y[-1]
 
 
 def combine_grads(y, slot, weight, d_out):
-    """Those of its gradients."""
+    """Returns the shapes of the gradients of combine from those of its arguments."""
     return y, weight
 
 

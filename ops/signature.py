@@ -1,10 +1,11 @@
-"""What an op may be called with: the names, dtypes and dims of its tensors, checked on entry, eagerly or while a graph is compiled.
+"""Checks the arguments of an op: the names, dtypes and dims of its tensors, when it is called or while a graph is compiled.
 
     require = check("embedding", "w V D; ids int32 R")
     require((w.shape, ids.shape), (w.dtype, ids.dtype))     # ValueError: embedding: ids is int64 and has to be int32
 
-An argument is a name, a dtype and dims. Without a dtype it is one of `floats`; `same` is that of the first argument. A dim with a name has
-one size wherever it comes; `H/2` is half of H, `R*k` a product, `...` any dims in its place, and `*` any shape; a scalar has no dims.
+An argument is a name, a dtype and dims. Without a dtype it may have any dtype of `floats`; `same` is the dtype of the first argument. A
+named dim has one size in all arguments. `H/2` is half of H, `R*k` a product, `...` any number of dims and `*` any shape. A scalar has no
+dims.
 """
 
 import itertools
@@ -15,11 +16,11 @@ FLOATS = ("float32", "float16", "bfloat16")
 DTYPES = FLOATS + ("float64", "int32", "same")
 
 _numbers = itertools.count()
-listeners = []  # f(op, shapes, dtypes) of who wants to know what ops are called with, in a graph once for each kind of call
+listeners = []  # functions (op, shapes, dtypes) that are called on each check; in a graph, once for each kind of call
 
 
 def check(op, text, floats=FLOATS, **conditions):
-    """require(shapes, dtypes), for the first line of an op: in a graph, run while it is compiled. See Signature."""
+    """Returns require(shapes, dtypes), for the first line of an op. In a graph it runs while the graph is compiled. See Signature."""
     signature = Signature(op, text, floats, **conditions)
 
     def require(shapes, dtypes):
@@ -33,17 +34,20 @@ def check(op, text, floats=FLOATS, **conditions):
 
 
 class Signature:
-    """op: its name in errors. divides: ("K", "N") where the size of K has to divide that of N. least: {"E": k}, the least size of E."""
+    """The parsed arguments of an op.
+
+    op: its name in errors. divides: ("K", "N") if the size of K has to divide that of N. least: {dim: its smallest size}.
+    """
 
     def __init__(self, op, text, floats=FLOATS, divides=(), least=None):
         self.op, self.floats, self.divides, self.least = op, floats, divides, least or {}
         self.arguments = [_argument(part.split()) for part in text.split(";")]
 
     def check_shapes(self, shapes):
-        """Raises ValueError, naming the argument, what it is and what it has to be."""
+        """Raises ValueError with the name of the argument, its shape and the shape it has to have."""
         sizes = {}
         given = list(zip(self.arguments, map(tuple, shapes), strict=True))
-        for (name, _, dims), shape in sorted(given, key=_is_derived):  # a product is known after its factors
+        for (name, _, dims), shape in sorted(given, key=_is_derived):  # products come last, when their factors are known
             if not _fits(dims, shape, sizes):
                 raise ValueError(f"{self.op}: {name} is {list(shape)} and has to be {_wanted(dims, sizes)}")
         for dim, size in self.least.items():
@@ -55,7 +59,7 @@ class Signature:
                 raise ValueError(f"{self.op}: {small} has to divide {large}, and they are {sizes[small]} and {sizes[large]}")
 
     def check_dtypes(self, dtypes):
-        """The same for dtypes, MindSpore's."""
+        """Raises ValueError with the name of the argument, its dtype and the dtypes it may have. dtypes: MindSpore's."""
         first = _name(dtypes[0])
         for (name, dtype, _), found in zip(self.arguments, dtypes):
             allowed = self.floats if dtype is None else (first,) if dtype == "same" else (dtype,)
@@ -75,11 +79,11 @@ def _is_derived(given):
 
 
 def _name(dtype):
-    return str(dtype).lower().split("[")[-1].rstrip("]")  # graphs say Tensor[Float32], and of a Parameter Ref[Tensor[Float32]]
+    return str(dtype).lower().split("[")[-1].rstrip("]")  # in a graph it is Tensor[Float32], or Ref[Tensor[Float32]] for a Parameter
 
 
 def _fits(dims, shape, sizes):
-    """Whether a shape has these dims, whose sizes are noted."""
+    """Whether a shape has these dims. Adds the sizes of new dims to `sizes`."""
     if dims == ["*"]:
         return True
     if "..." in dims:
@@ -94,7 +98,7 @@ def _fits(dims, shape, sizes):
 
 
 def _size(dim, found, sizes):
-    """What a dim's size has to be, given what was found; a new name takes that."""
+    """Returns the size that a dim has to have. A new name takes the size `found`."""
     if dim.isdigit():
         return int(dim)
     if dim.endswith("/2"):
@@ -106,7 +110,7 @@ def _size(dim, found, sizes):
 
 
 def _wanted(dims, sizes):
-    """[B, S] = [2, 5], as far as sizes are known."""
+    """Returns the text of dims with their sizes, where known: "[B, S] = [2, 5]"."""
     known = []
     for dim in dims:
         if dim == "...":

@@ -1,4 +1,4 @@
-"""Writing one layer's array into its place in a stack of all layers'."""
+"""Writes the array of one layer into a stack of the arrays of all layers."""
 
 from mindspore import ops
 
@@ -10,10 +10,7 @@ ARGUMENTS = "stack L ...; at int32; x same ..."
 
 
 def reference():
-    """write(stack [L, ...], at int32 of 0 dims, x [...]) -> the stack with x in place `at`, which is from 0 to L - 1.
-
-    A new array: `stack` stays as it is.
-    """
+    """Returns write(stack [L, ...], at, x [...]) -> a new stack with x at index `at`, an int32 scalar from 0 to L - 1."""
     scatter, reshape, expand, require = ops.TensorScatterUpdate(), ops.Reshape(), ops.ExpandDims(), check("stack_write", ARGUMENTS)
 
     def write(stack, at, x):
@@ -24,7 +21,7 @@ def reference():
 
 
 def reference_new(dims):
-    """new(x) -> zeros [*dims, *x.shape] of x's dtype, to be written to."""
+    """Returns new(x) -> zeros [*dims, *x.shape] of the dtype of x, for write()."""
     zeros_like, zeros = ops.ZerosLike(), ops.Zeros()
 
     def new(x):
@@ -34,15 +31,15 @@ def reference_new(dims):
 
 
 def cpu():
-    """The same in place: the stack that is given changes, and is what is returned. See ops.custom.InPlace."""
+    """Returns write as a C++ kernel that changes and returns the given stack. See ops.custom.InPlace."""
     return InPlace("stack_write", ARGUMENTS, FLOATS)
 
 
 def cpu_new(dims):
-    """The same without a value yet: it is for a stack of which all is written to before any is read."""
+    """Returns new(x) -> an uninitialised array, for a stack that is written completely before it is read."""
 
     def shape(x):
         return (*dims, *x)
 
     new = kernel("stack_write", "stack_new", "x *", shape, identity, floats=FLOATS)
-    return new.add_prim_attr("side_effect_hidden", True)  # or two stacks that are made from one x would be the same array
+    return new.add_prim_attr("side_effect_hidden", True)  # otherwise MindSpore would merge two stacks that are made from one x

@@ -10,7 +10,7 @@ ARGUMENTS = "gate ...; up same ..."
 
 
 def reference():
-    """gate and up of one shape -> that shape."""
+    """Returns swiglu(gate, up) -> silu(gate) * up, all of one shape and dtype."""
     silu, require = SiLU(), check("swiglu", ARGUMENTS)
 
     def swiglu(gate, up):
@@ -21,7 +21,7 @@ def reference():
 
 
 def vendor():
-    """The same as MindSpore's kernel, which takes both in one tensor: the gate in the first half of the last dim."""
+    """Returns swiglu by MindSpore's kernel, which takes gate and up concatenated along the last dim."""
     act, join, require = Swiglu(), ops.Concat(-1), check("swiglu", ARGUMENTS)
 
     def swiglu(gate, up):
@@ -36,12 +36,12 @@ def vendor_missing(use):
 
 
 def cpu():
-    """The same in one pass over memory, forward and backward; float32."""
+    """Returns swiglu as a float32 C++ kernel with one pass over memory in the forward and one in the backward."""
     return ByKernels(kernel)
 
 
 class ByKernels(nn.Cell):
-    """The function of two kernels, by the factory and under the names of an implementation: `prefix`swiglu and its _grad."""
+    """swiglu by two kernels with the names `prefix`swiglu and `prefix`swiglu_grad. kernel: the factory of kernels."""
 
     def __init__(self, kernel, prefix=""):
         super().__init__()

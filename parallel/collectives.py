@@ -1,10 +1,12 @@
-"""Collectives over named mesh axes, each with its backward, in compiled and eager code; the identity on an axis of size 1.
+"""Collectives over named mesh axes, each with its backward, for compiled and eager code. On an axis of size 1 each is the identity.
 
-A value that is not split over an axis is held by all its ranks alike, and so is its cotangent: that is the convention behind each
-backward here. On Ascend they are MindSpore's own primitives, but for ppermute, a gather of which one part is kept. MindSpore's CPU backend
-has AllReduce alone on a group of ranks, of float32, so there a gather is a sum of buffers that are zero outside a rank's own place, and a
-reduce-scatter a sum and a slice: the numbers are the same, the traffic is not. Of an even number of ranks, what one has for another goes by
-sums over the two, so that none holds what is for others. Integers travel as float32 there, exact below 2**24.
+A value that is not split over an axis is replicated over it, and so is its cotangent; each backward relies on this.
+
+On Ascend the collectives are MindSpore's primitives; ppermute is an all-gather of which one slice is kept.
+
+On CPU MindSpore has only AllReduce of float32 on a group of ranks, so an all-gather there is a sum of buffers that are zero outside the
+rank's own slice, and a reduce-scatter is a sum and a slice. Results are equal; more bytes are sent. All-to-all and ppermute of an even
+number of ranks use sums over pairs of ranks, so that no rank receives data for others. Integers are sent as float32, exact below 2**24.
 """
 
 import hashlib
@@ -21,11 +23,11 @@ from parallel.graph import runtime
 from parallel.graph.source import function
 from parallel.mesh import world_size
 
-_groups = {}  # ranks -> name, of the groups that this process has made
+_groups = {}  # ranks -> name of the process group
 
 
 def start():
-    """Joins the job that a launcher started, if any, and sets up the runtime. Returns (rank, number of ranks)."""
+    """Joins the job of the launcher, if there is one, and sets up the runtime. Returns (rank, number of ranks)."""
     if world_size() == 1:
         runtime.set_up()
         return 0, 1
@@ -35,69 +37,80 @@ def start():
 
 
 def psum(mesh, axes, partial=False):
-    """f(x) -> the sum over the axes' ranks. Backward: the cotangent, which is the same on all of them."""
+    """Returns f(x) -> the sum over the ranks of the axes. Backward: the identity, since the cotangent is replicated."""
     w = _wire(mesh, axes)
     return _cell(partial, w.sum, identity) if w else identity
 
 
 def pvary(mesh, axes, partial=False):
-    """f(x) -> x, from here on used by each rank in its own way. Backward: the sum of the cotangents."""
+    """Returns f(x) -> x, a replicated value that each rank uses differently. Backward: the sum of the cotangents over the ranks."""
     w = _wire(mesh, axes)
     return _cell(partial, _copy, w.sum) if w else identity
 
 
 def pmax(mesh, axes, partial=False):
-    """f(x) -> the largest over the axes' ranks. It has no gradient."""
+    """Returns f(x) -> the maximum over the ranks of the axes, elementwise. Its gradient is zero."""
     w = _wire(mesh, axes)
     return _cell(partial, w.max, ops.ZerosLike()) if w else identity
 
 
 def all_gather(mesh, axes, dim=0, grad="scatter", partial=False):
-    """f(x) -> the ranks' x, joined along dim. Backward: grad="scatter" sums what the ranks did with the whole and returns each its part;
-    grad="slice" takes a rank's part of a cotangent that is the same on all."""
+    """Returns f(x) -> the x of all ranks of the axes, concatenated along dim.
+
+    Backward: grad="scatter" is a reduce-scatter, for cotangents that differ between ranks; grad="slice" takes this rank's slice of a
+    replicated cotangent.
+    """
     w = _wire(mesh, axes)
     return _cell(partial, _along(dim, w.gather), _along(dim, {"scatter": w.scatter, "slice": w.part}[grad])) if w else identity
 
 
 def reduce_scatter(mesh, axes, dim=0, partial=False):
-    """f(x) -> this rank's part along dim of the sum over the ranks. Backward: all_gather."""
+    """Returns f(x) -> this rank's slice along dim of the sum over the ranks. Backward: an all-gather."""
     w = _wire(mesh, axes)
     return _cell(partial, _along(dim, w.scatter), _along(dim, w.gather)) if w else identity
 
 
 def split(mesh, axes, dim=0, partial=False):
-    """f(x) -> this rank's part along dim of an x that all hold alike. Backward: all_gather."""
+    """Returns f(x) -> this rank's slice along dim of a replicated x. Backward: an all-gather."""
     w = _wire(mesh, axes)
     return _cell(partial, _along(dim, w.part), _along(dim, w.gather)) if w else identity
 
 
 def all_to_all(mesh, axes, split_dim, concat_dim, partial=False):
-    """f(x) -> cut along split_dim, the i-th part sent to rank i; what arrives is joined along concat_dim. Backward: the way back."""
+    """Returns f(x): splits x along split_dim, sends slice i to rank i, and concatenates the received slices along concat_dim.
+
+    Backward: an all-to-all with the two dims exchanged.
+    """
     w = _wire(mesh, axes)
     return _cell(partial, w.exchange(split_dim, concat_dim), w.exchange(concat_dim, split_dim)) if w else identity
 
 
 def ppermute(mesh, axes, pairs):
-    """f(x) -> the x of rank a, for the pair (a, b) whose b is this rank, and zeros on a rank that no pair names. Backward: the same with
-    the pairs turned round. pairs: (from, to) places along the axes, no place twice on either side."""
+    """Returns f(x) -> the x of rank `source`, for the pair (source, target) whose target is this rank; zeros if there is no such pair.
+
+    pairs: of indices along the axes. No index is twice a source or twice a target. Backward: sends each cotangent from target to source.
+    """
     assert len({a for a, _ in pairs}) == len({b for _, b in pairs}) == len(pairs), pairs
     w = _wire(mesh, axes)
     return _cell(False, w.permute(pairs), w.permute([(b, a) for a, b in pairs])) if w else identity
 
 
 def broadcast(mesh, axes, root=0):
-    """f(x) -> the x of the rank at place `root`. Backward: there the sum of the cotangents, elsewhere zeros."""
+    """Returns f(x) -> the x of the rank with index `root`. Backward: the sum of the cotangents on that rank, zeros on the others."""
     w = _wire(mesh, axes)
     return _cell(False, w.from_root(root), _to_root(w, root)) if w else identity
 
 
 def send(mesh, to, x):
-    """Sends a tensor, on the host, to the rank at place `to` along pp, without waiting; what a rank sends arrives in that order."""
+    """Sends a tensor, called from the host, to the rank with index `to` along pp. Does not wait. Tensors arrive in the order of sending."""
     dist_comm_isend_op(x.contiguous(), to, _group(mesh.members(("pp",))), 0)
 
 
 def receive(mesh, source, shape, dtype):
-    """The next tensor from the rank at place `source` along pp. On CPU a RuntimeError where it is read, if it does not come within 30 s."""
+    """Returns the next tensor from the rank with index `source` along pp.
+
+    On CPU, reading a tensor that does not arrive within 30 s raises RuntimeError.
+    """
     buffer = ops.zeros(shape, dtype)
     _, arrival = dist_comm_irecv_op(buffer, 0, source, _group(mesh.members(("pp",))))
     arrival.wait()
@@ -105,17 +118,17 @@ def receive(mesh, source, shape, dtype):
 
 
 def host_sum(mesh, axes, values):
-    """The sum over the axes' ranks of a few numbers [n] on the host, float32 numpy. The ranks wait for each other."""
+    """Returns the sum over the ranks of the axes of numbers [n], as float32 numpy. Every rank waits for the others."""
     return psum(mesh, axes)(ms.Tensor(np.asarray(values, np.float32))).asnumpy()
 
 
 def axis_index(mesh, axes):
-    """This rank's place along the axes, a Python int."""
+    """Returns the index of this rank along the axes, a Python int."""
     return mesh.index(axes)
 
 
 class _Cell(nn.Cell):
-    """forward(x), with backward(cotangent) as its gradient."""
+    """A Cell that computes forward(x), and backward(cotangent) as its gradient."""
 
     def __init__(self, forward, backward):
         super().__init__()
@@ -129,8 +142,11 @@ class _Cell(nn.Cell):
 
 
 def _cell(partial, forward, backward):
-    """partial: of a value that all ranks hold alike, each has a cotangent of its own, and their sum is the true one. That is the
-    convention of MindSpore's partitioner, and the backward of its own primitives."""
+    """Returns the function `forward` with `backward` as its gradient.
+
+    partial: each rank's cotangent of a replicated value is a partial sum, as in programs of MindSpore's partitioner. The backward of
+    MindSpore's primitives is right there, so `forward` is returned without a backward of ours.
+    """
     if partial:
         return identity if forward is _copy else forward
     return _Cell(forward, backward)
@@ -141,7 +157,7 @@ def _copy(x):
 
 
 def _wire(mesh, axes):
-    """The exchanges of this rank's group along the axes, on leading dims; None for a group of one."""
+    """Returns the collectives of this rank's group along the axes, which act on the leading dim; None for a group of one rank."""
     if mesh.size(axes) == 1:
         return None
     ranks, n, at = mesh.members(axes), mesh.size(axes), mesh.index(axes)
@@ -157,7 +173,7 @@ def _wire(mesh, axes):
 
 
 def _group(ranks):
-    """The name of the process group of these ranks, made on first use."""
+    """Returns the name of the process group of these ranks, which is created on first use."""
     if ranks not in _groups:
         _groups[ranks] = f"ranks_{hashlib.sha256(repr(ranks).encode()).hexdigest()[:12]}"
         create_group(_groups[ranks], list(ranks))
@@ -238,14 +254,17 @@ def _cpu_gather(group, n, at):
 
 
 def _rounds(n, at):
-    """The others of a group of n, even, by the round in which this place meets them, one in each: ranks that compute much at once, in the
-    order of their graphs, would else wait for each other. Source: the round-robin tournament's circle method."""
+    """Returns the other indices of a group of n ranks, n even, in the order in which index `at` exchanges with them.
+
+    In each round all ranks exchange in pairs, so that no rank waits for one that is busy. Source: the circle method for round-robin
+    tournaments.
+    """
     last = n - 1
     return sorted({*range(n)} - {at}, key=lambda other: (at + other if last not in (at, other) else 2 * min(at, other)) % last)
 
 
 def _exchange_by_two(ranks, at, split_dim, concat_dim):
-    """f(x) -> cut along split_dim, the i-th part sent to rank i; what arrives is joined along concat_dim."""
+    """Returns the f(x) of all_to_all, by exchanges in pairs of ranks."""
     swaps, lines, last = {}, ["parts = split(x)"], "x"
     for i in _rounds(len(ranks), at):
         swaps[f"swap{i}"] = _swap(ranks, at, i)
@@ -270,7 +289,7 @@ def _pair(ranks, at, other):
 
 
 def _swap(ranks, at, other):
-    """f(x) -> the x of another rank, which gets this one's."""
+    """Returns f(x) -> the x of the rank with index `other`, which gets this rank's x."""
     place = int(at > other)
     gather = _cpu_gather(_pair(ranks, at, other), 2, place)
 
@@ -282,12 +301,12 @@ def _swap(ranks, at, other):
 
 
 def _is_ring(n, pairs):
-    """Whether each of an even number of ranks sends to its neighbour on one side."""
+    """Whether `pairs` is a rotation by one place, in either direction, of an even number of ranks."""
     return n % 2 == 0 and any(set(pairs) == {(i, (i + step) % n) for i in range(n)} for step in (1, -1))
 
 
 def _pass_by_two(ranks, at, pairs):
-    """f(x) -> the x of a neighbour, in a ring of an even number: first every second two ranks, then the others."""
+    """Returns the f(x) of ppermute for an even ring: first pairs (0, 1), (2, 3), ... exchange, then the other pairs."""
     to, source = dict(pairs)[at], {b: a for a, b in pairs}[at]
     if to == source:
         return _swap(ranks, at, to)
@@ -310,7 +329,7 @@ def _permute_by_gather(gather, n, at, pairs):
 
     def permute(x):
         row = reshape(x, (1, -1))
-        everyone = concat((gather(row), zeros_like(row)))  # the last row is for a rank that no pair names
+        everyone = concat((gather(row), zeros_like(row)))  # the last row is for a rank that is no target
         return reshape(everyone[source], x.shape)
 
     return permute
@@ -318,19 +337,19 @@ def _permute_by_gather(gather, n, at, pairs):
 
 @ops.constexpr
 def _moved(ndim, source, to):
-    """The permutation of ndim dims that moves one."""
+    """Returns the permutation of ndim dims that moves dim `source` to position `to`."""
     rest = [d for d in range(ndim) if d != source]
     return tuple(rest[:to] + [source] + rest[to:])
 
 
 @ops.constexpr
 def _joined(shape, dim):
-    """shape, with dims dim and dim + 1 as one."""
+    """Returns `shape` with dims `dim` and `dim + 1` merged."""
     return (*shape[:dim], shape[dim] * shape[dim + 1], *shape[dim + 2 :])
 
 
 def _along(dim, f):
-    """f, which works on the leading dim, on another one."""
+    """Returns f, which acts on the leading dim, as a function that acts on `dim`."""
     transpose = ops.Transpose()
 
     def along(x):
@@ -341,13 +360,13 @@ def _along(dim, f):
 
 
 def _exchange(by_rank, n, split_dim, concat_dim):
-    """The same, by a function that does so with the parts of the leading dim."""
+    """Returns the f(x) of all_to_all from by_rank, an all-to-all of the leading dim."""
     transpose, reshape = ops.Transpose(), ops.Reshape()
 
     def exchange(x):
         ndim = len(x.shape)
         x = transpose(x, _moved(ndim, split_dim, 0))
-        y = reshape(by_rank(x), (n, x.shape[0] // n, *x.shape[1:]))  # by sender
+        y = reshape(by_rank(x), (n, x.shape[0] // n, *x.shape[1:]))  # the leading dim is the source rank
         y = transpose(y, _moved(ndim + 1, 1, split_dim + 1))
         y = transpose(y, _moved(ndim + 1, 0, concat_dim))
         return reshape(y, _joined(y.shape, concat_dim))
@@ -365,8 +384,11 @@ def _to_root(w, root):
 
 
 def _keep(mine):
-    """f(x) -> x if it is mine, else zeros; the graph is the same on all ranks. A graph drops a collective whose result it does not use, and
-    its structure gives the order in which the others run: where ranks differ in either, they wait for each other in vain."""
+    """Returns f(x) -> x if `mine`, else zeros, with a graph of equal structure on all ranks.
+
+    MindSpore removes a collective whose result is not used and orders the others by the structure of the graph. If ranks differed in
+    either, they would wait for each other forever.
+    """
     stack, zeros_like, place = ops.Stack(0), ops.ZerosLike(), 0 if mine else 1
 
     def keep(x):

@@ -1,7 +1,13 @@
 """The named mesh of ranks: axes dp (data), tp (tensor), pp (pipeline), cp (context) and ep (expert) parallel.
 
-World = pp x dp x cp x tp, outermost first, so the ranks of a tp group are neighbours. ep overlays: its groups are cut from dp, then cp,
-then tp, the innermost ranks of each. A mesh knows no processes: it is a rank's coordinates, and says who shares them.
+World = pp x dp x cp x tp, outermost first, so the ranks of a tp group are neighbours. ep is not a further factor of the world: an ep group
+takes ranks of dp first, then of cp, then of tp, the innermost ones of each. For example, with dp=2, tp=4 and ep=4 the experts are spread
+over both dp ranks and over two neighbouring tp ranks.
+
+Each axis is factored into sub-axes, here called atoms, so that every sub-axis with a name is a product of atoms. For example, with tp=4 and
+ep=2 on tp alone, tp has the atoms tp0 (size 2) and tp1 (size 2): `tp-ep` is tp0 and `tp/ep` is tp1.
+
+A mesh is arithmetic on rank numbers. It starts no processes and makes no process groups.
 """
 
 import math
@@ -17,12 +23,16 @@ WORLD = ("pp", "dp", "cp", "tp")  # outermost first
 
 @dataclass(frozen=True)
 class Mesh:
-    """Size of each axis, and which rank this is. kv_repeat: neighbouring tp ranks that hold the same kv head. ulysses: neighbouring cp
-    ranks that exchange heads for tokens in attention; the others of cp form rings.
+    """The size of each axis and the number of this rank.
 
-    An axis may be named in part: `tp/ep` is what ep takes of tp and `tp-ep` what it leaves, `tp/kv` the ranks that repeat kv heads and
-    `tp-kv` the others, `cp/ul` the ranks that exchange heads and `cp-ul` those of a ring. Raises ValueError for sizes that do not fit
-    together.
+    kv_repeat: the number of neighbouring tp ranks that have a copy of the same kv head. ulysses: the number of neighbouring cp ranks that
+    exchange heads for tokens in attention; the remaining factor of cp is the size of an attention ring.
+
+    Methods that take `axes` also take the names of sub-axes:
+      tp/ep, cp/ep, dp/ep   the inner factor of the axis that ep takes; tp-ep, cp-ep, dp-ep is the outer factor that is left
+      tp/kv, tp-kv          the ranks that repeat one kv head, and the ranks with different kv heads
+      cp/ul, cp-ul          the ranks that exchange heads, and the ranks of a ring
+    Raises ValueError for sizes that do not fit together.
     """
 
     dp: int = 1
@@ -47,27 +57,28 @@ class Mesh:
 
     @property
     def world(self):
+        """The number of ranks."""
         return self.pp * self.dp * self.cp * self.tp
 
     @cached_property
     def sizes(self):
-        """{atom: size}, outermost first: the axes cut so finely that every named part of an axis is a run of atoms."""
+        """{atom: size}, outermost first, such as {"dp0": 2, "tp0": 2, "tp1": 2}. Factors of size 1 are left out."""
         out = {}
         for axis in WORLD:
             inner = self._inner(axis)
-            cuts = sorted({1, getattr(self, axis), *inner.values()})
-            if any(b % a for a, b in zip(cuts, cuts[1:])):
+            products = sorted({1, getattr(self, axis), *inner.values()})  # of the innermost atoms
+            if any(b % a for a, b in zip(products, products[1:])):
                 raise ValueError(
                     f"parallel.{axis}={getattr(self, axis)}: ep takes {inner.get('ep', 1)} neighbouring ranks of it and"
                     f" {'kv heads repeat over' if 'kv' in inner else 'cp_ulysses'} {inner.get('kv', inner.get('ul', 1))};"
                     " one must divide the other. Use another ep"
                 )
-            factors = [b // a for a, b in zip(cuts, cuts[1:])][::-1]
+            factors = [b // a for a, b in zip(products, products[1:])][::-1]
             out.update({f"{axis}{i}": n for i, n in enumerate(factors)})
         return out
 
     def _inner(self, axis):
-        """{part: how many of the axis' innermost ranks it takes}"""
+        """{sub-axis: size} of the inner sub-axes of an axis, such as {"ep": 2, "kv": 4} for tp."""
         left, taken = self.ep, {}
         for name in ("dp", "cp", "tp"):
             taken[name] = math.gcd(left, getattr(self, name))
@@ -77,25 +88,25 @@ class Mesh:
         return {**inner, **own.get(axis, {})}
 
     def atoms(self, axes):
-        """The atoms of a tuple of axes, or parts of axes, outermost first; those of size 1 do not exist."""
+        """Returns the atoms of a tuple of axes and sub-axes, such as ("tp0", "tp1") for ("tp",). The order of `axes` is kept."""
         return tuple(atom for axis in axes for atom in self._atoms(axis))
 
     def _atoms(self, axis):
         if axis == "ep":
             return self.atoms(("dp/ep", "cp/ep", "tp/ep"))
-        name, part = axis[:2], axis[2:]
+        name, sub_axis = axis[:2], axis[2:]
         own = [atom for atom in self.sizes if atom.startswith(name)]
-        inner, split = self._inner(name).get(part[1:], 1), len(own)
-        while part and math.prod(self.sizes[atom] for atom in own[split:]) < inner:
+        inner, split = self._inner(name).get(sub_axis[1:], 1), len(own)
+        while sub_axis and math.prod(self.sizes[atom] for atom in own[split:]) < inner:
             split -= 1
-        return tuple(own[:split] if part.startswith("-") else own[split:] if part else own)
+        return tuple(own[:split] if sub_axis.startswith("-") else own[split:] if sub_axis else own)
 
     def size(self, axes):
-        """Number of ranks along a tuple of axes or atoms."""
+        """Returns the number of ranks along a tuple of axes or atoms."""
         return math.prod(self.sizes[atom] for atom in self._as_atoms(axes))
 
     def index(self, axes):
-        """This rank's place among the ranks along a tuple of axes or atoms, the first outermost."""
+        """Returns the index of this rank among the ranks along a tuple of axes or atoms, the first of which is the outermost."""
         place = 0
         for atom in self._as_atoms(axes):
             place = place * self.sizes[atom] + self.coordinates[atom]
@@ -106,14 +117,14 @@ class Mesh:
 
     @cached_property
     def coordinates(self):
-        """{atom: place along it}"""
+        """{atom: index of this rank along it}"""
         out, rest = {}, self.rank
         for atom in reversed(self.sizes):
             rest, out[atom] = divmod(rest, self.sizes[atom])
         return out
 
     def members(self, axes):
-        """The ranks that differ from this one along these axes or atoms only, in the order of index()."""
+        """Returns the ranks whose coordinates equal this rank's except along these axes or atoms, in the order of index()."""
         mine, atoms = set(self._as_atoms(axes)), list(self.sizes)
         ranks = [0]
         for atom in atoms:
@@ -126,24 +137,25 @@ ONE_DEVICE = Mesh()
 
 
 def axis_sizes(parallel, world=None):
-    """{axis: size} from config.parallel, in which one axis of dp, tp, pp, cp may be -1, for `world` ranks (default: as many as asked).
+    """Returns {axis: size} from config.parallel, in which one of dp, tp, pp, cp may be -1: the ranks that the other axes leave.
 
-    Raises ValueError where they do not make up the world.
+    world: the number of ranks; None takes the product of the sizes that are given. Raises ValueError where the product is not `world`.
     """
     sizes = {axis: parallel[axis] for axis in AXES}
     for axis, n in sizes.items():
         if n < 1 and (n != -1 or axis == "ep"):
-            raise ValueError(f"parallel.{axis}={n} must be 1 or more" + ("" if axis == "ep" else ", or -1 for what is left of the ranks"))
+            raise ValueError(f"parallel.{axis}={n} must be 1 or more" + ("" if axis == "ep" else ", or -1 for all remaining ranks"))
     free = [axis for axis in WORLD if sizes[axis] == -1]
     if len(free) > 1:
-        raise ValueError(f"parallel.{free[0]} and parallel.{free[1]} are both -1; one axis may be")
+        raise ValueError(f"parallel.{free[0]} and parallel.{free[1]} are both -1; set one of them to a number")
     fixed = math.prod(n for axis, n in sizes.items() if n > 0 and axis != "ep")
     text = " x ".join(f"{axis}={sizes[axis]}" for axis in WORLD if sizes[axis] > 1) or "dp=1"
     if free:
         world = fixed if world is None else world
         if world % fixed:
             raise ValueError(
-                f"parallel.{free[0]}=-1: {world} ranks cannot be shared out to {text}, which takes {fixed}; use {divisors(world)}"
+                f"parallel.{free[0]}=-1: {world} ranks are not a multiple of {text}, which takes {fixed};"
+                f" the product of the other axes must be one of {divisors(world)}"
             )
         sizes[free[0]] = world // fixed
     elif world is not None and fixed != world:
@@ -156,5 +168,5 @@ def axis_sizes(parallel, world=None):
 
 
 def world_size():
-    """Ranks of the job that this process belongs to: 1 unless a launcher started it."""
+    """Returns the number of ranks of the job of this process: 1 unless a launcher started it."""
     return int(os.environ.get("MS_WORKER_NUM", "1"))

@@ -1,7 +1,7 @@
-"""Where each parameter, its gradient and its optimizer state lie in a layout: shapes and places of the parts, and the way to whole arrays.
+"""Placement of parameters, gradients and optimizer state in a layout: shapes and offsets of shards, loading and gathering them.
 
-A part is a block of the global array. The last part of a padded dim may be short of real elements, or have none: what is missing is zeros,
-which exist in this rank's memory alone.
+A shard is a block of the global array. The last shards of a padded dim (the vocabulary) have fewer real elements, or none; they are filled
+up with zeros, which exist only in the rank's memory.
 """
 
 import math
@@ -20,16 +20,19 @@ from parallel.sharding import PADDED
 from parallel.specs import ParamSpec
 from parallel.trees import tree_map, tree_paths, unflatten
 
-PIECE_BYTES = 64 << 20  # of a global array that is gathered, at a time
+PIECE_BYTES = 64 << 20  # bytes of a global array that are gathered at a time
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A parameter in a layout; each of the three is, for every dim, the atoms it is split over.
+    """A parameter in a layout. used, stored and state are, for each dim, the atoms it is split over.
 
-    used: as the model's ops take it. stored: between steps; less than `used` from ZeRO stage 3 on. state: its optimizer state and summed
-    gradient; less from stage 1 on. partial: the data axes' atoms over which its gradient has to be summed. zero_dim: the dim that ZeRO
-    splits over them, None where no dim can be. holders: the places along pp whose ranks have it; empty for all.
+    used: the shards that the ops of the model take.
+    stored: the shards that are kept between steps. ZeRO stage 3 splits them further than `used`.
+    state: the shards of the optimizer state and of the summed gradient. ZeRO splits them further from stage 1 on.
+    partial: the atoms of the data axes over which the gradient has to be summed.
+    zero_dim: the dim that ZeRO splits over `partial`; None where no dim divides.
+    holders: the indices along pp of the stages that have the parameter; empty if all have it.
     """
 
     path: str
@@ -43,10 +46,11 @@ class Placed:
 
 
 class Held(NamedTuple):
-    """What a rank holds of an array, or of the arrays of stacked layers.
+    """This rank's shard of an array, or of the arrays of stacked layers.
 
-    names: one, or of stacked layers one a layer. spec, axes: as of Placed. data: the tensor, None where only sizes count.
-    holders: the places along pp whose ranks have it, of which the first writes it; empty for all.
+    names: of the array, or of each stacked layer's array. spec: its ParamSpec. axes: for each dim the atoms it is split over. data: the
+    tensor, or None where only sizes are needed. holders: the indices along pp of the stages that have it, of which the first writes it to
+    checkpoints; empty if all have it.
     """
 
     names: tuple
@@ -61,7 +65,7 @@ class Held(NamedTuple):
 
 
 def place(sharding, specs):
-    """A tree of Placed for a tree of specs. Raises ValueError for a parameter that the layout cannot split."""
+    """Returns a tree of Placed for a tree of specs. Raises ValueError for a parameter that does not divide in the layout."""
     return unflatten(specs, [_place(sharding, path, spec) for path, spec in tree_paths(specs)])
 
 
@@ -78,7 +82,7 @@ def _place(sharding, path, spec):
 
 
 def _zero_dim(mesh, spec, used, atoms):
-    """The first dim whose part divides among the data ranks; neither a padded one nor that of stacked layers."""
+    """Returns the first dim whose shard divides among the data parallel ranks, or None. Padded dims and stacked layers are left out."""
     for i, dim in enumerate(spec.dims):
         if dim not in PADDED and dim != "layers" and local_shape(mesh, spec, used)[i] % mesh.size(atoms) == 0:
             return i
@@ -86,7 +90,7 @@ def _zero_dim(mesh, spec, used, atoms):
 
 
 def stacked(placed, count):
-    """The placement of `count` such parameters, one a layer, stacked on a new first dim."""
+    """Returns the placement of `count` parameters like this one, of one layer each, stacked along a new first dim."""
     spec = placed.spec
     parts = (None, *(spec.parts or (None,) * len(spec.shape)))
     spec = ParamSpec((count, *spec.shape), ("layers", *spec.dims), spec.init, spec.optimizer, parts)
@@ -95,12 +99,12 @@ def stacked(placed, count):
 
 
 def local_shape(mesh, spec, axes):
-    """The shape of a rank's part."""
+    """Returns the shape of a rank's shard, padding included."""
     return tuple(-(-n // mesh.size(atoms)) for n, atoms in zip(spec.shape, axes))
 
 
 def region(mesh, spec, axes):
-    """The slices of the global array that are this rank's real elements; empty ones for a part of padding."""
+    """Returns the slices of the global array that this rank's shard covers, without padding; empty slices for a shard of padding."""
     out = []
     for n, size, atoms in zip(spec.shape, local_shape(mesh, spec, axes), axes):
         start = mesh.index(atoms) * size
@@ -109,18 +113,18 @@ def region(mesh, spec, axes):
 
 
 def cut(mesh, spec, axes, read):
-    """This rank's part as a numpy array. read(slices) -> those elements of the global array."""
+    """Returns this rank's shard, padding included, as a numpy array. read(slices) returns those elements of the global array."""
     found = read(region(mesh, spec, axes))
     missing = [(0, n - m) for n, m in zip(local_shape(mesh, spec, axes), found.shape)]
     return np.pad(found, missing) if any(after for _, after in missing) else np.ascontiguousarray(found)
 
 
 def whole(mesh, spec, axes, x, keep=True, holder=None):
-    """The global array as numpy where `keep` is true, else None. All ranks must call it. holder: the place along pp whose ranks' parts
-    count, where not all have them; x may be None elsewhere.
+    """Gathers the global array of which x is this rank's shard. All ranks must call it.
 
-    It is gathered some rows of each part at a time, so that besides the arrays that are kept a rank holds about PIECE_BYTES. An array of
-    one part is the tensor's own memory, not a copy.
+    Returns a numpy array where `keep` is true, else None. holder: the index along pp of the stage that has the array, if not all have it;
+    x may be None on other stages. Some rows of each shard are gathered at a time, which needs about PIECE_BYTES of extra memory. If the
+    array is not split, the result shares memory with x.
     """
     ranks = math.prod(mesh.size(atoms) for atoms in axes)
     if ranks == 1 and holder is None:
@@ -135,7 +139,7 @@ def whole(mesh, spec, axes, x, keep=True, holder=None):
         if holder is not None:
             piece = _from(mesh, holder)(piece)
         for i, atoms in enumerate(axes):
-            for atom in reversed(atoms):  # the innermost parts are neighbours
+            for atom in reversed(atoms):  # the shards of the innermost atom are neighbours
                 piece = _gather(mesh, atom, i)(piece)
         if keep:
             piece = piece.asnumpy()
@@ -145,7 +149,10 @@ def whole(mesh, spec, axes, x, keep=True, holder=None):
 
 
 def _put(out, pieces, size, first):
-    """Some rows of each part of dim 0 into their places, without padding. pieces: [parts, rows, ...]; size: of a part; first: its row."""
+    """Copies some rows of each shard of dim 0 into the global array `out`, without padding.
+
+    pieces: [shards, rows, ...]. size: the rows of a shard. first: the index, within a shard, of the first of these rows.
+    """
     for i, piece in enumerate(pieces):
         start = i * size + first
         rows = max(0, min(len(piece), len(out) - start))
@@ -163,12 +170,12 @@ def _from(mesh, holder):
 
 
 def nbytes(mesh, placed, axes_name, itemsize=4):
-    """Bytes of this rank's part; axes_name: used, stored or state."""
+    """Returns the bytes of this rank's shard. axes_name: used, stored or state."""
     return itemsize * math.prod(local_shape(mesh, placed.spec, getattr(placed, axes_name)))
 
 
 def reader(tree):
-    """read(path, slices) over a tree of global arrays, as cut() wants it for each path."""
+    """Returns read(path, slices) -> those elements of the global array at `path`, for load()."""
     leaves = dict(tree_paths(tree))
 
     def read(path, slices):
@@ -179,17 +186,19 @@ def reader(tree):
 
 
 def load(mesh, placed, read, axes="stored"):
-    """A tree of tensors with memory of their own, the parts of a tree of Placed that `axes` names, stored or state, from
-    read(path, slices), one part after another."""
+    """Returns a tree of tensors, this rank's shards of a tree of Placed, with their own memory.
+
+    read(path, slices): returns elements of the global array; called for one shard after another. axes: "stored" or "state".
+    """
     return tree_map(lambda p: ms.Tensor(cut(mesh, p.spec, getattr(p, axes), partial(read, p.path))), placed)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A parameter that lies in parts on all ranks, with the shape, dtype and asnumpy() of an array, as hf.save takes it.
+    """A sharded parameter with the shape, dtype and asnumpy() of an array, for hf.save.
 
-    tensor: this rank's stored part, None where it is float32 and of another pipeline stage; layer: None, or which of those that are stacked
-    in it.
+    tensor: this rank's stored shard; None for a float32 parameter of another pipeline stage. layer: the index of the parameter in `tensor`
+    where layers are stacked, else None.
     """
 
     mesh: Mesh
@@ -206,7 +215,7 @@ class Spread:
         return ms.float32 if self.tensor is None else self.tensor.dtype
 
     def asnumpy(self, everywhere=False):
-        """The global array on rank 0, or on every rank; elsewhere None. All ranks must call it, of one Spread after another."""
+        """Returns the global array on rank 0, or on all ranks; else None. All ranks call it, in one order of parameters."""
         part = self.tensor if self.layer is None else self.tensor[self.layer].contiguous()
         holder = self.placed.holders[0] if self.placed.holders else None
         return whole(self.mesh, self.placed.spec, self.placed.stored, part, everywhere or self.mesh.rank == 0, holder)

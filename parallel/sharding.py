@@ -1,14 +1,15 @@
-"""Annotated ops: each op that touches a sharded dim says which logical dims its operands and its result have.
+"""Annotated ops: the signature of each op that touches a sharded dim names the logical dims of its operands and its result.
 
     linear = sharding.op(ops.MatMul(), "rows>tokens embed, embed heads -> tokens heads", kind="contraction")
 
-An operand or result is a list of dims; `a>b` says that the dim arrives as `a` and is used, or leaves, as `b`, which is where
-a layout change happens. RULES maps a dim to mesh axes, and from the signature alone follow the collectives, forward and
-backward (parallel/lowering/manual.py). On one device every annotation is the identity and `op` returns the function itself.
+An operand or result is a list of dims. `a>b` in an operand changes the layout of that dim from `a` to `b` before the function runs, and in
+a result from `a` to `b` after it. In the example, sequence parallel splits `rows` over tp and leaves `tokens` whole on each tp rank, so
+`rows>tokens` is an all-gather over tp. RULES maps each dim to mesh axes. The signature and the rules alone determine the collectives of the
+forward and the backward (parallel/lowering/manual.py). On one device `op` returns the function itself.
 
-One sum is left out of the ops: a parameter's gradient over the data axes, dp and cp. It is partial over those of them that the
-parameter is not split over, and parallel/zero.py sums it once, in buckets. So a term of the loss that does not come from the batch, such
-as a penalty on a weight, has to be divided by the number of data parallel ranks.
+The ops do not sum the gradient of a parameter over the data axes, dp and cp. parallel/zero.py sums it over those data axes that the
+parameter is not split over, once, in buckets. So a term of the loss that does not depend on the batch, such as a penalty on a weight, is
+added by every data parallel rank and has to be divided by their number.
 """
 
 import copy
@@ -21,14 +22,16 @@ from parallel.lowering import manual
 from parallel.lowering import partitioner as shard
 from parallel.mesh import ONE_DEVICE, Mesh
 
-# Logical dim -> the mesh axes it is split over, outermost first; `tp-kv` and the like are parts of axes, see Mesh.
-# rows are the flattened [batch, seq] rows of the residual stream, which sequence parallel splits over tp too; tokens the same rows where a
-# layer needs all of a tp group's; expert_rows the same where experts are split over tp. kv is a dim of weights, and kv_heads of
-# activations, in which every tp rank has a kv head of its own, if need be the same as its neighbour's. vocab_parts are the ranks that share
-# the vocabulary: what each has found in its part of it.
-# Attention sees a span of a row, the tokens of the ranks that exchange heads for them, or, of segments and orders, all keys.
-# Between the rank that a token is on and the ranks of its experts: `sent` slots `to_shard` of experts become `received` slots of a `shard`.
-# Those, the assignments of tokens to experts, and blocks of slots are each rank's own, as are the partial sums over a split expert_ffn.
+# Logical dim -> the mesh axes it is split over, outermost first. Sub-axes such as `tp-kv` are described in Mesh.
+# Residual stream: `rows` is batch and seq flattened into one dim. Sequence parallel splits it over tp too; `tokens` is that dim where a
+# layer needs the rows of all tp ranks, and `expert_rows` is that dim at the experts, which may themselves be split over tp.
+# Heads: `kv` is the dim of weights. `kv_heads` is the dim of activations, in which each tp rank has its own kv heads; with fewer kv heads
+# than tp ranks, neighbours have copies of one head.
+# Vocabulary: `vocab_parts` has one element a vocabulary shard, such as the largest logit of each; `whole_vocab` is all entries.
+# Context parallel: `span` is the tokens whose heads a rank computes after the exchange of heads for tokens; `keys` is all tokens of a row.
+# Experts: all-to-all turns send buffers indexed by target rank, [to_shard, sent], into receive buffers indexed by source rank, [shard,
+# received]. Each rank has its own buffers, its own `assignments` of tokens to experts and its own `blocks` of slots. `part_ffn` is
+# the ffn dim of its slots, as wide as its shard of the weights' `expert_ffn`.
 RULES = {
     "layers": (),
     "layers_before": (),
@@ -71,16 +74,19 @@ RULES = {
     "one": (),
 }
 SEQ_PARALLEL_RULES = {**RULES, "rows": ("dp", "cp", "tp"), "expert_rows": ("dp", "cp", "tp/ep")}
-PADDED = ("vocab",)  # dims whose last shard may have elements that are in no parameter
-# dims of a result that each rank may make for itself, though no operand is split
+PADDED = ("vocab",)  # dims whose last shard may be padded
+# dims that may be split in a result although no operand has them: each rank computes its own
 OWN = ("kv_heads", "vocab_parts", "assignments", "blocks", "sent", "shard", "received")
 KINDS = ("elementwise", "contraction", "reduction", "kernel")
 DATA = ("dp", "cp")
-EVERY_AXIS = Mesh(pp=2, dp=6, cp=12, tp=12, ep=16, kv_repeat=4, ulysses=2)  # every part of every axis has ranks here
+EVERY_AXIS = Mesh(pp=2, dp=6, cp=12, tp=12, ep=16, kv_repeat=4, ulysses=2)  # a mesh on which every sub-axis is larger than 1
 
 
 def parse(signature):
-    """ "a>b c, c d -> b d" -> ([[("a", "b"), ("c", "c")], ...operands], [...results]); without an arrow, results is []."""
+    """Parses a signature: "a>b c, c d -> b d" gives ([[("a", "b"), ("c", "c")], [("c", "c"), ("d", "d")]], [[("b", "b"), ("d", "d")]]).
+
+    Each dim is a pair (layout before, layout after). Without an arrow the list of results is empty.
+    """
     left, arrow, right = signature.partition("->")
 
     def side(text):
@@ -95,58 +101,66 @@ def _move(word):
 
 
 class Sharding:
-    """A mesh and the rules; `op` binds a function to its signature. check: verify every call's shapes (eager, one device; for tests)."""
+    """A mesh with the rules. `op` binds a function to a signature.
+
+    zero: the ZeRO stage. lowering: "manual" or "shard". check: verifies the shapes of every call; for tests, eager on one device.
+    """
 
     def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", check=False):
         self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
         self.zero, self.lowering = zero, lowering
-        self.partial = False  # whether cotangents of what ranks hold alike are partial sums, as inside the regions of shard.py
-        self.in_region = False  # whether the ops are within a region, whose tensors the global view does not know
+        self.partial = False  # whether the cotangent of a replicated tensor is a partial sum on each rank, see lowering/partitioner.py
+        self.in_region = False  # whether the ops are inside region()
 
     def op(self, fn, signature, *, kind, wrap=None, part=None, reduce="sum", sizes=None, dtype=None, around=None):
-        """Returns the function `fn` of exactly the annotated operands, between the collectives that the signature asks for.
+        """Returns a function of the annotated operands that runs `fn` between the collectives of the signature.
 
-        fn: a MindSpore primitive or a function of tensors. kind: how fn treats the dims (KINDS). An elementwise op has one list of dims;
-        a contraction or a reduction is summed over the axes that its result lacks (reduce="max": the largest is taken); a kernel is not
-        summed, so its results lack none. wrap(fn) -> the function that calls a primitive with the casts and constants it wants.
-        part: (dim, its global size, wrap_part), for an op that must know which shard of a dim it has: where the dim is split,
-        wrap_part(fn, first), with the global index of the shard's first element, takes the place of wrap(fn).
-        sizes: {dim: size} of the dims of results that no operand has. dtype: of the results (a tuple: of each), where it is not the first
-        operand's. Only the shard lowering needs these two. around: (dim, numbers of operands) that fn sends round the ranks of the dim,
-        and their gradients in the backward (parallel/context/ring.py), for parallel/simulation/traffic.py.
+        fn: a MindSpore primitive or a function of tensors.
+        kind: one of KINDS. An elementwise op has one list of dims, for all operands and the result. The result of a contraction or a
+            reduction is summed over the mesh axes that its operands are split over and it is not (reduce="max" takes the maximum). A kernel
+            sums nothing, so its results keep all those axes.
+        wrap: wrap(fn) returns the function that calls a primitive with its casts and constants.
+        part: (dim, global size, wrap_part), for an op that must know which shard of the dim it has, such as an embedding with a split
+            vocabulary. Where the dim is split, wrap_part(fn, first) replaces wrap(fn); `first` is the global index of the first element
+            of the shard.
+        sizes: {dim: size} of the dims of results that no operand has. Only the shard lowering needs it.
+        dtype: the dtype of the results, or a tuple of one a result, where it is not that of the first operand. Only the shard lowering
+            needs it.
+        around: (dim, numbers of operands), for ring attention: fn passes these operands around the ranks of the dim, and in the backward
+            their gradients too. parallel/simulation/traffic.py counts them.
         Raises ValueError for a signature that the kind does not allow.
         """
         operands, results = parse(signature)
         self._validate(signature, kind, operands, results)
-        by_hand = None
+        of_shard = None
         if part and self.shards(part[0]) > 1:
             dim, size, wrap_part = part
-            by_hand = wrap_part(fn, self.mesh.index(self.rules[dim]) * -(-size // self.shards(dim)))
+            of_shard = wrap_part(fn, self.mesh.index(self.rules[dim]) * -(-size // self.shards(dim)))
         if self.lowering == "shard":
-            return shard.lower(self, fn, wrap, by_hand, operands, results, kind, reduce, sizes, dtype)
-        called = by_hand or manual.wrapped(fn, wrap)
+            return shard.lower(self, fn, wrap, of_shard, operands, results, kind, reduce, sizes, dtype)
+        called = of_shard or manual.wrapped(fn, wrap)
         if self.check:
             asked = not self.in_region and (part is not None or not isinstance(fn, ops.Primitive))
             called = _checked(called, signature, operands, results, sizes, dtype, asked)
         return manual.lower(self, called, operands, results, kind, reduce)
 
     def region(self, fn, signature, *, sizes=None, dtype=None):
-        """Returns `fn`, a function whose ops the sharding inside() annotates, as one op with this signature, which moves nothing.
+        """Returns `fn`, whose ops are annotated by the sharding inside(), as one op with this signature.
 
-        For ops between which each rank has tensors of its own, of sizes that the global view does not know. The shard lowering gives
-        MindSpore's partitioner all of them as one op; elsewhere this is fn itself. Raises ValueError for a signature that names unknown
-        dims, or moves one.
+        A region is for ops between which each rank has tensors of sizes that only it knows, such as the slots of experts. The shard
+        lowering gives all of them to MindSpore's partitioner as one op; the manual lowering returns fn itself. The signature changes no
+        layout. Raises ValueError for a signature that names unknown dims or changes the layout of one.
         """
         operands, results = parse(signature)
-        self._validate(signature, "region", operands, results, region=True)  # its sums are checked op by op
+        self._validate(signature, "region", operands, results, region=True)  # the ops inside check their own sums
         if moved := [f"{a}>{b}" for part in operands + results for a, b in part if a != b]:
-            raise ValueError(f"op {signature!r} (region): {moved[0]!r} moves, which is for the ops inside")
+            raise ValueError(f"op {signature!r} (region): {moved[0]!r} changes a layout; change it in an op inside the region")
         if self.lowering == "shard":
             return shard.region(self, fn, operands, results, sizes, dtype)
         return _checked(fn, signature, operands, results, sizes, dtype, asked=not self.in_region) if self.check else fn
 
     def inside(self):
-        """Returns the sharding that annotates the ops within a region."""
+        """Returns the sharding for the ops inside a region."""
         if self.in_region or (self.lowering != "shard" and not self.check):
             return self
         out = copy.copy(self)
@@ -156,10 +170,10 @@ class Sharding:
         return out
 
     def fan(self, make, operand, signatures, *, kind, wrap=None):
-        """Returns f(x, w0, w1, ...) -> a tuple of one result for each of `signatures`: ops that share x and its collectives.
+        """Returns f(x, w0, w1, ...) -> a tuple of results, one a signature: several ops that share the operand x and its collectives.
 
-        operand: the dims of x; signatures: those of each op without its first operand. make() gives the function of one of them. kind and
-        wrap are those of `op`.
+        For example, the projections to q, k and v share one all-gather of x. operand: the dims of x. signatures: of each op, without its
+        first operand. make(): returns the function of one op. kind, wrap: see `op`.
         """
         parsed = [parse(f"{operand}, {signature}") for signature in signatures]
         for signature, (operands, results) in zip(signatures, parsed):
@@ -173,19 +187,20 @@ class Sharding:
         return manual.lower_fan(self, tuple(called), parsed)
 
     def shards(self, dim):
-        """How many parts a dim is cut into."""
+        """Returns the number of shards of a dim."""
         return self.mesh.size(self.rules[dim])
 
     @cached_property
     def data_atoms(self):
+        """The atoms of the data axes, dp and cp."""
         return self.mesh.atoms(DATA)
 
     def atoms(self, dim):
-        """The mesh's atoms that a dim is split over, outermost first."""
+        """Returns the atoms that a dim is split over, outermost first."""
         return self.mesh.atoms(self.rules[dim])
 
     def placement(self, spec, path=""):
-        """For each dim of a ParamSpec the atoms it is split over. Raises ValueError, naming `path`, where it cannot be split so."""
+        """Returns for each dim of a ParamSpec the atoms it is split over. Raises ValueError, with `path`, where a dim does not divide."""
         seen = {}
         for i, (dim, size) in enumerate(zip(spec.dims, spec.shape)):
             if dim not in self.rules:
@@ -222,13 +237,13 @@ class Sharding:
             fail("it names no result")
         if kind in ("contraction", "reduction") and (len(results) != 1 or (kind == "reduction" and len(operands) != 1)):
             fail(f"a {kind} has one result" + (" and one operand" if kind == "reduction" else ""))
-        # sequence parallel splits more: what it would refuse is refused with or without it
+        # sequence parallel splits more dims: a signature that it refuses is refused without it too
         for rules in (self.rules,) if self.rules is not RULES else (RULES, SEQ_PARALLEL_RULES):
             _check_axes(fail, rules, kind, operands, results)
 
 
 def _check_axes(fail, rules, kind, operands, results):
-    """An op may neither lose nor double a sum, on a mesh where every axis, and every part of one, is split."""
+    """Fails for a signature in which a sum over a mesh axis would be lost or counted twice, on the mesh EVERY_AXIS."""
 
     def atoms(dim):
         return set(EVERY_AXIS.atoms(rules[dim]))
@@ -254,8 +269,10 @@ def _check_axes(fail, rules, kind, operands, results):
 
 
 def _checked(fn, signature, operands, results, stated_sizes=None, dtype=None, asked=False):
-    """fn, with every call's ranks, sizes and stated dtypes compared with the signature. asked: whether the shard lowering needs to be told
-    what is not the operands': then what is not stated is an error."""
+    """Returns fn with assertions that the ranks, sizes and dtypes of every call fit the signature.
+
+    asked: whether the shard lowering needs sizes= and dtype= for what no operand has; if so, a missing one fails too.
+    """
     elementwise = not results
 
     def checked(*args):

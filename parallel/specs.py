@@ -1,6 +1,6 @@
 """ParamSpec, the single source of a parameter's shape, initialisation, sharding and checkpoint layout.
 
-A path is the tuple of keys to a parameter in the tree, written with dots: `layers.0.attention.wq`.
+A tree of specs has the same paths as the tree of parameters, such as `layers.0.attention.wq`.
 """
 
 import zlib
@@ -14,11 +14,13 @@ from parallel.trees import tree_leaves, tree_paths, unflatten
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """shape: global sizes. dims: the logical name of each dim. init: normal(std), uniform(bound), constant(value), ones() or zeros().
+    """The specification of one parameter.
 
-    optimizer: "adamw" for what a run's optimizer trains, whichever it is, or "sign" for a value moved by a fixed step against the sign of
-    its gradient (the router's bias), or "none" for a frozen one, which has no gradient and no optimizer state.
-    parts: for each dim, into how many equal parts it can be cut, such as heads; None where every element is one. Default: all None.
+    shape: global sizes. dims: the logical name of each dim. init: normal(std), uniform(bound), constant(value), ones() or zeros().
+    optimizer: "adamw" for the optimizer of the run, whichever it is; "sign" for a fixed step against the sign of the gradient (the bias of
+        the router); "none" for a frozen parameter, which has no gradient and no optimizer state.
+    parts: for each dim the number of equal parts that must not be split further, such as the number of heads in a dim of heads x head_dim;
+        None where each element is a part. Default: all None.
     """
 
     shape: tuple
@@ -31,20 +33,22 @@ class ParamSpec:
         assert len(self.shape) == len(self.dims), (self.shape, self.dims)
 
     def parts_of(self, i):
-        """Into how many parts dim i can be cut."""
+        """Returns the number of equal parts of dim i, which is the largest number of shards."""
         return (self.parts[i] if self.parts else None) or self.shape[i]
 
     @property
     def trains(self):
+        """Whether the parameter has a gradient."""
         return self.optimizer != "none"
 
 
 def normal(std):
+    """Init: normal values of mean 0 and standard deviation std."""
     return ("normal", std)
 
 
 def uniform(bound):
-    """Between -bound and bound."""
+    """Init: uniform values between -bound and bound."""
     return ("uniform", bound)
 
 
@@ -61,14 +65,15 @@ def zeros():
 
 
 def count(specs):
-    """Number of elements in a tree of specs or arrays."""
+    """Returns the number of elements in a tree of specs or arrays."""
     return sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in tree_leaves(specs))
 
 
 def init_array(spec, path, seed, dtype=np.float32, index=None):
-    """One parameter's initial value as a numpy array; `index`, a tuple of slices with bounds, gives only that part.
+    """Returns the initial value of a parameter as a numpy array.
 
-    An element depends on (seed, path, its place in the global array) alone, so every sharding starts from the same numbers.
+    index: a tuple of slices with bounds; only these elements of the global array are returned. Default: all.
+    An element depends only on the seed, the path and its position in the global array, so all layouts start from equal values.
     """
     index = index or tuple(slice(0, n) for n in spec.shape)
     shape = tuple(s.stop - s.start for s in index)
@@ -87,12 +92,12 @@ def init_array(spec, path, seed, dtype=np.float32, index=None):
 
 
 def init_params(specs, seed, dtype=np.float32):
-    """A tree of numpy arrays for a tree of specs. Deterministic in `seed`; see init_array."""
+    """Returns a tree of numpy arrays for a tree of specs, deterministic in `seed`; see init_array."""
     return unflatten(specs, [init_array(spec, path, seed, dtype) for path, spec in tree_paths(specs)])
 
 
 def _places(shape, index):
-    """uint64 row-major positions in an array of `shape` of the elements that `index` selects."""
+    """Returns uint64 row-major positions, in an array of `shape`, of the elements that `index` selects."""
     place = np.zeros((1,) * len(shape), np.uint64)
     for i, (n, s) in enumerate(zip(shape, index)):
         along = np.arange(s.start, s.stop, dtype=np.uint64).reshape((-1,) + (1,) * (len(shape) - i - 1))

@@ -1,4 +1,4 @@
-"""Gradients of pure functions with respect to a tree of parameters, eager and compiled."""
+"""Values and gradients of pure functions of a tree of parameters, eager and compiled."""
 
 import mindspore as ms
 from mindspore import Parameter
@@ -9,12 +9,13 @@ from parallel.trees import tree_leaves, unflatten
 
 
 def value_and_grad(fn, aux=None, compiled=False):
-    """g(params, *args) -> (value, grads) for fn(params, *args) -> value; grads has the structure of params.
+    """Returns g(params, *args) -> (value, grads) for fn(params, *args) -> value. grads is a tree with the structure of params.
 
-    params: a tree of tensors, or of Parameters, which are then closed over instead of passed (the form that semi-auto parallel
-    shards). aux: names in the dict that fn returns beside its value; g then returns ((value, {name: tensor}), grads). Without aux the
-    gradients are of the sum of all that fn returns (docs/mindspore.md).
-    compiled: one graph per structure of the arguments, instead of eager execution.
+    params: a tree of tensors, or a tree of Parameters. Parameters are closed over instead of passed, as MindSpore's semi-auto parallel
+        needs them. Raises ValueError for a mixture or for no leaves.
+    aux: names in the dict that fn returns after its value. g then returns ((value, {name: tensor}), grads). Without aux, MindSpore
+        differentiates the sum of everything that fn returns (docs/mindspore.md).
+    compiled: compiles one graph for each structure of the arguments; else g runs eagerly.
     """
     graphs = {}
 
@@ -40,9 +41,9 @@ def value_and_grad(fn, aux=None, compiled=False):
 
 
 def grad_in_graph(fn, like, aux=None):
-    """g(nested, *args) -> (value, nested grads), or ((value, aux tuple), nested grads), for use inside a compiled function.
+    """Returns g(nested, *args) -> (value, nested grads), for use inside a compiled function; with aux, ((value, aux tuple), nested grads).
 
-    nested is to_tuple of params, whose structure `like` has.
+    nested: to_tuple(params). like: a tree with the structure of params.
     """
     build = rebuild(like)
 
@@ -53,7 +54,7 @@ def grad_in_graph(fn, like, aux=None):
 
 
 def grad_of_nested(fn, aux=None):
-    """The same for a function whose first argument is nested tuples; of its other arguments there are no gradients."""
+    """Returns g as grad_in_graph does, for a function whose first argument is nested tuples. The other arguments get no gradients."""
     vg = ms.value_and_grad(_with_aux_tuple(fn, aux), 0, has_aux=aux is not None)
     return _paired(vg, aux)
 
@@ -84,7 +85,7 @@ def _closed_over(fn, params, aux):
 
 
 def _paired(vg, aux):
-    """MindSpore returns (value, aux...) flat beside the gradients; give ((value, aux tuple), grads)."""
+    """Returns vg with ((value, aux tuple), grads) as its result. MindSpore returns (value, aux...) as one flat tuple."""
     if aux is None:
         return vg
 
@@ -96,7 +97,7 @@ def _paired(vg, aux):
 
 
 def _with_aux_tuple(fn, aux):
-    """fn with its dict of auxiliary results as a tuple in the order of the names `aux`."""
+    """Returns fn with its dict of auxiliary results replaced by a tuple, in the order of the names `aux`."""
     if aux is None:
         return fn
     names, n = tuple(aux), len(aux)

@@ -1,8 +1,9 @@
-"""The sum of gradients over the data axes, and ZeRO: optimizer state, gradients and parameters split over the data parallel ranks.
+"""Gradient sums over the data axes, and ZeRO, which shards optimizer state, gradients and parameters over the data parallel ranks.
 
-Source: Rajbhandari et al. 2020. Stage 1 splits the optimizer state, 2 the summed gradients too, 3 the parameters too, which are
-then gathered where a layer uses them, and whose gradients come back split. A parameter is split along one of its dims, so that a
-part is a block of the global array; one that no dim allows stays whole. Gradients and parameters travel in buckets.
+Stage 1 shards the optimizer state, stage 2 the summed gradients too, and stage 3 the parameters too. Stage 3 all-gathers parameters where a
+layer uses them and reduce-scatters their gradients. A parameter is sharded along one of its dims, so that a shard is a block of the global
+array; a parameter of which no dim divides stays replicated. Gradients and parameters are communicated in buckets.
+Source: Rajbhandari et al. 2020.
 """
 
 import math
@@ -22,16 +23,16 @@ BUCKET_ELEMENTS = 1 << 24  # of float32, 64 MiB
 
 
 def sum_gradients(sharding, placed):
-    """f(flat gradients) -> flat, each summed over its data axes and, from stage 1 on, cut to the part that `placed` calls its state.
+    """Returns f(flat gradients) -> flat gradients, summed over their data axes and, from stage 1 on, each reduced to this rank's shard.
 
-    placed: the flat list of Placed. For use inside a compiled function.
+    placed: the flat list of Placed; `state` gives the shard of each. f is for use inside a compiled function.
     """
     mesh, lines, names = sharding.mesh, [], {}
     done = [f"g[{i}]" for i in range(len(placed))]
     for k, (atoms, split, bucket) in enumerate(buckets(mesh, placed)):
         if sharding.zero == 3 and split:
             continue  # summed by the backward of gathered()
-        pack, unpack = (_pack_parts, _unpack_parts) if split else (_pack_whole, _unpack_whole)
+        pack, unpack = (_pack_shards, _unpack_shards) if split else (_pack_whole, _unpack_whole)
         scatters = split and sharding.zero == 2
         names[f"sum{k}"] = (collectives.reduce_scatter if scatters else collectives.psum)(mesh, atoms)
         lines += [f"b{k} = sum{k}({pack(mesh, placed, bucket, 'used', done)})"]
@@ -44,7 +45,7 @@ def sum_gradients(sharding, placed):
 
 
 def split_params(sharding, placed):
-    """f(flat parameters as the model uses them) -> this rank's parts, whose optimizer state it has; all of them where those are one."""
+    """Returns f(flat stored parameters) -> flat. Parameters whose optimizer state is sharded further become this rank's shards of it."""
     names, done = {}, [f"g[{i}]" for i in range(len(placed))]
     for i, p in enumerate(placed):
         if p.stored != p.state:
@@ -54,23 +55,29 @@ def split_params(sharding, placed):
 
 
 def join_params(sharding, placed):
-    """The inverse of split_params, in buckets."""
+    """Returns f, which undoes split_params: all-gathers the shards, in buckets. In stage 3 parameters stay shards."""
     done = [f"g[{i}]" for i in range(len(placed))]
     lines, names = _gather(sharding.mesh, placed, done) if sharding.zero < 3 else ([], {})
     return _flat_function("join_params(g)", lines, done, names)
 
 
 def written_back(placed, returned):
-    """f(flat parameters, flat new ones) -> the new ones, of which those that ZeRO splits are changed in place, but for the places in
-    `returned`: the old array has the new values. They have to depend on all that reads the old ones."""
-    written = {i for i, p in enumerate(placed) if p.stored != p.state and i not in returned}
-    each = [f"depend(old[{i}], copy(old[{i}], new[{i}]))" if i in written else f"new[{i}]" for i in range(len(placed))]
-    text = f"({', '.join(each)},)" if written else "new"
+    """Returns f(flat old parameters, flat new parameters) -> flat new parameters.
+
+    New values that were gathered from ZeRO shards are copied into the memory of the old ones, which saves a second array; not those whose
+    index is in `returned`. The caller makes the new values depend on everything that reads the old ones.
+    """
+    copied = {i for i, p in enumerate(placed) if p.stored != p.state and i not in returned}
+    each = [f"depend(old[{i}], copy(old[{i}], new[{i}]))" if i in copied else f"new[{i}]" for i in range(len(placed))]
+    text = f"({', '.join(each)},)" if copied else "new"
     return function("written_back(old, new)", [f"return {text}"], depend=ops.depend, copy=InplaceCopy())
 
 
 def gathered(sharding, specs):
-    """f(tree of stored parameters) -> the tree as ops use it: gathered in stage 3, else the tree itself. Backward: reduce-scattered."""
+    """Returns f(tree of stored parameters) -> the tree that the ops use: all-gathered in ZeRO stage 3, else unchanged.
+
+    The backward reduce-scatters the gradients of what was gathered.
+    """
     placed = place(sharding, specs)
     flat = tree_leaves(placed)
     if sharding.lowering == "shard" or all(p.stored == p.used for p in flat):  # MindSpore's partitioner gathers by itself
@@ -81,44 +88,53 @@ def gathered(sharding, specs):
 
 
 def _gather(mesh, placed, done):
-    """(lines, names) that gather the parts that ZeRO makes of parameters. done: the source of each, replaced by that of the whole."""
+    """Returns (lines, names) of a function that all-gathers ZeRO shards.
+
+    done: the source text of each parameter; those of shards are replaced by those of gathered arrays.
+    """
     lines, names = [], {}
     for k, (atoms, split, bucket) in enumerate(buckets(mesh, placed)):
         if split:
             names[f"gather{k}"] = collectives.all_gather(mesh, atoms)
-            lines += [f"b{k} = gather{k}({_pack_parts(mesh, placed, bucket, 'state', done)})"]
-            for i, text in _unpack_parts(mesh, placed, bucket, f"b{k}", "used"):
+            lines += [f"b{k} = gather{k}({_pack_shards(mesh, placed, bucket, 'state', done)})"]
+            for i, text in _unpack_shards(mesh, placed, bucket, f"b{k}", "used"):
                 done[i] = text
     return lines, names
 
 
 def global_norm_squared(sharding, placed, counted):
-    """f(flat summed gradients) -> the squared norm of the whole gradient, on every rank. counted: the places that take part."""
+    """Returns f(flat summed gradients) -> the squared norm of the global gradient, on every rank.
+
+    counted: the indices of the gradients to take. Each rank adds its shards, divided by the number of ranks with a copy, over all ranks.
+    """
     mesh = sharding.mesh
     shares = []
     for i in counted:
-        split = mesh.size({atom for atoms in placed[i].state for atom in atoms})
+        shards = mesh.size({atom for atoms in placed[i].state for atom in atoms})
         stages = len(placed[i].holders) or mesh.pp
-        copies = mesh.world // mesh.pp * stages // split
+        copies = mesh.world // mesh.pp * stages // shards
         shares.append(f"total(square(cast(g[{i}], float32)), ())" + (f" / {copies}" if copies > 1 else ""))
     names = {**PRIMITIVES, "sum_all": collectives.psum(mesh, tuple(mesh.sizes)) if mesh.world > 1 else identity}
     return function("norm_squared(g)", [f"return sum_all(add(({', '.join(shares)},)))"], **names)
 
 
 def _flat_function(head, lines, done, names):
-    if not names:  # no collective: nothing to do
+    if not names:  # no collectives
         return identity
     return function(head, [*lines, f"return ({''.join(text + ', ' for text in done)})"], **names, **PRIMITIVES)
 
 
 def buckets(mesh, placed):
-    """[(data atoms, whether ZeRO splits these, places)]: what can travel together, in order, up to the size of a bucket."""
+    """Returns [(data atoms, whether ZeRO shards these, indices in `placed`)], one a bucket of at most BUCKET_ELEMENTS where that can be.
+
+    The gradients of a bucket are communicated as one array, so they have equal atoms.
+    """
     out, sizes = [], []
     for i, p in enumerate(placed):
         if not p.partial:
             continue
         key, size = (p.partial, p.zero_dim is not None), math.prod(local_shape(mesh, p.spec, p.used))
-        trains = p.spec.trains  # frozen parameters travel by themselves, so that the backward can leave them out
+        trains = p.spec.trains  # frozen parameters have their own buckets, which the backward leaves out
         fits = [
             k for k, b in enumerate(out) if b[:2] == key and placed[b[2][0]].spec.trains == trains and sizes[k] + size <= BUCKET_ELEMENTS
         ]
@@ -144,13 +160,16 @@ def _unpack_whole(mesh, placed, bucket, name, axes):
         start = stop
 
 
-def _pack_parts(mesh, placed, bucket, axes, source):
-    """[parts, elements]: of each leaf its dim to split in front, cut in as many parts as `axes` has of them."""
+def _pack_shards(mesh, placed, bucket, axes, source):
+    """Returns source text that packs a bucket into one array [shards, elements].
+
+    The dim that ZeRO splits is moved to the front of each leaf. axes: "used" for leaves of all shards, "state" for leaves of one.
+    """
     rows = [mesh.size(placed[i].partial) if axes == "used" else 1 for i in bucket]
     return "concat1((" + "".join(f"reshape({_to_front(placed[i], source[i])}, ({n}, -1)), " for i, n in zip(bucket, rows)) + "))"
 
 
-def _unpack_parts(mesh, placed, bucket, name, axes):
+def _unpack_shards(mesh, placed, bucket, name, axes):
     start = 0
     for i in bucket:
         p = placed[i]

@@ -1,4 +1,4 @@
-"""Flash attention in AscendC. See ops/attention.py for what it computes, and docs/ops.md for how."""
+"""Flash attention in AscendC. ops/attention.py defines it; docs/ops.md describes the kernels."""
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -6,11 +6,11 @@ from mindspore import nn, ops
 from ops.ascendc.custom import kernel
 from ops.attention import ARGUMENTS, GROUPED
 
-MOST_SIZE = 256  # elements of a head: op_host/attention.cpp
+MOST_SIZE = 256  # the largest head_dim, as in op_host/attention.cpp
 
 
 def ascendc(scale, in_order=False):
-    """The same as reference, in memory linear in S and T, forward and backward; scores and softmax in float32. Orders are below 2**30."""
+    """Returns attention in memory linear in S and T. Scores and softmax are in float32. Orders must be below 2**30."""
     attend = _Attention(scale, in_order)
 
     def attention(q, k, v, segment, key_segment, order, key_order):
@@ -20,7 +20,7 @@ def ascendc(scale, in_order=False):
 
 
 def ascendc_parts(scale):
-    """attention.reference_parts in the kernels of `ascendc`. The lse of a query that sees no key is some -1e9."""
+    """Returns (forward, backward) as reference_parts does. The lse of a query that sees no key is about -1e9."""
     attend, swap = _Attention(scale, False), ops.Transpose()
 
     def of_part(*inputs):
@@ -41,7 +41,7 @@ def ascendc_missing(use):
 
 
 class _Attention(nn.Cell):
-    """-> (o_BSNH, lse_BNS float32)"""
+    """attention by two kernels, with the results (o_BSNH, lse_BNS float32)."""
 
     def __init__(self, scale, in_order):
         super().__init__()

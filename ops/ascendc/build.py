@@ -1,11 +1,11 @@
-"""The AscendC operators: emulated ones for CPU, built with g++ on first use, and the operator package for Ascend, built with CANN.
+"""Builds the AscendC operators: emulated ones for CPU with g++ on first use, and the operator package for Ascend with CANN.
 
-    python -m ops.ascendc.build                 # builds the emulated ones, and says what is missing for what needs CANN
-    python -m ops.ascendc.build --install=DIR   # installs the package into DIR; set ASCEND_CUSTOM_OPP_PATH as it then says
+    python -m ops.ascendc.build                 # builds the emulated operators, and prints what is missing to use CANN
+    python -m ops.ascendc.build --install=DIR   # installs the package into DIR, and prints the ASCEND_CUSTOM_OPP_PATH to set
 
-This module is the one place that knows CANN. Sources: op_host/FAMILY.cpp, the definitions and tiling functions of a family of operators,
-and op_kernel/qwen_NAME.cpp, the kernel of each. In CANN's own CPU mode and in its simulator a kernel is run by modes/run.cpp, without a
-package: tests/ops/test_ascendc_modes.py.
+Only this module calls CANN. op_host/FAMILY.cpp has the definitions and tiling functions of a family of operators, and
+op_kernel/qwen_NAME.cpp the kernel of each operator. modes/run.cpp runs a kernel without a package, in CANN's CPU mode or in its simulator;
+tests/ops/test_ascendc_modes.py uses it.
 """
 
 import argparse
@@ -26,18 +26,23 @@ HERE = Path(__file__).parent
 EMULATOR = HERE.parent / "emulator"
 HOST, KERNEL, RUN = HERE / "op_host", HERE / "op_kernel", HERE / "modes" / "run.cpp"
 FLAGS = ("-O2", "-march=native", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unused-parameter")
-# KERNEL_TYPE_...: cube cores, vector cores
+# KERNEL_TYPE_... -> whether it uses cube cores, vector cores
 CORES = {"AIV_ONLY": "false, true", "MIX_AIV_1_0": "false, true", "AIC_ONLY": "true, false", "MIX_AIC_1_2": "true, true"}
 CHIP, VENDOR = "ascend910b", "qwen3"
-COMPILER = "lib/plugin/ascend/custom_compiler"  # MindSpore's, beside its plugin
-PART = "Ascend910B1"  # the part of the chip's family that CANN's CPU mode and simulator are asked for
+COMPILER = "lib/plugin/ascend/custom_compiler"  # in MindSpore's package
+PART = "Ascend910B1"  # the chip for CANN's CPU mode and simulator
 MODES = {"cpu": "CPU mode", "sim": "simulator"}
-CORE_MODES = {"AIV_ONLY": "AIV_MODE", "MIX_AIV_1_0": "AIV_MODE", "AIC_ONLY": "AIC_MODE", "MIX_AIC_1_2": "MIX_MODE"}  # of the CPU mode
-SYSTEM_WORKSPACE = 16 << 20  # bytes of a workspace that are CANN's own
+CORE_MODES = {
+    "AIV_ONLY": "AIV_MODE",
+    "MIX_AIV_1_0": "AIV_MODE",
+    "AIC_ONLY": "AIC_MODE",
+    "MIX_AIC_1_2": "MIX_MODE",
+}  # the kernel modes of CANN's CPU mode
+SYSTEM_WORKSPACE = 16 << 20  # the bytes of a workspace that CANN uses itself
 
 _COMPILER = {"the compiler of kernels": ("compiler/ccec_compiler/bin/ccec", "bin/ccec")}
 _HEADERS = {"the AscendC headers": ("compiler/tikcpp/tikcfw/kernel_operator.h", "include/ascendc")}
-# {what is built: {what it needs: where in CANN it is, or may be}}. CANN 9.1 has tools/cpudebug where others have tools/tikicpulib.
+# {target: {component: its possible paths in CANN}}. CANN 9.1 has tools/cpudebug where other versions have tools/tikicpulib.
 NEEDS = {
     "package": {
         **_COMPILER,
@@ -68,7 +73,7 @@ TOOLS = {"package": ("cmake", "bash"), "cpu": ("cmake", "make"), "sim": ("cmake"
 
 
 def families():
-    """{family: the names of its operators}"""
+    """Returns {family: the names of its operators}."""
     found = {path.stem: [] for path in sorted(HOST.glob("*.cpp"))}
     for path in sorted(KERNEL.glob("*.cpp")):
         found[_family(path)].append(path.stem)
@@ -80,17 +85,17 @@ def _family(path):
 
 
 def type_of(name):
-    """qwen_rms_norm -> QwenRmsNorm"""
+    """Returns the type name of an operator: QwenRmsNorm for qwen_rms_norm."""
     return "".join(part.capitalize() for part in name.split("_"))
 
 
 def emulator():
-    """The path of the emulator's library. Raises RuntimeError where it cannot be built."""
+    """Returns the path of the emulator's library, and builds it if needed. Raises RuntimeError if that fails."""
     return _library("emulator", EMULATOR / "machine.cc", ())
 
 
 def emulated(family):
-    """The path of a library with the function NAME_emulated for each operator of a family, for MindSpore's Custom on CPU."""
+    """Returns the path of a library with a function NAME_emulated for each operator of a family, for MindSpore's Custom on CPU."""
     names = families()[family]
     tilings = re.findall(r"BEGIN_TILING_DATA_DEF\((\w+)\)", (HOST / f"{family}_tiling.h").read_text())
     lines = [f'#include "{family}.cpp"', *(f"using optiling::{tiling};" for tiling in tilings)]
@@ -102,16 +107,16 @@ def emulated(family):
 
 
 def built(name, text, sources):
-    """The library of a text that includes `sources`, written against the emulator."""
+    """Returns the path of the library of a source text that includes `sources` and uses the emulator."""
     machine = emulator()
     include = [f"-I{folder}" for folder in (EMULATOR / "include", EMULATOR, HOST, KERNEL)]
-    # hidden: what inline functions keep would else be shared by all libraries, and outlive the one that made it
+    # hidden: otherwise all libraries would share the static variables of inline functions
     return _library(name, text, ("-fvisibility=hidden", *include, machine, f"-Wl,-rpath,{Path(machine).parent}"), sources)
 
 
 @functools.cache
 def _library(name, source, flags, sources=()):
-    """The library of a source, its text or a path; named for all that it is made of, and built once."""
+    """Returns the path of the library of a source (text or Path), built if needed. Its name has a digest of everything it depends on."""
     cxx = cpu.compiler()
     if cxx is None:
         raise RuntimeError("emulated AscendC kernels are built with g++, and there is none; install it, or use ops.*=reference")
@@ -144,12 +149,12 @@ def _compile(cxx, source, flags, path):
 
 
 def home():
-    """The folder in which CANN is, or would be."""
+    """Returns the folder of CANN, whether or not it exists."""
     return os.environ.get("ASCEND_HOME_PATH") or "/usr/local/Ascend/ascend-toolkit/latest"
 
 
 def missing(what):
-    """All that is missing to build the package, or for a mode ("cpu", "sim"), with the places of files; empty if nothing is."""
+    """Returns a text of everything that is missing for a target ("package", "cpu" or "sim"), with paths; "" if nothing is."""
     cann = home()
     if not os.path.isdir(cann):
         return f"CANN is not in {cann}; install its toolkit, and source its set_env.sh, which sets ASCEND_HOME_PATH"
@@ -174,7 +179,7 @@ def _compiler_of_mindspore():
 
 
 def not_installed():
-    """Why the operators cannot run on Ascend, with the fix; empty if they can. In simulation nothing runs, and nothing is needed."""
+    """Returns why the operators cannot run on Ascend, with the fix; "" if they can. Simulation runs no kernels, so it needs nothing."""
     if os.environ.get("MS_SIMULATION_LEVEL"):
         return ""
     places = [path for path in os.environ.get("ASCEND_CUSTOM_OPP_PATH", "").split(":") if path]
@@ -184,12 +189,12 @@ def not_installed():
 
 
 def install(folder):
-    """Builds the operator package with CANN and installs it into a folder. Raises RuntimeError where that fails."""
+    """Builds the operator package with CANN and installs it into a folder. Returns its path. Raises RuntimeError if that fails."""
     if lacks := missing("package"):
         raise RuntimeError(lacks)
     setup = _compiler_of_mindspore()
     os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory() as work:  # setup.py makes its project beside itself, so it is copied
+    with tempfile.TemporaryDirectory() as work:  # setup.py writes into its own folder, so it is copied
         for name in ("setup.py", "start.sh"):
             shutil.copy(setup.parent / name, work)
         command = [sys.executable, "setup.py", "-o", str(HOST), "-k", str(KERNEL), "--soc_version", CHIP, "--vendor_name", VENDOR]
@@ -203,9 +208,9 @@ def install(folder):
 
 
 def program(mode, name, key, folder):
-    """Builds in a folder the program that runs the kernel of a tiling key in a mode of CANN; see modes/run.cpp. Raises RuntimeError.
+    """Builds in `folder` the program of modes/run.cpp, which runs a kernel with a tiling key in a mode of CANN ("cpu" or "sim").
 
-    Returns (its path, the environment that it needs).
+    Returns (the path of the program, the environment that it needs). Raises RuntimeError if that fails.
     """
     if lacks := missing(mode):
         raise RuntimeError(lacks)
@@ -218,9 +223,9 @@ def program(mode, name, key, folder):
     if mode == "cpu":
         libraries = [os.path.join(cann, place) for place in ("tools/tikicpulib/lib", "tools/cpudebug/lib64")]
         libraries += [*(os.path.join(library, PART) for library in libraries), simulator]
-    libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])  # an empty one would be the folder it is run in
+    libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])  # an empty path would mean the current folder
     env = {**os.environ, "LD_LIBRARY_PATH": ":".join(libraries), "CAMODEL_LOG_PATH": str(folder)}
-    # Makefiles: CANN's extraction of host stubs does not follow the paths that CMake writes for Ninja
+    # Makefiles, since CANN's extraction of host stubs does not find the paths that CMake writes for Ninja
     command = ["cmake", "-S", str(folder), "-B", str(folder / "build"), "-G", "Unix Makefiles", "-DCMAKE_BUILD_TYPE=Release"]
     command += [f"-DRUN_MODE={mode}", f"-DSOC_VERSION={PART}", f"-DASCEND_CANN_PACKAGE_PATH={cann}"]
     if mode == "sim":
@@ -233,7 +238,7 @@ def program(mode, name, key, folder):
 
 
 def _kernel(name, key):
-    """A kernel as one source with what an operator package would bring: the tiling data as a struct, and how to read it."""
+    """Returns the source text of a kernel, with the struct of its tiling data and the macro that reads it, which a package would add."""
     kernel = KERNEL / f"{name}.cpp"
     structs = (HOST / f"{_family(kernel)}_tiling.h").read_text()
     lines = [f"#define TILING_KEY_VAR {key}", '#include "kernel_operator.h"']
@@ -295,7 +300,7 @@ target_compile_definitions(run PRIVATE ASCENDC_CPU_DEBUG=1)
 target_link_directories(run PRIVATE ${ASCEND_CANN_PACKAGE_PATH}/lib64)
 target_link_libraries(run PRIVATE tikicpulib::${SOC_VERSION} ascendcl c_sec)
 """,
-    # One source, for a second one that only declares a kernel gets a stub too. The simulator's libraries find each other when they are run.
+    # One source only, since one that only declares a kernel gets a stub too. The libraries of the simulator are linked at run time.
     "sim": """\
 cmake_minimum_required(VERSION 3.16)
 project(kernel)

@@ -1,11 +1,11 @@
-"""The pieces of cross-entropy in AscendC. See ops/cross_entropy.py for what they are, and docs/ops.md for how they are made."""
+"""The terms of cross-entropy in AscendC. ops/cross_entropy.py defines them; docs/ops.md describes the kernels."""
 
 from ops.ascendc.custom import kernel
 from ops.cross_entropy import by_kernels
 
 
 def ascendc():
-    """The same as reference without an array of probabilities: one pass over z forward, and one backward."""
+    """Returns measure, with one pass over z in the forward and one in the backward. It stores no probabilities."""
     return by_kernels(kernel, "qwen_")
 
 

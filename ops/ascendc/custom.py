@@ -1,6 +1,6 @@
-"""AscendC operators as primitives: the compiled one on Ascend, the emulated one on CPU.
+"""AscendC operators as MindSpore primitives: the compiled operator on Ascend, the emulated one on CPU.
 
-An operator has no backward of its own; an nn.Cell with a bprop joins it with the operator of its gradient.
+A primitive of an operator has no backward. An nn.Cell with a bprop combines it with the operator of its gradient.
 """
 
 import itertools
@@ -16,11 +16,11 @@ _instances = itertools.count()
 
 
 def kernel(family, name, arguments, shapes, dtypes, *, attrs=None, floats=FLOATS, **conditions):
-    """The operator `name` of ops/ascendc/op_host/FAMILY.cpp: call(*tensors).
+    """Returns the operator `name` of ops/ascendc/op_host/FAMILY.cpp as a function of tensors.
 
-    arguments: what it takes, as in ops/signature.py, with `floats` and `conditions`; for a gradient, which only its op calls, their number.
-    shapes, dtypes: functions of the inputs' shapes, and of their dtypes, to the output's, or a tuple of the outputs'.
-    attrs: {name: float or int}, in the order of the definition.
+    arguments: the text of its arguments for ops/signature.py, which takes `floats` and `conditions` too. For a gradient, which only its op
+    calls, the number of its arguments. shapes, dtypes: functions of the shapes and of the dtypes of the inputs; they return that of the
+    output, or a tuple for several outputs. attrs: {name: float or int}, in the order of the operator's definition.
     """
     inputs = arguments if isinstance(arguments, int) else arguments.count(";") + 1
     outputs, attrs = _count(dtypes, inputs), attrs or {}
@@ -41,7 +41,7 @@ def _compiled(name, inputs, outputs, shapes, dtypes, attrs):
 
 
 def _emulated(function, inputs, outputs, shapes, dtypes, attrs):
-    """On CPU the attributes come behind the inputs, as one tensor."""
+    """Returns the emulated operator. On CPU it takes the attributes as one tensor after the inputs."""
     if not attrs:
         return _primitive(function, shapes, dtypes, _info(function, inputs, outputs).target("CPU"))
     values = ms.Tensor(list(attrs.values()), ms.float32)

@@ -1,4 +1,4 @@
-"""Grouped matmul in AscendC. See ops/grouped_matmul.py for what it computes, and docs/ops.md for how."""
+"""Grouped matrix product in AscendC. ops/grouped_matmul.py defines it; docs/ops.md describes the kernels."""
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -9,9 +9,9 @@ from ops.signature import check
 
 
 def ascendc():
-    """The same as reference, for groups in rising order, as a plan's are: the kernel is given where each group's rows end.
+    """Returns grouped_matmul for blocks in order of group, as those of a routing plan are.
 
-    The rows of blocks without a group are taken as the last group's: as they are zeros, nothing comes of them.
+    The kernel takes the index at which the rows of each group end. Empty blocks count for the last group; their zero rows change nothing.
     """
     multiply, ends_of = _GroupedMatMul(), group_ends()
     reshape, cast, require = ops.Reshape(), ops.Cast(), check("grouped_matmul", ARGUMENTS)
@@ -26,7 +26,7 @@ def ascendc():
 
 
 def ascendc_block(limit):
-    """One row, as in cpu_block."""
+    """Returns 1: blocks of one row need no padding."""
     return 1
 
 

@@ -1,4 +1,4 @@
-"""RMS norm in AscendC. See ops/rms_norm.py for what it computes, and docs/ops.md for how."""
+"""RMS norm in AscendC. ops/rms_norm.py defines it; docs/ops.md describes the kernels."""
 
 from mindspore import nn
 
@@ -7,12 +7,12 @@ from ops.rms_norm import ARGUMENTS, SUMMED
 
 
 def ascendc(eps):
-    """The same as reference, in float32 within, rounded once."""
+    """Returns rms_norm, which computes in float32 and rounds once."""
     return _Norm(eps)
 
 
 def ascendc_add(eps):
-    """The same as reference_add, likewise; the norm is that of the rounded sum."""
+    """Returns add_norm, which computes in float32. The norm is that of the rounded sum, and is rounded once."""
     return _AddNorm(eps)
 
 

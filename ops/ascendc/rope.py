@@ -1,4 +1,4 @@
-"""Rotary embedding in AscendC, alone and after an RMS norm of each head. See ops/rope.py for what it computes, and docs/ops.md for how."""
+"""Rotary embedding in AscendC, alone and after an RMS norm of each head. ops/rope.py defines it; docs/ops.md describes the kernels."""
 
 from mindspore import nn, ops
 
@@ -7,13 +7,13 @@ from ops.rope import ARGUMENTS, NORMED, Rotate
 
 
 def ascendc():
-    """The same as reference. The gradients of cos and sin are 0."""
+    """Returns rotate as reference does. The gradients of cos and sin are 0."""
     backward = kernel("rope", "qwen_rope", 3, _first, _first, attrs={"sign": -1})
     return Rotate(kernel("rope", "qwen_rope", ARGUMENTS, _first, _first, attrs={"sign": 1}), backward)
 
 
 def ascendc_norm(eps):
-    """The same as reference_norm, in float32 within, rounded once. The gradients of cos and sin are 0."""
+    """Returns norm_rotate, which computes in float32 and rounds once. The gradients of cos and sin are 0."""
     return _NormRotate(eps)
 
 

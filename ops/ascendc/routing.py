@@ -1,4 +1,4 @@
-"""MoE routing in AscendC: the choice of experts, and rows to them and back. See ops/routing.py for what, docs/ops.md for how."""
+"""MoE routing in AscendC. ops/routing.py defines the functions; docs/ops.md describes the kernels."""
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -8,7 +8,7 @@ from ops.routing import BIASED, COMBINED, PERMUTED, BiasedTopK, Combine, chosen,
 
 
 def ascendc_top_k(k, normalise, biased=False):
-    """The same as reference_top_k. A row with NaN among its logits gets the first k experts."""
+    """Returns top_k as reference_top_k does. A row with a NaN logit gets the first k experts."""
     shares = int(normalise)
     forward = kernel("routing", "qwen_top_k", BIASED, chosen(k), _top_k_dtypes, attrs={"k": k, "shares": shares}, least={"E": k})
     choose = BiasedTopK(forward, kernel("routing", "qwen_top_k_grad", 5, _first, _first, attrs={"shares": shares}))
@@ -16,14 +16,14 @@ def ascendc_top_k(k, normalise, biased=False):
 
 
 def ascendc_permute(num_experts, limit):
-    """The same as reference_permute, for blocks of one row. Raises ValueError for others."""
+    """Returns permute as reference_permute does, for blocks of one row only. Raises ValueError for another `limit`."""
     if limit != 1:
         raise ValueError(f"ops.routing=ascendc makes blocks of one row, not of {limit}; use --config.ops.grouped_matmul=ascendc")
     return _Permute(num_experts)
 
 
 def ascendc_combine():
-    """The same as reference_combine, where every row of y is in one slot, as ascendc_permute gives them. The weights are in float32."""
+    """Returns combine with float32 weights. Every row of y must be in exactly one slot, as ascendc_permute gives them."""
     forward = kernel("routing", "qwen_combine", COMBINED.replace("weight R k", "weight float32 R k"), combined, _first)
     return Combine(forward, kernel("routing", "qwen_combine_grad", 4, combine_grads, _combine_grads_dtypes))
 

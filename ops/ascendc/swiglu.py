@@ -1,11 +1,11 @@
-"""SwiGLU in AscendC. See ops/swiglu.py for what it computes, and docs/ops.md for how."""
+"""SwiGLU in AscendC. ops/swiglu.py defines it; docs/ops.md describes the kernels."""
 
 from ops.ascendc.custom import kernel
 from ops.swiglu import ByKernels
 
 
 def ascendc():
-    """The same as reference, in float32 within, rounded once."""
+    """Returns swiglu, which computes in float32 and rounds once."""
     return ByKernels(kernel, "qwen_")
 
 

@@ -1,8 +1,8 @@
-// AdamW of one array, in place, and the sum of squares of a gradient.
+// The AdamW update of one array, in place, and the sum of squares of a gradient.
 #include "common.h"
 
 // values [lr, 1 - b1**t, 1 - b2**t, ...], scale, keep, constants [b1, 1 - b1, b2, 1 - b2, eps, decay, skips], g, p, m, v -> token [1].
-// Changes p, m and v; nothing where it skips and keep is not above 0.
+// Changes p, m and v. If skips is set and keep <= 0, it changes nothing.
 KERNEL(adamw) {
   if (!a.are("fffffffff")) return WRONG_TYPES;
   const int64_t n = a.size(5);

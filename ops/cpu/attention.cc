@@ -1,17 +1,17 @@
-// Attention's forward; see attention.h.
+// The forward of attention; see attention.h.
 #include "attention_few.h"
 
 namespace {
 
-// Scores lie as [key][row]: a row of the tile is a lane, and maxima and sums over keys run down the lanes.
+// The layout of scores is [key][row]: each row of the tile is a SIMD lane, so maxima and sums over keys stay within a lane.
 
 struct Rows {
   float *top, *before, *sum, *alpha;  // maximum, the one before this tile, sum of 2 ** (score - top), 2 ** (before - top)
   int32_t *segment, *order;
 };
 
-// Scores [n][ld] of `width` rows -> 2 ** (score - top), with top and sum brought up to date. Returns whether a top rose. SOME: of the keys,
-// some are hidden from some rows.
+// Replaces the scores [n][ld] of `width` rows by 2 ** (score - top) and updates top and sum. Returns whether a top rose. SOME: some keys
+// are hidden from some rows.
 template <bool SOME>
 bool soften(float *p, int64_t n, int64_t width, int64_t ld, const int32_t *segment, const int32_t *order, const Rows &rows) {
   std::memcpy(rows.before, rows.top, width * sizeof(float));

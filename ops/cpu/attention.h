@@ -1,7 +1,7 @@
-// What attention's forward and backward share: their inputs, which tokens see which, 2 ** x, and scratch memory.
+// Shared by the forward and backward of attention: inputs, masks, 2 ** x and scratch memory.
 //
-// Attention without its matrix of scores (Dao 2023, FlashAttention-2): tiles of keys and queries, a running maximum, and, for the backward,
-// the logarithm of each query's sum. The G query heads that share a kv head are rows of one tile. Scores are taken to base 2.
+// FlashAttention-2 (Dao 2023), which stores no matrix of scores: tiles of keys and queries, a running maximum, and the log-sum-exp of each
+// query for the backward. The G query heads of a kv head are rows of one tile. Exponentials have base 2.
 #pragma once
 #include <algorithm>
 #include <climits>

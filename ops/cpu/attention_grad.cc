@@ -1,4 +1,4 @@
-// Attention's backward; see attention.h.
+// The backward of attention; see attention.h.
 #include "attention.h"
 
 #include <atomic>
@@ -6,8 +6,8 @@
 
 namespace {
 
-// Scores lie as [row][key]: keys are lanes, and a block of keys is turned once for all queries. A task is a block of keys; it owns its dk
-// and dv. Tasks add to dq in the order of their keys, whichever threads have them: so the sums are the same for any number of threads.
+// The layout of scores is [row][key]: keys are SIMD lanes, and a block of keys is transposed once for all queries. A task is a block of
+// keys and computes its dk and dv. Tasks add to dq in the order of their keys, so sums do not depend on the number of threads.
 
 struct Backward {
   const Problem &p;

@@ -1,5 +1,5 @@
-// OpenBLAS, each product on the thread that asks for it: the kernels share work over threads by themselves. Its own threads would wait for
-// those of OpenMP, and cut a product by their number, which changes the rounding.
+// OpenBLAS with one thread: a product runs on the thread that calls it, since the kernels split work over threads themselves. Threads of
+// OpenBLAS would wait for those of OpenMP, and would split a product by their number, which changes the rounding.
 #pragma once
 #include <cblas.h>
 

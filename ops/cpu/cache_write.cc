@@ -1,7 +1,7 @@
-// New keys or values into their slots of a KV cache, in place; of any type of 4 bytes.
+// Writes new keys or values into their slots of a KV cache, in place; for types of 4 bytes.
 #include "common.h"
 
-// cache [B, T, K, H] (written to), new [B, S, K, H], at [B, S] int32 -> [1] int32, 0: what a reader of the cache waits for.
+// cache [B, T, K, H] (written to), new [B, S, K, H], at [B, S] int32 -> [1] int32, 0, for which readers of the cache wait.
 KERNEL(cache_write) {
   if (!a.are("..ii") || !a.dtype(1, a.dtypes[0]) || !(a.dtype(0, "float32") || a.dtype(0, "int32"))) return WRONG_TYPES;
   if (a.ndims[0] != 4 || a.ndims[1] != 4 || a.ndims[2] != 2) return WRONG_SHAPES;

@@ -1,4 +1,4 @@
-// What the kernels share: a kernel's arguments, exp, arrays as rows and sums over them, and the scale of an RMS norm.
+// Shared by the kernels: their arguments, exp, arrays as rows, sums over rows, and the scale of an RMS norm.
 #pragma once
 #include <omp.h>
 
@@ -9,7 +9,7 @@
 #include <initializer_list>
 #include <vector>
 
-// The arguments that MindSpore passes to a kernel: the inputs' arrays, then the outputs'.
+// The arguments that MindSpore passes to a kernel: the arrays of the inputs, then those of the outputs.
 struct Args {
   int count;
   void **data;

@@ -1,9 +1,9 @@
-// Cross-entropy's pieces of logits; see entropy.h.
+// The terms of cross-entropy; see entropy.h.
 #include "entropy.h"
 
 static bool rows_and_places(const Args &a) { return a.ndims[0] == 2 && a.size(1) == a.dim(0, 0); }
 
-// z [R, V], the place of the picked column [R] -> the largest, sum(exp(z - largest)), the picked column (0 for a place in none), all [R, 1]
+// z [R, V], the index of the picked column [R] -> the maximum, sum(exp(z - maximum)), the picked element (0 if there is none), [R, 1]
 KERNEL(cross_entropy) {
   if (!a.are("fifff")) return WRONG_TYPES;
   if (!rows_and_places(a)) return WRONG_SHAPES;

@@ -1,5 +1,5 @@
 // The attention half of a layer for one token a row: norm, q, k and v, the norms of heads and rotary embedding, the write into the cache,
-// attention over it, the way back and the residual sum.
+// attention over it, the output projection and the residual sum.
 #include <memory>
 
 #include "attention_few.h"

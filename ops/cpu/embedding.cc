@@ -1,9 +1,9 @@
-// Rows of a matrix taken by id, and the sum of their gradients.
+// Takes rows of a matrix by id, and sums their gradients.
 #include "common.h"
 
 enum : int { ID_OUT_OF_RANGE = 3 };
 
-// With PART an id outside [0, V) gives a row of zeros; without, an error.
+// An id outside [0, V) gives a row of zeros if PART, else an error.
 template <bool PART>
 static int take(const Args &a) {
   if (!a.are("fif")) return WRONG_TYPES;

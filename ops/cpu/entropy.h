@@ -1,4 +1,4 @@
-// Sums of exponentials over the rows of logits, and one picked column of each; no array of probabilities is made.
+// Sums of exponentials over rows of logits, and one picked element of each row, without storing probabilities.
 #pragma once
 #include "common.h"
 

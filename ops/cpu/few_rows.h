@@ -1,6 +1,6 @@
-// Products of few rows and a weight matrix, as of decoding: the weights are read once, in order, which takes longer than the products. A
-// result's sum runs in one order, whatever the number of rows and wherever columns are cut, so that a token decodes alike in batches of any
-// size up to MOST_ROWS.
+// Products of few rows and a weight matrix, for decoding. The weights are read once, in order, which takes longer than the arithmetic. The
+// order of each sum does not depend on the number of rows or on how columns are split, so decoding a token gives bitwise equal results in
+// batches of any size up to MOST_ROWS.
 #pragma once
 #include <algorithm>
 #include <type_traits>

@@ -1,5 +1,5 @@
-// Products of matrices that lie in the cache, by tiles that lie in registers. Sums run over the depth in order, so that a result does not
-// depend on where its tile begins.
+// Products of matrices in the cache, by tiles in registers. Sums run over the inner dim in order, so a result does not depend on where its
+// tile begins.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// Blocks of rows, each multiplied with the matrix of its group, and the gradients. Neighbouring blocks of one group are one product, cut into
-// tiles for the threads; the tiles follow from shapes and groups alone, so the number of threads changes nothing.
+// Multiplies blocks of rows with the matrices of their groups; and the gradients. Neighbouring blocks of one group are one product, which
+// is split into tiles for the threads. The tiles depend on shapes and groups only, so the number of threads does not change results.
 #include <algorithm>
 #include <vector>
 

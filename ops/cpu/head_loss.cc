@@ -1,10 +1,9 @@
-// The head's logits and cross-entropy's pieces of them, and the gradients, for which the logits make room.
+// The logits of the output head and the terms of cross-entropy; and the gradients, which overwrite the logits.
 #include "blas.h"
 #include "entropy.h"
 #include "product.h"
 
-// x [R, D], w [V, D], the place of the picked column [R] -> the logits z [R, V]; their largest, sum(exp(z - largest)) and picked column, all
-// [R, 1]
+// x [R, D], w [V, D], the index of the picked column [R] -> the logits z [R, V]; maximum, sum(exp(z - maximum)) and picked element, [R, 1]
 KERNEL(head_loss) {
   if (!a.are("ffiffff")) return WRONG_TYPES;
   if (a.ndims[0] != 2 || a.ndims[1] != 2 || a.dim(0, 1) != a.dim(1, 1) || a.size(2) != a.dim(0, 0)) return WRONG_SHAPES;

@@ -4,7 +4,7 @@
 
 #include "common.h"
 
-// One row; `y`, where it is not null, is added to x first, and the sum kept in `h`.
+// The norm of one row. If `y` is not null, it is added to x first, and the sum is stored in `h`.
 template <bool ADD>
 static inline void norm_row(const float *x, const float *y, const float *w, float *h, float *out, int64_t n, float eps) {
   float squares = 0;

@@ -1,5 +1,5 @@
-// Products of two matrices by OpenBLAS, cut into tiles for the threads. The tiles follow from the shapes alone, so the number of threads
-// changes nothing.
+// Products of two matrices by OpenBLAS, split into tiles for the threads. The tiles depend on the shapes only, so the number of threads
+// does not change results.
 #pragma once
 #include "blas.h"
 #include "common.h"
@@ -7,8 +7,8 @@
 
 static const int64_t SMALL = 1 << 18;  // multiplications below which threads cost more than they save
 
-// The edges of a tile of c [m, n]: enough for OpenBLAS to run near its peak, and no more, as it packs what it reads for a tile into memory of
-// its own; less where that leaves fewer than a few for each thread, but never less than is worth the packing.
+// The sizes of a tile of c [m, n]. A tile is as small as OpenBLAS allows near its peak, since OpenBLAS copies the operands of a tile. If
+// there were only few tiles a thread, tiles are smaller, down to a size that is still worth the copies.
 struct Tiles {
   int64_t tall, wide;
 

@@ -1,4 +1,4 @@
-// RMS norm of rows, with the sum of a residual stream in the same pass, and their gradients.
+// RMS norm of rows, alone and with a residual sum in the same pass; and the gradients.
 #include "common.h"
 #include "norm.h"
 

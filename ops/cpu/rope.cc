@@ -2,7 +2,7 @@
 #include "common.h"
 #include "norm.h"
 
-// x [B, S, N, H]; cos and sin hold a row of H / 2 for each (b, s).
+// x [B, S, N, H]; cos and sin have a row of H / 2 angles for each (b, s).
 struct Heads {
   int64_t tokens, heads, half;
 

@@ -1,5 +1,5 @@
-// The choice of experts, where assignments go, and the rows that go there and come back. Integers are exact, and every sum has one thread
-// and one order.
+// MoE routing: the choice of experts, the slots of assignments, and dispatch and combination of rows. Each sum is computed by one thread in
+// one order.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -10,7 +10,7 @@ enum : int { WRONG_INDEX = 3 };
 
 static const int64_t SMALL = 1 << 15;  // elements below which threads cost more than they save
 
-// The places of a list of keys, by key and in order: those of key g are place[first[g]] .. place[first[g + 1] - 1].
+// A stable counting sort: the indices of the elements with key g are place[first[g]] .. place[first[g + 1] - 1], in order.
 struct Sorted {
   std::vector<int64_t> first;
   std::vector<int32_t> place;

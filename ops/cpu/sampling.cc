@@ -1,4 +1,4 @@
-// One token id a row from logits: the largest, or a draw from softmax(logits / temperature) cut by top-k, top-p and min-p.
+// Takes one token id a row: that of the largest logit, or a sample from softmax(logits / temperature) filtered by top-k, top-p and min-p.
 #include <algorithm>
 #include <vector>
 

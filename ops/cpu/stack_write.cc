@@ -1,4 +1,4 @@
-// One layer's array into its place in a stack of all layers', in place, and such a stack; of floats of 2 or 4 bytes.
+// Writes the array of one layer into a stack of all layers, in place, and makes such a stack; for floats of 2 or 4 bytes.
 #include "common.h"
 
 static int64_t bytes_of(const Args &a, int i) {
@@ -6,7 +6,7 @@ static int64_t bytes_of(const Args &a, int i) {
   return a.dtype(i, "float16") || a.dtype(i, "bfloat16") ? 2 : 0;
 }
 
-// stack [L, ...] (written to), at [] int32, x [...] -> [1] int32, 0: what a reader of the stack waits for.
+// stack [L, ...] (written to), at [] int32, x [...] -> [1] int32, 0, for which readers of the stack wait.
 KERNEL(stack_write) {
   if (!a.are(".i.i") || !a.dtype(2, a.dtypes[0]) || !bytes_of(a, 0)) return WRONG_TYPES;
   if (a.ndims[0] != a.ndims[2] + 1 || a.size(1) != 1 || a.size(3) != 1) return WRONG_SHAPES;

@@ -1,5 +1,5 @@
-// A task of microseconds, in stages that each use what the one before has made. The threads of a team take the pieces of a stage as they
-// come, so that one that wakes late holds up none, and what a piece computes does not depend on who takes it.
+// Runs a task of microseconds in stages, each of which uses the results of the previous one. Threads take pieces of a stage dynamically, so
+// that a thread that wakes late does not delay the others. The result of a piece does not depend on the thread.
 #pragma once
 #include <atomic>
 #include <thread>

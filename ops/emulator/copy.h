@@ -1,4 +1,4 @@
-// Copies between global memory and a core's: rows with gaps and padding, and rows of a matrix into the cube's blocks.
+// Copies between global memory and the memories of a core: rows with gaps and padding, and rows of a matrix into fractals of the cube.
 #pragma once
 #include "tensor.h"
 

@@ -1,4 +1,4 @@
-// The cube: fractals of 512 bytes from L1 into L0A and L0B, products into L0C, and L0C's results out to global memory.
+// The cube core: loads fractals of 512 bytes from L1 into L0A and L0B, multiplies into L0C, and copies results from L0C to global memory.
 //
 // A fractal has 16 rows of 32 bytes. L1 holds a matrix of r rows as columns of fractals (DataCopy with Nd2NzParams). L0A wants rows of
 // fractals, each [m 16][k c]; L0B rows of k, each fractal [n 16][k c]; L0C has columns of [16][16] floats. c = 32 bytes of elements.

@@ -1,5 +1,5 @@
-// An operator as a function that MindSpore's Custom calls on CPU: its definition is asked what it takes, its tiling function how to run it,
-// and its kernel runs on the emulated cores.
+// An operator as a function that MindSpore's Custom calls on CPU: it reads the definition of the operator, calls its tiling function, and
+// runs its kernel on the emulated cores.
 #pragma once
 #include <algorithm>
 #include <cstdio>

@@ -1,9 +1,8 @@
-// The machine that kernels are emulated on: cores, their memories, what is known to have happened before what, and failures.
+// The emulated machine: cores, their memories, the happens-before order of accesses, and failures.
 //
-// Every core is a coroutine, and one runs at a time, from one wait for another core to the next; so a run is the same each time, and a
-// deadlock is seen as such. An instruction does its work when it is called. The chip's pipes do theirs later, side by side: what orders
-// them is kept as a vector clock for each pipe, and an access that no flag, queue or barrier orders after an earlier one of its bytes is a
-// failure.
+// Each core is a coroutine. One core runs at a time, until it waits for another, so runs are deterministic and a deadlock is detected. An
+// instruction takes effect when it is called. On the chip, pipes execute instructions later and in parallel, so the emulator keeps a vector
+// clock for each pipe. An access fails if no flag, queue or barrier orders it after an earlier access to the same bytes.
 #pragma once
 #include <cstddef>
 #include <cstdint>

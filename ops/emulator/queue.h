@@ -1,4 +1,4 @@
-// TPipe, which shares a core's memories out; queues, which order its pipes; flags and barriers between pipes and between cores.
+// TPipe, which allocates the memories of a core; queues, which order its pipes; flags and barriers between pipes and between cores.
 #pragma once
 #include <memory>
 
@@ -9,7 +9,7 @@ namespace emulator {
 struct Stage {
   pipe_t from, to;
 };
-// Which pipe fills a queue of a position, and which one uses what is in it.
+// The pipe that fills a queue of a position, and the pipe that reads from it.
 constexpr Stage stage_of(TPosition position) {
   switch (position) {
     case TPosition::A1:

@@ -1,4 +1,4 @@
-// Reductions of the vector unit. Sums are made in pairs within a repeat; the chip's order is not documented.
+// Reductions of the vector unit. Sums are pairwise within a repeat; the order of the chip is not documented.
 #pragma once
 #include "vector.h"
 

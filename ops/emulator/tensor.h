@@ -1,4 +1,4 @@
-// Tensors in a core's memories and in global memory, and what orders a core's pipes.
+// Tensors in the memories of a core and in global memory, and synchronisation of the pipes of a core.
 #pragma once
 #include "types.h"
 

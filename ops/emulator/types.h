@@ -8,7 +8,7 @@
 
 using half = _Float16;
 
-// The upper half of a float32. As on the chip, nothing computes in it: it is cast.
+// bfloat16: the upper half of a float32. As on the chip, it has casts but no arithmetic.
 struct bfloat16_t {
   uint16_t bits = 0;
 };

@@ -1,8 +1,7 @@
-"""Checkpoints in any layout: which rank writes what of a state, and whether a checkpoint is of a model.
+"""The arrays of a checkpoint: chooses the blocks that each rank writes, and compares a checkpoint with a model.
 
-Arrays are named params/<path>, m/<path> and v/<path>, in the tree of the model's specs, a layer's each for itself, whole and unpadded: what
-is saved says nothing of the layout it was saved from. The files are checkpoint_store.py's, reading them checkpoint_read.py's, and saving
-while training goes on checkpoint_save.py's.
+Arrays are named params/<path>, m/<path> and v/<path> by the paths of the model's specs. Layers are not stacked and nothing is padded, so a
+checkpoint does not depend on the layout that saved it. store.py writes the files, read.py reads them, and save.py saves during training.
 """
 
 import math
@@ -14,25 +13,25 @@ from parallel.checkpoint.files import CheckpointError
 from parallel.checkpoint.store import Piece, chunk_shape
 from parallel.placement import local_shape, region
 
-COPIES = 4  # at a time: new memory is slow to touch for one thread
+COPIES = 4  # threads that copy arrays: one thread is slow at touching new memory
 
 
 def pieces(mesh, held, copy=True):
-    """The Pieces that this rank writes, on the host: of each block that several ranks hold, one of them, shared out by size.
+    """Returns the Pieces that this rank writes, on the host. Of the ranks with copies of a shard, one writes it; see is_writer.
 
-    copy: in memory of their own, as steps change arrays in place; else for as long as nothing does.
+    held: a list of Held. copy: copies the data, since steps change arrays in place. Without it the Pieces are valid until the next step.
     """
     out = []
     for mine, h in zip(is_writer(mesh, held), held):
         block = region(mesh, h.spec, h.axes)
-        if not mine or any(s.start == s.stop for s in block):  # the latter are ranks that hold padding alone
+        if not mine or any(s.start == s.stop for s in block):  # a shard of padding alone has no elements
             continue
         host = h.data.asnumpy() if hasattr(h.data, "asnumpy") else h.data
         host = host[tuple(slice(0, s.stop - s.start) for s in block)]
-        start, part, shape = tuple(s.start for s in block), local_shape(mesh, h.spec, h.axes), h.spec.shape
+        start, local, shape = tuple(s.start for s in block), local_shape(mesh, h.spec, h.axes), h.spec.shape
         if h.is_stacked:
-            start, part, shape = start[1:], part[1:], shape[1:]
-        chunk = chunk_shape(part, host.itemsize)
+            start, local, shape = start[1:], local[1:], shape[1:]
+        chunk = chunk_shape(local, host.itemsize)
         out += [Piece(name, shape, chunk, start, w) for name, w in zip(h.names, host if h.is_stacked else [host], strict=True)]
     if not copy:
         return out
@@ -41,7 +40,11 @@ def pieces(mesh, held, copy=True):
 
 
 def is_writer(mesh, held):
-    """For each of `held` whether this rank writes it. All ranks find the same, each for itself: the largest first, to whom has least."""
+    """Returns for each of `held` whether this rank writes it.
+
+    The shards are assigned from the largest on, each to the rank, among those with a copy, that has the fewest elements so far. All ranks
+    compute the same assignment, without communication.
+    """
     sizes = [math.prod(local_shape(mesh, h.spec, h.axes)) for h in held]
     out, written = [False] * len(held), {}
     here, stage = mesh.index(("pp",)), mesh.atoms(("pp",))
@@ -58,14 +61,15 @@ def is_writer(mesh, held):
 
 
 def wanted(held):
-    """{name: shape} of the arrays."""
+    """Returns {name: global shape} of the arrays of a list of Held."""
     return {name: tuple(h.spec.shape[1:] if h.is_stacked else h.spec.shape) for h in held for name in h.names}
 
 
 def match(reader, shapes, partial=False, kinds=("params", "m", "v")):
-    """The names among {name: shape} that a checkpoint has, in that shape, and a text of one line for all that does not match.
+    """Returns (the set of names in `shapes` that the checkpoint has in that shape, one line of text that lists everything else).
 
-    kinds: of the checkpoint's arrays, those that count. Without `partial` what does not match is a CheckpointError that lists it.
+    shapes: {name: shape} of the model. kinds: the first part of the names of arrays in the checkpoint to compare. Raises CheckpointError if
+    no array matches and, without `partial`, if any does not match.
     """
     have = {name: reader.shape(name) for name in reader.names if name.split("/")[0] in kinds}
     found = {name for name, shape in shapes.items() if have.get(name) == shape}

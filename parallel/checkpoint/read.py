@@ -1,4 +1,4 @@
-"""Reading a checkpoint: slices of its arrays, each checked as it is read, and the whole of it against its checksums."""
+"""Reads a checkpoint: slices of its arrays, with checksums checked on reading, and verifies all of it."""
 
 import json
 import math
@@ -9,11 +9,11 @@ import tensorstore as ts
 from parallel.checkpoint.files import CheckpointError, reason, step_folder, steps
 from parallel.checkpoint.store import FORMAT, MANIFEST, VERSION, context, crc, digest, zarr
 
-PART_BYTES = 64 << 20  # about, of what verify() holds of an array, where its regions allow
+PART_BYTES = 64 << 20  # verify() reads about so many bytes of an array at a time
 
 
 def find(path):
-    """The folder of a checkpoint, for that folder itself or a run, whose newest it is then; None where there is none."""
+    """Returns `path` if it is a checkpoint, the folder of the newest checkpoint if `path` is a run, and None if there is none."""
     if os.path.isfile(os.path.join(path, MANIFEST)):
         return path
     found = steps(path)
@@ -21,9 +21,10 @@ def find(path):
 
 
 class Reader:
-    """An opened checkpoint. meta: what was saved with it. Opening reads manifest.json and the sizes of the files, and checks both.
+    """An open checkpoint. meta: the JSON value that was saved with it.
 
-    Raises CheckpointError, and FileNotFoundError where no checkpoint is at `folder`.
+    Opening checks the digest of manifest.json and the sizes of the files. Raises CheckpointError if these are wrong, and FileNotFoundError
+    if `folder` is no checkpoint.
     """
 
     def __init__(self, folder):
@@ -35,32 +36,37 @@ class Reader:
 
     @property
     def names(self):
+        """The names of the arrays."""
         return list(self._arrays)
 
     @property
     def files(self):
-        """The paths within the folder of the files that hold the arrays."""
+        """The paths, relative to the folder, of the files of the arrays."""
         return list(self._files)
 
     @property
     def nbytes(self):
-        """Of all arrays in memory."""
+        """The bytes of all arrays in memory."""
         return sum(math.prod(self.shape(name)) * ts.dtype(self.dtype(name)).numpy_dtype.itemsize for name in self._arrays)
 
     def shape(self, name):
+        """Returns the global shape of an array."""
         return tuple(self._arrays[name]["shape"])
 
     def dtype(self, name):
-        """numpy's name of the dtype, or "bfloat16"."""
+        """Returns the numpy name of the dtype of an array, or "bfloat16"."""
         return self._arrays[name]["dtype"]
 
     def read(self, name, slices=None):
-        """The elements that `slices` select, one slice with bounds a dim, as a numpy array; None is all. Only the chunks that have them are
-        read, and each is checked. Raises CheckpointError for what is damaged or gone."""
+        """Returns elements of an array as a numpy array.
+
+        slices: one slice with bounds for each dim; None selects all. Only the chunks with these elements are read, and the checksum of each
+        is checked. Raises CheckpointError if a file is damaged or missing.
+        """
         return self.start(name, slices)()
 
     def start(self, name, slices=None):
-        """Begins read(), and returns the function that waits for its result."""
+        """Starts read() and returns a function that waits for its result."""
         try:
             if name not in self._open:
                 self._open[name] = ts.open(zarr(self.folder, name), read=True, open=True, context=self._context).result()
@@ -96,9 +102,9 @@ class Reader:
                 )
 
     def verify(self, progress=lambda nbytes: None):
-        """Reads everything. Returns a list of what is wrong, one text each; empty where every bit is as it was saved.
+        """Reads all arrays and compares them with the checksums in the manifest. Returns a list of error texts, empty if all are right.
 
-        progress(bytes) is called as arrays are done.
+        progress(nbytes): called after each read with the number of bytes.
         """
         wrong = []
         for name, array in self._arrays.items():
@@ -113,7 +119,7 @@ class Reader:
         return wrong
 
     def _crc(self, name, start, stop, progress):
-        """Of a region, read some rows of chunks at a time."""
+        """Returns the checksum of a block of an array, which is read a few rows of chunks at a time."""
         if not start:
             return crc(self.read(name))
         chunk, out = self._arrays[name]["chunk"][0], 0

@@ -1,7 +1,7 @@
-"""Saving behind the steps: each rank writes its part in a thread, and rank 0 commits once all parts are on disk.
+"""Saves checkpoints in the background: each rank writes its blocks in a thread, and rank 0 commits when all blocks are on disk.
 
-Ranks find each other through files in the folder that is being written, so that no collective runs beside those of the steps. Nothing here
-imports MindSpore.
+The threads communicate through files in the checkpoint's folder, so that no collective runs at the same time as those of the steps. Nothing
+here imports MindSpore.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ POLL_S = 0.05
 
 @dataclass(frozen=True)
 class Settings:
-    """The config's section `checkpoint`, as far as writing goes. timeout_s: for all ranks to have written."""
+    """The keys of the config section `checkpoint` for writing. timeout_s: how long rank 0 waits for the other ranks to write."""
 
     keep_last: int = 3
     keep_every: int = 0
@@ -32,11 +32,11 @@ class Settings:
 
 
 class Saver:
-    """Writes the checkpoints of a run; every rank has one. At most one save is under way; the next waits for it.
+    """Writes the checkpoints of a run. Every rank has a Saver. At most one save runs at a time; the next one waits for it.
 
-    rank, world: this process and how many. token: a hexadecimal text that all ranks of this start have in common, and no other start.
-    agree(numbers) -> their sums over the ranks, which all call it at the same places; None for processes that cannot, of which each then
-    learns of its own errors alone, and rank 0 of all. saved: the step of the last checkpoint.
+    rank, world: this rank and the number of ranks. token: a hexadecimal text, equal on all ranks and different in each start of the run.
+    agree: agree(numbers) returns their sums over the ranks; all ranks call it together. With None a rank learns only of its own errors, and
+    rank 0 of all errors. saved: the step of the last checkpoint.
     """
 
     def __init__(self, run, rank, world, token, settings, agree=None, saved=None):
@@ -46,29 +46,29 @@ class Saver:
         self._thread, self._error, self._cancel = None, None, threading.Event()
 
     def save(self, step, make_pieces, meta):
-        """Saves in the background, once make_pieces(copy=True) has copied what this rank writes; without settings.asynchronous, here, and
-        make_pieces(copy=False) need not copy. meta: rank 0's counts.
+        """Starts a save in the background; without settings.asynchronous, waits for its end. A step is saved once only.
 
-        Returns whether the checkpoint before this one is safe; without settings.asynchronous, whether this one is. Raises CheckpointError
-        on all ranks where one failed, unless settings.on_error is "continue". A step that is saved already is not saved again.
+        make_pieces(copy): returns the Pieces of this rank; copy=True for a save in the background. meta: a JSON value; that of rank 0 is
+        saved. Returns whether the previous save succeeded; without settings.asynchronous, whether this one did. Raises CheckpointError on
+        all ranks if a save failed on any, unless settings.on_error is "continue".
         """
-        well = self.wait()
+        succeeded = self.wait()
         if step == self.saved:
-            return well
+            return succeeded
         self._attempts, self._step = self._attempts + 1, step
         self._folder = temporary(self.run, step, f"{self.token}{self._attempts:04x}")
         target = (self._write, self._folder, make_pieces(copy=self.settings.asynchronous), step, meta)
         self._error, self._cancel = None, threading.Event()
         self._thread = threading.Thread(target=self._guarded, args=target, daemon=True, name="checkpoint")
         self._thread.start()
-        return well if self.settings.asynchronous else self.wait()
+        return succeeded if self.settings.asynchronous else self.wait()
 
     def failed(self):
-        """Whether this rank's part of a save has failed, as far as is known."""
+        """Whether the running save is known to have failed on this rank."""
         return self._error is not None
 
     def wait(self):
-        """Waits for the save under way, on all ranks, and deals with its error as save() says. Returns False after one."""
+        """Waits for the running save on all ranks. Returns whether it succeeded; raises as save() does."""
         if self._thread is None:
             return True
         while True:
@@ -91,7 +91,7 @@ class Saver:
         return False
 
     def close(self, timeout_s=60):
-        """After an error elsewhere, when other ranks may be gone: lets a save under way end, but not for longer than this."""
+        """Waits at most timeout_s for the running save. For use after an error, when other ranks may no longer run."""
         if self._thread is not None:
             self._thread.join(timeout_s)
 
@@ -101,18 +101,18 @@ class Saver:
             write(*args)
         except CheckpointError as error:
             found = error
-        except Exception as error:  # whatever it is, the main thread has to know
+        except Exception as error:  # the main thread reports any error
             found = CheckpointError(reason(error, self._folder, "write"))
         if found is not None and self.rank != 0:
-            with contextlib.suppress(OSError):  # rank 0 then gives up at once, and says why
+            with contextlib.suppress(OSError):  # rank 0 reads this file, gives up and reports the cause
                 if not os.path.isdir(self._folder) and os.path.isdir(os.path.dirname(self._folder)):
-                    os.makedirs(self._folder, exist_ok=True)  # this rank may fail before any other has begun
+                    os.makedirs(self._folder, exist_ok=True)  # this rank may fail before another has made the folder
                 write_text(os.path.join(self._folder, f"{checkpoint_store.rank_folder(self.rank)}.failed"), str(found))
-        self._error = found  # after the note, which rank 0 is to find when it hears of an error
+        self._error = found  # after the file, so that rank 0 finds it when it learns of the error
 
     def _write(self, folder, parts, step, meta):
         parent = os.path.dirname(folder)
-        if not os.path.isdir(parent):  # tensorstore would make it anew, and nobody would find what is in it
+        if not os.path.isdir(parent):  # tensorstore would make a new folder, which no other rank uses
             raise CheckpointError(f"{parent}: cannot write the checkpoint: the folder has vanished; put it back")
         report = checkpoint_store.write_part(folder, self.rank, _consumed(parts), self.settings.compression)
         write_json(os.path.join(folder, f"{checkpoint_store.rank_folder(self.rank)}.json"), report)
@@ -123,7 +123,7 @@ class Saver:
                     remove(step_folder(self.run, old))
 
     def _reports(self, folder):
-        """The reports of all ranks, once they are there."""
+        """Waits for the reports of all ranks and returns them."""
         names = [checkpoint_store.rank_folder(rank) for rank in range(self.world)]
         end = time.monotonic() + self.settings.timeout_s
         while True:
@@ -151,7 +151,7 @@ class Saver:
 
 
 def _consumed(parts):
-    """The Pieces, each let go as the next is asked for: their copies are as large as the state."""
+    """Yields the Pieces and frees each when the next is taken, since their copies are as large as the state."""
     parts.reverse()
     while parts:
         yield parts.pop()

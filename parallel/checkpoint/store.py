@@ -1,9 +1,9 @@
-"""Arrays in a folder, written by many processes and read by any number: one tensorstore array each, in few files.
+"""The file format of checkpoints: a folder of arrays, in few files, written by many processes with tensorstore.
 
-A folder is one OCDBT database (manifest.ocdbt, b/, and the values in rank_<r>/d/ by who wrote them), in which each array is a zarr3 array
-named as in our tree, and manifest.json: what is in it, and the checksums. Each process writes a database of its own, without a word to the
-others, and commit() joins their indices. Every stored byte is under a CRC32C: of a chunk, that of its zarr3 codec, which every reader of
-tensorstore checks; of the index, OCDBT's own. Nothing here imports MindSpore.
+A folder has one OCDBT database (manifest.ocdbt and b/ are the index, rank_<r>/d/ has the values that rank r wrote) and manifest.json, which
+lists the arrays with their checksums. Each array is a zarr3 array with the name of our tree. Each process writes a database of its own,
+without communication, and commit() merges their indices. Every stored byte has a CRC32C: chunks that of their zarr3 codec, which every
+tensorstore reader checks, and the index that of OCDBT. Nothing here imports MindSpore.
 """
 
 import hashlib
@@ -23,19 +23,22 @@ from parallel.checkpoint.files import CheckpointError, reason, sizes, sync_file,
 
 FORMAT, VERSION = "qwen3-mindspore checkpoint", 1
 MANIFEST = "manifest.json"
-CHUNK_BYTES = 8 << 20  # most of a chunk, the least that is read and checked
-FILE_BYTES = 128 << 20  # about, of a file of values
-BATCH_BYTES = 128 << 20  # about, of the arrays in one transaction
-IN_FLIGHT = 4  # transactions at a time, so that one is synced while others are encoded: what a writer holds beside the arrays
-CHECKSUMS = 2  # threads, beside tensorstore's own
+CHUNK_BYTES = 8 << 20  # the largest chunk; a chunk is read and checked as one
+FILE_BYTES = 128 << 20  # the approximate size of a file of values
+BATCH_BYTES = 128 << 20  # the approximate size of the arrays in one transaction
+IN_FLIGHT = 4  # transactions at a time, so that one is synced while others are encoded; they bound the memory of a writer
+CHECKSUMS = 2  # threads that compute checksums, besides the threads of tensorstore
 ZSTD = {"name": "zstd", "configuration": {"level": 1}}
 DTYPES = ("float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8", "bool")
-INDEX_FILES = ("b", "v", "manifest.ocdbt")  # of a rank's own database; commit() takes over what they say
+INDEX_FILES = ("b", "v", "manifest.ocdbt")  # the index of a rank's own database, which commit() removes
 
 
 class Piece(NamedTuple):
-    """A block of a global array. shape, chunk: of the whole, the block being a whole number of chunks but at the array's end; start: where
-    it begins; data: its elements, a numpy array."""
+    """A block of a global array to write.
+
+    name: of the array. shape: of the global array. chunk: the shape of its chunks; a block consists of complete chunks, except at the end
+    of the array. start: the index of the block's first element. data: the elements, a numpy array.
+    """
 
     name: str
     shape: tuple
@@ -45,15 +48,15 @@ class Piece(NamedTuple):
 
 
 def piece_of(name, data):
-    """The Piece that is all of an array."""
+    """Returns the Piece that covers a complete array."""
     data = np.asarray(data)
     return Piece(name, data.shape, chunk_shape(data.shape, data.itemsize), (0,) * data.ndim, data)
 
 
 def chunk_shape(shape, itemsize):
-    """The chunks of an array whose ranks hold blocks of `shape`: of at most CHUNK_BYTES, where its dims can be cut evenly.
+    """Returns the shape of the chunks of an array that ranks write in blocks of `shape`: at most CHUNK_BYTES, if dims divide evenly.
 
-    The longest dim is cut first, so that a rank of another layout reads little more than its part along whichever dim that is cut.
+    The longest dim is divided first, so that chunks are compact and a rank of another layout reads little more than its own shard.
     """
     chunk = list(shape)
     while math.prod(chunk) * itemsize > CHUNK_BYTES:
@@ -71,8 +74,10 @@ def _smallest_factor(n):
 
 
 def write_part(folder, rank, pieces, compression="none"):
-    """Writes what this rank has to write, from an iterator of Pieces, of which IN_FLIGHT batches are held. Returns the
-    report that commit() wants, of plain JSON types. All is on disk then. Raises CheckpointError, or what the iterator raises."""
+    """Writes the Pieces of this rank to disk and returns the report for commit(), of JSON types.
+
+    pieces: an iterator, of which at most IN_FLIGHT batches are in memory. Raises CheckpointError, or the errors of the iterator.
+    """
     arrays, place, shared = {}, os.path.join(folder, rank_folder(rank)), context()
     batch, size, under_way = [], 0, deque()
     try:
@@ -99,11 +104,12 @@ def write_part(folder, rank, pieces, compression="none"):
 
 
 def rank_folder(rank):
+    """Returns the name of the folder of a rank's files."""
     return f"rank_{rank:05}"
 
 
 def _describe(arrays, piece, compression):
-    """Notes a piece in a report. Returns its entry there, which still lacks the checksum."""
+    """Adds a piece to the report. Returns its entry [start, stop], to which the checksum is appended later."""
     data, dtype = piece.data, piece.data.dtype.name
     assert dtype in DTYPES, f"{piece.name}: {dtype}"
     stop = tuple(a + n for a, n in zip(piece.start, data.shape))
@@ -117,19 +123,19 @@ def _describe(arrays, piece, compression):
 
 
 def crc(data, before=0):
-    """CRC-32 of the elements in row-major order; `before`: that of the rows above."""
+    """Returns the CRC-32 of the elements in row-major order. before: the CRC-32 of preceding rows."""
     return zlib.crc32(np.ascontiguousarray(data).reshape(-1).view(np.uint8), before)
 
 
 def _write_batch(place, batch, compression, shared):
-    """Begins to write (piece, region, checksum) items. Returns the future of its end and, without what is large, the items."""
+    """Starts to write (piece, region, checksum) items. Returns the future of the transaction and the items without their pieces."""
     transaction, writes = ts.Transaction(), []
     for piece, *_ in batch:
         metadata = zarr_metadata(piece.shape, piece.data.dtype.name, piece.chunk, compression)
         array = ts.open(
             {**zarr(place, piece.name, **_writing(0)), "metadata": metadata, "store_data_equal_to_fill_value": True},
             open=True,
-            assume_metadata=True,  # commit() writes it, once
+            assume_metadata=True,  # commit() writes the metadata
             context=shared,
             transaction=transaction,
         ).result()
@@ -161,7 +167,7 @@ def zarr_metadata(shape, dtype, chunk, compression):
 
 
 def zarr(folder, name, **writing):
-    """The spec of an array of a checkpoint for tensorstore. writing: members of the database's spec."""
+    """Returns the tensorstore spec of an array. writing: further members of the spec of the database."""
     return {"driver": "zarr3", "kvstore": _database(folder, f"{name}/", **writing), "cache_pool": "cache_pool#chunks"}
 
 
@@ -171,7 +177,7 @@ def _database(folder, path="", **writing):
 
 
 def _writing(inline):
-    """inline: most bytes of a value that lies in the index itself."""
+    """Returns members of the spec of a database for writing. inline: the largest value in bytes that is stored in the index."""
     return {
         "config": {"max_inline_value_bytes": inline},
         "target_data_file_size": FILE_BYTES,
@@ -182,15 +188,15 @@ def _writing(inline):
 
 
 def context():
-    """Of tensorstore, for one folder at a time. The index is cached, chunks are not."""
+    """Returns a tensorstore context for one folder. It caches the index, and no chunks."""
     return ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}, "cache_pool#chunks": {"total_bytes_limit": 0}})
 
 
 def commit(folder, target, reports, meta):
-    """Joins what the ranks wrote into `folder` and, once all is on disk, gives it the name `target`, which must not exist.
+    """Merges the databases of the ranks in `folder` and, when all is on disk, renames it to `target`, which must not exist.
 
-    reports: one of each rank that wrote, from 0. meta: what else is to be kept, of JSON types. Before the rename there is no `target`,
-    whatever happens; after it, all of it. Raises CheckpointError, also where the pieces do not make up whole arrays.
+    reports: the reports of write_part, in the order of ranks. meta: a JSON value to save. The rename is the last step, so `target` is never
+    incomplete. Raises CheckpointError for disk errors, and if the pieces do not cover each array exactly.
     """
     arrays = _join(folder, reports)
     try:
@@ -220,13 +226,13 @@ def _write_manifest(folder, manifest):
 
 
 def digest(manifest):
-    """Of a manifest without its digest, whichever way its text is laid out."""
+    """Returns the digest of a manifest (without its member `digest`), which does not depend on the format of its text."""
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def save(target, pieces, meta, compression="none"):
-    """A whole checkpoint from one process: `target` appears once all is on disk. pieces: an iterator, held a part at a time."""
+    """Writes a complete checkpoint from one process. pieces: an iterator of Pieces. `target` exists only when all is on disk."""
     target = os.path.abspath(target)
     if os.path.exists(target):
         raise CheckpointError(f"{target} exists already; remove it, or save under another name")
@@ -238,7 +244,7 @@ def save(target, pieces, meta, compression="none"):
 
 
 def _join(folder, reports):
-    """{name: array} of all reports, whose regions have to cover each array once."""
+    """Returns {name: entry} with the regions of all reports. Raises CheckpointError if these do not cover each array exactly."""
     arrays = {}
     for report in reports:
         for name, entry in report["arrays"].items():
@@ -254,16 +260,16 @@ def _join(folder, reports):
 
 
 def _merge(folder, ranks, arrays):
-    """One index of all that the ranks wrote, whose own indices go."""
+    """Merges the indices of the ranks' databases into one and removes them."""
     shared, transaction = context(), ts.Transaction()
-    whole = ts.KvStore.open(_database(folder, **_writing(1024)), context=shared).result().with_transaction(transaction)
+    merged = ts.KvStore.open(_database(folder, **_writing(1024)), context=shared).result().with_transaction(transaction)
     for rank in range(ranks):
         place = os.path.join(folder, rank_folder(rank))
-        if os.path.exists(os.path.join(place, "manifest.ocdbt")):  # not that of a rank that had nothing to write
-            ts.KvStore.open(_database(place), context=shared).result().experimental_copy_range_to(whole).result()
+        if os.path.exists(os.path.join(place, "manifest.ocdbt")):  # a rank without pieces has no database
+            ts.KvStore.open(_database(place), context=shared).result().experimental_copy_range_to(merged).result()
     for name, entry in arrays.items():
         metadata = zarr_metadata(entry["shape"], entry["dtype"], entry["chunk"], entry["compression"])
-        whole[f"{name}/zarr.json"] = json.dumps(metadata, separators=(",", ":")).encode()
+        merged[f"{name}/zarr.json"] = json.dumps(metadata, separators=(",", ":")).encode()
     transaction.commit_async().result()
     for rank in range(ranks):
         for name in INDEX_FILES:

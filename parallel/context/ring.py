@@ -1,7 +1,8 @@
-"""Ring attention: each rank's queries against all keys of a row, which go round the ranks, in part after part.
+"""Ring attention: each rank has the queries of its tokens, and the keys and values of all tokens are passed around the ring of ranks.
 
-The parts' results are joined by the logarithms of their sums, as in flash attention. The backward sends keys and values round again, and
-with them their gradients, which have come home after a full turn. Source: Liu et al. 2023; Dao 2023.
+In each step a rank attends to the keys of one rank. The results are combined by their log-sum-exp, as in flash attention. The backward
+passes keys and values around again, together with their gradients, which are back at their owner after a full round.
+Source: Liu et al. 2023; Dao 2023.
 """
 
 import mindspore as ms
@@ -11,10 +12,10 @@ from parallel import collectives
 
 
 def attention(sharding, parts, dim):
-    """attend(q_BSNH, k_BSKH, v_BSKH, segments_BT, order_BT) -> o_BSNH, with q, k and v of this rank's S tokens.
+    """Returns attend(q_BSNH, k_BSKH, v_BSKH, segments_BT, order_BT) -> o_BSNH; q, k, v and o are of this rank's S tokens.
 
-    segments, order: of the T tokens of all ranks that `dim` is split over, one rank's after the other's. parts: (forward, backward) of
-    attention to a part of the keys, see ops/attention.py.
+    dim: the logical dim that the ring splits. segments, order: the segment and the position in the row of all T tokens of the ring,
+    concatenated by rank. parts: (forward, backward) of attention to some of the keys, see ops/attention.py.
     """
     assert sharding.lowering == "manual", sharding.lowering
     ring = _Ring(sharding.mesh, sharding.atoms(dim), *parts)
@@ -26,18 +27,18 @@ def attention(sharding, parts, dim):
 
 
 class _Ring(nn.Cell):
-    """-> (o_BSNH, lse_BSN). Each rank's graph has the same structure, which gives the order of the collectives in it."""
+    """Returns (o_BSNH, lse_BSN). The graphs of all ranks have equal structure, so their collectives run in an equal order."""
 
     def __init__(self, mesh, atoms, forward, backward):
         super().__init__()
         n, at = mesh.size(atoms), mesh.index(atoms)
         self.n, self.at, self.forward, self.backward = n, at, forward, backward
-        self.sources = tuple((at - step) % n for step in range(n))  # whose keys this rank has in each step
+        self.sources = tuple((at - step) % n for step in range(n))  # the rank whose keys this rank has, in each step
         self.pass_on = collectives.ppermute(mesh, atoms, [(i, (i + 1) % n) for i in range(n)])
         self.join, self.stack, self.cast, self.zeros_like = _join(), ops.Stack(0), ops.Cast(), ops.ZerosLike()
 
     def part(self, x, source):
-        """The tokens of one rank."""
+        """Returns the slice of x_BT for the tokens of the rank with index `source`."""
         size = x.shape[1] // self.n
         return x[:, source * size : (source + 1) * size]
 
@@ -55,12 +56,12 @@ class _Ring(nn.Cell):
     def bprop(self, q, k, v, segments, order, out, dout):
         segment, place = self.part(segments, self.at), self.part(order, self.at)
         dq, dk, dv = self.backward(q, k, v, segment, segment, place, place, out[0], out[1], dout[0], dout[1])
-        # waiting for the cotangent, or the compiler would keep the forward's keys of all ranks instead of sending them again
+        # depends on the cotangent, or the compiler would keep the keys of all ranks from the forward instead of sending them again
         kv, dkv = self.stack((ops.depend(k, dout[0]), v)), self.stack((self.cast(dk, ms.float32), self.cast(dv, ms.float32)))
         dq = self.cast(dq, ms.float32)
         for step in range(1, self.n):
             kv = self.pass_on(kv)
-            dkv = self.pass_on(ops.depend(dkv, kv))  # one after the other, on all ranks alike
+            dkv = self.pass_on(ops.depend(dkv, kv))  # after the keys, so that all ranks send in an equal order
             source = self.sources[step]
             segment_of, place_of = self.part(segments, source), self.part(order, source)
             more = self.backward(q, kv[0], kv[1], segment, segment_of, place, place_of, out[0], out[1], dout[0], dout[1])
@@ -72,7 +73,7 @@ class _Ring(nn.Cell):
 
 
 def _join():
-    """join(o_BSNH, lse_BSN, o, lse) of two parts of the keys -> of both, in float32."""
+    """Returns join(o_BSNH, lse_BSN, other_BSNH, other_lse_BSN) -> (o, lse) of attention to the keys of both, in float32."""
     maximum, exp, log1p, absolute, expand, cast = ops.Maximum(), ops.Exp(), ops.Log1p(), ops.Abs(), ops.ExpandDims(), ops.Cast()
     tile = ops.Tile()
 

@@ -1,9 +1,10 @@
-"""Context parallel: which tokens of a row each rank has. On the host, without MindSpore.
+"""Context parallel: splits the tokens of a row over the cp ranks. On the host, without MindSpore.
 
-The cp ranks are rings of `ring` ranks, times `ulysses` neighbours that exchange heads for tokens in attention. A row is cut into 2 x ring
-chunks; the i-th neighbours together have chunks i and 2 ring - 1 - i, since in causal attention early chunks see little and late ones
-much ("zig-zag"), and share them out in order. So with ulysses alone a row stays in its order. Sources: Liu et al. 2023 (ring attention),
-Jacobs et al. 2023 (Ulysses), Zhu 2024 (zig-zag).
+cp = ring x ulysses: `ring` is the number of ranks of an attention ring, and `ulysses` the number of neighbours that exchange heads for
+tokens. A row is split into 2 x ring chunks, and group i of neighbours gets chunks i and 2 ring - 1 - i ("zig-zag"): in causal attention
+early tokens attend to few keys and late tokens to many, so this gives all ranks equal work. For example, with ring=2 the groups get chunks
+(0, 3) and (1, 2). The neighbours of a group split its tokens in order, so with ring=1 the row keeps its order.
+Sources: Liu et al. 2023 (ring attention), Jacobs et al. 2023 (Ulysses), Zhu 2024 (zig-zag).
 """
 
 import math
@@ -13,18 +14,18 @@ from einops import rearrange
 
 
 def multiple(mesh):
-    """What the number of tokens of a row has to be a multiple of; shorter ones are padded."""
+    """Returns the number that divides the length of every padded row."""
     ring = mesh.size(("cp-ul",))
     return ring * math.lcm(2, mesh.ulysses) if ring > 1 else mesh.ulysses
 
 
 def padded(mesh, length):
-    """The tokens of a row on all ranks together, with padding."""
+    """Returns the length of a row with padding, over all cp ranks."""
     return -(-length // multiple(mesh)) * multiple(mesh)
 
 
 def order(length, ring):
-    """[length] int32: the place in its row of each token, as the ranks have them, one rank after the other."""
+    """Returns int32 [length], the position in the row of each token, for the tokens of all ranks concatenated by rank."""
     places = np.arange(length, dtype=np.int32)
     if ring == 1:
         return places
@@ -33,10 +34,13 @@ def order(length, ring):
 
 
 def cut(mesh, batch):
-    """This rank's tokens of a batch {name: numpy [rows, S]}: [rows, S / cp], after padding of segment 0 and no loss weight."""
+    """Returns this rank's tokens of a batch {name: numpy [rows, S]} as {name: [rows, padded S / cp]}.
+
+    Padding is zeros: segment 0 and loss weight 0.
+    """
     if mesh.cp == 1:
         return batch
     length = batch["tokens"].shape[1]
-    whole = padded(mesh, length)
-    mine = np.split(order(whole, mesh.size(("cp-ul",))), mesh.cp)[mesh.index(("cp",))]
-    return {key: np.pad(value, ((0, 0), (0, whole - length)))[:, mine] for key, value in batch.items()}
+    total = padded(mesh, length)
+    mine = np.split(order(total, mesh.size(("cp-ul",))), mesh.cp)[mesh.index(("cp",))]
+    return {key: np.pad(value, ((0, 0), (0, total - length)))[:, mine] for key, value in batch.items()}

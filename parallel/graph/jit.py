@@ -1,6 +1,6 @@
-"""Compilation of pure functions of trees by MindSpore.
+"""Compiles pure functions of trees with MindSpore's jit.
 
-`fullgraph` refuses whatever would fall back to the interpreter.
+With fullgraph=True MindSpore raises an error for code that it cannot compile, instead of running it in the Python interpreter.
 """
 
 import mindspore as ms
@@ -10,13 +10,14 @@ from parallel.graph.nested import rebuild, to_tuple
 from parallel.trees import tree_map
 
 ms.set_recursion_limit(100000)  # room for deep unrolled models; the default is 1000
+_NONE = Tensor(0, ms.int32)  # takes the place of None, since arguments of a graph are tensors
 
 
 def jit(fn, order="bfs"):
-    """Compile fn(*trees) -> a tensor or nested tuples of tensors (not dicts).
+    """Returns the compiled form of fn(*trees) -> a tensor or nested tuples of tensors (not dicts).
 
-    Arguments are trees of tensors or None. New values never compile again; a new structure, shape or dtype does, once. order: of ops on
-    Ascend: bfs lets work go on beside exchanges, dfs keeps fewer tensors at a time.
+    The arguments are trees of tensors or None. Each new structure, shape or dtype is compiled once; new values are not compiled again.
+    order: the order of ops on Ascend. "bfs" overlaps computation with collectives; "dfs" keeps fewer tensors in memory at a time.
     """
     graphs = {}
 
@@ -40,22 +41,11 @@ def _graph(fn, args, order):
 
 
 def _placed(leaf):
-    return _NONE if leaf is None else leaf.contiguous()  # a graph with loops reads a slice of a tensor from the wrong place
-
-
-def in_device_memory(tree):
-    """A tree of tensors in the device's memory. Of a tensor that comes from the host each graph on Ascend keeps a copy of its own; on CPU
-    all take the host's, and the tree is returned as it is."""
-    return tree if ms.get_context("device_target") == "CPU" else tree_map(_copied, tree)
-
-
-def _copied(x):
-    """Not in a graph, which would keep its input; nor of x itself, which would keep its own copy for as long as it is there."""
-    return ms.Tensor.from_numpy(x.asnumpy()) * 1
+    return _NONE if leaf is None else leaf.contiguous()  # a graph with loops reads a view of a tensor at the wrong offset
 
 
 def structure(tree):
-    """A hashable description of a tree's keys, and of the shape and dtype of its leaves."""
+    """Returns a hashable description of the keys of a tree and of the shape and dtype of its leaves."""
     if isinstance(tree, dict):
         return ("dict", *((k, structure(v)) for k, v in tree.items()))
     if isinstance(tree, (list, tuple)):
@@ -63,4 +53,14 @@ def structure(tree):
     return None if tree is None else (tuple(tree.shape), str(tree.dtype))
 
 
-_NONE = Tensor(0, ms.int32)  # stands for None at the border, where only tensors pass
+def in_device_memory(tree):
+    """Returns a tree of tensors in the memory of the device; on CPU, the tree itself.
+
+    On Ascend each graph would keep its own copy of a tensor that comes from the host.
+    """
+    return tree if ms.get_context("device_target") == "CPU" else tree_map(_copied, tree)
+
+
+def _copied(x):
+    # Outside of a graph, which would keep its input, and from a new host tensor, since x would keep its device copy as long as it lives.
+    return ms.Tensor.from_numpy(x.asnumpy()) * 1

@@ -1,7 +1,8 @@
-"""Trees at the border of a compiled function: nested tuples there, rebuilt inside.
+"""Conversions between trees and the nested tuples that are arguments and results of a compiled function.
 
-MindSpore takes nested tuples of tensors as true inputs. Dicts at that border are constants, or lose their gradients, without a word
-(docs/mindspore.md).
+MindSpore takes nested tuples of tensors as inputs of a graph. It takes dicts as constants, or loses their gradients, without an error
+(docs/mindspore.md). So a caller converts its trees with to_tuple, the compiled function rebuilds them with rebuild or joined, and the
+caller converts its results with from_tuple.
 """
 
 from parallel.graph.source import function
@@ -9,7 +10,7 @@ from parallel.trees import is_leaf, tree_leaves, tree_map, tree_paths, unflatten
 
 
 def to_tuple(tree):
-    """Nested tuples with the leaves of a tree, in its order. On the host."""
+    """Returns a tree as nested tuples, in its order. For use outside of graphs."""
     if isinstance(tree, dict):
         return tuple(to_tuple(v) for v in tree.values())
     if isinstance(tree, (list, tuple)):
@@ -18,25 +19,27 @@ def to_tuple(tree):
 
 
 def from_tuple(like, nested):
-    """The inverse of to_tuple: a tree of `like`'s structure. On the host."""
+    """Returns a tree with the structure of `like` from nested tuples. For use outside of graphs."""
     return unflatten(like, tree_leaves(nested))
 
 
 def rebuild(like):
-    """A function, for use inside a compiled one, from to_tuple's form to a tree of `like`'s structure; lists become tuples."""
+    """Returns f(nested tuples) -> a tree with the structure of `like`, for use in graphs. Lists become tuples."""
     lines = []
     return _tree_function("nested", expression(like, "nested", lines), lines)
 
 
 def rebuild_flat(like):
-    """The same from the flat tuple of the leaves."""
+    """Returns f(flat tuple of the leaves) -> a tree with the structure of `like`, for use in graphs. Lists become tuples."""
     places = iter(range(len(tree_leaves(like))))
     return _tree_function("flat", expression(tree_map(lambda _: f"flat[{next(places)}]", like)))
 
 
 def joined(like, *parts):
-    """f(*nested) -> the tree of `like`'s structure, for use inside a compiled function; nested: to_tuple of each of the trees `parts`,
-    which have its leaves between them, by path."""
+    """Returns f(*nested) -> one tree with the structure of `like`, for use in graphs.
+
+    parts: trees that together have the paths of `like`, such as trained and frozen parameters. nested: to_tuple of each of them.
+    """
     lines, found = [], {}
     for number, part in enumerate(parts):
         found.update(_sources(part, f"nested{number}", lines))
@@ -45,27 +48,18 @@ def joined(like, *parts):
     return function(f"tree_of({arguments})", [*lines, f"return {expression(tree)}"])
 
 
-def _sources(tree, at, lines, path=()):
-    """{path: source of the leaf}, taken from nested tuples at `at`; lines: as in expression."""
-    if is_leaf(tree):
-        return {".".join(path): at}
-    name, out = f"t{len(lines)}", {}
-    lines.append(f"{name} = {at}")
-    for i, key in enumerate(tree if isinstance(tree, dict) else range(len(tree))):
-        out.update(_sources(tree[key], f"{name}[{i}]", lines, (*path, str(key))))
-    return out
-
-
 def flatten_in_graph(like):
-    """A function, for use inside a compiled one, from a tree of `like`'s structure to the flat tuple of its leaves."""
+    """Returns f(tree with the structure of `like`) -> the flat tuple of its leaves, for use in graphs."""
     return _tree_function("tree", "(" + "".join(f"tree{at}, " for at in subscripts(like)) + ")")
 
 
 def expression(tree, at=None, lines=None):
-    """Python source of a literal like `tree`, its leaves taken from nested tuples at `at`; without it, leaves are source.
+    """Returns the source text of a literal with the structure of `tree`.
 
-    lines: gets statements that name each nested tuple once. The gradient of a subscript is a whole tuple, so that leaves taken
-    one by one from the root, as `nested[0][1][2]`, make the compile time of a backward grow with the square of their number.
+    at: the source text of nested tuples from which the leaves are taken; without it, the leaves of `tree` are source text themselves.
+    lines: a list to which a statement is appended for each nested tuple, so that each has a name. The gradient of a subscript is a tuple of
+    the size of what was subscripted, so leaves that are taken from the root, as in `nested[0][1][2]`, would make the compile time of a
+    backward grow with the square of their number.
     """
     if is_leaf(tree):
         return "None" if tree is None else at or tree
@@ -80,15 +74,26 @@ def expression(tree, at=None, lines=None):
 
 
 def subscripts(tree):
-    """Python source of the way to each leaf, such as "['layers'][0]"."""
+    """Returns the source text of the subscripts of each leaf, such as "['layers'][0]"."""
     if is_leaf(tree):
         return [""]
     keys = list(tree) if isinstance(tree, dict) else range(len(tree))
     return [f"[{k!r}]" + rest for k in keys for rest in subscripts(tree[k])]
 
 
+def _sources(tree, at, lines, path=()):
+    """Returns {path: source text of the leaf} for nested tuples with the source text `at`. lines: see expression."""
+    if is_leaf(tree):
+        return {".".join(path): at}
+    name, out = f"t{len(lines)}", {}
+    lines.append(f"{name} = {at}")
+    for i, key in enumerate(tree if isinstance(tree, dict) else range(len(tree))):
+        out.update(_sources(tree[key], f"{name}[{i}]", lines, (*path, str(key))))
+    return out
+
+
 def _tree_function(argument, expression, lines=()):
-    """A function of one argument, from the statements before its result and the result.
+    """Returns a function of one argument from the source text of its statements and of its result.
 
     The result is a literal, because gradients through dict(zip()) are lost (docs/mindspore.md).
     """

@@ -1,8 +1,8 @@
-"""Recompute: a function that keeps its inputs alone for the backward, which computes it again.
+"""Recompute: keeps only the inputs of a function for the backward, which computes the function again.
 
-MindSpore's own (`Cell.recompute`, `ms.recompute`) runs on CPU and saves nothing there. A hand-written backward does: nothing inside the
-function is kept, and what it reads waits for the cotangent, or the second computation would be merged with the first. Source: Chen et al.
-2016. A program for MindSpore's partitioner, which is of Ascend alone, has MindSpore's: it splits no backward that is written by hand.
+MindSpore's own recompute (`Cell.recompute`, `ms.recompute`) saves no memory on CPU; the hand-written backward here does. In it the inputs
+of the second computation depend on the cotangent, or the compiler would merge the two computations. MindSpore's partitioner, which
+exists on Ascend only, cannot split a hand-written backward, so the shard lowering uses MindSpore's recompute. Source: Chen et al. 2016.
 """
 
 from mindspore import nn, ops
@@ -11,10 +11,10 @@ from parallel.graph.nested import flatten_in_graph, rebuild_flat
 
 
 def recomputed(body, like, lowering="manual"):
-    """f(p, x, consts) -> what body(p, x, consts) returns, a tuple of tensors, to the bit; the gradients too.
+    """Returns f(p, x, consts) -> body(p, x, consts), a tuple of tensors. Results and gradients are bitwise those of body.
 
-    p: a tree of `like`'s structure. consts: a tuple of tensors without gradients, each of which body must use. See parallel/graph/scan.py for how
-    body may be written.
+    p: a tree with the structure of `like`. consts: a tuple of tensors without gradients. body must use all of them and is compiled in a
+    hand-written backward; parallel/graph/scan.py lists the limits of that.
     """
     if lowering == "shard":
         marked = _Marked(body)
@@ -29,7 +29,7 @@ def recomputed(body, like, lowering="manual"):
 
 
 class _Marked(nn.Cell):
-    """A body as a Cell, which alone can be marked for MindSpore's recompute."""
+    """A Cell around a body, since MindSpore's recompute is a method of Cell."""
 
     def __init__(self, body):
         super().__init__()
@@ -40,6 +40,8 @@ class _Marked(nn.Cell):
 
 
 class _Recomputed(nn.Cell):
+    """body with the hand-written backward."""
+
     def __init__(self, body, like):
         super().__init__()
         build = rebuild_flat(like)

@@ -1,7 +1,7 @@
-"""A loop over stacked layers whose graph does not grow with their number, with a backward that recomputes each layer.
+"""Scan: a loop over stacked layers in a graph whose size does not depend on their number. The backward recomputes each layer.
 
-MindSpore unrolls Python loops: 64 layers take about a minute to compile, and `while` loops have no gradient of their own worth
-having. This cell runs one `while` loop forward, which keeps each layer's input, and one backward.
+MindSpore unrolls Python loops, so 64 layers take about a minute to compile, and its gradient of `while` loops is not usable. The cell here
+runs one `while` loop forward, which keeps the input of each layer, and one `while` loop backward.
 """
 
 import mindspore as ms
@@ -15,20 +15,21 @@ from parallel.trees import select, tree_paths, unflatten
 
 
 def scan(body, like, num_layers, stats_shape, kernels=None):
-    """f(x, stacked, consts) -> x, stats [L, *stats_shape], for body(p, x, consts) -> x, stats of one layer.
+    """Returns f(x, stacked, consts) -> (x, stats [L, *stats_shape]) for body(p, x, consts) -> (x, stats) of one layer.
 
-    p: a tree of `like`'s structure, whose leaves may be ParamSpecs; stacked: the same with every leaf [L, ...], of which those that do not
-    train have no gradients. consts: a tuple of tensors without gradients. kernels: whose stack_write keeps what each layer leaves; by
-    default the reference.
-    body is compiled in a hand-written backward: in functions with a branch or a loop it takes no default arguments (docs/mindspore.md).
-    It must use every const: MindSpore replaces elements of a tuple that nothing reads by the integer 0.
+    like: a tree of ParamSpecs or arrays with the structure of p. Leaves that do not train get no gradients.
+    stacked: a tree like p with leaves [L, ...]. consts: a tuple of tensors without gradients.
+    kernels: gives the stack_write op, which keeps the input of each layer. Default: the reference.
+
+    body is compiled in a hand-written backward. There, a function with a branch or a loop takes no default arguments (docs/mindspore.md).
+    body must use every const, since MindSpore replaces an element of a tuple that nothing reads by the integer 0.
     """
-    moving, fixed = (select(like, keep) for keep in (_trains, _is_frozen))
-    loop = _Scan(body, like, num_layers, stats_shape, moving, fixed, kernels or Kernels())
-    trained, frozen = (flatten_in_graph(part) if part else _none for part in (moving, fixed))
+    trained, frozen = (select(like, keep) for keep in (_trains, _is_frozen))
+    loop = _Scan(body, like, num_layers, stats_shape, trained, frozen, kernels or Kernels())
+    trained_leaves, frozen_leaves = (flatten_in_graph(tree) if tree else _none for tree in (trained, frozen))
 
     def run(x, stacked, consts):
-        x, stats, _ = loop(x, trained(stacked), frozen(stacked), consts)
+        x, stats, _ = loop(x, trained_leaves(stacked), frozen_leaves(stacked), consts)
         return x, stats
 
     return run
@@ -47,12 +48,12 @@ def _none(stacked):
 
 
 class _Scan(nn.Cell):
-    def __init__(self, body, like, num_layers, stats_shape, moving, fixed, kernels):
+    def __init__(self, body, like, num_layers, stats_shape, trained, frozen, kernels):
         super().__init__()
         self.num_layers, self.stats_shape = num_layers, (num_layers, *stats_shape)
         new = pick(kernels, "stack_write", "new")
         self.write, self.new_inputs, self.new_like = pick(kernels, "stack_write")(), new((num_layers,)), new(())
-        self.write_stats, self.pick, build = stack_write.reference(), _pick, _rebuild_both(like, moving, fixed)
+        self.write_stats, self.pick, build = stack_write.reference(), _pick, _rebuild_both(like, trained, frozen)
 
         def of_leaves(leaves, x, frozen, consts):
             return body(build(leaves, frozen), x, consts)
@@ -63,7 +64,7 @@ class _Scan(nn.Cell):
 
     def construct(self, x, stacked, frozen, consts):
         i = ms.Tensor(0, ms.int32)
-        stats = ops.zeros(self.stats_shape, ms.float32)  # a constant of the graph, which nothing may write to in place
+        stats = ops.zeros(self.stats_shape, ms.float32)  # a constant of the graph, so no op may write to it in place
         inputs = self.new_inputs(x)
         while i < self.num_layers:
             inputs = self.write(inputs, i, x)
@@ -81,7 +82,7 @@ class _Scan(nn.Cell):
         for w in frozen:
             still += (self.zeros_like(w),)
         j = ms.Tensor(self.num_layers - 1, ms.int32)
-        grads = (j,)  # first, as a loop cannot carry a tuple of arrays that are all of one shape
+        grads = (j,)  # a loop cannot carry a tuple of arrays of only one shape, so the counter is its first element
         for w in stacked:
             grads += (self.new_like(w),)
         while j >= 0:
@@ -95,12 +96,12 @@ class _Scan(nn.Cell):
         return dx, grads[1:], still, none
 
 
-def _rebuild_both(like, moving, fixed):
-    """f(the leaves of `moving`, those of `fixed`) -> a tree of `like`'s structure, for use in a graph."""
-    places = {"moving": [path for path, _ in tree_paths(moving or {})], "fixed": [path for path, _ in tree_paths(fixed or {})]}
+def _rebuild_both(like, trained, frozen):
+    """Returns f(leaves of `trained`, leaves of `frozen`) -> a tree with the structure of `like`, for use in graphs."""
+    places = {"trained": [path for path, _ in tree_paths(trained or {})], "frozen": [path for path, _ in tree_paths(frozen or {})]}
     found = {path: f"{name}[{i}]" for name, paths in places.items() for i, path in enumerate(paths)}
     literal = expression(unflatten(like, [found[path] for path, _ in tree_paths(like)]))
-    return function("tree_of(moving, fixed)", [f"return {literal}"])
+    return function("tree_of(trained, frozen)", [f"return {literal}"])
 
 
 def _pick(stacked, i):

@@ -1,7 +1,7 @@
-"""Functions from text, of as many arguments or leaves as are known when they are built.
+"""Functions that are made from source text, with one argument or expression for each operand or leaf.
 
-In a hand-written backward MindSpore refuses `*args` together with a loop, so `zip` too, and through `dict(zip())` it loses gradients
-(docs/mindspore.md). Written out, neither is needed.
+MindSpore refuses `*args` with a loop (so also with `zip`) in a hand-written backward, and loses gradients through `dict(zip())`
+(docs/mindspore.md). A function with every argument written out needs neither.
 """
 
 import hashlib
@@ -13,12 +13,13 @@ from ops.build import cache_folder
 
 
 def function(head, lines, **names):
-    """The function `head`, such as "add(a, b)", of these lines, which may use `names`. The text is ours: no input goes into it.
+    """Returns the function with the head `head`, such as "add(a, b)", and the body `lines`, which may use `names`.
 
-    MindSpore reads the source of what it compiles where `inspect` looks, and, for what it says of a graph, wants the file to exist.
+    The text comes from this code base only, never from a file or a user. MindSpore reads the source of a compiled function through
+    `inspect`, and needs the file to exist for its messages about the graph.
     """
     inner = [f"def {head}:", *(f"    {line}" for line in lines), f"return {head.partition('(')[0]}"]
-    text = "\n    ".join([f"def make({', '.join(names)}):", *inner]) + "\n"  # names by closure: MindSpore does not find them elsewhere
+    text = "\n    ".join([f"def make({', '.join(names)}):", *inner]) + "\n"  # a closure, since MindSpore does not find the names elsewhere
     file = _file(f"{hashlib.sha256(text.encode()).hexdigest()}.py", text)
     linecache.cache[file] = (len(text), None, text.splitlines(True), file)
     scope = {"__name__": __name__}
@@ -27,7 +28,7 @@ def function(head, lines, **names):
 
 
 def _file(name, text):
-    """The path of a file of this text, named for it, and never read back; a name alone where none can be written."""
+    """Writes a file with this text, which is never read back. Returns its path, or `<name>` if it cannot be written."""
     folder = os.path.join(cache_folder(), "sources")
     path = os.path.join(folder, name)
     if os.path.exists(path):

@@ -1,7 +1,7 @@
-"""Starts, watches and ends the processes of a distributed job: on each node a launcher, under it one process a rank. Linux only.
+"""Starts, watches and ends the processes of a distributed job: one launcher on each node and one process for each rank. Linux only.
 
-As with msrun, processes find each other through MindSpore's scheduler, on node 0. Here the launcher always waits for the job, a failure
-anywhere ends all of it within seconds, on all nodes, and says which rank failed first and how.
+As with msrun, the processes connect through MindSpore's scheduler on node 0. Other than msrun, the launcher always waits for the job, and a
+failure on any node ends the job on all nodes within seconds, with a message that says which rank failed first and how.
 """
 
 import contextlib
@@ -18,19 +18,24 @@ from dataclasses import dataclass
 from parallel.launch.nodes import Nodes, bind
 from parallel.launch.process import POLL_S, Cause, Process, end
 
-SCHEDULER = "from mindspore.communication import init; init()"  # with MS_ROLE=MS_SCHED it returns when all workers have gone
+SCHEDULER = "from mindspore.communication import init; init()"  # with MS_ROLE=MS_SCHED, init() returns when all workers have ended
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to start. target: a module or a .py file, and its arguments. nproc: ranks on this node; the job has nproc * nnodes.
+    """The description of a job.
 
-    node_rank, master_addr, master_port: this node's number, and where node 0 listens: the scheduler at master_port and, with several
-    nodes, the launchers at master_port + 1. One node needs none of them, and takes a free port.
-    log_dir: of rank_<r>.log and scheduler.log, made where missing; default: a new folder in logs/.
-    timeout_s: for all nodes to come, and then for all ranks to meet. show_rank: the rank whose output goes to the terminal.
-    save_s: after SIGTERM to a launcher, for the ranks to save and end. grace_s: from SIGTERM to SIGKILL otherwise.
+    target: a module or a .py file, followed by its arguments.
+    nproc: the number of ranks on this node; the job has nproc * nnodes ranks.
+    node_rank: the number of this node. Needed only with several nodes.
+    master_addr, master_port: the address of node 0. The scheduler listens at master_port and, with several nodes, the launcher at
+        master_port + 1. With one node the default is a free port of this machine.
+    log_dir: the folder of rank_<r>.log and scheduler.log, which is made if missing. Default: a new folder in logs/.
+    timeout_s: the time for all nodes to connect, and then for all ranks to connect.
+    show_rank: the rank whose output goes to the terminal.
+    save_s: the time for the ranks to save and end after a launcher got SIGTERM.
+    grace_s: the time from SIGTERM to SIGKILL in other cases.
     Raises ValueError with the key, its value and the fix.
     """
 
@@ -59,30 +64,32 @@ class Job:
                     raise ValueError(f"--{key} is missing; --nnodes={self.nnodes} needs {what}")
         if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
             raise ValueError(f"--node_rank={self.node_rank} must be from 0 to {self.nnodes - 1}, as --nnodes={self.nnodes}")
-        last = 65535 if self.nnodes == 1 else 65534  # the launchers take the next one
+        last = 65535 if self.nnodes == 1 else 65534  # the launcher takes the next port
         if self.master_port is not None and not 1024 <= self.master_port <= last:
             raise ValueError(f"--master_port={self.master_port} must be from 1024 to {last}")
 
     @property
     def world(self):
+        """The number of ranks of the job."""
         return self.nproc * self.nnodes
 
     @property
     def node(self):
+        """The number of this node; 0 for a job on one node."""
         return self.node_rank or 0
 
     @property
     def ranks(self):
-        """The ranks of this node."""
+        """The ranks on this node."""
         return range(self.node * self.nproc, (self.node + 1) * self.nproc)
 
 
 def run(job):
-    """Runs a job to its end, and returns the exit status: 0, or the code of the process that failed first, 128 + N for signal N.
+    """Runs a job to its end. Returns the exit status: 0, or that of the process that failed first; 128 + N for signal N.
 
-    SIGINT, SIGTERM and SIGHUP to the launcher end the job, with 128 + N; after SIGTERM ranks have time to save. Raises ValueError before
-    anything is started: for a target that is not there, more ranks than devices, an address or port that cannot be used, a log folder that
-    cannot be made, nodes that do not come.
+    SIGINT, SIGTERM and SIGHUP to the launcher end the job with 128 + N. After SIGTERM the ranks have save_s seconds to save. Raises
+    ValueError before any rank starts if the target does not exist, there are more ranks than devices, the address or port cannot be used,
+    the log folder cannot be made, or other nodes do not connect in time.
     """
     command = command_of(job.target)
     check_devices(job.nproc)
@@ -111,7 +118,7 @@ def run(job):
 
 
 def command_of(target):
-    """The command line of a target. Raises ValueError where there is no such file or module."""
+    """Returns the command line of a target. Raises ValueError if there is no such file or module."""
     name, *args = target
     if name.endswith(".py"):
         if not os.path.isfile(name):
@@ -127,7 +134,7 @@ def command_of(target):
 
 
 def device_count(dev="/dev", environ=os.environ):
-    """NPUs that this node's processes can use: as ASCEND_RT_VISIBLE_DEVICES lists, else the devices davinci0, davinci1, ... in `dev`."""
+    """Returns the number of NPUs: those in ASCEND_RT_VISIBLE_DEVICES if it is set, else the devices davinci0, davinci1, ... in `dev`."""
     listed = environ.get("ASCEND_RT_VISIBLE_DEVICES")
     if listed is not None:
         return len([device for device in listed.split(",") if device.strip()])
@@ -135,7 +142,7 @@ def device_count(dev="/dev", environ=os.environ):
 
 
 def check_devices(nproc, dev="/dev", environ=os.environ):
-    """Raises ValueError for more processes than NPUs. A node without NPUs runs on CPU, where any number goes."""
+    """Raises ValueError for more processes than NPUs. A node without NPUs runs any number of processes on CPU."""
     devices = device_count(dev, environ)
     if devices and nproc > devices:
         raise ValueError(
@@ -145,7 +152,7 @@ def check_devices(nproc, dev="/dev", environ=os.environ):
 
 
 def make_log_dir(path, node):
-    """Makes the folder of the logs; without a path, a new one in logs/. Returns its path; raises ValueError if it cannot be made."""
+    """Makes the folder of the logs, by default a new one in logs/. Returns its path. Raises ValueError if it cannot be made."""
     name = path or f"logs/launch-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-node{node}"
     try:
         os.makedirs(name, exist_ok=True)
@@ -158,7 +165,7 @@ def make_log_dir(path, node):
 
 @contextlib.contextmanager
 def _scheduler_address(job):
-    """(ip, port) of the scheduler. On node 0 the port is held against others until the job ends."""
+    """Yields (ip, port) of the scheduler. On node 0 the port is reserved until the job ends."""
     host = job.master_addr or "127.0.0.1"
     try:
         ip = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0][4][0]
@@ -167,7 +174,7 @@ def _scheduler_address(job):
     if job.node:
         yield ip, job.master_port
         return
-    # Bound but not listening, so that the scheduler can still take it; the UDP port of the same number keeps other launchers out.
+    # The TCP port is bound but does not listen, so that the scheduler can use it. The UDP port of this number keeps other launchers out.
     with bind(ip, job.master_port or 0, "--master_port") as tcp:
         port = tcp.getsockname()[1]
         with bind(ip, port, "--master_port", socket.SOCK_DGRAM):
@@ -176,7 +183,7 @@ def _scheduler_address(job):
 
 @contextlib.contextmanager
 def _signals():
-    """A list to which the signals that are to end the job are added as they come."""
+    """Yields a list to which each signal that ends the job is appended when it arrives."""
     received, before = [], {}
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
@@ -198,12 +205,12 @@ def _announce(job, address, log_dir):
 
 
 def threads_of(nproc):
-    """OpenMP threads of each of nproc processes."""
+    """Returns the number of OpenMP threads of each of nproc processes."""
     return max(1, len(os.sched_getaffinity(0)) // nproc)
 
 
 def environment(job, address, rank=None):
-    """The environment of a rank of this node, or of the scheduler, as msrun sets it, for MindSpore's dynamic cluster."""
+    """Returns the environment of a rank, or of the scheduler if rank is None, as msrun sets it for MindSpore's dynamic cluster."""
     env = {
         **os.environ,
         "MS_ROLE": "MS_SCHED" if rank is None else "MS_WORKER",
@@ -213,8 +220,8 @@ def environment(job, address, rank=None):
         "MS_TOPO_TIMEOUT": str(int(job.timeout_s)),
         "RANK_SIZE": str(job.world),
         "RANK_ID": str(rank or 0),
-        "PYTHONUNBUFFERED": "1",  # what was printed before a crash is in the log
-        "PYTHONFAULTHANDLER": "1",  # where a rank crashed is, too
+        "PYTHONUNBUFFERED": "1",  # so that the log has what was printed before a crash
+        "PYTHONFAULTHANDLER": "1",  # so that the log has the place of a crash
     }
     env.setdefault("OMP_NUM_THREADS", str(threads_of(job.nproc)))
     if rank is not None:
@@ -233,7 +240,7 @@ def _start(job, command, address, log_dir):
 
 
 def _watch(processes, nodes, received):
-    """Until the job is done or has failed, here or on another node. Returns the causes, as Nodes.verdict."""
+    """Waits until the job has succeeded or failed, on this or another node. Returns the causes, as Nodes.verdict does."""
     reported = set()
     while (causes := nodes.verdict()) is None:
         running = [process for process in processes if process.poll() is None]
@@ -252,8 +259,10 @@ def _watch(processes, nodes, received):
 
 
 def _let_save(processes, received, save_s):
-    """SIGTERM to the ranks, and time: until all have ended, one has failed, another signal comes, or save_s are over. The scheduler, which
-    they need to talk to each other, stays."""
+    """Sends SIGTERM to the ranks and waits until all have ended, one has failed, another signal arrives or save_s seconds have passed.
+
+    The scheduler keeps running, since the ranks need it to communicate.
+    """
     workers, signals, deadline = [process for process in processes if process.is_worker], len(received), time.monotonic() + save_s
     for process in workers:
         if process.poll() is None:
@@ -266,14 +275,14 @@ def _let_save(processes, received, save_s):
 
 
 def _conclude(causes, staying, timeout_s):
-    """Prints why a job failed; returns the exit status. timeout_s: the time for ranks to meet, where it has passed."""
+    """Prints why a job failed and returns the exit status. timeout_s: the time for ranks to connect if it has passed, else None."""
     sys.stdout.flush()
     for cause in causes[:1]:
         print(f"error: {cause}", file=sys.stderr)
     if causes[1:]:
         print(f"(then failed: {'; '.join(f'{cause.who} {cause.how}' for cause in causes[1:])})", file=sys.stderr)
     if timeout_s and any("initialize distributed job cluster" in line for cause in causes for line in cause.lines):
-        print(f"(not all ranks met within --timeout_s={timeout_s:g}; look in the logs for one that is late)", file=sys.stderr)
+        print(f"(not all ranks connected within --timeout_s={timeout_s:g}; look in the logs for one that is late)", file=sys.stderr)
     for process in staying:
-        print(f"error: {process.name} (process {process.popen.pid}) does not end on SIGKILL; see to it by hand", file=sys.stderr)
+        print(f"error: {process.name} (process {process.popen.pid}) does not end on SIGKILL; end it by hand", file=sys.stderr)
     return causes[0].code if causes else int(bool(staying))

@@ -1,7 +1,7 @@
-"""The launchers of one job on several nodes: they wait for each other, start together, and end together for one cause.
+"""Communication between the launchers of a job on several nodes, so that all start together and all end for one cause.
 
-Node 0 listens at the port after the scheduler's, and decides; the others connect to it. Messages are JSON objects, one a line. As with
-MindSpore's own scheduler nothing is encrypted or signed: the port belongs inside the cluster's network.
+The launcher of node 0 listens at the port after the scheduler's port and decides; the others connect to it. Messages are JSON objects, one
+a line. They are not encrypted or signed, nor are those of MindSpore's scheduler, so the port must be reachable inside the cluster only.
 """
 
 import errno
@@ -13,14 +13,14 @@ from dataclasses import asdict, replace
 
 from parallel.launch.process import POLL_S, Cause, first
 
-SETTLE_S = 1.0  # after the first failure, for others whose sign was earlier but who took longer to end
-PATIENCE_S = 10.0  # for node 0's word on a failure
+SETTLE_S = 1.0  # time after the first failure to learn of failures that began earlier but were seen later
+PATIENCE_S = 10.0  # time to wait for the decision of node 0 about a failure
 MAX_MESSAGE = 1 << 20
-KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a node without power is noticed in 30 s
+KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a node that lost power is noticed after 30 s
 
 
 class Link:
-    """A socket for messages. `closed` once the other end has gone or has sent something else."""
+    """A socket for messages. closed: the other end has closed it, or has sent something that is no message."""
 
     def __init__(self, sock):
         sock.settimeout(5)
@@ -36,7 +36,7 @@ class Link:
             self.closed = True
 
     def receive(self, wait_s=0):
-        """The whole messages that have come, a list of dicts."""
+        """Returns the list of complete messages (dicts) that have arrived."""
         try:
             if not self.closed and select.select([self.sock], [], [], wait_s)[0]:
                 new = self.sock.recv(65536)
@@ -52,7 +52,7 @@ class Link:
 
 
 class Nodes:
-    """This launcher's ties to the others of a job of `nnodes`. address: (host, port) where node 0 listens; unused for one node.
+    """The connections of this launcher to those of the other nodes. address: (host, port) of node 0's launcher; unused for one node.
 
     Raises ValueError if node 0 cannot listen there.
     """
@@ -63,9 +63,9 @@ class Nodes:
         self._server = listen(*address) if nnodes > 1 and node_rank == 0 else None
 
     def join(self, job, timeout_s, stopped):
-        """Waits for the launchers of the other nodes, or until stopped() is true. job: a dict that must be the same on all nodes.
+        """Waits for the launchers of the other nodes, or until stopped() is true. job: a dict that must be equal on all nodes.
 
-        Raises ValueError when timeout_s has passed, or for a node that node 0 refuses.
+        Raises ValueError when timeout_s has passed, or if node 0 refuses this node.
         """
         deadline = time.monotonic() + timeout_s
         gather = self._gather if self.node_rank == 0 else self._knock
@@ -78,7 +78,7 @@ class Nodes:
                 link.send(start=True)
 
     def _gather(self, job, waiting):
-        """Node 0: takes who knocks. Returns whether all have come. waiting: links that have not said who they are."""
+        """On node 0: accepts connections. Returns whether all nodes have connected. waiting: links that have not sent their number yet."""
         if self.nnodes > 1 and select.select([self._server], [], [], POLL_S)[0]:
             waiting.append(Link(self._server.accept()[0]))
         for link in list(waiting):
@@ -106,7 +106,7 @@ class Nodes:
             self.links[rank] = link
 
     def _knock(self, job, _):
-        """Another node: connects to node 0, and says who this is. Returns whether the job starts."""
+        """On other nodes: connects to node 0 and sends the number of this node. Returns whether the job starts."""
         if not self.links:
             try:
                 link = Link(socket.create_connection(self.address, 2))
@@ -119,22 +119,22 @@ class Nodes:
             if "refused" in message:
                 raise ValueError(message["refused"])
             return True
-        if self.links[0].closed:  # node 0 was stopped, and may come again
+        if self.links[0].closed:  # node 0 has ended and may be started again
             self.links = {}
         return False
 
     def _missing(self, timeout_s):
         host, port = self.address
         if self.node_rank:
-            return f"node 0 has not answered at {host}:{port} within --timeout_s={timeout_s:g}; start it, or see to --master_addr"
+            return f"node 0 has not answered at {host}:{port} within --timeout_s={timeout_s:g}; start it, or correct --master_addr"
         late = [f"--node_rank={rank}" for rank in range(1, self.nnodes) if rank not in self.links]
         return (
-            f"{len(late)} of --nnodes={self.nnodes} did not come within --timeout_s={timeout_s:g}; start the same command there"
+            f"{len(late)} of --nnodes={self.nnodes} did not connect within --timeout_s={timeout_s:g}; start the same command there"
             f" with {', '.join(late)}, and see that {host}:{port} can be reached"
         )
 
     def fail(self, cause):
-        """This node's part of the job has failed."""
+        """Reports that a process of this node has failed."""
         if self.nnodes > 1:
             cause = replace(cause, who=f"{cause.who} on node {self.node_rank}")
         self._failed(cause)
@@ -142,7 +142,7 @@ class Nodes:
             self.links[0].send(failed={**asdict(cause), "sign_s": cause.sign_s - time.monotonic()})
 
     def succeed(self):
-        """This node's part of the job is done."""
+        """Reports that all ranks of this node have ended successfully."""
         if self.node_rank not in self.done:
             self.done.add(self.node_rank)
             if self.node_rank:
@@ -153,7 +153,7 @@ class Nodes:
         self.failed_s = self.failed_s or time.monotonic()
 
     def verdict(self):
-        """What became of the job: None while it runs, then the causes of its failure, the first first, or [] if it is done."""
+        """Returns None while the job runs, then the causes of its failure, earliest first, or [] if it succeeded."""
         if self._verdict is None:
             self._verdict = self._decide() if self.node_rank == 0 else self._hear()
             if self._verdict is not None and self.node_rank == 0:
@@ -186,7 +186,7 @@ class Nodes:
         return self.causes if self.causes and time.monotonic() - self.failed_s > PATIENCE_S else None
 
     def close(self):
-        """Node 0 goes last, so that the others have read its word."""
+        """Closes the connections. Node 0 waits for the others to close first, so that they have read the verdict."""
         for link in self.links.values():
             if self.node_rank == 0 and not link.closed:
                 deadline = time.monotonic() + 2
@@ -199,14 +199,14 @@ class Nodes:
 
 
 def listen(host, port):
-    """A server's socket at an address of this node. Raises ValueError where that is not possible."""
-    server = bind(host, port, "the port after --master_port, where launchers meet,")
+    """Returns a listening socket at an address of this node. Raises ValueError if that is not possible."""
+    server = bind(host, port, "the port after --master_port, where launchers connect,")
     server.listen()
     return server
 
 
 def bind(host, port, what, kind=socket.SOCK_STREAM):
-    """A socket bound at an address of this node, at any free port if `port` is 0. what: names the port in the ValueError."""
+    """Returns a socket bound to an address of this node, at a free port if `port` is 0. what: the name of the port in the ValueError."""
     family = socket.getaddrinfo(host, port)[0][0]
     sock = socket.socket(family, kind)
     if kind == socket.SOCK_STREAM:

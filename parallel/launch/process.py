@@ -1,4 +1,4 @@
-"""One process of a job: started in a session of its own, its output in a file, and how it ended. Linux only."""
+"""A process of a job: runs a command in its own session, writes its output to a file and finds the cause of its end. Linux only."""
 
 import ctypes
 import os
@@ -10,20 +10,24 @@ import time
 from dataclasses import dataclass
 
 POLL_S = 0.05
-RECENT_S = 60  # a traceback in the log is what ended a process if it came at most so long before the end
-TOGETHER_S = 0.1  # signs of failure that lie closer cannot be told apart by their time
+RECENT_S = 60  # a traceback in the log is the cause of the end if it is at most so old
+TOGETHER_S = 0.1  # signs of failure closer than this may be seen in either order
 LAST_LINES, TRACEBACK_LINES = 20, 60
 TRACEBACK = re.compile(rb"^Traceback \(most recent call last\):", re.MULTILINE)
-CHATTER = re.compile(rb"^\[INFO\] DISTRIBUTED\([^\n]*\n", re.MULTILINE)  # MindSpore's own, whatever GLOG_v says; the file has it
+CHATTER = re.compile(
+    rb"^\[INFO\] DISTRIBUTED\([^\n]*\n", re.MULTILINE
+)  # log lines of MindSpore that GLOG_v does not suppress; the file keeps them
 PR_SET_PDEATHSIG = 1
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a job ends. code: the launcher's exit status. sign_s: when its first sign was seen, on this node's monotonic clock.
+    """Why a job ended.
 
-    order: of causes whose signs came together, the lowest is named.
+    who: the process. how: how it ended. code: the exit status of the launcher. sign_s: when the first sign of it was seen, on the monotonic
+    clock of this node. order: of causes whose signs are less than TOGETHER_S apart, the lowest order counts as the first. log, lines: the
+    log file and its last lines.
     """
 
     who: str
@@ -40,13 +44,13 @@ class Cause:
 
 
 def first(causes):
-    """The cause whose sign came first."""
+    """Returns the cause with the earliest sign."""
     earliest = min(cause.sign_s for cause in causes)
     return min((c for c in causes if c.sign_s - earliest < TOGETHER_S), key=lambda c: (c.order, c.sign_s))
 
 
 class Process:
-    """A running command. name: as messages call it. log: the file of its output, which is also passed on to the terminal if `shown`."""
+    """A running command. name: its name in messages. log: the file of its output. shown: whether the output also goes to the terminal."""
 
     def __init__(self, name, command, env, log, shown=False, is_worker=True):
         self.name, self.log, self.shown, self.is_worker = name, log, shown, is_worker
@@ -65,9 +69,9 @@ class Process:
         self._reader = open(log, "rb")
 
     def poll(self):
-        """Passes on new output. Returns the exit code, the negative of a signal's number, or None while the process runs."""
+        """Shows new output. Returns None while the process runs, then the exit code, or -N for signal N."""
         if self.code is None:
-            # WNOWAIT leaves a zombie, which keeps the process group's number from being given to another
+            # WNOWAIT leaves a zombie, so that the number of the process group is not used again
             end = os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if end is not None:
                 self.code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
@@ -86,12 +90,12 @@ class Process:
             try:
                 sys.stdout.buffer.write(CHATTER.sub(b"", new))
                 sys.stdout.buffer.flush()
-            except OSError:  # the terminal or the pipe has gone; the file has everything, and the job goes on
+            except OSError:  # the terminal or pipe was closed; the file has all output, so the job goes on
                 self.shown = False
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def cause(self):
-        """How the process ended, as the Cause of the job's end. Only for one that ended, and not with 0."""
+        """Returns the Cause of the end of a process with a code other than 0."""
         traced = self.traceback_s is not None and self.exit_s - self.traceback_s < RECENT_S
         sign_s = self.traceback_s if traced else self.exit_s
         if self.code > 0:
@@ -99,20 +103,20 @@ class Process:
             order = 1 if traced else 3
         else:
             how, code = f"was killed by {_signal_name(-self.code)}", 128 - self.code
-            order = 2 if -self.code == signal.SIGABRT else 0  # C++ code that lost its peer aborts
+            order = 2 if -self.code == signal.SIGABRT else 0  # C++ code aborts when its peer is lost
         if not self.is_worker:
             order = 4
         return Cause(f"{self.name} (process {self.popen.pid})", how, code, sign_s, order, self.log, last_lines(self.log))
 
     def send(self, number):
-        """A signal to the process and to all that it started in its process group."""
+        """Sends a signal to all processes of the process group."""
         try:
             os.killpg(self.popen.pid, number)
-        except (ProcessLookupError, PermissionError):  # the group is empty, or has other users' processes only
+        except (ProcessLookupError, PermissionError):  # the group is empty, or has only processes of other users
             pass
 
     def close(self, timeout_s=10):
-        """Takes the exit status of a process that got SIGKILL. Returns False if it does not end within timeout_s."""
+        """Waits for a process that got SIGKILL. Returns False if it does not end within timeout_s."""
         try:
             self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -123,7 +127,7 @@ class Process:
 
 
 def end(processes, grace_s):
-    """Ends processes and what they started: SIGTERM, and SIGKILL for those that still run grace_s later. Returns those that stay."""
+    """Ends processes and their process groups: SIGTERM, then SIGKILL after at most grace_s. Returns the processes that still run."""
     for process in processes:
         if process.poll() is None:
             process.send(signal.SIGTERM)
@@ -136,7 +140,7 @@ def end(processes, grace_s):
 
 
 def last_lines(path):
-    """The last lines of a log, more of them where they end in a traceback; of a progress bar its last state only."""
+    """Returns the last lines of a log, from the last traceback on if that is longer. Of a progress bar it takes the last state."""
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 65536))
         text = file.read().decode(errors="replace")
@@ -155,7 +159,7 @@ def _signal_name(number):
 
 
 def _die_with(launcher):
-    """In the new process: SIGKILL when the launcher dies, however it dies."""
+    """Runs in the new process: the kernel sends it SIGKILL when the launcher ends for any reason."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before the call
+    if os.getppid() != launcher:  # the launcher ended before the call
         os._exit(1)

@@ -1,15 +1,16 @@
-"""The manual lowering of an annotated op: every rank runs it on its own part, between the collectives that its signature asks for.
+"""The manual lowering of an annotated op: every rank runs the op on its local shards, between collectives, as in JAX's shard_map.
 
-A tensor is split over the axes of its dims; over the others all ranks hold it alike, and its cotangent too. An op varies over the axes
-of its operands and results. From that:
+A tensor is split over the mesh axes of its dims, and it and its cotangent are replicated over the others. An op varies over an axis if one
+of its operands or results is split over it. The signature of the op gives the collectives:
 
-  an operand that lacks an axis over which the op varies   its cotangents are summed over the axis (pvary)
-  a contraction whose result lacks such an axis            the result is summed over it (psum)
-  `a>b` in an operand, where b lacks an axis of a          gathered; if the op varies over the axis, the cotangents are reduce-scattered
-  `a>b` in a result, where b has an axis more              cut to the rank's part, reduce-scattered if it was to be summed anyway
-  an axis that moves from one dim to another               all-to-all
+  an operand lacks an axis over which the op varies   pvary: the cotangents are summed over the axis
+  the result of a contraction lacks such an axis      psum: the result is summed over the axis
+  `a>b` in an operand, where b lacks an axis of a     all-gather; backward: a reduce-scatter if the op varies over the axis, else a slice
+  `a>b` in a result, where b has an axis more than a  a reduce-scatter if the result has to be summed over the axis, else a slice
+  `a>b` where an axis moves from one dim to another   all-to-all
 
-The cotangent of a parameter is not summed over the data axes here: see sharding.py.
+For example, "rows>tokens embed, embed heads -> tokens heads" under sequence parallel all-gathers rows over tp and, in the backward,
+reduce-scatters their cotangent. Gradients of parameters are not summed over the data axes here; see parallel/sharding.py.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from parallel.graph.source import function
 
 
 def lower(sharding, fn, operands, results, kind, reduce):
-    """fn between its collectives; fn itself where there are none."""
+    """Returns fn between its collectives; fn itself if there are none."""
     if kind == "elementwise":
         return fn
     enters, leaves = op_steps(sharding, operands, results, kind, reduce)
@@ -28,7 +29,7 @@ def lower(sharding, fn, operands, results, kind, reduce):
 
 
 def lower_fan(sharding, fns, parsed):
-    """f(x, *ws) -> (fns[0](x, ws[0]), ...), with x brought in once. parsed: (operands, results) of each, the first operand x."""
+    """Returns f(x, *ws) -> (fns[0](x, ws[0]), ...), with the collectives of x once. parsed: (operands, results) of each; x is the first."""
     over = [varying(sharding, operands, results) for operands, results in parsed]
     assert all(v == over[0] for v in over), "the results of a fan vary over the same axes"
     shared, each = _built(sharding, entering(sharding, parsed[0][0][0], over[0])), ()
@@ -40,9 +41,9 @@ def lower_fan(sharding, fns, parsed):
 
 
 def fan(fns, enter=None):
-    """Returns f(x, w0, w1, ...) -> (fns[0](x, w0), fns[1](x, w1), ...), with enter(x) in the place of x.
+    """Returns f(x, w0, w1, ...) -> (fns[0](x, w0), fns[1](x, w1), ...); enter(x) replaces x.
 
-    It is written as text because a function that is made while a graph is compiled may not take *args (docs/mindspore.md).
+    f is made from text because a function that is made while a graph is compiled may not take *args (docs/mindspore.md).
     """
     names = {f"f{i}": f for i, f in enumerate(fns)}
     weights = [f"w{i}" for i in range(len(fns))]
@@ -56,20 +57,20 @@ def wrapped(fn, wrap):
 
 
 def varying(sharding, operands, results):
-    """The atoms over which an op varies, in the mesh's order."""
+    """Returns the atoms over which an op varies, in the order of the mesh."""
     dims = [used for part in operands for _, used in part] + [arrives for part in results for arrives, _ in part]
     found = {atom for dim in dims for atom in sharding.atoms(dim)}
     return tuple(atom for atom in sharding.mesh.sizes if atom in found)
 
 
 def _missing(sharding, part, varying):
-    """The atoms of `varying` that a result lacks when it leaves the function."""
+    """Returns the atoms of `varying` over which a result of the function is not split."""
     has = {atom for arrives, _ in part for atom in sharding.atoms(arrives)}
     return tuple(atom for atom in varying if atom not in has)
 
 
 class Step(NamedTuple):
-    """A collective: its name in parallel/collectives.py, the atoms, and what else it takes."""
+    """A collective: its name in parallel/collectives.py, its atoms and its further arguments."""
 
     name: str
     atoms: tuple
@@ -77,7 +78,7 @@ class Step(NamedTuple):
 
 
 def entering(sharding, part, varying):
-    """The Steps that an operand goes through before a function that varies over these atoms."""
+    """Returns the Steps of an operand before the function. varying: the atoms over which the op varies."""
     has = {atom for _, used in part for atom in sharding.atoms(used)}
     lacks = tuple(atom for atom in varying if atom not in has)
     gathers, summed = (), set()
@@ -91,7 +92,7 @@ def entering(sharding, part, varying):
 
 
 def leaving(sharding, part, summed, reduce="sum"):
-    """The Steps that a result goes through after the function. summed: the atoms that it lacks."""
+    """Returns the Steps of a result after the function. summed: the atoms over which it is a partial sum."""
     steps, done = (), set()
     for i, lost, gained in _moves(sharding, part):
         assert not lost, f"a result may be split, not gathered: {part}"
@@ -104,7 +105,7 @@ def leaving(sharding, part, summed, reduce="sum"):
 
 
 def op_steps(sharding, operands, results, kind, reduce="sum"):
-    """([Steps of each operand], [of each result]) of an op."""
+    """Returns ([Steps of each operand], [Steps of each result]) of an op."""
     if kind == "elementwise":
         return [()] * len(operands), [()] * len(results)
     over = varying(sharding, operands, results)
@@ -115,19 +116,19 @@ def op_steps(sharding, operands, results, kind, reduce="sum"):
 
 
 def _built(sharding, steps):
-    """Steps as one function; None for none."""
+    """Returns Steps as one function; None if there are none."""
     return _chain([getattr(collectives, name)(sharding.mesh, atoms, *args, partial=sharding.partial) for name, atoms, args in steps])
 
 
 def _moves(sharding, part):
-    """[(dim, atoms lost, atoms gained)] of the `a>b` of a tensor, all-to-alls left out."""
+    """Returns [(dim, atoms lost, atoms gained)] for the `a>b` of a tensor, without atoms that move to another dim."""
     changes, exchanged = _changes(sharding, part), {atom for *_, atoms in _swaps(_changes(sharding, part)) for atom in atoms}
     out = []
     for i, (a, b) in enumerate(changes):
         lost = tuple(atom for atom in a if atom not in b and atom not in exchanged)
         gained = tuple(atom for atom in b if atom not in a and atom not in exchanged)
         if lost or gained:
-            # where they are not the innermost, the dim's elements are in another order until the way back, which undoes it
+            # If the atoms are not the innermost of the dim, a gather changes the order of its elements, and the split later restores it.
             out.append((i, lost, gained))
     return out
 
@@ -137,7 +138,7 @@ def _changes(sharding, part):
 
 
 def _swaps(changes):
-    """[(dim that gains, dim that loses, atoms)] of the axes that move from one dim to another."""
+    """Returns [(dim that gains, dim that loses, atoms)] for atoms that move from one dim to another."""
     out = []
     for j, (a, b) in enumerate(changes):
         lost = set(a) - set(b)
@@ -153,7 +154,7 @@ def _exchanges(sharding, part):
 
 
 def _runs(atoms, summed):
-    """[(neighbouring atoms, whether they are in `summed`)], innermost first."""
+    """Groups neighbouring atoms: returns [(atoms, whether they are in `summed`)], innermost first."""
     runs = []
     for atom in reversed(atoms):
         if runs and runs[-1][1] == (atom in summed):
@@ -164,7 +165,7 @@ def _runs(atoms, summed):
 
 
 def _chain(steps):
-    """One function of one argument from several; None for none."""
+    """Returns the composition of functions of one argument; None if there are none."""
     if not steps:
         return None
     if len(steps) == 1:
@@ -178,9 +179,9 @@ def _chain(steps):
 
 
 def _between(enters, fn, leaves):
-    """Returns fn between the functions that bring its operands in and its results out; fn itself where there are none.
+    """Returns fn with enters[i] applied to operand i and leaves[i] to result i, each a function or None; fn itself if all are None.
 
-    It is written as text because a function that is made while a graph is compiled may not take *args (docs/mindspore.md).
+    It is made from text because a function that is made while a graph is compiled may not take *args (docs/mindspore.md).
     """
     if not any((*enters, *leaves)):
         return fn

@@ -1,12 +1,12 @@
-"""The shard lowering of an annotated op: a program in the global view, which MindSpore's partitioner splits over the ranks. Ascend only.
+"""The shard lowering of an annotated op: MindSpore's partitioner splits a program of global arrays over the ranks. Ascend only.
 
-A primitive for which MindSpore has a rule is told the layouts of its operands, and MindSpore finds the collectives. Everything else is a
-region: the manual lowering of the op, on this rank's parts, of which MindSpore is told the layouts of what enters and leaves, as in JAX's
-shard_map. Between ops, MindSpore brings each tensor into the layout that its next user states.
+A primitive that MindSpore's partitioner knows gets the layouts of its operands, and MindSpore inserts the collectives. Any other op is a
+region, as in JAX's shard_map: the manual lowering of the op on local shards, for which MindSpore gets the layouts of operands and results.
+Between ops, MindSpore changes the layout of each tensor to that of its next user.
 
-MindSpore's backward gives each rank that holds a tensor a cotangent of its own, the true one being their sum, and at the end sums the
-gradient of a Parameter over all ranks that hold it, data parallel ones included. So the collectives of a region keep the backward of
-their primitives, and pvary is the identity.
+In MindSpore's backward the cotangent of a replicated tensor is a partial sum on each rank. At the end MindSpore sums the gradient of a
+Parameter over all ranks that have a copy of it, data parallel ranks included. So the collectives inside a region have the backward of
+MindSpore's primitives, and pvary is the identity.
 """
 
 import inspect
@@ -18,27 +18,27 @@ from parallel.graph.source import function
 from parallel.lowering import manual
 
 ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Exp", "Log1p", "Maximum", "OnesLike", "Softmax")
-COUNTED = ("ReduceSum", "ReduceMax", "GatherD", "TopK")  # refuse a Layout, and take the number of parts of each dim
-JOINS = ("Concat", "Stack")  # take one tuple of tensors
+COUNTED = ("ReduceSum", "ReduceMax", "GatherD", "TopK")  # take no Layout, but the number of shards of each dim
+JOINS = ("Concat", "Stack")  # their operand is a tuple of tensors
 KNOWN = ELEMENTWISE + COUNTED + JOINS + ("MatMul", "BatchMatMul", "Transpose")
-COPIES = {"kv_heads": "kv"}  # where they are split differently, neighbouring parts of the first are the same part of the second
+COPIES = {"kv_heads": "kv"}  # if the first has more shards than the second, neighbouring ranks have copies of one kv head
 
 
-def lower(sharding, fn, wrap, by_hand, operands, results, kind, reduce, sizes, dtype):
-    """Returns the callable for fn. wrap: see Sharding.op. by_hand: how a rank calls fn on its shards, or None if that is no different.
+def lower(sharding, fn, wrap, of_shard, operands, results, kind, reduce, sizes, dtype):
+    """Returns the annotated op of `fn` in the global view. Arguments are those of Sharding.op.
 
-    sizes: {dim: size} of the dims of results that no operand has. dtype: of the results, or of each, where not that of the first operand.
+    of_shard: the function that calls fn on a shard, if that needs the index of the shard's first element; else None.
     """
-    if by_hand is None and _is_known(sharding, fn, results):
+    if of_shard is None and _is_known(sharding, fn, results):
         return manual.wrapped(_primitive(sharding, fn, operands, results, kind), wrap)
-    local = manual.lower(sharding.inside(), by_hand or manual.wrapped(fn, wrap), operands, results, kind, reduce)
+    local = manual.lower(sharding.inside(), of_shard or manual.wrapped(fn, wrap), operands, results, kind, reduce)
     if kind == "elementwise":
         operands, results = operands * _arity(fn), operands
     return region(sharding, local, operands, results, sizes, dtype)
 
 
 def lower_fan(sharding, fns, wrap, parsed):
-    """f(x, *ws) -> (fns[0](x, ws[0]), ...). parsed: (operands, results) of each, the first operand x."""
+    """Returns f(x, *ws) -> (fns[0](x, ws[0]), ...). parsed: (operands, results) of each; x is the first operand."""
     if all(_is_known(sharding, fn, results) for fn, (_, results) in zip(fns, parsed)):
         return manual.fan([manual.wrapped(_primitive(sharding, fn, *each, "contraction"), wrap) for fn, each in zip(fns, parsed)])
     local = manual.lower_fan(sharding.inside(), [manual.wrapped(fn, wrap) for fn in fns], parsed)
@@ -47,40 +47,43 @@ def lower_fan(sharding, fns, wrap, parsed):
 
 
 def region(sharding, local, operands, results, sizes=None, dtype=None):
-    """local, a function of this rank's parts, as an op of the global view. Operands enter as they arrive, results as they leave."""
+    """Returns `local`, a function of local shards, as one op of global arrays. `a>b` in the signature happens inside `local`."""
     shapes, dtypes = _shapes(sharding, operands, results, sizes or {}), _dtypes(len(results), dtype)
     entering = tuple(layout(sharding, [arrives for arrives, _ in part]) for part in operands)
     leaving = tuple(layout(sharding, [used for _, used in part]) for part in results)
     names = ", ".join(f"x{i}" for i in range(len(operands)))
-    whole = function(f"region({names})", [f"return local({names})"], local=local)  # Morph refuses a function of *args
-    return _Region(whole, shapes, dtypes).shard(entering, leaving)
+    fn = function(f"region({names})", [f"return local({names})"], local=local)  # Morph refuses a function of *args
+    return _Region(fn, shapes, dtypes).shard(entering, leaving)
 
 
 def stored(mesh, shape, used):
-    """For each dim of a parameter the atoms that it is split over between steps, by MindSpore's parallel optimizer: the first also over all
-    ranks that use it alike, tensor parallel ones too, if they divide it; else as it is used. shape: of a part as ops use it."""
+    """Returns for each dim of a parameter the atoms that MindSpore's parallel optimizer splits it over between steps.
+
+    MindSpore splits the first dim over all ranks with a copy of the shard, tensor parallel ranks included, if their number divides it; else
+    the parameter is stored as it is used. shape: of the shard that ops use. used: for each dim the atoms of that shard.
+    """
     split = {atom for atoms in used for atom in atoms}
-    alike = tuple(atom for atom in mesh.sizes if atom not in split)
-    return used if shape[0] % mesh.size(alike) else (used[0] + alike, *used[1:])
+    replicas = tuple(atom for atom in mesh.sizes if atom not in split)
+    return used if shape[0] % mesh.size(replicas) else (used[0] + replicas, *used[1:])
 
 
 def layout(sharding, dims):
-    """MindSpore's Layout of a tensor. A scalar has none: MindSpore crashes."""
+    """Returns MindSpore's Layout of a tensor with these dims. MindSpore crashes on the Layout of a scalar, so there must be a dim."""
     assert dims, "a region has no scalars: give them a dim `one`"
     each = [sharding.atoms(dim) for dim in dims]
-    whole = Layout(tuple(sharding.mesh.sizes.values()), tuple(sharding.mesh.sizes))
-    return whole(*("None" if not atoms else atoms[0] if len(atoms) == 1 else atoms for atoms in each))
+    device_mesh = Layout(tuple(sharding.mesh.sizes.values()), tuple(sharding.mesh.sizes))
+    return device_mesh(*("None" if not atoms else atoms[0] if len(atoms) == 1 else atoms for atoms in each))
 
 
 class _Region(ops.Morph):
-    """MindSpore's primitive for a function that is put in its place after partitioning, before differentiation."""
+    """MindSpore's Morph: a primitive that the compiler replaces by a function after partitioning and before differentiation."""
 
-    substitute_name = "Morph"  # by which the compiler knows it
+    substitute_name = "Morph"  # the compiler recognises it by this name
 
     def __init__(self, local, shapes, dtypes):
         super().__init__(local, _not_called, _not_called)
-        self.__dict__.update(infer_shape=shapes, infer_dtype=dtypes)  # as arguments of Morph they would be compiled
-        self.add_prim_attr("self_define_shard", True)  # the layouts are as stated
+        self.__dict__.update(infer_shape=shapes, infer_dtype=dtypes)  # as arguments of Morph these would be compiled
+        self.add_prim_attr("self_define_shard", True)  # MindSpore takes the given layouts
 
     def _clone(self):
         return self
@@ -91,7 +94,7 @@ def _not_called(*args):
 
 
 def _is_known(sharding, fn, results):
-    """Whether MindSpore has a rule for a primitive that covers this use of it."""
+    """Whether MindSpore's partitioner can split this primitive with these results."""
     if not isinstance(fn, ops.Primitive) or fn.name not in KNOWN:
         return False
     moves = [(a, b) for part in results for a, b in part]
@@ -101,7 +104,7 @@ def _is_known(sharding, fn, results):
 
 
 def _primitive(sharding, fn, operands, results, kind):
-    """fn, told its layouts. They become a part of the primitive, so an instance serves one op."""
+    """Returns fn with its layouts. They are attributes of the instance, so each op needs an instance of its own."""
     assert not {"in_layout", "in_strategy"} & set(fn.attrs), f"{fn.name}: this instance is annotated already; make another for this op"
     used = [[used for _, used in part] for part in (operands * _arity(fn) if kind == "elementwise" else operands)]
     if fn.name in COUNTED:
@@ -115,7 +118,7 @@ def _primitive(sharding, fn, operands, results, kind):
 
 
 def _arity(fn):
-    """How many tensors an elementwise function takes."""
+    """Returns the number of tensors that an elementwise function takes."""
     if isinstance(fn, ops.Primitive):
         return len(fn.attrs.get("input_names") or inspect.signature(fn.__call__).parameters)
     return len(inspect.signature(fn).parameters)

@@ -1,25 +1,29 @@
-"""Runs a rank's list of pipeline actions on the host: what is kept of a micro-batch, and what goes to the next stage and comes from it.
+"""Runs a rank's list of pipeline actions on the host, and keeps the inputs of its stages from forward to backward.
 
-A stage keeps, of a micro-batch between its forward and its backward, its input and nothing else: the backward computes the forward again.
-The input of the first stage are tokens, which are in the batch.
+Between the forward and the backward of a micro-batch a stage keeps only its input; the backward computes the forward again. The first stage
+keeps nothing: its input is the tokens of the batch.
 """
 
 from parallel.pipeline.schedule import Forward, Recv, Send, inputs, users
 
 
 class Executor:
-    """Runs lists of actions. A message is a tuple of tensors.
+    """Runs lists of actions. Stages pass messages, which are tuples of tensors.
 
-    stages: of all ranks. send(message, rank) does not wait; receive(action, rank) -> what that rank sent as the input of the action, asked
-    for in the order of its sending. live: the most micro-batches whose inputs a run held at a time.
+    stages: the number of stages of all ranks. send(message, rank): sends without waiting. receive(action, rank): returns the message from
+    that rank that is the input of the action; it is called in the order of sending. live: the largest number of stage inputs that were kept
+    at a time.
     """
 
     def __init__(self, stages, send, receive):
         self.stages, self.send, self.receive, self.live = stages, send, receive, 0
 
     def run(self, actions, forward, backward=None):
-        """forward(action, inputs) -> message for the next stage; backward(action, inputs, cotangents) -> message for the one before. At the
-        ends of the model they are given (). Without `backward` nothing is kept."""
+        """Runs a list of actions.
+
+        forward(action, inputs): returns the message for the next stage. backward(action, inputs, cotangents): returns the message for the
+        previous stage. inputs is () in the first stage, cotangents is () in the last. Without `backward` no inputs are kept.
+        """
         received, coming, made, kept = {}, {}, {}, {}
 
         def arrived(action):

@@ -1,21 +1,23 @@
-"""Pipeline schedules as data: which layers a stage has, and for each rank the list of what it does, made and judged without any process.
+"""Pipeline schedules as data: the layers of each stage and a list of actions for each rank. Nothing here starts a process.
 
-Stage s is on rank s % ranks; with virtual stages a rank has several. A stage sends its result to the next one, and in the backward the
-gradient of its input to the one before. Sources: GPipe, Huang et al. 2019; 1F1B, Narayanan et al. 2019 and 2021 (interleaved).
+Stage s is on rank s % ranks; with virtual stages a rank has several stages. A stage sends its result to the next stage and, in the
+backward, the gradient of its input to the previous stage. Sources: GPipe, Huang et al. 2019; 1F1B, Narayanan et al. 2019; interleaved 1F1B,
+Narayanan et al. 2021.
 
-The lists hold no deadlock even where a send waits for its receive: all are parts of one order of events, in which a transfer follows what
-it carries at once, so that of the events not done the first can always happen. simulate() runs them so.
+The lists have no deadlock, even if a send blocks until its receive. The actions of all ranks are sorted into one order of events, in which
+a transfer directly follows the action that made its message, and each rank's list keeps this order. So the first event that is not done yet
+never waits for a later one. simulate(blocking=True) checks this.
 """
 
 from dataclasses import dataclass
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved")
-AXES = ("pp",)  # of the mesh, along which the stages lie
+AXES = ("pp",)  # the mesh axis of the stages
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Stage `stage` on micro-batch `micro`. It keeps its input until the Backward."""
+    """The forward of stage `stage` on micro-batch `micro`. Its input is kept until its Backward."""
 
     micro: int
     stage: int
@@ -23,7 +25,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """The gradients of the stage's parameters and, but for the first stage, of its input."""
+    """The backward: gradients of the parameters of the stage and, except in the first stage, of its input."""
 
     micro: int
     stage: int
@@ -31,7 +33,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class Send:
-    """The input of Forward or Backward `action`, to the rank that does it."""
+    """Sends the input of `action`, a Forward or Backward of another stage, to rank `rank`, which runs it."""
 
     action: object
     rank: int
@@ -39,24 +41,27 @@ class Send:
 
 @dataclass(frozen=True)
 class Recv:
-    """The same, from the rank that made it."""
+    """Receives the input of `action`, a Forward or Backward of this rank, from rank `rank`."""
 
     action: object
     rank: int
 
 
 def split_layers(num_layers, stages):
-    """Layers per stage, as even as can be: what is left over goes to inner stages first, then the first; the last has the head."""
+    """Returns the number of layers of each stage.
+
+    Stages get equal numbers. Remaining layers go to the inner stages, then to the first, never to the last, which has the head.
+    """
     base, left = divmod(num_layers, stages)
     order = [*range(1, stages - 1), 0, stages - 1]
     return tuple(base + (s in order[:left]) for s in range(stages))
 
 
 def stage_ranges(num_layers, ranks, virtual_stages=1, layers=()):
-    """For each stage the range of its layers. layers: how many each has; default: split_layers.
+    """Returns the range of layers of each stage. layers: the number of layers of each stage; default: split_layers.
 
-    Raises ValueError, naming the key of the config, where they do not make up the model, or a stage would have nothing at all to do: the
-    first has the embedding, the last the head, and any other needs a layer.
+    Raises ValueError, with the key of the config, if the numbers do not add up to the model or if an inner stage has no layer. The first
+    stage has the embedding and the last the head, so these may have no layer.
     """
     stages = ranks * virtual_stages
     if layers and (len(layers) != stages or sum(layers) != num_layers or min(layers) < 0):
@@ -77,7 +82,7 @@ def stage_ranges(num_layers, ranks, virtual_stages=1, layers=()):
 
 
 def check(name, ranks, micro_batches, virtual_stages):
-    """Raises ValueError for a schedule that there is not."""
+    """Raises ValueError for a schedule that does not exist or that these numbers do not allow."""
     if name not in SCHEDULES:
         raise ValueError(f"parallel.pp_schedule={name!r} is not one of {', '.join(SCHEDULES)}")
     if virtual_stages < 1:
@@ -93,7 +98,7 @@ def check(name, ranks, micro_batches, virtual_stages):
 
 
 def schedule(name, ranks, micro_batches, virtual_stages=1):
-    """For each rank the tuple of its actions in a training step. Raises ValueError as check()."""
+    """Returns for each rank the tuple of its actions in a training step. Raises ValueError as check() does."""
     check(name, ranks, micro_batches, virtual_stages)
     if name == "gpipe":
         orders = [_gpipe(rank, micro_batches) for rank in range(ranks)]
@@ -105,7 +110,7 @@ def schedule(name, ranks, micro_batches, virtual_stages=1):
 
 
 def forward_only(ranks, micro_batches, virtual_stages=1):
-    """The same for evaluation."""
+    """Returns for each rank the tuple of its actions in an evaluation, which has no backward."""
     orders = [
         [Forward(micro, chunk * ranks + rank) for chunk in range(virtual_stages) for micro in range(micro_batches)] for rank in range(ranks)
     ]
@@ -122,7 +127,7 @@ def _gpipe(rank, micro_batches):
 
 
 def _alternating(forwards, backwards, warm_up):
-    """Some forwards, then one forward and one backward in turn, then the backwards that are left."""
+    """Returns `warm_up` forwards, then one forward and one backward in turn, then the remaining backwards."""
     warm_up = min(warm_up, len(forwards))
     out = forwards[:warm_up]
     for forward, backward in zip(forwards[warm_up:], backwards):
@@ -131,7 +136,7 @@ def _alternating(forwards, backwards, warm_up):
 
 
 def _interleaved(rank, ranks, micro_batches, virtual_stages):
-    """Micro-batches in groups of as many as there are ranks, each group through a rank's first stage, then its second, and so on."""
+    """Takes micro-batches in groups of `ranks`. Each group runs through the first stage of this rank, then the second, and so on."""
     forwards, backwards = [], []
     for first in range(0, micro_batches, ranks):
         for chunk in range(virtual_stages):
@@ -141,21 +146,21 @@ def _interleaved(rank, ranks, micro_batches, virtual_stages):
 
 
 def inputs(action, stages):
-    """The action of another stage whose result this one takes; None where there is none."""
+    """Returns the action of another stage whose result is the input of this action; None for the first forward and the last backward."""
     if isinstance(action, Forward):
         return Forward(action.micro, action.stage - 1) if action.stage else None
     return Backward(action.micro, action.stage + 1) if action.stage < stages - 1 else None
 
 
 def users(action, stages):
-    """The action of another stage that takes this one's result; None where there is none."""
+    """Returns the action of another stage whose input is the result of this action; None if there is none."""
     if isinstance(action, Forward):
         return Forward(action.micro, action.stage + 1) if action.stage < stages - 1 else None
     return Backward(action.micro, action.stage - 1) if action.stage else None
 
 
 def _with_transfers(orders, stages):
-    """The lists of forwards and backwards, with the sends and receives between ranks: see above for the one order of all events."""
+    """Returns the lists of forwards and backwards with sends and receives added, in the order of events that the module describes."""
     ranks, present = len(orders), {action for order in orders for action in order}
     events = []
     for action, end in _ends(orders, stages).items():
@@ -176,7 +181,7 @@ def _with_transfers(orders, stages):
 
 
 def _ends(orders, stages):
-    """{action: when it ends}, with a backward twice as long as a forward, and transfers that take no time."""
+    """Returns {action: end time}. A forward takes 1, a backward 2 and a transfer 0."""
     end, clocks, at = {}, [0] * len(orders), [0] * len(orders)
     present = {action for order in orders for action in order}
     moved = True
@@ -197,8 +202,11 @@ def _ends(orders, stages):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What simulate() found. events: for each rank (start, end, action) of what it computes. bubble: the share of all ranks' time, to the
-    last end, in which they wait."""
+    """The result of simulate().
+
+    events: for each rank (start, end, action) of its forwards and backwards. length: the end of the last event. bubble: the fraction of
+    `length` in which ranks wait, averaged over the ranks.
+    """
 
     events: tuple
     length: float
@@ -206,10 +214,11 @@ class Timeline:
 
 
 def simulate(lists, forward=1.0, backward=2.0, transfer=0.0, blocking=False):
-    """The Timeline of ranks' lists. Costs: a number, or one for each stage.
+    """Returns the Timeline of the ranks' lists.
 
-    blocking: a send and its receive wait for each other; else a send is buffered, and what a receive brings is waited for where it is used.
-    Raises ValueError where ranks wait for each other, or one computes on what it does not have.
+    forward, backward: the time of one, a number or a list with one for each stage. transfer: the time of a message.
+    blocking: a send and its receive wait for each other. Else a send is buffered, and the action that needs a message waits for it.
+    Raises ValueError if ranks wait for each other, or if an action comes before its input.
     """
     at, clocks, events = [0] * len(lists), [0.0] * len(lists), [[] for _ in lists]
     arrived, posted, done, moved = {}, [set() for _ in lists], set(), True
@@ -258,7 +267,7 @@ def _check_ready(action, posted, done, stages):
 
 
 def live(actions):
-    """The most micro-batches whose stage inputs a rank's list holds at a time, each from its forward to its backward."""
+    """Returns the largest number of stage inputs that a rank keeps at a time, each from its forward to its backward."""
     now = most = 0
     for action in actions:
         now += isinstance(action, Forward) - isinstance(action, Backward)
@@ -267,7 +276,7 @@ def live(actions):
 
 
 def live_formula(name, rank, ranks, micro_batches, virtual_stages=1):
-    """The same in closed form."""
+    """Returns live() of a schedule in closed form."""
     if name == "gpipe":
         return micro_batches
     if name == "1f1b":
@@ -276,14 +285,15 @@ def live_formula(name, rank, ranks, micro_batches, virtual_stages=1):
 
 
 def bubble_formula(ranks, micro_batches, virtual_stages=1):
-    """The bubble of stages that all cost the same: of GPipe and 1F1B alike, and less with virtual stages."""
+    """Returns the bubble for stages of equal cost. GPipe and 1F1B have equal bubbles; virtual stages make it smaller."""
     return (ranks - 1) / (micro_batches * virtual_stages + ranks - 1)
 
 
 def draw(lists, columns=120, forward=1, backward=2):
-    """The Timeline of lists as text, a line a rank: F0 is the forward of micro-batch 0, B0 its backward; of virtual stages the second is b.
+    """Returns the Timeline of the lists as text, one line a rank.
 
-    What goes beyond so many columns is left out, with `...` in its place.
+    F0 is the forward of micro-batch 0 and B0 its backward. With virtual stages a letter names the stage of the rank: F0a, F0b. Lines longer
+    than `columns` end in `...`.
     """
     timeline, ranks = simulate(lists, forward, backward), len(lists)
     several = any(action.stage >= ranks for each in timeline.events for *_, action in each)

@@ -1,8 +1,8 @@
-"""A step compiled for one rank of a simulated cluster, and what MindSpore says of it: every buffer's size and life, every collective.
+"""Dry run: compiles a step for one rank of a simulated cluster and reads from MindSpore's files its memory and its collectives.
 
-A process of its own, in an environment of parallel/simulation/standin.py, compiles the step and calls it; nothing is computed. MindSpore then writes
-a row for every block of device memory that its allocator gave out (memory_tracker) and a line for every op that it ran, with shapes and
-ranks; those are read here. What is counted: every tensor that the step is given, makes or returns. What is not: see MARGIN.
+A separate process, in an environment of parallel/simulation/standin.py, compiles the step and calls it; no values are computed. MindSpore
+writes a row for every block of device memory that its allocator gives out (memory_tracker), and a line with shapes and ranks for every op
+that it runs. All inputs, intermediate tensors and outputs of the step are counted. MARGIN_GIB and MARGIN_PER_GROUP_GIB allow for the rest.
 """
 
 import csv
@@ -21,23 +21,26 @@ from typing import NamedTuple
 
 from parallel.simulation import standin
 
-VERSIONS = ("2.7.1", "2.10.0")  # whose logs and files this has read
-RESULT = "RESULT "  # before the line of JSON that the process prints
-# what parallel.step.in_device_memory makes of a tensor from the host, as MindSpore 2.7.1 and 2.10.0 name it
+VERSIONS = ("2.7.1", "2.10.0")  # the versions of MindSpore whose files this module can read
+RESULT = "RESULT "  # the process prints one line of JSON after this
+# (type, op) of the copies that parallel.graph.jit.in_device_memory makes, in MindSpore 2.7.1 and 2.10.0
 COPIED = (("PyNativeOutput", "Mul"), ("PyNativeOutput", "Muls"))
-HEADER, ALIGNMENT = 32, 512  # bytes that the allocator adds to a tensor's, and to multiples of which it then rounds up
+HEADER, ALIGNMENT = 32, 512  # the allocator adds HEADER bytes to a tensor and rounds up to a multiple of ALIGNMENT
 ITEMSIZE = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "float64": 8}
-NAMES = {"AllToAll": "AlltoAll"}  # what the device's own form of a collective is called -> what it is in the graph
+NAMES = {"AllToAll": "AlltoAll"}  # name of a collective on the device -> its name in the graph
 
-# What simulation does not count, in GiB: the two buffers of 200 MB that CANN's communication library takes for each group of ranks
-# (HCCL_BUFFSIZE's default), and for kernels' workspaces and the runtime a round figure, as nothing here can measure them.
+# Memory that simulation does not count, in GiB. For each group of ranks CANN's communication library takes two buffers of 200 MB (the
+# default of HCCL_BUFFSIZE). The workspaces of kernels and the runtime cannot be measured here, so MARGIN_GIB is an estimate.
 MARGIN_PER_GROUP_GIB = 0.4
 MARGIN_GIB = 2.0
 
 
 class Block(NamedTuple):
-    """Device memory from one moment to another, in the tracker's own clock. kind: input, weight (a Parameter), constant or kernel. name: of
-    what made it."""
+    """A block of device memory.
+
+    first, last: when it is allocated and freed, in the tracker's clock. size: bytes. kind: input, weight (a Parameter), constant or kernel.
+    name, graph: of the op that made it.
+    """
 
     first: int
     last: int
@@ -48,8 +51,11 @@ class Block(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """A collective: its kind, the ranks, the elements of the whole that they exchange, and the bytes of one. A Send or Receive between
-    pipeline stages does not say its ranks."""
+    """A collective.
+
+    kind: such as AllReduce. ranks: of the group; () for a Send or Receive between pipeline stages. elements: of the complete array, such as
+    the gathered one of an all-gather. itemsize: bytes of an element.
+    """
 
     kind: str
     ranks: tuple
@@ -57,7 +63,7 @@ class Exchange(NamedTuple):
     itemsize: int
 
     def sent(self):
-        """Bytes that a rank sends in a ring, as parallel.simulation.traffic.Call counts them."""
+        """Returns the bytes that a rank sends in a ring, as parallel.simulation.traffic.Call counts them."""
         n = len(self.ranks)
         if not n:
             return self.elements * self.itemsize if self.kind == "Send" else 0
@@ -66,7 +72,11 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """What one process left. said: the JSON that it printed. exchanges: Counter of Exchange. lines: {graph and node: source line}."""
+    """The measurements of one process.
+
+    said: the JSON value that it printed. exchanges: Counter of Exchange. lines: {(graph, node): source line}. with_fragments: the peak of
+    device memory with fragmentation, in bytes.
+    """
 
     said: dict
     blocks: tuple
@@ -77,7 +87,7 @@ class Trace:
 
 
 def unavailable():
-    """Why there can be no dry run on this machine, with the fix; None if there can."""
+    """Returns why the dry run cannot run on this machine, with the fix; None if it can."""
     version = importlib.metadata.version("mindspore")
     if version not in VERSIONS:
         known = " and ".join(VERSIONS)
@@ -86,10 +96,10 @@ def unavailable():
 
 
 def trace(module, job, world, rank, folder, variables=None, timeout_s=3600):
-    """The Trace of `python -m module job.json` as rank `rank` of `world` simulated NPUs. folder: an empty one, for what MindSpore
-    writes. variables: more of its environment.
+    """Runs `python -m module job.json` as rank `rank` of `world` simulated NPUs and returns its Trace.
 
-    Raises RuntimeError with the end of what it printed where it fails.
+    job: a JSON value. folder: an empty folder for MindSpore's files. variables: further environment variables. Raises RuntimeError with the
+    end of the output if the process fails.
     """
     folder = Path(folder)
     (folder / "job.json").write_text(json.dumps(job))
@@ -111,32 +121,34 @@ def trace(module, job, world, rank, folder, variables=None, timeout_s=3600):
 
 
 def _verbose(folder):
-    """Variables that make MindSpore write what is read here, into a folder."""
+    """Returns environment variables that make MindSpore write the files that are read here into a folder."""
     return {
-        "GLOG_v": "2",  # the peak is a warning
+        "GLOG_v": "2",  # MindSpore logs the peak as a warning
         "MS_ALLOC_CONF": "memory_tracker:True,memory_tracker_path:./",
         "MS_DEV_SAVE_GRAPHS": "2",
         "MS_DEV_SAVE_GRAPHS_PATH": str(folder),
-        "MS_DEV_DUMP_IR_PASSES": "hwopt_d_after_stream_assign",  # the one with names as the tracker has them, and source lines
+        "MS_DEV_DUMP_IR_PASSES": "hwopt_d_after_stream_assign",  # this pass has source lines, and the names of the tracker
     }
 
 
 def _complaint(text):
-    """The end of a log, without the lines of MindSpore's own that say nothing of the error."""
+    """Returns the end of a log without MindSpore's warnings, which do not explain an error."""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith(("[WARNING]", "[CRITICAL]"))]
     return "\n".join(line for line in lines if "No module named 'te'" not in line)[-2500:]
 
 
 def _fragmented(text):
-    """The peak with what fragmentation loses, in bytes, from the allocator's last words, which are in MiB."""
+    """Returns the peak of device memory with fragmentation, in bytes, from the log of the allocator, which has it in MiB."""
     found = re.search(r"Actual peak memory usage \(with fragments\): (\d+)M", text)
     if not found:
-        raise RuntimeError("MindSpore's log has no peak of memory; the step was not run, or this version words it differently")
+        raise RuntimeError(
+            "MindSpore's log has no peak of memory; the step was not run, or this version of MindSpore writes it differently"
+        )
     return int(found[1]) << 20
 
 
 def read_blocks(path):
-    """The Blocks of a memory_block.csv."""
+    """Returns the Blocks of a memory_block.csv."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return tuple(_block(row) for row in rows)
@@ -151,16 +163,17 @@ def _block(row):
     return Block(first, last, size, kind, row["node_name"], row["graph_name"])
 
 
-# () = (%2) Default/AllReduce-op0(%1), ..., attrs {group=...;comm_rank=0 8;...} and the types in the line below, results first
+# Matches `() = (%2) Default/AllReduce-op0(%1), ..., attrs {group=...;comm_rank=0 8;...}` and the next line, which has the types of the
+# results, then those of the operands.
 TASK = re.compile(r"= (?:\S*/)?(\w+)-op\d+\([^\n]*comm_rank=([\d ]+)[^\n]*\n\s+\((.*?)\) <- \((.*?)\)\n")
-# (%1) = DistCommIsend(%1), ... of a tensor that is sent outside of graphs
+# Matches `(%1) = DistCommIsend(%1), ...`, which sends a tensor outside of graphs.
 TRANSFERS = {"DistCommIsend": "Send", "DistCommIrecv": "Receive"}
 TRANSFER = re.compile(r"= (" + "|".join(TRANSFERS) + r")\([^\n]*\n\s+\((.*?)\) <- ")
 TENSOR = re.compile(r"(\w+):\[([\d, ]*)\]")
 
 
 def read_exchanges(path):
-    """Counter of the Exchanges that were run, of a tracker_graph.ir."""
+    """Returns the Counter of the Exchanges that were run, from a tracker_graph.ir."""
     out = Counter()
     text = Path(path).read_text(encoding="utf-8")
     for kind, ranks, result, operand in TASK.findall(text):
@@ -182,7 +195,7 @@ SUBGRAPH = re.compile(r"^subgraph @(kernel_graph_?\d+)", re.M)
 
 
 def _lines(folder):
-    """{(graph, node): the innermost source line of ours that made it}"""
+    """Returns {(graph, node): the innermost source line of this code base that made it}."""
     out, tree = {}, f"{Path(__file__).parents[2]}{os.sep}"
     for path in Path(folder).glob("*stream_assign*.ir"):
         text = path.read_text(encoding="utf-8")
@@ -196,7 +209,7 @@ def _lines(folder):
 
 
 def timeline(blocks):
-    """[(moment, bytes live from then on)], and the moment of the peak."""
+    """Returns [(moment, bytes allocated from then on)] and the moment of the peak."""
     change = Counter()
     for block in blocks:
         change[block.first] += block.size
@@ -209,14 +222,17 @@ def timeline(blocks):
 
 
 def peak(blocks):
-    """(bytes live at the peak, the blocks that are)"""
+    """Returns (bytes allocated at the peak, the blocks that are allocated then)."""
     _, moment = timeline(blocks)
     live = [block for block in blocks if block.first <= moment < block.last]
     return sum(block.size for block in live), live
 
 
 def peaks(blocks):
-    """{graph: the most bytes live while it ran}. What comes before the first, and between two, counts with the one before."""
+    """Returns {graph: the largest number of bytes allocated while it ran}.
+
+    The time between two graphs counts for the earlier one, the time before the first for the key "".
+    """
     begun = {block.first: block.graph for block in blocks if block.kind == "kernel" and block.graph}
     out, graph = {}, ""
     for moment, live in timeline(blocks)[0]:
@@ -226,10 +242,10 @@ def peaks(blocks):
 
 
 def aligned(nbytes):
-    """Bytes that the allocator gives out for a tensor."""
+    """Returns the bytes that the allocator takes for a tensor of nbytes."""
     return -(-(nbytes + HEADER) // ALIGNMENT) * ALIGNMENT
 
 
 def margin_gib(exchanges):
-    """What is to stay free for what simulation does not count, given the groups of ranks that exchange something."""
+    """Returns the GiB to leave free for memory that simulation does not count. exchanges: they give the groups of ranks."""
     return MARGIN_GIB + MARGIN_PER_GROUP_GIB * len({exchange.ranks for exchange in exchanges if exchange.ranks})

@@ -1,9 +1,9 @@
-"""A stand-in for CANN: what MindSpore's Ascend plugin needs to load, and compile, where there is no NPU.
+"""A stand-in for CANN, with which MindSpore's Ascend plugin loads and compiles on a machine without an NPU.
 
-MindSpore's wheel contains its Ascend plugin; the libraries of Huawei's CANN that the plugin links to are not in it. One generated
-library of functions that do nothing takes their place, so that a process with `environment(...)` can `set_device("Ascend")` and, in
-MindSpore's own simulation mode, compile a program for one rank of a cluster: partition it, plan its memory, and run it without
-computing. Values are meaningless, kernels do not see their arguments, and nothing runs out of memory.
+MindSpore's wheel contains its Ascend plugin, but not the libraries of Huawei's CANN that the plugin links to. One generated library of
+functions that do nothing replaces them. A process with the variables of `environment(...)` can then `set_device("Ascend")` and compile a
+program for one rank of a cluster in MindSpore's simulation mode: MindSpore partitions it, plans its memory and runs it without computing.
+Values are meaningless, kernels do not check their arguments, and no allocation fails.
 """
 
 import functools
@@ -19,16 +19,18 @@ import tempfile
 from pathlib import Path
 
 TOOLS = {"gcc": "gcc", "nm": "binutils", "readelf": "binutils"}  # command -> Debian package
-LOADED_BY_NAME = ("libopapi.so", "libacl_op_compiler.so", "libacl_tdt_channel.so")  # found by dlopen, so that no library lists them
-TYPE_INFO = ("_ZTV", "_ZTI", "_ZTS")  # C++ symbols that are data: virtual tables, type information and its names
-PYTHON = "latest/cann/opp/built-in/op_impl/ai_core/tbe"  # where MindSpore expects CANN's Python modules, whose versions it checks
-MODULES = {  # no `te`: MindSpore complains of its absence, but imports the whole of it if it is there
+LOADED_BY_NAME = ("libopapi.so", "libacl_op_compiler.so", "libacl_tdt_channel.so")  # loaded with dlopen, so that no library lists them
+TYPE_INFO = ("_ZTV", "_ZTI", "_ZTS")  # C++ symbols that are data: virtual tables, type information, names of types
+PYTHON = "latest/cann/opp/built-in/op_impl/ai_core/tbe"  # MindSpore checks the versions of CANN's Python modules here
+MODULES = {  # without `te`: MindSpore warns if it is missing, but imports all of it if it exists
     "hccl/__init__.py": "from . import sys_version\n",
     "hccl/sys_version.py": '__sys_version__ = "8.5.0"\n',
 }
-HEADERS = {"latest/cann/include/acl/acl_base.h": "#pragma once\n#include <cstdint>\n"}  # of the call that MindSpore makes of a custom op
+HEADERS = {
+    "latest/cann/include/acl/acl_base.h": "#pragma once\n#include <cstdint>\n"
+}  # included by the wrapper that MindSpore compiles for a custom op
 
-# What must do more than return 0.
+# The functions that must do more than return 0.
 SOURCE = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -82,7 +84,7 @@ void *dlsym(void *library, const char *name) {
 
 
 def unavailable():
-    """Why the stand-in cannot be made on this machine, with the fix; None if it can."""
+    """Returns why the stand-in cannot be built on this machine, with the fix; None if it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"the stand-in for CANN follows the calling convention of Linux on x86_64; this is {sys.platform} on {platform.machine()}"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -95,9 +97,9 @@ def unavailable():
 
 
 def environment(world, rank, soc="Ascend910B2", hbm_gib=64):
-    """What to add to the environment of a process that is to be rank `rank` of `world` simulated NPUs.
+    """Returns environment variables for a process that runs as rank `rank` of `world` simulated NPUs.
 
-    soc: the chip that CANN would name. hbm_gib: the device memory it would report. Makes the library if this is its first use.
+    soc: the name of the chip. hbm_gib: the size of its memory. The first call builds the library. Raises RuntimeError if it cannot.
     """
     cann = library()
     lib = _wheel() / "lib"
@@ -120,7 +122,7 @@ def _joined(variable, *paths):
 
 
 def library(cache=None):
-    """The folder of the library for the installed MindSpore, made in `cache` (default ~/.cache) if it is not there yet."""
+    """Returns the folder of the library for the installed MindSpore. The first call builds it in `cache` (default ~/.cache)."""
     reason = unavailable()
     if reason:
         raise RuntimeError(reason)
@@ -134,7 +136,7 @@ def library(cache=None):
             _make(aside)
             aside.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was first, and made the same
+            if not folder.exists():  # otherwise another process has built it meanwhile
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -146,7 +148,7 @@ def _make(folder):
     lib64 = folder / "latest/cann/lib64"
     for path in (lib64, folder / "latest/cann/opp", folder / "latest/cann/opp_kernel"):
         path.mkdir(parents=True, exist_ok=True)
-    (folder / "latest/lib64").symlink_to("cann/lib64")  # MindSpore 2.7 takes the path up to `latest`, 2.9 the one up to `cann`
+    (folder / "latest/lib64").symlink_to("cann/lib64")  # MindSpore 2.7 looks in `latest`, MindSpore 2.9 in `latest/cann`
     for name, text in MODULES.items():
         (folder / PYTHON / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / PYTHON / name).write_text(text)
@@ -176,15 +178,17 @@ def _definition(i, name):
 
 
 def _missing():
-    """(names of CANN's libraries, the symbols they should have): what the plugin needs and neither the wheel nor the system has."""
+    """Returns (names of libraries, symbols) that the plugin needs and neither the wheel nor the system has."""
     wheel = [path for path in sorted(_wheel().rglob("*.so*")) if path.is_file() and _runs_here(path)]
     plugin = [path for path in wheel if path.is_relative_to(_wheel() / "lib/plugin") and "gpu" not in str(path.relative_to(_wheel()))]
     listed = {name for path in plugin for name in _needed(path)} - {path.name for path in wheel}
     system = {name: _system_library(name) for name in sorted(listed)}
     absent = {name for name, path in system.items() if path is None}
     defined = {name for path in [*wheel, *filter(None, system.values())] for name, _ in _symbols(path, "--defined-only")}
-    needed = {name for path in plugin for name, kind in _symbols(path, "--undefined-only") if kind not in "wv"}  # weak: may stay undefined
-    ours = sorted(name for name in needed - defined if not name.startswith(("Py", "_Py")))  # Python's are in its executable
+    needed = {
+        name for path in plugin for name, kind in _symbols(path, "--undefined-only") if kind not in "wv"
+    }  # weak symbols may stay undefined
+    ours = sorted(name for name in needed - defined if not name.startswith(("Py", "_Py")))  # those of Python are in its executable
     return absent | set(LOADED_BY_NAME), ours
 
 
@@ -200,7 +204,7 @@ def _machine(path):
 
 
 def _runs_here(path):
-    return _machine(path) == _machine(sys.executable)  # the plugin also carries libraries for the NPU's own aarch64 cores
+    return _machine(path) == _machine(sys.executable)  # the plugin also has libraries for the aarch64 cores of the NPU
 
 
 def _needed(path):
@@ -209,7 +213,7 @@ def _needed(path):
 
 
 def _symbols(path, which):
-    """[(name, kind)] of a library's dynamic symbols."""
+    """Returns [(name, kind)] of the dynamic symbols of a library."""
     lines = subprocess.run(["nm", "-D", which, path], capture_output=True, text=True, check=True).stdout.splitlines()
     return [(words[-1].partition("@")[0], words[-2]) for words in map(str.split, lines)]
 

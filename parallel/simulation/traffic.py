@@ -1,8 +1,8 @@
-"""What a layout sends in a step, by arithmetic: the collectives that the signatures of a model's ops ask for, and parallel/zero.py's.
+"""Computes the communication of a step in a layout: the collectives of the signatures of a model's ops, and those of parallel/zero.py.
 
-How often an op runs, and which cotangents flow through it, is seen by running the model once on one device, as small as one likes, with
-every op watched. What it then sends in a layout follows from its signature, and the payload from the sizes of the signature's dims.
-Holds for unrolled layers, in both lowerings; see again() for what scanned layers add.
+The model runs once on one device, with sizes as small as one likes, in a Watched sharding that counts the runs of each op and the
+cotangents that flow through it. The signature of an op then gives its collectives in a layout, and the sizes of its dims their bytes.
+This holds for unrolled layers in both lowerings; again() gives what scanned layers add.
 """
 
 import math
@@ -16,7 +16,8 @@ from parallel.lowering.manual import entering, op_steps, varying, wrapped
 from parallel.placement import local_shape
 from parallel.sharding import DATA, Sharding, parse
 
-# Step of parallel/lowering/manual.py -> its collective forward and backward. An all-gather whose backward is a slice has none there.
+# Step of parallel/lowering/manual.py -> its collectives in the forward and in the backward. (An all-gather whose backward is a slice is
+# handled in of_ops.)
 DIRECTIONS = {
     "psum": ("AllReduce", None),
     "pmax": ("AllReduce", None),
@@ -26,13 +27,16 @@ DIRECTIONS = {
     "split": (None, "AllGather"),
     "all_to_all": ("AlltoAll", "AlltoAll"),
 }
-# The same where MindSpore's partitioner makes the backward: a tensor that ranks hold alike has partial cotangents, see parallel/lowering/partitioner.py.
+# In the shard lowering the cotangents of replicated tensors are partial sums, see parallel/lowering/partitioner.py.
 PARTITIONED = {**DIRECTIONS, "psum": ("AllReduce", "AllReduce"), "pvary": (None, None)}
-FLOAT32 = 4  # bytes; those of an int32 too
+FLOAT32 = 4  # bytes of a float32 or an int32
 
 
 class Call(NamedTuple):
-    """A collective over the ranks along these atoms. phase: forward, backward or update. elements: of the whole that they exchange."""
+    """A collective over the ranks along `atoms`.
+
+    phase: forward, backward or update. kind: such as AllReduce. elements: of the complete array, such as the gathered one of an all-gather.
+    """
 
     phase: str
     kind: str
@@ -41,14 +45,18 @@ class Call(NamedTuple):
     itemsize: int = FLOAT32
 
     def sent(self, mesh):
-        """Bytes that a rank sends, and receives, in a ring: each passes on all parts of the whole but one; twice for a sum that all get."""
+        """Returns the bytes that a rank sends in a ring: (n - 1) / n of the array; twice that for an all-reduce. It receives as many."""
         n = mesh.size(self.atoms)
         return (2 if self.kind == "AllReduce" else 1) * (n - 1) * self.elements * self.itemsize // n
 
 
 class Watched(Sharding):
-    """Ops on one device, whose runs and cotangents are counted: seen[place of the op in the order of binding, step] -> times. A step is
-    ("run",), or ("operand" or "result", number) for a cotangent. `layout`, whose parts the model asks for, is the Sharding meant."""
+    """A Sharding on one device that counts the runs and the cotangents of its ops.
+
+    layout: the Sharding whose communication is computed; shards() is that of layout.
+    bound: the ops, in the order of binding. seen: Counter of (index in `bound`, event). An event is ("run",) for a run, and ("operand", i)
+    or ("result", i) for a cotangent.
+    """
 
     def __init__(self, layout):
         super().__init__()
@@ -91,7 +99,7 @@ class Watched(Sharding):
 
 
 class _Cotangent(nn.Cell):
-    """The identity; calls `note` when a cotangent comes back."""
+    """The identity. Its backward calls `note`."""
 
     def __init__(self, note):
         super().__init__()
@@ -110,7 +118,10 @@ def _differentiable(x):
 
 
 def of_ops(layout, bound, seen, sizes, itemsize):
-    """Counter of the Calls of watched ops in a layout. sizes: {dim: global size} of what travels. itemsize: of the compute dtype."""
+    """Returns the Counter of the Calls of watched ops in a layout.
+
+    bound, seen: of Watched. sizes: {dim: global size} of the dims that collectives have. itemsize: of the compute dtype.
+    """
     out, directions = Counter(), PARTITIONED if layout.lowering == "shard" else DIRECTIONS
     for place, (operands, results, kind, reduce, dtype, around) in enumerate(bound):
         if kind == "elementwise" or not seen[place, ("run",)]:
@@ -120,23 +131,26 @@ def of_ops(layout, bound, seen, sizes, itemsize):
             out += _rounds(layout, *around, operands, runs, sizes, itemsize)
         for what, i, part, steps in _sides(layout, operands, results, kind, reduce):
             item = FLOAT32 if dtype and what == "result" else _itemsize(layout, part, itemsize)
-            for name, atoms, whole in _payloads(layout, part, steps, what):
+            for name, atoms, complete in _payloads(layout, part, steps, what):
                 forward, backward = directions[name] if name != "sliced" else ("AllGather", None)
                 for phase, kind, step in (("forward", forward, ("run",)), ("backward", backward, (what, i))):
                     if kind and seen[place, step]:
-                        elements = math.prod(-(-_size(sizes, dim) // n) for dim, n in whole)
+                        elements = math.prod(-(-_size(sizes, dim) // n) for dim, n in complete)
                         out[Call(phase, kind, atoms, elements, item)] += seen[place, step]
     return out
 
 
 def _rounds(layout, dim, numbers, operands, runs, sizes, itemsize):
-    """Counter of the Calls that send operands round the ranks of a dim, to each but the first owner; in the backward again, and with them
-    their gradients, in float32, home. Each is a gather, see collectives.ppermute. runs: forward, and backward."""
+    """Returns the Counter of the Calls by which ring attention passes operands around the ranks of a dim.
+
+    With n ranks the forward passes the operands n - 1 times. The backward passes them n - 1 times, and their float32 gradients n times.
+    Each is an all-gather, see collectives.ppermute. runs: (runs of the forward, runs of the backward).
+    """
     atoms, (forward, backward) = layout.atoms(dim), runs
     n = layout.mesh.size(atoms)
     parts = [operands[i] for i in numbers]
     each = [math.prod(-(-_size(sizes, used) // layout.shards(used)) for _, used in part) for part in parts]
-    assert len(set(each)) == 1, "what goes round together is of one shape"
+    assert len(set(each)) == 1, "operands that are passed around together have one shape"
     call = Call("forward", "AllGather", atoms, n * sum(each), _itemsize(layout, parts[0], itemsize))
     again = call._replace(phase="backward")
     out = Counter({call: (n - 1) * forward, again: (n - 1) * backward})
@@ -145,7 +159,7 @@ def _rounds(layout, dim, numbers, operands, runs, sizes, itemsize):
 
 
 def _sides(layout, operands, results, kind, reduce):
-    """(operand or result, number, its dims, its Steps), for an op, and for a fan, whose first operand is brought in once."""
+    """Yields ("operand" or "result", index, its dims, its Steps) for an op or a fan. The first operand of a fan is yielded once."""
     if len(results) == 1:
         enters, leaves = op_steps(layout, operands, results[0], kind, reduce)
         yield from (("operand", i, part, steps) for i, (part, steps) in enumerate(zip(operands, enters)))
@@ -161,37 +175,39 @@ def _sides(layout, operands, results, kind, reduce):
 
 
 def _payloads(layout, part, steps, what):
-    """(name, atoms, [(dim, parts it is in)] of the whole) of each Step, in turn."""
-    held = [set(layout.atoms(arrives)) for arrives, _ in part]
+    """Yields (name, atoms, [(dim, shards)] of the complete array) for each Step."""
+    split_over = [set(layout.atoms(arrives)) for arrives, _ in part]
     for name, atoms, args in steps:
-        before = list(map(set, held))
+        before = list(map(set, split_over))
         if name == "all_gather":
-            held[args[0]] -= set(atoms)
+            split_over[args[0]] -= set(atoms)
         elif name in ("reduce_scatter", "split"):
-            held[args[0]] |= set(atoms)
+            split_over[args[0]] |= set(atoms)
         elif name == "all_to_all":
-            held[args[0]] |= set(atoms)
-            held[args[1]] -= set(atoms)
-        whole = held if name == "all_gather" else before
+            split_over[args[0]] |= set(atoms)
+            split_over[args[1]] -= set(atoms)
+        complete = split_over if name == "all_gather" else before
         sliced = name == "all_gather" and args[1] == "slice"
-        yield "sliced" if sliced else name, atoms, [(arrives, layout.mesh.size(split)) for (arrives, _), split in zip(part, whole)]
+        yield "sliced" if sliced else name, atoms, [(arrives, layout.mesh.size(split)) for (arrives, _), split in zip(part, complete)]
 
 
 def _size(sizes, dim):
-    assert dim in sizes, f"dim {dim!r} travels, and its size is not known"
+    assert dim in sizes, f"the size of dim {dim!r}, which a collective has, is not known"
     return sizes[dim]
 
 
 def _itemsize(layout, part, itemsize):
-    """Of activations along embed, heads or an adapter's rank, that of the compute dtype. The others are float32, or int32."""
+    """Returns the bytes of an element: those of the compute dtype for activations with embed, head_dim or rank, else 4 (float32, int32)."""
     dims = {dim for dim, _ in part}
     of_data = any(axis[:2] in DATA for dim in dims for axis in layout.rules[dim])
     return itemsize if of_data and dims & {"embed", "head_dim", "rank"} else FLOAT32
 
 
 def of_update(layout, placed, micro_batches=1, itemsize=FLOAT32):
-    """Counter of the Calls of gradient sums, the gathering of updated parameters, and the gradient's norm. itemsize: of the compute dtype,
-    in which MindSpore gathers."""
+    """Returns the Counter of the Calls of the update: gradient sums, all-gathers of updated parameters, and the norm of the gradient.
+
+    itemsize: of the compute dtype, in which MindSpore's partitioner gathers parameters.
+    """
     if layout.lowering == "shard":
         return _of_partitioned_update(layout, placed, micro_batches, itemsize)
     out, mesh = of_sums(layout, placed, micro_batches), layout.mesh
@@ -206,23 +222,25 @@ def of_update(layout, placed, micro_batches=1, itemsize=FLOAT32):
 
 
 def _of_partitioned_update(layout, placed, micro_batches, itemsize):
-    """In each micro-batch MindSpore sums each parameter's gradient by itself, over all ranks that use it alike, and scatters it where the
-    parameter is stored in parts; the norm is ours."""
+    """Returns the Calls of of_update in the shard lowering.
+
+    In each micro-batch MindSpore sums the gradient of each parameter over all ranks with a copy, with a reduce-scatter if the parameter is
+    stored as shards. The norm is computed as in the manual lowering.
+    """
     out, mesh = Counter(), layout.mesh
     for p in placed:
         split = {atom for atoms in p.used for atom in atoms}
-        alike = tuple(atom for atom in mesh.sizes if atom not in split)
-        if alike:
+        replicas = tuple(atom for atom in mesh.sizes if atom not in split)
+        if replicas:
             kind = "AllReduce" if p.stored == p.used else "ReduceScatter"
-            out[Call("update", kind, alike, math.prod(local_shape(mesh, p.spec, p.used)))] += 1
-    out += times(partitioned_gathers(mesh, placed, itemsize), 2 if layout.zero == 3 else 1)  # stage 3 gathers for the backward again
+            out[Call("update", kind, replicas, math.prod(local_shape(mesh, p.spec, p.used)))] += 1
+    out += times(partitioned_gathers(mesh, placed, itemsize), 2 if layout.zero == 3 else 1)  # stage 3 gathers again for the backward
     norm = Counter({Call("update", "AllReduce", tuple(mesh.sizes), 1): 1} if mesh.world > 1 else {})
     return times(out, micro_batches) + norm
 
 
 def partitioned_gathers(mesh, placed, itemsize):
-    """Counter of the Calls by which MindSpore brings the parameters that are stored in parts to where they are used: each once, after the
-    cast to what it is used in."""
+    """Returns the Counter of the Calls by which MindSpore all-gathers sharded parameters: each once, after the cast to the dtype of use."""
     out = Counter()
     for p in placed:
         if p.stored != p.used:
@@ -234,7 +252,7 @@ def partitioned_gathers(mesh, placed, itemsize):
 
 
 def of_sums(layout, placed, micro_batches):
-    """Counter of the Calls of gradient sums alone."""
+    """Returns the Counter of the Calls of the gradient sums."""
     out = Counter()
     for atoms, split, elements in _bucket_sizes(layout.mesh, placed):
         times = micro_batches if layout.zero >= 2 else 1
@@ -244,10 +262,10 @@ def of_sums(layout, placed, micro_batches):
 
 
 def of_gathered(layout, placed):
-    """Counter of the Calls where stage 3 gathers these parameters, in one place of the model."""
+    """Returns the Counter of the Calls of ZeRO stage 3 for these parameters, which one place of the model gathers."""
     out = Counter()
     for atoms, split, elements in _bucket_sizes(layout.mesh, placed):
-        if split and layout.zero == 3:  # never in the shard lowering, where MindSpore gathers
+        if split and layout.zero == 3:  # in the shard lowering zero_dim is None, since MindSpore gathers
             out[Call("forward", "AllGather", atoms, elements)] += 1
             out[Call("backward", "ReduceScatter", atoms, elements)] += 1
     return out
@@ -259,11 +277,13 @@ def _bucket_sizes(mesh, placed):
 
 
 def times(calls, n):
-    """A Counter of as many calls n times."""
+    """Returns the Counter of calls that are repeated n times."""
     return Counter({call: count * n for call, count in calls.items()})
 
 
 def again(calls, n=2):
-    """The forward calls of a scanned layer that its backward makes again: once for the inputs of all layers, once for each's gradient.
-    All are counted; the graph leaves out those whose result it does not need, such as, for the gradient, the layer's last sum."""
+    """Returns the forward calls that the backward of a scanned layer repeats: once for the inputs of all layers, once for the gradient.
+
+    This is an upper bound: a graph leaves out calls whose result it does not need, such as the last sum of a layer in its recomputation.
+    """
     return Counter({call._replace(phase="backward"): count * n for call, count in calls.items() if call.phase == "forward"})

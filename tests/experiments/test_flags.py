@@ -76,7 +76,7 @@ BAD = [
     ("--config.data.json_key=", "data.json_key='' must name a key of the records; use 'text'"),
     # layouts
     ("--tp=2", "tp=2 is 2 ranks, and the job has 1; start it with `python -m experiments.launch --nproc=2 -- ...`"),
-    ("--dp=-2", "parallel.dp=-2 must be 1 or more, or -1 for what is left of the ranks"),
+    ("--dp=-2", "parallel.dp=-2 must be 1 or more, or -1 for all remaining ranks"),
     ("--config.parallel.ep=4", "parallel.ep=4 must divide dp x cp x tp = 1 x 1 x 1 = 1; use 1"),
     ("--zero=4", "parallel.zero=4 must be 0, 1, 2 or 3"),
     ("--lowering=shard", "parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual"),

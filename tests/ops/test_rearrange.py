@@ -148,7 +148,7 @@ def body(x):
 
 
 class Again(nn.Cell):
-    """body with a backward that differentiates it anew, perhaps inside a while loop, as parallel/graph/recompute.py and parallel/graph/scan.py do."""
+    """body with a backward that differentiates it again, perhaps in a while loop, as recompute.py and scan.py of parallel/graph do."""
 
     def __init__(self, loop):
         super().__init__()

@@ -150,7 +150,7 @@ def test_top_k(normalise):
 
 
 def test_what_a_kernel_cannot_do_is_refused():
-    with pytest.raises(ValueError, match="ops.routing=vendor knows no bias"):
+    with pytest.raises(ValueError, match="ops.routing=vendor has no bias"):
         routing.vendor_top_k(2, True, biased=True)
     with pytest.raises(ValueError, match="ops.routing=vendor makes blocks of one row, not of 64; use --config.ops.grouped_matmul=vendor"):
         routing.vendor_permute(6, 64)

@@ -358,7 +358,7 @@ def test_a_node_that_never_comes_is_an_error(start):
     common = {"nnodes": 2, "master_addr": "127.0.0.1", "timeout_s": 1}
     jobs = [start("sleep", node_rank=0, master_port=port, **common), start("sleep", node_rank=1, master_port=free_port(), **common)]
     first, second = (job.finish() for job in jobs)
-    assert "1 of --nnodes=2 did not come within --timeout_s=1; start the same command there with --node_rank=1" in first.err
+    assert "1 of --nnodes=2 did not connect within --timeout_s=1; start the same command there with --node_rank=1" in first.err
     assert "node 0 has not answered at 127.0.0.1:" in second.err and "within --timeout_s=1" in second.err
 
 
@@ -380,7 +380,7 @@ def test_what_is_not_a_launcher_cannot_disturb_the_meeting():
     strangers = [socket.create_connection(address) for _ in says]
     for stranger, message in zip(strangers, says):
         stranger.sendall(message)
-    with pytest.raises(ValueError, match="did not come within --timeout_s=1"):
+    with pytest.raises(ValueError, match="did not connect within --timeout_s=1"):
         nodes.join({"--nproc": 1}, 1, lambda: False)
     for stranger in strangers:
         stranger.close()

@@ -117,7 +117,7 @@ def test_a_region_is_held_to_its_signature():
         np.testing.assert_array_equal(sharding.region(negated(sharding), "rows embed -> rows embed")(x).asnumpy(), -np.ones((2, 5)))
         with pytest.raises(ValueError, match="dim 'embde' is not in RULES"):
             sharding.region(negated(sharding), "rows embde -> rows embed")
-        with pytest.raises(ValueError, match="'rows>tokens' moves"):
+        with pytest.raises(ValueError, match="'rows>tokens' changes a layout"):
             sharding.region(negated(sharding), "rows>tokens embed -> tokens embed")
     with pytest.raises(AssertionError, match=re.escape("dim 'embed' is 2 and 5")):
         Sharding(check=True).region(negated(Sharding(check=True)), "embed embed -> embed embed")(x)

@@ -2,8 +2,8 @@
 //
 //   run BLOCKS BYTES...   BYTES of each of the kernel's arrays in order: inputs, outputs, the workspace, the tiling data
 //
-// Array i is what the file i.bin holds, zeros if there is none, and is written back to the file if there is one. ops/ascendc/build.py
-// writes call.h: the declarations of the mode, and Call(blocks, arrays).
+// Array i is read from the file i.bin, and is zeros if there is none. If the file exists, the array is written back to it.
+// ops/ascendc/build.py writes call.h: the declarations of the mode, and Call(blocks, arrays).
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

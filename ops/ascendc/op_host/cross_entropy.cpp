@@ -1,4 +1,4 @@
-// The pieces of cross-entropy over rows of logits, and their gradient: definitions and tiling.
+// The terms of cross-entropy over rows of logits, and their gradient: definitions and tiling.
 #include "cross_entropy_tiling.h"
 
 #include "host.h"

@@ -1,4 +1,4 @@
-// What the operators' definitions and tiling functions share.
+// Shared by the definitions and tiling functions of the operators.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -1,7 +1,7 @@
-// Flash attention (Dao 2023): of each tile of queries the keys in tiles, with the largest score, the sum and the result so far.
+// Flash attention (Dao 2023): for each tile of queries, a loop over tiles of keys with running maximum, sum and result.
 //
 //   cube      scores of tile i + 1 = q k^T     weights of tile i times v
-//   vector    weights of tile i, from its scores and the largest so far; then the result, scaled down by what the largest rose
+//   vector    weights of tile i, from its scores and the running maximum; then rescales the result if the maximum rose
 #pragma once
 #include "attention_tiles.h"
 

@@ -1,10 +1,10 @@
-// The gradient of flash attention, without atomic additions, so that its sums are made in one order:
+// The gradient of flash attention, without atomic additions, so that the order of its sums is fixed:
 //
-//   1. of each tile of queries, over tiles of keys     dq += ds k
-//   2. of each tile of keys, over the heads that share them and tiles of queries     dv += p^T do, dk += ds^T q
+//   1. for each tile of queries, over tiles of keys     dq += ds k
+//   2. for each tile of keys, over the heads that share them and tiles of queries     dv += p^T do, dk += ds^T q
 //
-// where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do) - dlse. Both make scores and do v^T again, by the cube, and
-// p and ds, by the vector cores; what is summed stays in L0C. Of heads in two panels that is twice as wide, so tiles are half as high: 64
+// where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do) - dlse. In both, the cube recomputes scores and do v^T,
+// and the vector cores p and ds; sums stay in L0C. Heads with two panels need twice the width in L0C, so tiles have half the height: 64
 // queries in 1, and 32 keys in 2.
 #pragma once
 #include "attention_tiles.h"

@@ -1,6 +1,6 @@
-// What attention and its gradient share: tiles of 128 queries of one head by 64 keys, of which a block's cube makes the products and its
-// two vector cores, 64 queries each, the rest; they hand tiles over in global memory, one flag for each kind. A row of 64 keys is one
-// repeat. Heads of more than 128 elements are results in two panels of up to 128 columns, each a tile of its own.
+// Shared by attention and its gradient: tiles of 128 queries of one head by 64 keys. The cube of a block computes the products, and each of
+// its two vector cores the rest for 64 queries. They exchange tiles through global memory, with one flag for each kind of tile. A row of 64
+// keys is one repeat. Results with more than 128 elements a head have two panels of up to 128 columns, each a tile of its own.
 #pragma once
 #include "product.h"
 

@@ -1,5 +1,5 @@
-// Of each row of logits: the largest, the sum of exp(z - largest), and the picked one; in one pass, in which the sum so far is scaled down
-// where a tile's largest is above those before it. The gradient makes the exponentials again.
+// For each row of logits: the maximum, the sum of exp(z - maximum) and the picked element, in one pass that rescales the running sum when
+// the maximum rises. The gradient recomputes the exponentials.
 #pragma once
 #include "device.h"
 

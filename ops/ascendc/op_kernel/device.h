@@ -1,8 +1,8 @@
-// What the kernels share: waits between pipes, and rows of float32, float16 or bfloat16 that are computed in float32.
+// Shared by the kernels: waits between pipes, and rows of float32, float16 or bfloat16 that are computed in float32.
 #pragma once
 #include "kernel_operator.h"
 
-// A namespace of its own: names that are declared here hide CANN's, of which there are many (AlignUp is one).
+// A separate namespace, since CANN has many names, such as AlignUp, that would clash with names here.
 namespace qwen {
 
 using namespace AscendC;

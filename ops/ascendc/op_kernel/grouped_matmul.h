@@ -1,5 +1,5 @@
-// y[r] = x[r] w[group of r], for rows in order of group, of which `ends` says where each group's end; and the gradients
-// dx[r] = dy[r] w^T and dw[g] = x^T dy over the group's rows. Tiles of the result go round the cores.
+// y[r] = x[r] w[group of r], for rows in order of group; `ends` has the index after the last row of each group. And the gradients
+// dx[r] = dy[r] w^T and dw[g] = x^T dy over the rows of the group. Tiles of the result are assigned to the cores in turn.
 #pragma once
 #include "product.h"
 

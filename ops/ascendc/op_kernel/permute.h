@@ -1,4 +1,4 @@
-// Rows of tokens to the experts that they chose and back, dropless: assignments in order of expert, and within one in order of token.
+// Dropless dispatch of the rows of tokens to their experts, and back. Assignments are sorted by expert, then by token.
 #pragma once
 #include "device.h"
 
@@ -7,7 +7,7 @@ namespace qwen {
 constexpr uint32_t COLUMNS = 4096;  // of a row in UB at a time
 constexpr uint32_t SLOTS = 1024;    // numbers written together
 
-// Integers that the scalar unit makes, written in order.
+// Integers that the scalar unit computes, which are written in order.
 class IntsOut {
  public:
   __aicore__ inline void Init(TPipe &pipe) { pipe.InitBuffer(queue_, 1, SLOTS * sizeof(int32_t)); }

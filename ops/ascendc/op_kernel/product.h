@@ -1,7 +1,7 @@
-// Products of matrices in global memory by the cube: tiles of up to 128 by 128, through L1 and L0, with two buffers on each way.
+// Products of matrices in global memory by the cube: tiles of up to 128 by 128 through L1 and L0, with two buffers at each step.
 //
-// Sizes on 910B, of 2 and of 4 bytes an element: the first matrix's tile is 128 x 128 or 128 x 64, 32 KiB, and so is the second's; two of
-// each take 128 of L1's 512 KiB and all of L0A and L0B (64 KiB each). The result is 128 x 128 floats, 64 of L0C's 128 KiB.
+// Sizes on 910B: a tile of an operand is 128 x 128 elements of 2 bytes or 128 x 64 elements of 4 bytes, 32 KiB. Two tiles of each operand
+// take 128 of the 512 KiB of L1, and all of L0A and L0B (64 KiB each). A tile of the result is 128 x 128 floats, 64 of the 128 KiB of L0C.
 #pragma once
 #include "device.h"
 
@@ -9,7 +9,7 @@ namespace qwen {
 
 constexpr uint32_t TILE = 128, FRACTAL_ROWS = 16;
 
-// A matrix in global memory: rows `stride` elements apart. TURNED: it lies there transposed.
+// A matrix in global memory with rows `stride` elements apart. TURNED: it is stored transposed.
 template <typename T, bool TURNED>
 struct Matrix {
   GlobalTensor<T> at;

@@ -1,10 +1,10 @@
-// RMS norm of rows: y = x w / sqrt(mean(x^2) + eps), in float32, rounded once.
+// RMS norm of rows: y = x w / sqrt(mean(x^2) + eps), computed in float32 and rounded once.
 #pragma once
 #include "device.h"
 
 namespace qwen {
 
-// The scales of rows: 1 / sqrt(sum / n + eps) of sums that lie a block apart, for the scalar unit.
+// The scales 1 / sqrt(sum / n + eps) of rows, from sums that are a block apart, for the scalar unit.
 class Scales {
  public:
   __aicore__ inline void Init(TPipe &pipe, uint32_t rows, uint32_t n) {

@@ -1,7 +1,7 @@
 // Rotary embedding of half-split pairs, alone and after an RMS norm of each head, in float32.
 //
-// A tile of R = tokens * heads rows lies in UB as [2][R][P], all first halves and then all second ones, P = half padded to whole blocks. So
-// one instruction of R repeats works on 64 columns of all heads, with a row of angles, or a number of each head, repeated by strides of 0.
+// A tile of R = tokens * heads rows is stored in UB as [2][R][P]: all first halves, then all second halves; P is half a head, padded to a
+// multiple of a block. So one instruction with R repeats acts on 64 columns of all heads; strides of 0 broadcast angles or a scale.
 #pragma once
 #include "device.h"
 

@@ -4,7 +4,7 @@
 
 namespace qwen {
 
-// s of n elements, over a buffer that may not be the gate's.
+// Computes s of n elements into a buffer that must not be that of the gate.
 __aicore__ inline void Sigmoid(const LocalTensor<float> &s, const LocalTensor<float> &gate, const LocalTensor<float> &ones, uint32_t n) {
   Muls(s, gate, -1.0f, n);
   VectorBarrier();

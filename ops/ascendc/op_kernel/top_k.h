@@ -1,7 +1,7 @@
-// Softmax over experts, the k most probable of each row, the first among equals, and their probabilities; and the gradient.
+// Softmax over experts, the k most probable experts of each row (the lower number among equals) and their probabilities; and the gradient.
 //
-// A tile of rows lies in UB as [R][P], P = experts padded to whole blocks; an instruction takes 64 columns of all rows. A choice is the
-// largest of each row and its place; the scalar unit notes it and takes it out of the running, for all rows between two waits.
+// A tile of rows is stored in UB as [R][P]; P is the number of experts, padded to a multiple of a block. An instruction acts on 64 columns
+// of all rows. A choice is the maximum of each row and its index. The scalar unit stores and excludes it, for all rows between two waits.
 #pragma once
 #include "device.h"
 

@@ -7,7 +7,7 @@
 #define __gm__
 #define __ubuf__
 #define GM_ADDR uint8_t *
-// For a device these are `constexpr(...)`, and nothing but `if ASCEND_IS_AIC` compiles; the semicolon sees to that here.
+// On a device these are `constexpr(...)`, so that only `if ASCEND_IS_AIC` compiles; the semicolon has that effect here.
 #define ASCEND_IS_AIC (const auto kind = ::emulator::core().kind; kind == ::emulator::Kind::AIC)
 #define ASCEND_IS_AIV (const auto kind = ::emulator::core().kind; kind == ::emulator::Kind::AIV)
 #define TILING_KEY_IS(key) (::emulator::tiling_key() == (key))

@@ -1,4 +1,4 @@
-// The host's side of an operator, emulated: its definition, and what its tiling function is asked and answers.
+// The host side of an operator, emulated: its definition, and the inputs and outputs of its tiling function.
 #pragma once
 #include <cstdint>
 #include <functional>

@@ -1,4 +1,4 @@
-// Tiling data, emulated: what the host writes and the kernel reads, as one struct.
+// Tiling data, emulated: a struct that the host writes and the kernel reads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
