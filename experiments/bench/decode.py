@@ -1,4 +1,5 @@
-"""The decoding benchmark: greedy continuation of prompts by the model of bench_train; `generate`, the engine and transformers' in turn."""
+"""The decoding benchmark: greedy continuation of prompts by the model of experiments/bench/train.py, with `generate`, the engine and
+transformers in turns."""
 
 import os
 import tempfile
