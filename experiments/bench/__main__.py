@@ -1,7 +1,7 @@
 """Benchmarks: python -m experiments.bench --what=train|decode|ops|data|checkpoint|memory|monitors|context
 
-One line a figure, and the same as JSON with --json=FILE. Compare figures of one machine and one day only; with --peer, what others take for
-the same work in the same minutes (pip install -e '.[peers]').
+Prints one figure a line; --json=FILE writes them as JSON. Compare only figures of one machine and one day. --peer also measures another
+implementation on the same work, in turns within the same minutes (pip install -e '.[peers]').
 """
 
 import json

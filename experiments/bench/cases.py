@@ -1,7 +1,7 @@
 """The ops benchmark's table: every op's functions at the shapes of the training benchmark's model, with their bytes and FLOP.
 
-R = 2048 rows of 8 x 256 tokens. Bytes are of what must be read and written once; FLOP count an exp, a log, a division or a root as one, and
-nothing that is computed again.
+R = 2048 rows of 8 x 256 tokens. Bytes count each array that must be read or written once. FLOP count an exp, a log, a division or a root as
+one, and no recomputation.
 """
 
 from dataclasses import dataclass, field
@@ -23,10 +23,11 @@ STACK_L = 16  # layers whose arrays are stacked
 
 @dataclass(frozen=True)
 class Case:
-    """op, function: as ops.registry.pick takes them. make(factory) -> the function that is timed.
+    """A case of the benchmark. op, function: the arguments of ops.registry.pick. make(factory) -> the function that is timed.
 
-    inputs(implementation) -> (arrays with gradients, arrays without). flop: of the forward, and of forward and backward together, which
-    is None where there is no gradient. bytes: the same; None: each array once. alone: only measured when it is asked for by name.
+    inputs(implementation) -> (arrays with gradients, arrays without). flop: (of the forward, of forward and backward together); the second
+    is None where there is no gradient. bytes: a pair like flop; None counts each array once. in_place: whether the op changes its
+    arguments. alone: whether the case is measured only when --ops names it.
     """
 
     op: str
@@ -40,7 +41,7 @@ class Case:
 
 
 def cases():
-    """{name: Case}"""
+    """Returns all cases, {name: Case}."""
     return {**_of_rows(), **_of_attention(), **_of_vocabulary(), **_of_experts(), **_of_updates(), **_of_decoding()}
 
 
@@ -53,7 +54,7 @@ def ids(high, *shape):
 
 
 def fixed(arrays, others=()):
-    """inputs(implementation) of arrays that are the same for all."""
+    """Returns an inputs(implementation) that gives every implementation these arrays."""
     return lambda implementation: (arrays, others)
 
 
@@ -73,7 +74,7 @@ def _of_rows():
 
 
 def _call(*args):
-    """make of a factory that takes these."""
+    """Calls the factory, which is the last argument, with the other arguments; partial(_call, EPS) is a Case's make."""
     *args, factory = args
     return factory(*args)
 
@@ -195,7 +196,7 @@ def _of_updates():
 
 
 def _of_decoding():
-    """A token of one row, after CACHE_T - 1 others."""
+    """Returns the cases of decoding one token of one row, after CACHE_T - 1 others."""
     x, w, weights = normal(1, D), normal(D), (normal(D, N * H), normal(D, K * H), normal(D, K * H), normal(N * H, D))
     angles, last, mlp = normal(1, 1, 1, H // 2), np.full((1, 1), CACHE_T - 1, np.int32), (normal(D, F), normal(D, F), normal(F, D))
     caches = normal(1, CACHE_T, K, H), normal(1, CACHE_T, K, H) + 1

@@ -1,4 +1,5 @@
-"""The checkpoint benchmark: saving and restoring a state, in turns with plain copies of as many bytes, and what a step waits for a save."""
+"""The checkpoint benchmark: times saving and restoring a state, in turns with plain copies of as many bytes, and how long a save blocks a
+step."""
 
 import itertools
 import os
@@ -57,7 +58,7 @@ def bench_checkpoint(state_gb, turns, folder):
 
 
 def make_state(nbytes):
-    """[Held] of at least so many bytes of random tensors: layers, and below 1e9 bytes no embedding."""
+    """Returns [Held] of random tensors with at least nbytes bytes: an embedding from 1e9 bytes on, and layers."""
     rng, held, size = np.random.default_rng(0), [], 0
     for shape in itertools.chain([EMBED] * (nbytes >= 1e9), itertools.cycle(LAYER)):
         if size >= nbytes:

@@ -1,6 +1,6 @@
-"""The context parallel benchmark: one long row over more and more ranks, in jobs one after the other; memory and time of a rank.
+"""The context parallel benchmark: memory and time of a rank for one long row, split over 1, 2 and 4 ranks in jobs one after the other.
 
-In each process of a job: python -m experiments.bench.context FOLDER CP ATTENTION SEQ_LEN STEPS, by experiments.launch.
+Each process of a job runs: python -m experiments.bench.context FOLDER CP ATTENTION SEQ_LEN STEPS, by experiments.launch.
 """
 
 import json
@@ -28,11 +28,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def bench_context(options, ranks=RANKS):
-    """Figures as a dict, cpN_... of N ranks. options: seq_len, cp_attention, steps, of which the first compiles and, unless it is the
-    only one, is not timed.
+    """Returns figures as a dict; cpN_... are those of N ranks. options: seq_len, cp_attention, steps; the first step compiles and is not
+    timed, unless it is the only one.
 
-    above_mem_gib: what the peak of the rank that needs most is above what it had before its first step, the compiler's part included.
-    row_mem_gib: that, less the same of a job with a row of SHORT tokens.
+    above_mem_gib: how far a rank's peak memory is above its memory before the first step, the compiler's memory included; the largest over
+    the ranks. row_mem_gib: above_mem_gib, less that of a job with a row of SHORT tokens.
     """
     figures = {"what": "context", "seq_len": options.seq_len, "cp_attention": options.cp_attention}
     for cp in ranks:
@@ -46,7 +46,7 @@ def bench_context(options, ranks=RANKS):
 
 
 def _job(cp, attention, seq_len, steps):
-    """What each rank of a job found."""
+    """Runs a job. Returns the figures of each rank."""
     with tempfile.TemporaryDirectory() as folder:
         launch = [sys.executable, "-m", "experiments.launch", f"--nproc={cp}", f"--log_dir={folder}/logs", "--"]
         job = [*launch, "experiments.bench.context", *map(str, (folder, cp, attention, seq_len, steps))]

@@ -1,4 +1,5 @@
-"""The data benchmark: the loader on a large pair, what a training step waits for it, and preprocessing beside the tokenizer alone."""
+"""The data benchmark: the loader on a large .bin/.idx pair, how long a training step waits for it, and preprocessing compared with the
+tokenizer alone."""
 
 import json
 import os
@@ -77,7 +78,7 @@ def bench_loader(prefix):
 
 
 def bench_wait(prefix, steps):
-    """The share of a step of configs/tiny.py that next() takes."""
+    """Measures how much of a training step of configs/tiny.py is spent waiting for the loader."""
     config = tiny.get_config()
     config.model_args.vocab_size = VOCAB
     cfg = command_line.model_config(config)
@@ -125,7 +126,7 @@ def _preprocess(path, prefix, job):
 
 
 def _texts():
-    """Pieces of Python's own library."""
+    """Returns texts of PIECE characters from Python's own library."""
     out, size = [], 0
     for document in sources.find_documents():
         for start in range(0, len(document.text), PIECE):
@@ -137,7 +138,7 @@ def _texts():
 
 
 def _time(call):
-    """The better of two, in seconds."""
+    """Returns the shorter time of two calls, in seconds."""
     times = []
     for _ in range(2):
         start = time.perf_counter()

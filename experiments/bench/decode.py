@@ -1,4 +1,5 @@
-"""The decoding benchmark: greedy continuation of prompts by the model of bench_train; `generate`, the engine and transformers' in turn."""
+"""The decoding benchmark: greedy continuation of prompts by the model of experiments/bench/train.py, with `generate`, the engine and
+transformers in turns."""
 
 import os
 import tempfile
@@ -11,7 +12,7 @@ from parallel.random import hash_uniform
 from qwen3.config import Qwen3Config
 
 PROMPT, NEW_TOKENS = 128, 128
-PEERS = ("transformers",)  # that generate
+PEERS = ("transformers",)  # the peers that generate
 
 
 def bench_decode(options, model=None, prompt=PROMPT, new_tokens=NEW_TOKENS):
@@ -20,8 +21,8 @@ def bench_decode(options, model=None, prompt=PROMPT, new_tokens=NEW_TOKENS):
 
     options: moe, batch (a list; of several, each one's figures begin with batchN_), steps, kernels, check, peer, peer_python. prefill_s:
     from the prompts to the first new token. decode_tokens_per_s: new tokens but the first of each row, over the whole time less prefill_s.
-    same_ids: the share of NAME's tokens that are ours. engine_grown_mib: memory that the engine's process took while it served so many
-    short requests (engine_requests), after a quarter as many.
+    same_ids: the fraction of NAME's tokens that are equal to ours. engine_grown_mib: how much the memory of the engine's process grew while
+    it served engine_requests short requests, after it had served a quarter as many.
     """
     if wrong := [peer for peer in options.peer if peer not in PEERS]:
         raise ValueError(f"--peer={wrong[0]} does not generate; use --peer={PEERS[0]}, or --what=train")

@@ -1,4 +1,4 @@
-"""The memory benchmark: a training step with each form of recompute, a process each, in turn."""
+"""The memory benchmark: a training step with each form of recompute, each in its own process, in turns."""
 
 import tempfile
 

@@ -1,4 +1,5 @@
-"""The monitors benchmark: a training step with monitors off, on but not watching, and watching each step, a process each, in turn."""
+"""The monitors benchmark: a training step with monitors off, on between two watched steps, and watching each step, each in its own process,
+in turns."""
 
 import tempfile
 

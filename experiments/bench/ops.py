@@ -1,4 +1,4 @@
-"""The ops benchmark: each implementation of each op in bench_cases.py, compiled, in turn with the others of its case."""
+"""The ops benchmark: times each implementation of each op in experiments/bench/cases.py, compiled, in turns with the others of its case."""
 
 import concurrent.futures
 import importlib
@@ -40,7 +40,7 @@ def bench_ops(options):
 
 
 def bench_case(case, options, peaks):
-    """The figures of a case, without its name."""
+    """Returns the figures of a case, without the case's name in their keys."""
     wanted = registry.IMPLEMENTATIONS if options.kernels == "auto" else (options.kernels,)
     calls, sizes = {"forward": {}, "forward_backward": {}}, None
     for implementation in wanted:
@@ -66,7 +66,7 @@ def bench_case(case, options, peaks):
 
 
 def _factory(case, implementation):
-    """The factory of an implementation, None where there is none or it cannot run here."""
+    """Returns the factory of an implementation; None where the op has none, or it cannot run on this device."""
     module = importlib.import_module(f"ops.{case.op}")
     try:
         registry.choose({case.op: implementation}, ms.get_context("device_target"), "float32")
@@ -103,7 +103,7 @@ def _values(op):
 
 
 def _first_element(op):
-    """For what changes its arguments: a graph that returned these would copy them."""
+    """Wraps an op that changes its arguments, to return one element: a graph that returned the arguments would copy them."""
     reshape = ops.Reshape()
 
     def first(inputs, fixed):
@@ -114,7 +114,7 @@ def _first_element(op):
 
 
 def _seeded(op, several, floats):
-    """A scalar of the results whose gradient with respect to them are the weights, at no cost."""
+    """Returns a scalar function of an op's results. Its gradient with respect to the results is `weights`, and costs no computation."""
     seed, n = _Seed(), len(floats)
 
     def of_one(inputs, fixed, weights):

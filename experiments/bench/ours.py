@@ -11,7 +11,7 @@ REQUESTS = 400  # short ones, for the engine's memory
 
 
 def decode(job):
-    """A step reads the prompts, and reads and continues them greedily."""
+    """Returns (facts, step). A step times a prefill of the prompts, and a prefill with a greedy continuation."""
     (cfg, params), prompts, count = load(job), job["prompts"], job["new_tokens"]
     kernels = registry.choose({op: job["kernels"] for op in registry.OPS}, "CPU", cfg.compute_dtype)
     length = len(prompts[0]) + count
@@ -35,7 +35,7 @@ def decode(job):
 
 
 def _engine(engine, prompts, count):
-    """The same by continuous batching; and what many requests leave of memory."""
+    """Does as decode() with the engine, and measures how much memory many requests leave in use."""
 
     def write(prompts, count):
         numbers = [engine.submit(Request(prompt, count)) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Our side of a contest that trains, for bench_ours.py."""
+"""Our contestant of the training benchmarks, for experiments/bench/ours.py."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Contestants of a benchmark: a process each, which work in turn, in the same minutes on the same cores, and are stopped in between.
+"""Contestants of a benchmark. Each is a process; they run in turns on the same cores, and are stopped between their turns.
 
 Ours is bench/ours.py. The peers are scripts in bench/peer_models, run by an interpreter that has what they import; nothing of ours does.
 """
@@ -53,7 +53,7 @@ def contest(job, ours, options, rounds, steps, between=None):
 
 
 def command(peer, peer_python):
-    """What starts a peer. Raises ValueError where its package is missing."""
+    """Returns the command that starts a peer. Raises ValueError where its package is missing."""
     package, script, _ = PEERS[peer]
     find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
     for python in filter(None, (sys.executable, peer_python)):
@@ -63,7 +63,7 @@ def command(peer, peer_python):
 
 
 class Contestant:
-    """A process that serves bench_turns.serve. It gets ready when it is made, and is stopped but for its turns."""
+    """A process that runs experiments.bench.turns.serve. The constructor waits until it is ready; it is stopped except in its turns."""
 
     def __init__(self, name, command, extra, job):
         self.name, self.rounds, self.others = name, [], []

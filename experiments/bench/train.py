@@ -1,4 +1,4 @@
-"""The training benchmark: AdamW with clipping on one fixed model, dense or with experts, ours and peers in turn."""
+"""The training benchmark: AdamW with clipping on one fixed model, dense or with experts, for ours and the peers in turns."""
 
 import os
 import tempfile

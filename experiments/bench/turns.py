@@ -1,4 +1,4 @@
-"""The contestants' side of a benchmark: a process that works when it is asked to, for bench_peers.py. Needs nothing but Python.
+"""The contestants' side of a benchmark: a process that works when experiments/bench/peers.py asks it to. Needs nothing but Python.
 
 It reads one job, a line of JSON on standard input, answers with what it found while it got ready, and then takes turns: for {"steps": n} it
 answers with what each of n steps gave, and with its peak memory. It ends when its input does, or with the process that started it.

@@ -1,14 +1,14 @@
-"""Weights between Hugging Face folders and checkpoints of ours, and what is in them: python -m experiments.convert CMD --input=A --output=B
+"""Converts, inspects and compares Hugging Face folders and our checkpoints: python -m experiments.convert CMD --input=A --output=B
 
-hf-to-native --input=HF_FOLDER --output=NEW       a checkpoint of the weights alone, for --init_from
-native-to-hf --input=RUN --output=NEW             a folder that transformers opens; of a run its newest checkpoint, or give
-                                                  RUN/checkpoints/step_000100. Both: --dtype=float32|bfloat16|float16
-inspect      --input=A [--state] [--nonorms]      arrays, shapes, dtypes, sizes, norms
-merge-lora   --input=ADAPTER --output=NEW         a plain Hugging Face folder from an adapter, in PEFT's format or of a run, and its base;
-                                                  --base=DIR where the base is not at the path that the adapter notes
-diff         A B [--dtype] [--max_diff=1e-6]      the largest differences by array, of either format; fails above --max_diff
-verify       --input=A [--sha256=FILE]            a checkpoint against its checksums; a folder's headers, sizes, index, and a list of
-                                                  sha256sum
+hf-to-native --input=HF_FOLDER --output=NEW       writes a checkpoint without optimizer state, for --init_from
+native-to-hf --input=RUN --output=NEW             writes a folder that transformers opens, from a run's newest checkpoint, or from
+                                                  RUN/checkpoints/step_000100. Both commands take --dtype=float32|bfloat16|float16
+inspect      --input=A [--state] [--nonorms]      lists arrays with their shapes, dtypes, sizes and norms
+merge-lora   --input=ADAPTER --output=NEW         merges a LoRA adapter, in PEFT's format or of a run, into its base, and writes a Hugging
+                                                  Face folder; --base=DIR where the base is not at the path that the adapter names
+diff         A B [--dtype] [--max_diff=1e-6]      shows the largest difference of each array; fails above --max_diff
+verify       --input=A [--sha256=FILE]            checks a checkpoint against its checksums, or a Hugging Face folder's headers, sizes and
+                                                  index, and its files against a list of sha256sum
 """
 
 import sys
@@ -24,15 +24,15 @@ from qwen3.config import DTYPES
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "folder of a Hugging Face model, of a run (its newest checkpoint), or of a checkpoint")
-flags.DEFINE_string("output", None, "the folder to write, which must not exist yet; of diff: the second of the two")
-flags.DEFINE_string("base", None, "of merge-lora: folder of the base, a Hugging Face model, a run or a checkpoint")
-flags.DEFINE_enum("dtype", None, list(DTYPES), "of what is written, else as it is; of diff: both are rounded to it first")
-flags.DEFINE_boolean("state", False, "the optimizer state of a checkpoint, m and v, too")
-flags.DEFINE_boolean("norms", True, "read the arrays, for their norms and largest values")
-flags.DEFINE_integer("top", 20, "of diff: how many arrays to show; 0 for all")
-flags.DEFINE_float("max_diff", None, "of diff: fail above this largest |a - b| / largest |a| of an array, or if only one has an array")
-flags.DEFINE_string("sha256", None, "of verify: a file as `sha256sum *` writes it, for the files of a Hugging Face folder")
-COMMANDS = {  # and the flags of each
+flags.DEFINE_string("output", None, "the folder to write, which must not exist yet; with diff: the second folder to compare")
+flags.DEFINE_string("base", None, "with merge-lora: folder of the base: a Hugging Face model, a run or a checkpoint")
+flags.DEFINE_enum("dtype", None, list(DTYPES), "dtype of the output; default: the input's. With diff: both are rounded to it first")
+flags.DEFINE_boolean("state", False, "include a checkpoint's optimizer state, m and v")
+flags.DEFINE_boolean("norms", True, "read the arrays, to show their norms and largest values")
+flags.DEFINE_integer("top", 20, "with diff: how many arrays to show; 0 for all")
+flags.DEFINE_float("max_diff", None, "with diff: fail where max|a - b| / max|a| of an array is above this, or only one has an array")
+flags.DEFINE_string("sha256", None, "with verify: a file that `sha256sum *` wrote, to check a Hugging Face folder's files")
+COMMANDS = {  # command: its flags
     "hf-to-native": ("input", "output", "dtype"),
     "native-to-hf": ("input", "output", "dtype"),
     "merge-lora": ("input", "output", "base", "dtype"),
@@ -41,7 +41,7 @@ COMMANDS = {  # and the flags of each
     "verify": ("input", "sha256"),
 }
 OPTIONS = sorted({name for names in COMMANDS.values() for name in names})
-COMMAND = []  # CMD, taken out of the command line
+COMMAND = []  # CMD, which is removed from sys.argv
 
 
 def main(_):
@@ -57,7 +57,7 @@ def main(_):
         raise
     except OSError as error:
         where = error.filename or f"--output={FLAGS.output}"
-        raise ValueError(f"{where}: {error.strerror}; make room there, or see to its rights") from error
+        raise ValueError(f"{where}: {error.strerror}; free some space there, or check its permissions") from error
 
 
 def write(name):
@@ -86,7 +86,7 @@ def verify(_):
     wrong = look.verify_native(weights) if weights.checked else look.verify_hugging_face(weights.folder, FLAGS.sha256)
     for text in wrong:
         print(f"wrong      {text}")
-    print(f"{weights}: {f'{len(wrong)} things are wrong' if wrong else 'all is as it should be'}")
+    print(f"{weights}: {f'{len(wrong)} errors' if wrong else 'no errors'}")
     return int(bool(wrong))
 
 

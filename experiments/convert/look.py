@@ -1,4 +1,4 @@
-"""What experiments.convert says of weights without writing any: what is in them, how two differ, and whether they are whole."""
+"""The commands of experiments.convert that write no weights: inspect, diff and verify."""
 
 import hashlib
 import math
@@ -16,8 +16,8 @@ READ_BYTES = 1 << 24
 
 
 def inspect(weights, norms):
-    """[line] that say what weights hold, then one for each array: name, shape, dtype, size, and with `norms` the norm sqrt(sum of squares)
-    and the largest absolute value."""
+    """Returns lines of text: two about the weights, then a table with each array's name, shape, dtype and size; with `norms` also its norm,
+    sqrt(sum of squares), and its largest absolute value."""
     parameters = [math.prod(shape) for name, (shape, _) in weights.arrays.items() if not name.startswith(("m/", "v/"))]
     arrays = f"{sum(parameters):,} parameters in {len(weights.arrays)} arrays, {_size(weights.total_bytes)}"
     width = max(map(len, weights.arrays))
@@ -38,7 +38,7 @@ def _size(nbytes):
 
 
 def _norm(weights, name, progress):
-    """Of the elements in float64, block by block: (norm, largest absolute value)."""
+    """Returns an array's (norm, largest absolute value), read block by block and summed in float64."""
     squares, largest = 0.0, 0.0
     for block in weights.blocks(name):
         data = weights.read(name, block)
@@ -50,7 +50,7 @@ def _norm(weights, name, progress):
 
 
 class Difference(NamedTuple):
-    """Of one array: the largest |a - b|, that over the largest |a|, and how many elements differ of how many."""
+    """The difference of an array. absolute: max|a - b|. relative: absolute / max|a|. differing: how many of `count` elements differ."""
 
     name: str
     absolute: float
@@ -60,13 +60,14 @@ class Difference(NamedTuple):
 
 
 def diff(a, b, dtype=None):
-    """([Difference] from the largest relative one, [text] for each array that only one has or whose shapes differ).
+    """Compares two Weights. Returns ([Difference], largest relative one first; [text] about each array that only one has, or whose shapes
+    differ).
 
-    dtype: both are rounded to it first; then they are compared as float32. Where both are the same infinity or NaN there is no difference;
-    where one is, it is infinite.
+    dtype: both are rounded to it first, or None. They are compared as float32. Two NaNs or two equal infinities are equal; a NaN or
+    infinity differs infinitely from any other value.
     """
     names = [name for name in a.arrays if name in b.arrays and a.arrays[name][0] == b.arrays[name][0]]
-    other = [f"{name} is in {x.folder} alone" for x, y in ((a, b), (b, a)) for name in x.arrays if name not in y.arrays]
+    other = [f"{name} is only in {x.folder}" for x, y in ((a, b), (b, a)) for name in x.arrays if name not in y.arrays]
     other += [
         f"{name} is {list(a.arrays[name][0])} in {a.folder} and {list(b.arrays[name][0])} in {b.folder}"
         for name in a.arrays
@@ -78,7 +79,8 @@ def diff(a, b, dtype=None):
 
 
 def describe(found, other, top, max_diff):
-    """([line], whether that is more than max_diff) for what diff() has found. top: arrays to show, 0 for all; max_diff None allows all."""
+    """Returns (lines of text about the results of diff(), whether they exceed max_diff). top: arrays to show, 0 for all. max_diff: the
+    largest relative difference that passes; None passes all."""
     width, shown = max([0, *(len(d.name) for d in found)]), found[: top or None]
     lines = [f"differs    {text}" for text in other]
     lines += [
@@ -106,14 +108,14 @@ def _difference(a, b, name, dtype, progress):
 
 
 def verify_native(weights):
-    """[text] of what is wrong with a checkpoint: every byte against its checksums."""
+    """Checks every byte of a checkpoint against its checksums. Returns [text], one for each error."""
     with bar("verify", weights.checked.nbytes) as progress:
         return weights.checked.verify(progress.update)
 
 
 def verify_hugging_face(folder, sums):
-    """[text] of what is wrong with the files of a Hugging Face folder, beyond what opening it has found: sizes against the index, and the
-    files against `sums`, a file as sha256sum writes it, or None."""
+    """Checks a Hugging Face folder that opens without errors: its sizes against the index, and its files against `sums`, a file that
+    sha256sum wrote, or None. Returns [text], one for each error."""
     wrong, files = [], hf_files.open_weights(folder)
     used = {file.path.name: file for file in files.values()}
     if (folder / hf_files.INDEX).is_file() and hf_files.WEIGHTS not in used:
@@ -122,9 +124,9 @@ def verify_hugging_face(folder, sums):
         if total not in (None, found):
             wrong.append(f"{folder / hf_files.INDEX} gives total_size={total}, and the tensors have {found} bytes; fetch the folder again")
         unnamed = {name for file in used.values() for name in file.entries} - files.keys()
-        wrong += [f"tensor {name} is in a file, and {hf_files.INDEX} does not name it; fetch the folder again" for name in sorted(unnamed)]
+        wrong += [f"tensor {name} is in a file, but not in {hf_files.INDEX}; fetch the folder again" for name in sorted(unnamed)]
     stray = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in used)
-    wrong += [f"{folder / name} belongs to no model in this folder; remove it, or fetch {hf_files.INDEX} again" for name in stray]
+    wrong += [f"{folder / name} is not used by the model in this folder; remove it, or fetch {hf_files.INDEX} again" for name in stray]
     return wrong + (_check_sums(folder, Path(sums), set(used)) if sums else [])
 
 
@@ -145,7 +147,7 @@ def _check_sums(folder, sums, needed):
 
 
 def read_sums(path):
-    """{file name: sha256} of a file as sha256sum writes it. Raises ValueError for another."""
+    """Reads a file that sha256sum wrote. Returns {file name: sha256}. Raises ValueError for any other file."""
     if not path.is_file():
         raise ValueError(f"--sha256={path} is not a file; give one as `sha256sum *` writes it")
     out = {}

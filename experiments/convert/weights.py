@@ -1,4 +1,4 @@
-"""Weights of either format behind one face, a Hugging Face folder or a checkpoint of ours, and the way from one to the other."""
+"""Opens the weights of a Hugging Face folder or of our checkpoints behind one interface, and converts each format to the other."""
 
 import contextlib
 import math
@@ -20,14 +20,15 @@ from qwen3 import hf, hf_files
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
 
-BLOCK_BYTES = 64 << 20  # about, of what is read of an array at a time
+BLOCK_BYTES = 64 << 20  # about how much of an array is read at a time
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Opened weights. kind: "Hugging Face folder" or "checkpoint". arrays: {name: (shape, dtype)}, where a name is the path of a parameter,
-    and m/path and v/path are its optimizer state. read(name, slices) -> those elements as numpy; None is all. config: the Qwen3Config.
-    tokenizer: the folder that has its files, or None. text: what else is known. checked: for a checkpoint its Reader."""
+    """Opened weights. kind: "Hugging Face folder" or "checkpoint". arrays: {name: (shape, dtype)}; a name is the path of a parameter, such
+    as "embed", and m/path and v/path are its optimizer state. read(name, slices) -> those elements as numpy; slices=None reads all. config:
+    the Qwen3Config. tokenizer: the folder of the tokenizer's files, or None. text: more about them, such as "step 100". checked: the Reader
+    of a checkpoint, else None."""
 
     kind: str
     folder: Path
@@ -52,7 +53,7 @@ class Weights:
         return math.prod(self.arrays[name][0]) * _itemsize(self.arrays[name][1])
 
     def blocks(self, name, rows=1):
-        """[slices] that cut an array into blocks of about BLOCK_BYTES along its first dim, of a multiple of `rows`."""
+        """Returns [slices] of blocks of about BLOCK_BYTES along an array's first dim, each of a multiple of `rows` rows but the last."""
         shape, _ = self.arrays[name]
         step = max(1, BLOCK_BYTES * shape[0] // max(1, self.nbytes(name)) // rows) * rows
         rest = tuple(slice(0, n) for n in shape[1:])
@@ -64,17 +65,17 @@ def _itemsize(dtype):
 
 
 def open_weights(key, path, dtype=None, state=False):
-    """The Weights in a folder: of a Hugging Face model, a run (its newest checkpoint) or a checkpoint.
+    """Opens the Weights in a folder: a Hugging Face model, a run (its newest checkpoint) or a checkpoint.
 
-    dtype: what read() gives of a Hugging Face folder; None is its own. state: a checkpoint's optimizer state too. Raises ValueError or
-    FileNotFoundError, which name the flag `key`, for one that is not to be used.
+    dtype: of the arrays that read() returns from a Hugging Face folder; None is the folder's own. state: include a checkpoint's optimizer
+    state. Raises ValueError or FileNotFoundError, with the flag's name `key`, for a folder that cannot be used.
     """
     if not path:
         raise ValueError(f"--{key} is missing; give the folder of a Hugging Face model, of a run, or of a checkpoint")
     path = Path(os.path.expanduser(path))
     if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"--{key}={path} {what}; give the folder of a Hugging Face model, of a run, or of a checkpoint")
+        problem = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"--{key}={path} {problem}; give the folder of a Hugging Face model, of a run, or of a checkpoint")
     with _named(key, path):
         if native := find(str(path)):
             return _native(Path(native), state)
@@ -104,15 +105,15 @@ def _hugging_face(folder, dtype):
 def _native(folder, state):
     saved = Reader(str(folder))
     if not isinstance(saved.meta.get("model"), dict):
-        raise ValueError(f"{folder} does not say of which model it is; it was not saved by a run or by hf-to-native")
+        raise ValueError(f"{folder} does not name its model; give a checkpoint that a run or hf-to-native has saved")
     if base := saved.meta.get("base"):
-        raise ValueError(f"{folder} holds adapters alone, for the base {base['path']}; join them by experiments.convert merge-lora first")
+        raise ValueError(f"{folder} has only adapters, for the base {base['path']}; merge them with experiments.convert merge-lora first")
     config = Qwen3Config.from_hf(saved.meta["model"])
     shapes = {f"params/{path}": spec.shape for path, spec in tree_paths(param_specs(config))}
     match(saved, shapes, kinds=("params",))
     names = [*shapes, *(name for kind in ("m", "v") for p in shapes if (name := p.replace("params", kind, 1)) in saved.names)]
     if state and len(names) == len(shapes):
-        raise ValueError(f"{folder} has weights alone, and no optimizer state; leave --state out")
+        raise ValueError(f"{folder} has no optimizer state; leave --state out")
     names = names if state else list(shapes)
     arrays = {name.removeprefix("params/"): (saved.shape(name), saved.dtype(name)) for name in names}
 
@@ -127,7 +128,7 @@ def _native(folder, state):
 
 
 def _as_numpy(array):
-    """tensorstore's bfloat16 as MindSpore's, which are two types of the same bits."""
+    """Views tensorstore's bfloat16 as MindSpore's; they are two numpy types for the same bits."""
     return array.view(hf_files.DTYPES["BF16"]) if array.dtype.name == "bfloat16" else array
 
 
@@ -136,12 +137,12 @@ def _as_tensorstore(array):
 
 
 def bar(what, total):
-    """A progress bar over so many bytes, where someone watches."""
+    """Returns a progress bar over `total` bytes, which shows on a terminal only."""
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True, disable=None)
 
 
 def check_output(path):
-    """The folder to write. Raises ValueError without one, or where something is in it."""
+    """Returns the folder to write, as a Path. Raises ValueError where it is not given, or exists and is not empty."""
     if not path:
         raise ValueError("--output is missing; give the folder to write, which must not exist yet")
     path = Path(os.path.expanduser(path))
@@ -155,7 +156,7 @@ def _check_new(path):
 
 
 def write(command, source, output, dtype):
-    """hf-to-native or native-to-hf, from the folder `source`. Returns lines that say what was done."""
+    """Runs the command hf-to-native or native-to-hf, from the folder `source` to `output`. Yields lines of text about the work done."""
     folder, native = check_output(output), command == "native-to-hf"
     weights, wanted = open_weights("input", source, dtype), "checkpoint" if native else "Hugging Face folder"
     if weights.kind != wanted:
@@ -170,7 +171,8 @@ def write(command, source, output, dtype):
 
 
 def to_native(weights, output):
-    """A folder like a run's: the one checkpoint, of step 0, has parameters alone; and tokenizer/. It appears once all is on disk."""
+    """Writes a folder like a run's: one checkpoint, of step 0, without optimizer state; and tokenizer/. It appears under its name only when
+    all is on disk."""
     meta = {"step": 0, "model": weights.config.to_hf()}
     with hf_files.replacing(output, _check_new) as new, bar("hf-to-native", weights.total_bytes) as progress:
         if weights.tokenizer:
@@ -182,7 +184,7 @@ def to_native(weights, output):
 
 
 def _pieces(weights, progress):
-    """What is to be written, block by block."""
+    """Yields the blocks of all arrays, as Pieces for the checkpoint."""
     for name, (shape, dtype) in weights.arrays.items():
         chunk = checkpoint_store.chunk_shape(shape, _itemsize(dtype))
         for block in weights.blocks(name, chunk[0]):
@@ -192,7 +194,7 @@ def _pieces(weights, progress):
 
 
 class _Leaf:
-    """A parameter that is read when hf.save asks for it."""
+    """A parameter that is read only when hf.save calls asnumpy()."""
 
     def __init__(self, weights, name, progress):
         self.shape, dtype = weights.arrays[name]
@@ -206,7 +208,7 @@ class _Leaf:
 
 
 def to_hugging_face(weights, output, dtype):
-    """A folder that transformers opens. It appears once all is on disk."""
+    """Writes a folder that transformers opens. It appears under its name only when all is on disk."""
     specs = param_specs(weights.config)
     with bar("native-to-hf", weights.total_bytes) as progress:
         leaves = unflatten(specs, [_Leaf(weights, path, progress) for path, _ in tree_paths(specs)])

@@ -1,9 +1,9 @@
-"""A layout tried without its NPUs: the real step compiled for chosen ranks, and what each would hold and send.
+"""Tries a layout without NPUs: compiles the real step for chosen ranks, and reports the memory and the communication of each.
 
     python -m experiments.dryrun --config=experiments/configs/qwen3_32b.py --world_size=16 --tp=8 --micro_batches=1 --zero=3 --seq_parallel
 
-Axes that are not given are 1, and dp what is left of the ranks; with none given, the layout is the config's. docs/dryrun.md says how to
-read it. Exit status 1: it does not fit, or the compiled step is not what the layout says.
+Where some axes are given, the others are 1, and dp takes the remaining ranks; where none is given, the layout is the config's.
+docs/dryrun.md explains the report. Exit status 1: the layout does not fit, or the compiled step differs from it.
 """
 
 import json
@@ -23,15 +23,15 @@ FLAGS = flags.FLAGS
 def define_flags():
     command_line.define("experiments/configs/qwen3_32b.py")
     flags.DEFINE_integer("world_size", None, "ranks of the job; default: as many as the layout asks for", lower_bound=1)
-    flags.DEFINE_list("ranks", ["0"], "whose programs are compiled, each in a process of its own")
-    flags.DEFINE_list("layers", [], "two depths to compile, from which a straight line gives the whole model's figures; none: all layers")
+    flags.DEFINE_list("ranks", ["0"], "ranks whose programs are compiled, each in its own process")
+    flags.DEFINE_list("layers", [], "two numbers of layers to compile, from which all layers' figures are extrapolated; none: compile all")
     flags.DEFINE_enum("step", "train", ["train", "generate"], "what is compiled: a training step, or a prompt and a token after it")
     flags.DEFINE_float("hbm_gb", 58.0, "device memory that a job may take, in GiB", lower_bound=0.1)
     flags.DEFINE_integer("jobs", 1, "processes at a time; one of a deep model takes some GB of this machine's memory", lower_bound=1)
     flags.DEFINE_string("json", None, "file for all figures")
     flags.DEFINE_string("plot", None, "file for a plot of memory over time, .svg or .png")
-    flags.DEFINE_boolean("search", False, "rank the layouts of --world_size by formulas, and compile none, or --compile of them")
-    flags.DEFINE_integer("compile", 0, "how many of the layouts that --search prints are compiled too, the first ones", lower_bound=0)
+    flags.DEFINE_boolean("search", False, "rank the layouts of --world_size by formulas, and compile the first --compile of them")
+    flags.DEFINE_integer("compile", 0, "how many of the layouts that --search prints are also compiled, the fastest first", lower_bound=0)
     flags.DEFINE_integer("top", 10, "how many layouts --search prints", lower_bound=1)
 
 
@@ -59,8 +59,8 @@ def _compiled(config, lowerings):
 
 
 def _fill_axes():
-    """Where axes are given for a number of ranks, the others are 1, and dp is what is left. For generation what a layout has for training
-    alone is left out, and weights are as released files have them."""
+    """Fills in the axes that are not given: 1, and dp takes the remaining ranks. For generation it also turns off the layout's settings for
+    training, and sets the weights to bfloat16, the dtype of released models."""
     given = [axis for axis in AXES if FLAGS[axis].value is not None]
     if FLAGS.world_size and given:
         for axis in AXES:
@@ -73,13 +73,13 @@ def _fill_axes():
 
 
 def _lowerings():
-    """Which are compiled: with --lowering=shard, which trains nowhere yet, also the manual one, to hold it against."""
+    """Returns the lowerings to compile. --lowering=shard also compiles the manual one, for comparison."""
     asked, FLAGS["lowering"].value = FLAGS.lowering, None if FLAGS.lowering == "shard" else FLAGS.lowering
     return ("manual", "shard") if asked == "shard" else ("manual",)
 
 
 def _one_rank():
-    """The config without its layout, for the search to lay out."""
+    """Returns the config for one rank, from which the search makes layouts."""
     if not FLAGS.world_size:
         raise ValueError("--search needs the number of ranks; use --world_size=8")
     for name in (*AXES, "micro_batches"):

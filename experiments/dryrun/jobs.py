@@ -21,7 +21,7 @@ MODULE = "experiments.dryrun.rank"
 
 
 def check(config, world, ranks, depths):
-    """Raises ValueError for ranks or depths that cannot be, RuntimeError where nothing can be compiled for Ascend."""
+    """Raises ValueError for ranks or depths that the layout does not have, and RuntimeError where nothing can be compiled for Ascend."""
     cfg = command_line.model_config(config, "any")
     for rank in ranks:
         if not 0 <= rank < world:
@@ -39,7 +39,7 @@ def check(config, world, ranks, depths):
 
 
 def compiled(config, lowerings, step, ranks, depths, hbm_gb, jobs):
-    """What is found of a layout, as JSON; printed, too. Of two lowerings a rank's reports follow each other."""
+    """Compiles a layout, and prints and returns its reports, as JSON. With two lowerings, a rank's two reports follow each other."""
     check(config, math.prod(config.parallel[axis] for axis in WORLD), ranks, depths)
     if "shard" in lowerings:
         dryrun_shard.check(config, command_line.model_config(config, "any"), step)
@@ -79,7 +79,7 @@ def _stages(config, cfg):
 
 
 class Job(NamedTuple):
-    """One compile, and what it is to be like."""
+    """One step to compile, and `wanted`, what the layout expects of it."""
 
     config: FrozenConfigDict
     step: str
@@ -88,7 +88,8 @@ class Job(NamedTuple):
 
     @classmethod
     def of(cls, config, step, rank, layers):
-        """Of a rank at a depth, None for the whole. For the main thread, as MindSpore's eager gradients, which count the calls, are."""
+        """Returns the Job of a rank with this many layers, None for all. Call it in the main thread, as MindSpore's eager gradients, which
+        count the collectives, work only there."""
         config = _at_depth(config, layers)
         cfg, parallel = command_line.model_config(config, "any"), config.parallel
         mesh = layout.mesh(cfg, parallel, rank)
@@ -96,7 +97,7 @@ class Job(NamedTuple):
         return cls(config, step, mesh, dryrun_report.expected(config, cfg, sharding, step))
 
     def compiled(self, module, variables):
-        """(figures, problems, timeline)"""
+        """Compiles the step in a process. Returns (figures, problems, timeline)."""
         job = {"config": self.config.to_dict(), "step": self.step}
         with tempfile.TemporaryDirectory(prefix="dryrun-") as folder:
             trace = dryrun.trace(module, job, self.mesh.world, self.mesh.rank, folder, variables)
@@ -105,7 +106,7 @@ class Job(NamedTuple):
 
 
 def lowered(config, lowering):
-    """The config in a lowering, which no other main takes but `manual`."""
+    """Returns the config with another lowering; the other mains accept only `manual`."""
     config = ConfigDict(config.to_dict(), convert_dict=True)
     config.parallel.lowering = lowering
     return FrozenConfigDict(config)

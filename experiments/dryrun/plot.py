@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 
 
 def plot(reports, hbm_gb, path):
-    """Writes a picture, of the kind that the path's ending names: for each rank the memory alive, over the tracker's count of events."""
+    """Writes a picture of each rank's live memory over the tracker's count of events. The path's extension gives the format."""
     figure = Figure(figsize=(10, 4))
     axes = figure.subplots()
     for report in reports:

@@ -1,6 +1,6 @@
-"""The process of one simulated rank: python -m experiments.dryrun.rank job.json, in an environment that parallel/simulation/dryrun.py makes.
+"""The process of one simulated rank: python -m experiments.dryrun.rank job.json, in the environment of parallel/simulation/dryrun.py.
 
-Compiles a step for the rank's part of a layout, calls it, and prints what it was given.
+Compiles a step for this rank of a layout, calls it, and prints the shapes and dtypes of its inputs.
 """
 
 import json

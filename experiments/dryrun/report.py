@@ -1,4 +1,4 @@
-"""What a dry run found, held against what the specs and signatures say, and put into figures and tables."""
+"""Compares the compiled step of a dry run with the specs and signatures, and reports it in figures and tables."""
 
 import math
 import re
@@ -17,7 +17,7 @@ from qwen3.model import param_specs
 GIB = 2**30
 HELD = ("params_bytes", "gradients_bytes", "optimizer_bytes", "cache_bytes")
 LARGEST = 12  # source lines of the buffers that are listed
-# kind or name of a Block -> what is said of it
+# kind or name of a Block -> its description in the report
 NAMES = {
     "input": "parameters and state, and what else comes from the host",
     "weight": "parameters and moments",
@@ -27,8 +27,9 @@ NAMES = {
 
 
 class Expected(NamedTuple):
-    """What a compiled step is to be like. held: {kind: {path: local shape}} from the specs. calls: Counter of the Exchanges of a training
-    step from the signatures; None of generation. spare: those of them that a graph may leave out, as it needs no result of them."""
+    """What the layout expects of a compiled step. held: {kind: {path: local shape}}, from the specs. calls: Counter of the Exchanges
+    (collectives) of a training step, from the signatures; None for generation. spare: those of them that a graph may leave out, as nothing
+    uses their results."""
 
     held: dict
     calls: Counter | None = None
@@ -65,7 +66,7 @@ def _exchanges(mesh, calls):
 
 
 def problems(trace, wanted):
-    """What in a compiled step is not as it should be, in words. wanted: an Expected."""
+    """Returns one line of text for each difference between a compiled step and `wanted`, an Expected."""
     out = []
     for kind, shapes in wanted.held.items():
         found = trace.said.get(kind, {})
@@ -87,12 +88,12 @@ def problems(trace, wanted):
 
 
 def train_steps(trace):
-    """How often the step was run."""
+    """Returns how often the step was run."""
     return trace.said["steps"]
 
 
 def _missing_inputs(trace):
-    """Tensors that the process gave the step, and for which the allocator gave out nothing of their size."""
+    """Returns a line for each size of input tensors for which the allocator has no block of that size."""
     given = Counter(block.size for block in trace.blocks if block.kind in ("input", "weight"))
     wanted = Counter(dryrun.aligned(nbytes(w)) for kind in ("params", "optimizer") for w in trace.said.get(kind, {}).values())
     lacking = wanted - given
@@ -105,7 +106,7 @@ def nbytes(tensor):
 
 
 def figures(trace, mesh):
-    """What a report says of one rank at one depth, as JSON."""
+    """Returns the figures of one rank at one depth, as JSON."""
     held = {key: sum(map(nbytes, trace.said.get(key.removesuffix("_bytes"), {}).values())) for key in HELD}
     top, live = dryrun.peak(trace.blocks)
     return {
@@ -124,7 +125,7 @@ def figures(trace, mesh):
 
 
 def collectives(exchanges, steps, mesh):
-    """[[kind, axes, ranks, calls a step, bytes that a rank sends in a step]]"""
+    """Returns [[kind, axes, ranks, calls in a step, bytes that a rank sends in a step]], one for each kind and group of ranks."""
     out = {}
     for exchange, count in exchanges.items():
         key = exchange.kind, axes_of(exchange.ranks, mesh) if exchange.ranks else "pp", len(exchange.ranks) or 2
@@ -134,13 +135,13 @@ def collectives(exchanges, steps, mesh):
 
 
 def axes_of(ranks, mesh):
-    """The mesh's axes along which these ranks lie, as a reader names them."""
+    """Returns the names of the mesh axes that these ranks span, such as "tp" or "dp+ep"."""
     atoms = [atom for atom in mesh.sizes if set(mesh.members((atom,))) <= set(ranks)]
     return "+".join(dict.fromkeys(atom[:2] for atom in atoms)) if mesh.members(tuple(atoms)) == ranks else f"ranks {ranks}"
 
 
 def largest(trace, live):
-    """[[bytes, buffers, what made them]] of those alive at the peak, those of one source line together, the most first."""
+    """Returns [[bytes, buffers, source]] of the buffers alive at the peak, grouped by the source line that made them, most first."""
     out = {}
     for block in live:
         known = NAMES.get(block.kind) or NAMES.get(block.name)
@@ -151,8 +152,8 @@ def largest(trace, live):
 
 
 def extrapolated(low, high, layers):
-    """The figures of a depth from those of two others, on a straight line. low, high: (number of layers, figures). The peak is the highest
-    of those of the graphs, each on its own line. What fragments lose does not grow with depth; it is the larger of the two."""
+    """Extrapolates the figures of two depths linearly to `layers`. low, high: (number of layers, figures). Each graph's peak is extrapolated
+    by itself, and the highest one counts. Memory lost to fragments does not grow with depth; the larger of the two counts."""
     (a, x), (b, y) = low, high
 
     def line(p, q):
@@ -168,7 +169,7 @@ def extrapolated(low, high, layers):
 
 
 def verdict(found, hbm_gb):
-    """(whether it fits, the sentence)"""
+    """Returns (whether the layout fits, a sentence that says so)."""
     used, spare = found["with_fragments_bytes"] / GIB, found["margin_bytes"] / GIB
     fits = used + spare <= hbm_gb
     what = f"peak {used:.1f} GiB with fragments + {spare:.1f} GiB that simulation does not count"
@@ -188,7 +189,7 @@ ROWS = (
 
 
 def text(report):
-    """The lines of a rank's report."""
+    """Returns a rank's report as lines of text."""
     found, depths = report["figures"], [layers for layers, _ in report["compiled"]]
     how = "" if len(depths) == 1 else f", by a straight line from {depths[0]} and {depths[1]}"
     took = " and ".join(f"{figures['compile_s']:.0f} s, {figures['host_bytes'] / GIB:.1f} GiB here" for _, figures in report["compiled"])
@@ -205,7 +206,7 @@ def text(report):
 
 
 def beside(manual, shard):
-    """The lines that hold a rank's two reports, one of each lowering, against each other."""
+    """Returns lines of text that compare a rank's two reports, one of each lowering."""
     both = manual, shard
     shapes = [report["compiled"][-1][1]["local_shapes"] for report in both]
     other = [path for path in shapes[0] if shapes[0][path] != shapes[1].get(path)]

@@ -1,7 +1,7 @@
-"""Layouts of a number of ranks, their memory and time by formulas, and those that fit, the fastest first.
+"""Lists the layouts of a number of ranks that fit, the fastest first, by formulas for their memory and time.
 
-The formulas are of an order, not of a percent: the machine's figures below are assumed, and nothing was measured on an NPU. What is to be
-used is then compiled, by the dry run itself.
+The formulas give orders of magnitude: the machine's figures below are assumed, and nothing was measured on an NPU. Compile a layout with
+the dry run itself before you use it.
 """
 
 import itertools
@@ -127,7 +127,7 @@ def estimate(config):
 
 
 def _placed(config, cfg, sharding):
-    """For each rank along pp the Placed that it has."""
+    """Returns the Placed parameters of each rank along pp."""
     pp = config.parallel.pp
     if pp == 1:
         return [tree_leaves(place(sharding, param_specs(cfg)))]
@@ -155,19 +155,19 @@ def _rate(ranks):
 
 
 def _tokens(config):
-    """Of a rank's micro-batch."""
+    """Returns the tokens of a rank's micro-batch."""
     parallel = config.parallel
     return config.train.batch_size // (parallel.dp * parallel.micro_batches) * config.train.seq_len
 
 
 def _updated(mesh, trained):
-    """What the update has besides state and gradients."""
+    """Returns the bytes that the update allocates besides state and gradients."""
     first, then, *_ = sorted((nbytes(mesh, each, "state") for each in trained), reverse=True) + [0, 0]
     return UPDATED_FIRST * first + UPDATED_NEXT * then
 
 
 def saved_bytes(config, cfg, sharding):
-    """What the backward of a micro-batch needs of its forward."""
+    """Returns the bytes of activations that the forward of a micro-batch keeps for its backward."""
     parallel, tp, pp, tokens = config.parallel, config.parallel.tp, config.parallel.pp, _tokens(config)
     given = tokens * cfg.hidden_size / (tp if parallel.seq_parallel else 1)
     rows = SAVED_ROWS * given + SAVED_INPUTS * tokens * cfg.hidden_size
@@ -181,7 +181,7 @@ def saved_bytes(config, cfg, sharding):
 
 
 def _of_experts(config, cfg, sharding):
-    """Elements of a layer."""
+    """Returns the elements that a layer with experts keeps for its backward."""
     shards, ffn, chosen = sharding.shards("experts"), cfg.moe_ffn_size / sharding.shards("expert_ffn"), cfg.experts_per_token
     rows = _tokens(config) * config.parallel.dp // sharding.shards("expert_rows")
     buffers = rows * chosen

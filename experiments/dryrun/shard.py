@@ -1,4 +1,5 @@
-"""The training step of a dry run with --lowering=shard: a program in the global view, for MindSpore's partitioner (parallel/lowering/partitioner.py).
+"""The training step of a dry run with --lowering=shard: a program with global shapes, for MindSpore's partitioner
+(parallel/lowering/partitioner.py).
 
 Parameters are closed over and moments are cloned from them, the form that the partitioner splits; the update then works on a rank's parts.
 """
@@ -40,7 +41,7 @@ def check(config, cfg, step):
 
 
 def prepare(world, zero):
-    """Has this process partition what it compiles. zero: the stage, MindSpore's optimizer_level."""
+    """Makes MindSpore partition the graphs that this process compiles. zero: the ZeRO stage, MindSpore's optimizer_level."""
     ms.set_auto_parallel_context(device_num=world, full_batch=True, parallel_mode="semi_auto_parallel", enable_alltoall=True)
     if zero:
         level = {"parallel_optimizer_threshold": 0, "optimizer_level": f"level{zero}"}

@@ -1,6 +1,6 @@
-"""The steps that a dry run compiles: of the trainer, and of generation.
+"""The steps that a dry run compiles: a training step, and generation.
 
-Their tensors are zeros that nothing has touched, so that they take no memory on the machine that compiles.
+Their tensors are zeros whose pages are never touched, so that they take no memory on the machine that compiles.
 """
 
 import mindspore as ms
@@ -51,7 +51,7 @@ def rank_placements(config, cfg, sharding):
 
 
 def _gradients_to(found):
-    """Notes what AdamW takes: {shape of its part of a parameter: [shape, dtype] of the gradient}."""
+    """Returns a listener that records AdamW's arguments in `found`: {local shape of the parameter: [shape, dtype] of the gradient}."""
 
     def hear(op, shapes, dtypes):
         if op == "adamw" and len(shapes) > 1:  # one: the sum of squares of the same op

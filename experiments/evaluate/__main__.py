@@ -1,8 +1,10 @@
-"""How good a model is: python -m experiments.evaluate (--hf_dir=DIR | --workdir=RUN) --data=PATH --tasks=FILE.jsonl,... [--json=FILE]
+"""Evaluates a model: python -m experiments.evaluate (--hf_dir=DIR | --workdir=RUN) --data=PATH --tasks=FILE.jsonl,... [--json=FILE]
 
---data: loss, perplexity and bits per byte of whatever data.path takes, as --config.data.* and --config.train.seq_len say, with the model's
-own tokenizer. --workdir alone: of the run's own held-out rows. --tasks: files as experiments/evaluate/tasks.py describes, or names of tasks of
-lm-evaluation-harness where it is installed. In a layout: python -m experiments.launch --nproc=2 -- experiments.evaluate ... --tp=2
+--data: anything that data.path takes; gives its loss, perplexity and bits per byte, with the model's own tokenizer. --config.data.* and
+        --config.train.seq_len say how it is read. --workdir without --data and --tasks evaluates the held-out rows of that run.
+--tasks: files as experiments/evaluate/tasks.py describes, or, where lm-evaluation-harness is installed, names of its tasks.
+
+On several ranks: python -m experiments.launch --nproc=2 -- experiments.evaluate ... --tp=2
 """
 
 import os
@@ -20,14 +22,14 @@ FLAGS = flags.FLAGS
 
 
 def define_flags():
-    command_line.define(common.__file__)  # wherever this is started
-    flags.DEFINE_string("data", None, "a text file or folder, the prefix of a pair, weight,prefix,..., or what a stream reads")
-    flags.DEFINE_enum("part", "all", ["all", "held_out"], "of --data: all of it, or what a training run holds out of it")
-    flags.DEFINE_integer("rows", 0, "rows of data at most; 0 for all")
+    command_line.define(common.__file__)  # a full path, so that it is found from any current folder
+    flags.DEFINE_string("data", None, "a text file or folder, the prefix of a .bin/.idx pair, weight,prefix,..., or files for a stream")
+    flags.DEFINE_enum("part", "all", ["all", "held_out"], "which part of --data: all of it, or the rows that a training run would hold out")
+    flags.DEFINE_integer("rows", 0, "the most rows of --data; 0 for all")
     flags.DEFINE_list("tasks", "", "files of tasks, or names of tasks of lm-evaluation-harness")
-    flags.DEFINE_string("task_folder", None, "folder of YAML files of more tasks for the harness")
-    flags.DEFINE_integer("limit", None, "documents of each task of the harness at most")
-    flags.DEFINE_integer("max_length", None, "tokens of a task's text at most; by default the model's own")
+    flags.DEFINE_string("task_folder", None, "folder of YAML files that define more tasks for lm-evaluation-harness")
+    flags.DEFINE_integer("limit", None, "the most documents of each task of lm-evaluation-harness")
+    flags.DEFINE_integer("max_length", None, "the most tokens of a text; default: the model's longest")
     flags.DEFINE_string("json", None, "file to write the results to")
 
 

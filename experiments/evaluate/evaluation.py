@@ -1,4 +1,4 @@
-"""The parts of experiments.evaluate: a model in a layout, the loss of a data set, tasks, and the table of all."""
+"""Helpers of experiments.evaluate: load a model in a layout, compute the loss of a data set, run tasks, and print a table of results."""
 
 import itertools
 import json
@@ -16,12 +16,13 @@ from qwen3.model import choose_kernels
 
 
 def own_data(config, workdir):
-    """Sets `config`, a ConfigDict, to the data of a run and returns its data.path. Raises ValueError where that cannot be known."""
+    """Copies the data settings of a training run into `config`, a ConfigDict, and returns its data.path. Raises ValueError where they are
+    not known."""
     if not workdir:
-        raise ValueError("--data and --tasks are missing; give what is to be evaluated on, or --workdir for a run's own held-out rows")
+        raise ValueError("--data and --tasks are missing; give one of them, or --workdir for a run's own held-out rows")
     path = os.path.join(os.path.expanduser(workdir), CONFIG)
     if not os.path.isfile(path):
-        raise ValueError(f"--workdir={workdir} has no {CONFIG}, so that its data is not known; give --data")
+        raise ValueError(f"--workdir={workdir} has no {CONFIG}, which names a run's data; give --data")
     with open(path, encoding="utf-8") as file:
         saved = json.load(file)
     config.data.update({key: value for key, value in saved["data"].items() if key in config.data and key != "tokenizer"})
@@ -30,7 +31,7 @@ def own_data(config, workdir):
 
 
 def load(model, tokenizer, config, rank, length=None):
-    """The scoring.Scorer of an opened model in the layout of config.parallel, each rank reading its own part."""
+    """Returns a scoring.Scorer of an opened model in the layout of config.parallel. Each rank reads its own shards of the weights."""
     cfg, seq_parallel = model.cfg, config.parallel.seq_parallel
     layout.check_only_computes(config.parallel, cfg)
     sharding = Sharding(layout.mesh(cfg, config.parallel, rank), seq_parallel=seq_parallel)
@@ -39,7 +40,10 @@ def load(model, tokenizer, config, rank, length=None):
 
 
 def data_set(scorer, config, part, most=0):
-    """{loss, perplexity, bits_per_byte, targets, bytes, rows} of the first rows of the data, or all. part: "all" or "held_out"."""
+    """Evaluates the first `most` rows of the data, 0 for all. part: "all" or "held_out".
+
+    Returns {values: {loss, perplexity, bits_per_byte, ...}, errors: {}, count: targets, of: text that says what was counted}.
+    """
     if part == "held_out":
         found = corpus.load(config, scorer.cfg.vocab_size)
         tokenizer, rows = found.tokenizer, ({key: x[i] for key, x in found.held_out.items()} for i in range(len(found.held_out["tokens"])))
@@ -54,14 +58,14 @@ def data_set(scorer, config, part, most=0):
         nats += (scoring.score_rows(scorer, batch)[0] * weights).sum()
         targets, size, count = targets + weights.sum(), size + (sizes[batch["targets"]] * weights).sum(), count + len(weights)
     if not targets:
-        raise ValueError(f"data.path={config.data.path!r} has no pair of tokens to score; give more text")
+        raise ValueError(f"data.path={config.data.path!r} has no two tokens in a row to score; give more text")
     values = held_out(nats / targets, size / targets)
     values = {"loss": values.pop("eval_loss"), **values}
     return {"values": values, "errors": {}, "count": int(targets), "of": f"targets, {int(size):,} bytes, {count:,} rows"}
 
 
 def split_tasks(given, folder):
-    """([Task of each file], [names that are no file]) of --tasks. Raises ValueError for a missing file."""
+    """Splits --tasks into ([Task of each file], [names that are not files]). Raises ValueError for a missing file."""
     files = [name for name in given if os.path.isfile(os.path.expanduser(name))]
     names = [name for name in given if name not in files]
     if wrong := [name for name in names if name.endswith(".jsonl")]:
@@ -72,7 +76,7 @@ def split_tasks(given, folder):
 
 
 def run_tasks(scorer, files, names, folder=None, limit=None):
-    """{name: {values, errors, count, of}} of tasks in files, and of those that the harness knows by name."""
+    """Runs tasks from files, and tasks of lm-evaluation-harness by name. Returns {name: {values, errors, count, of}}."""
     out = {}
     for task in files:
         values, errors = tasks.run(scorer, task)
@@ -83,7 +87,7 @@ def run_tasks(scorer, files, names, folder=None, limit=None):
 
 
 def table(report):
-    """The results as lines of text."""
+    """Returns the report's results as lines of text."""
     lines, results = [f"weights    {report['weights']}"], report["results"]
     if report["data"] is not None:
         lines.append(f"data       {report['data'] or 'the library of Python'}, {report['part'].replace('_', ' ')}")

@@ -1,15 +1,13 @@
-"""A model of ours as lm-evaluation-harness takes one (`pip install lm-eval`, which is not needed for anything else here)."""
+"""Runs tasks of lm-evaluation-harness on our models. It needs `pip install lm-eval`; nothing else in this tree does."""
 
 from experiments.evaluate import scoring
 
-MISSING = "{}: no such file, and lm-eval, which knows other tasks by name, is not installed; give a .jsonl file, or pip install lm-eval"
+MISSING = "{} is not a file, and lm-eval, which knows tasks by name, is not installed; give a .jsonl file, or pip install lm-eval"
 
 
 def adapter(scorer):
-    """An lm_eval.api.model.LM over a scoring.Scorer. Every rank of a layout asks it the same; to the harness it is one process.
-
-    Raises ImportError where lm-eval is not installed.
-    """
+    """Returns an lm_eval.api.model.LM that calls a scoring.Scorer. Every rank of a layout runs the harness on the same requests, as if it
+    were the only process. Raises ImportError where lm-eval is not installed."""
     from lm_eval.api.model import LM
 
     class Adapter(LM):
@@ -34,7 +32,8 @@ def adapter(scorer):
 
 
 def run(scorer, names, folder=None, limit=None):
-    """{task: (metrics, standard errors, how many)} of tasks that the harness knows by name. folder: of YAML files of more of them."""
+    """Runs tasks of lm-evaluation-harness by name. folder: YAML files of more tasks, or None. Returns {task: (metrics, standard errors,
+    number of documents)}."""
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -42,13 +41,13 @@ def run(scorer, names, folder=None, limit=None):
         raise ValueError("--tasks=" + MISSING.format(names[0])) from error
     manager = TaskManager(include_path=folder)
     if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise ValueError(f"--tasks={unknown[0]}: neither a file, nor a task that lm-eval or --task_folder={folder} has")
+        raise ValueError(f"--tasks={unknown[0]}: neither a file, nor a task of lm-eval or --task_folder={folder}; check the name")
     results = lm_eval.simple_evaluate(model=adapter(scorer), tasks=list(names), task_manager=manager, limit=limit)
     return {name: (*_numbers(found), results["n-samples"].get(name, {}).get("effective", 0)) for name, found in results["results"].items()}
 
 
 def _numbers(found):
-    """({metric: value}, {metric: standard error}) of the harness' {"acc,none": ..., "acc_stderr,none": ...}."""
+    """Splits the harness' {"acc,none": ..., "acc_stderr,none": ...} into ({metric: value}, {metric: standard error})."""
     values, errors = {}, {}
     for key, value in found.items():
         name, _, filtered = key.partition(",")

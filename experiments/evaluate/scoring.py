@@ -1,6 +1,6 @@
-"""What lm-evaluation-harness asks of a model, as functions: log-likelihoods of continuations and of whole texts, and generation.
+"""The requests of lm-evaluation-harness as functions: log-likelihoods of continuations and of complete texts, and generation.
 
-Requests are packed, several to a row with a mask between them, so that requests of all lengths run in few compiled shapes. All ranks of a
+Requests are packed, several to a row under a document mask, so that requests of all lengths run in few compiled shapes. All ranks of a
 layout call these functions together, with the same arguments, and get the same results.
 """
 
@@ -18,16 +18,16 @@ from parallel.sharding import Sharding
 from qwen3 import model, stages
 from qwen3.engine import Engine, Request
 
-NARROWEST = 64  # tokens of a row; rows are this times a power of two
+NARROWEST = 64  # tokens of the shortest row; longer rows are this times a power of two
 MAX_NEW, TOKEN_LIMITS = 256, ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """A model that texts are scored with. score(rows of a rank) -> (nats, gap) as qwen3.model's.
+    """A model that scores texts. score(params, tokens, targets, positions, segment_ids) -> (nats, gap), as score of qwen3.model.build().
 
-    length: most tokens that a text is given, those beyond lose their start. prefix_id: the token that a text without a context comes after.
+    length: the most tokens of a text; a longer one loses its start. prefix_id: the token that stands before a text without a context.
     """
 
     params: object
@@ -42,11 +42,9 @@ class Scorer:
 
 
 def build(params, cfg, tokenizer, *, sharding=None, kernels=None, batch_size=8, length=None, prefix_id=None):
-    """A Scorer of `params`, a rank's parts as qwen3.model.build(cfg, sharding) takes them, over batches of batch_size rows.
-
-    length: by default the model's longest. prefix_id: by default the tokenizer's eos_id, as in lm-evaluation-harness.
-    """
-    sharding, cfg = sharding or Sharding(), cfg.replace(moe_capacity_factor=None)  # so that no token is without a place
+    """Returns a Scorer. params: a rank's shards, as qwen3.model.build(cfg, sharding) takes them. batch_size: rows over all data parallel
+    ranks. length: default the model's longest. prefix_id: default the tokenizer's eos_id, as in lm-evaluation-harness."""
+    sharding, cfg = sharding or Sharding(), cfg.replace(moe_capacity_factor=None)  # without a capacity no expert drops a token
     if batch_size % sharding.mesh.dp:
         raise ValueError(f"batch_size={batch_size} must be a multiple of parallel.dp={sharding.mesh.dp}")
     kernels, staged = kernels or model.choose_kernels({}, cfg, sharding), sharding.mesh.pp > 1
@@ -57,12 +55,12 @@ def build(params, cfg, tokenizer, *, sharding=None, kernels=None, batch_size=8, 
 
 
 def score_rows(scorer, rows):
-    """rows {tokens, targets, segment_ids, positions, ...}, numpy [R, S] -> (nats, gap), float32 [R, S], of each target: minus its log
-    probability, and how far its logit is below the largest."""
+    """Scores rows {tokens, targets, segment_ids, positions, ...}, numpy [R, S]. Returns (nats, gap), float32 [R, S]: the negative
+    log-probability of each target, and how far its logit is below the largest one."""
     mesh, out = scorer.sharding.mesh, np.zeros((2, *rows["tokens"].shape), np.float32)
-    place, size = mesh.index(("dp",)), scorer.batch_size
-    mine = np.array(loader.rank_rows(size, place, mesh.dp))
-    for i, batch in enumerate(loader.eval_batches(rows, size, place, mesh.dp)):
+    dp_rank, size = mesh.index(("dp",)), scorer.batch_size
+    mine = np.array(loader.rank_rows(size, dp_rank, mesh.dp))
+    for i, batch in enumerate(loader.eval_batches(rows, size, dp_rank, mesh.dp)):
         arrays = (ms.Tensor(np.ascontiguousarray(batch[key])) for key in ("tokens", "targets", "positions", "segment_ids"))
         found = np.stack([x.asnumpy() for x in scorer.score(scorer.params, *arrays)])
         real = i * size + mine < out.shape[1]
@@ -71,8 +69,11 @@ def score_rows(scorer, rows):
 
 
 def encode_pair(scorer, context, continuation):
-    """(ids of the context, ids of the continuation), the tokens of both together cut where the context's own tokens end, as
-    lm-evaluation-harness does: spaces that end the context go to the continuation, and an empty context is the prefix token."""
+    """Returns (ids of the context, ids of the continuation), as lm-evaluation-harness does.
+
+    Both texts are tokenized together, and the ids are split after as many as the context alone has. Spaces at the context's end belong to
+    the continuation. An empty context becomes the prefix token.
+    """
     encode = functools.partial(scorer.tokenizer.encode, allow_special=True)
     if context == "":
         ids = encode(continuation)
@@ -83,12 +84,14 @@ def encode_pair(scorer, context, continuation):
 
 
 def loglikelihood(scorer, requests):
-    """[(context, continuation)] -> [(log probability in nats of the continuation after the context, whether it is the greedy choice)]."""
+    """Returns (log-probability in nats of the continuation after the context, whether it is the greedy choice) for each (context,
+    continuation)."""
     return loglikelihood_ids(scorer, [encode_pair(scorer, *request) for request in requests])
 
 
 def loglikelihood_ids(scorer, pairs):
-    """The same of [(ids of a context, ids of a continuation)]. Raises ValueError for a continuation that is empty or longer than a row."""
+    """Computes loglikelihood() for pairs [(ids of a context, ids of a continuation)]. Raises ValueError for a continuation that is empty or
+    longer than scorer.length."""
     if not pairs:
         return []
     examples = [_example(scorer, i, *pair) for i, pair in enumerate(pairs)]
@@ -100,24 +103,25 @@ def loglikelihood_ids(scorer, pairs):
     nats, gap = score_rows(scorer, rows)
     row_of, out = np.searchsorted(plan.first, np.arange(len(plan.example)), side="right") - 1, [None] * len(pairs)
     for row, number, end in zip(row_of, plan.example, plan.start + plan.size):
-        place = slice(end - len(pairs[number][1]), end)
-        out[number] = -float(nats[row, place].sum(dtype=np.float64)), bool((gap[row, place] == 0).all())
+        targets = slice(end - len(pairs[number][1]), end)
+        out[number] = -float(nats[row, targets].sum(dtype=np.float64)), bool((gap[row, targets] == 0).all())
     return out
 
 
 def _example(scorer, number, context, continuation):
-    """(ids, mask) of a request, for packing; what is too long loses its start."""
+    """Returns a request's (ids, mask), for packing; the mask is 1 on the continuation. Ids that are too long lose their start."""
     if not 0 < len(continuation) <= scorer.length:
         raise ValueError(
-            f"request {number}: its continuation has {len(continuation)} tokens after the context's own are cut off; it must have from 1 to"
-            f" the {scorer.length} that the model sees"
+            f"request {number}: its continuation has {len(continuation)} tokens after those of the context; it must have 1 to"
+            f" {scorer.length}, the model's longest"
         )
     ids = [*(context or [scorer.prefix_id]), *continuation][-(scorer.length + 1) :]
     return ids, [0] * (len(ids) - len(continuation)) + [1] * len(continuation)
 
 
 def _width(longest, scorer):
-    """The least power of two times NARROWEST that holds the longest request, or else the model's own length."""
+    """Returns the tokens of a row: the smallest power of two times NARROWEST that holds the longest request, at most the model's longest
+    text."""
     width = NARROWEST
     while width < longest:
         width *= 2
@@ -125,10 +129,10 @@ def _width(longest, scorer):
 
 
 def loglikelihood_rolling(scorer, texts):
-    """[text] -> [log probability in nats of the whole text after the prefix token].
+    """Returns the log-probability in nats of each complete text after the prefix token.
 
-    A text longer than the model's length is cut into windows that predict each token once, the last of them with as much context as fits,
-    as lm-evaluation-harness does.
+    As in lm-evaluation-harness, a text longer than scorer.length is split into windows that predict each token once; the last window has
+    as much context as fits.
     """
     windows, owners = [], []
     for i, ids in enumerate(scorer.tokenizer.encode_batch(texts, allow_special=True)):
@@ -141,7 +145,7 @@ def loglikelihood_rolling(scorer, texts):
 
 
 def rolling_windows(ids, prefix_id, length):
-    """Yields (context ids, ids to predict) with at most `length` ids to read in each."""
+    """Yields (context ids, ids to predict) of windows in which the model reads at most `length` ids."""
     if ids:
         yield [prefix_id], ids[:length]
     for start in range(length, len(ids), length):
@@ -150,10 +154,11 @@ def rolling_windows(ids, prefix_id, length):
 
 
 def generate_until(scorer, requests):
-    """[(context, options)] -> [the text that follows]. options: until, a text or a list of texts before the first of which the answer ends;
-    max_gen_toks (256); do_sample, temperature, top_k, top_p, min_p, without which it is greedy. Raises ValueError for any other.
+    """Returns the generated text for each (context, options) of `requests`.
 
-    A context that leaves no room for the answer loses its start. The draws of a request depend on its number alone.
+    options: until, a stop string or a list of them; max_gen_toks, default 256; and do_sample, temperature, top_k, top_p, min_p, where
+    generation is greedy without a temperature. Raises ValueError for other options. A context that leaves no room for the answer loses its
+    start. The seed of a request is its number.
     """
     tokenizer, asked = scorer.tokenizer, []
     stop = tuple(sorted(stop_ids(scorer.cfg, tokenizer)))
@@ -166,12 +171,12 @@ def generate_until(scorer, requests):
 
 
 def stop_ids(cfg, tokenizer):
-    """The set of ids that end an answer: the tokenizer's eos_token and the model's own."""
+    """Returns the set of token ids that end an answer: the tokenizer's eos_token and the config's eos_id."""
     return {tokenizer.eos_id, *((cfg.eos_id,) if isinstance(cfg.eos_id, int) else cfg.eos_id or ())}
 
 
 def _options(scorer, options):
-    """(most new tokens, texts to stop at, options of qwen3.generate) of a request of lm-evaluation-harness."""
+    """Returns (most new tokens, stop strings, sampling options of a Request) from the options of lm-evaluation-harness."""
     rest = dict(options)
     limits = [rest.pop(key, None) for key in TOKEN_LIMITS]
     most = next((limit for limit in limits if limit is not None), MAX_NEW)
@@ -180,13 +185,13 @@ def _options(scorer, options):
     if rest:
         raise ValueError(f"generation has no option {next(iter(rest))!r}; use until, do_sample, {TOKEN_LIMITS[0]}, {', '.join(SAMPLING)}")
     if not 0 < most < scorer.length:
-        raise ValueError(f"{TOKEN_LIMITS[0]}={most} must be from 1 to below the {scorer.length} tokens that the model sees")
+        raise ValueError(f"{TOKEN_LIMITS[0]}={most} must be from 1 to {scorer.length - 1}, as the model sees {scorer.length} tokens")
     greedy = not sample or not sampling.get("temperature")
     return most, [until] if isinstance(until, str) else list(until), {} if greedy else sampling
 
 
 def _generated(scorer, asked):
-    """The text after each (Request, texts to stop at); data parallel ranks share the requests among them."""
+    """Returns the generated text of each (Request, stop strings). The requests are split over the data parallel ranks."""
     mesh, sharding = scorer.sharding.mesh, scorer.sharding
     if sharding.shards("rows") > sharding.shards("tokens"):
         raise ValueError("generation works without sequence parallelism; leave out --seq_parallel")

@@ -1,10 +1,10 @@
 """Generation: python -m experiments.generate --hf_dir=DIR --prompt=TEXT
 
-    --workdir=RUN                       instead of --hf_dir: a training run, from its newest checkpoint, whatever layout wrote it
-    --prompts_file=F                    one prompt a line, or a .jsonl of texts and conversations
-    --chat                              prompts are what a user says, by the chat template; without a prompt, a conversation on the terminal
+    --workdir=RUN         instead of --hf_dir: the newest checkpoint of a training run, of any layout
+    --prompts_file=F      one prompt a line, or a .jsonl of texts and conversations
+    --chat                applies the chat template: a prompt is a user's message; without a prompt, chats on the terminal
 
-Writes text_generation_result.txt, a line for each result, in the order of the prompts. On many ranks:
+Writes text_generation_result.txt, one line for each result, in the order of the prompts. On several ranks:
 python -m experiments.launch --nproc=4 -- experiments.generate --hf_dir=DIR --prompts_file=F --dp=2 --tp=2. See docs/generation.md.
 """
 
@@ -23,28 +23,26 @@ CHAT_LENGTH, BATCH = 4096, 8
 
 def define_flags():
     inference_flags.define()
-    flags.DEFINE_string("prompt", None, "text to go on from")
-    flags.DEFINE_string("prompts_file", None, "a file of them: text, one a line, or .jsonl")
-    flags.DEFINE_boolean(
-        "chat", False, "prompts are a user's turns, by the chat template; without a prompt, a conversation on the terminal"
-    )
+    flags.DEFINE_string("prompt", None, "text to continue")
+    flags.DEFINE_string("prompts_file", None, "a file of prompts: text with one a line, or .jsonl")
+    flags.DEFINE_boolean("chat", False, "apply the chat template: a prompt is a user's message; without a prompt, chat on the terminal")
     flags.DEFINE_integer("num_samples", 1, "results for each prompt", lower_bound=1)
-    flags.DEFINE_integer("logprobs", None, "in --output_jsonl, the log-probability of each token and of so many of the likeliest")
+    flags.DEFINE_integer("logprobs", None, "write each token's log-probability, and those of this many likeliest tokens, to --output_jsonl")
     flags.DEFINE_string("output", ".", "folder of text_generation_result.txt, or a file that ends in .txt")
-    flags.DEFINE_string("output_jsonl", None, "a file for tokens, reasons and timings too, one object a result")
+    flags.DEFINE_string("output_jsonl", None, "a file for results with tokens, finish reasons and timings, one JSON object a line")
 
 
 def main(_):
     if FLAGS.logprobs is not None and not FLAGS.output_jsonl:
-        raise ValueError(f"--logprobs={FLAGS.logprobs} are written to --output_jsonl=FILE; give one")
+        raise ValueError(f"--logprobs={FLAGS.logprobs} needs a file to write to; add --output_jsonl=FILE")
     model = inference_flags.Model()
     if FLAGS.chat and FLAGS.prompt is None and FLAGS.prompts_file is None:
         return converse(model)
     given = prompts.read(FLAGS.prompt, FLAGS.prompts_file) if model.mesh.rank == 0 else []
     ids = exchange.shared(model.mesh, prompts.encode_all(model.tokenizer, given, FLAGS.chat, FLAGS.enable_thinking) if given else [])
     engine = make_engine(model, ids)
-    place, dp = model.mesh.index(("dp",)), model.mesh.dp
-    samples = [(i, s) for i in range(len(ids)) for s in range(FLAGS.num_samples)][place::dp]
+    dp_rank, dp = model.mesh.index(("dp",)), model.mesh.dp
+    samples = [(i, s) for i in range(len(ids)) for s in range(FLAGS.num_samples)][dp_rank::dp]
     requests = ((i, model.request(ids[i], s, FLAGS.logprobs), FLAGS.stop) for i, s in samples)
     results = generate_batch.run(engine, model.tokenizer, requests, generate_batch.Together(model.sharding))
     results, totals = generate_batch.gathered(model.mesh, results, engine.totals)
@@ -53,22 +51,22 @@ def main(_):
 
 
 def make_engine(model, ids):
-    """The Engine for these prompts. Raises ValueError for one that does not fit."""
+    """Returns an Engine with room for these prompts. Raises ValueError for a prompt that does not fit."""
     check(model.request(ids[0], logprobs=FLAGS.logprobs))
     longest = max(map(len, ids))
     length = FLAGS.max_length or min(longest + model.max_new_tokens, model.cfg.max_position)
     if longest > length:
         number = max(range(len(ids)), key=lambda i: len(ids[i])) + 1
-        fix = "raise --max_length" if FLAGS.max_length else "shorten it: the model has no more positions"
+        fix = "raise --max_length" if FLAGS.max_length else "shorten it, as the model has no more positions"
         raise ValueError(f"prompt {number} of {longest} tokens is longer than a row of the cache, {length} tokens; {fix}")
-    share = -(-len(ids) * FLAGS.num_samples // model.mesh.dp)
-    return build(model, FLAGS.batch_size or min(BATCH, share), length, {len(one) for one in ids})
+    texts_per_rank = -(-len(ids) * FLAGS.num_samples // model.mesh.dp)
+    return build(model, FLAGS.batch_size or min(BATCH, texts_per_rank), length, {len(one) for one in ids})
 
 
 def build(model, slots, length, sizes):
-    """The Engine, compiled for prompts of these sizes (None: of any)."""
+    """Returns an Engine that is compiled for prompts of these sizes in tokens; None compiles for all sizes."""
     if length > model.cfg.max_position:
-        raise ValueError(f"--max_length={length} is more than the model's {model.cfg.max_position} positions; use less")
+        raise ValueError(f"--max_length={length} is more than the model's {model.cfg.max_position} positions; use at most that")
     engine = Engine(model.params(), model.cfg, slots=slots, length=length, prefill_chunk=FLAGS.prefill_chunk, sharding=model.sharding)
     if model.mesh.rank == 0:
         layout = " x ".join(f"{axis} {getattr(model.mesh, axis)}" for axis in ("dp", "pp", "tp", "ep") if getattr(model.mesh, axis) > 1)
@@ -80,9 +78,7 @@ def build(model, slots, length, sizes):
 
 def converse(model):
     if model.mesh.world > 1:
-        raise ValueError(
-            f"--chat without a prompt is a conversation on one process, and the job has {model.mesh.world}; give --prompts_file"
-        )
+        raise ValueError(f"--chat without a prompt runs on one process, and the job has {model.mesh.world}; give --prompts_file")
     length = model.new_tokens = FLAGS.max_length or min(CHAT_LENGTH, model.cfg.max_position)
     generate_chat.chat(build(model, 1, length, None), model, FLAGS.enable_thinking, FLAGS.stop)
 

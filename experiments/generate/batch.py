@@ -1,4 +1,4 @@
-"""Many prompts through an engine, and through those of several data ranks at once: results in the order of the prompts."""
+"""Generates for many prompts, with one engine on each data parallel rank, and writes the results in the order of the prompts."""
 
 import json
 import os
@@ -11,14 +11,15 @@ from parallel.checkpoint.files import write_text
 from qwen3.text_stream import TextStream
 
 SHOWN = 8  # results that are printed
-TOGETHER = ("pp", "tp")  # the axes whose ranks make one text
-FIRST_LOOK_S, LAST_LOOK_S = 0.5, 4.0  # between two looks of data ranks at each other: doubled from the first to the last
+TOGETHER = ("pp", "tp")  # the axes whose ranks generate a text together
+FIRST_LOOK_S, LAST_LOOK_S = 0.5, 4.0  # time between two checks for busy data ranks: it doubles from the first value up to the last
 
 
 @dataclass
 class Result:
-    """What came of sample `sample` of prompt number `prompt`. tokens: without the stop id. finish_reason: "stop" (a stop id or string) or
-    "length". queued_s: from its submission to its first token; total_s: to its last. logprobs: [(logprob, top_logprobs)], if asked for."""
+    """One generated text. prompt: the number of its prompt. sample: its number among the samples of that prompt. tokens: without the stop
+    id. finish_reason: "stop" (a stop id or string) or "length". queued_s: seconds from its submission to its first token; total_s: to its
+    last. logprobs: [(logprob, top_logprobs)] of each token, or None."""
 
     prompt: int
     sample: int
@@ -32,13 +33,13 @@ class Result:
 
 
 class _Open:
-    """A request that is with the engine."""
+    """A request that the engine works on. stream: the TextStream of its text."""
 
     def __init__(self, result, stream):
         self.result, self.stream, self.began = result, stream, time.perf_counter()
 
     def take(self, event, shown):
-        """Adds a token; returns whether a stop string is complete."""
+        """Adds an event's token, and calls shown(new text). Returns whether the text has reached a stop string."""
         result, now = self.result, time.perf_counter() - self.began
         if not result.total_s:
             result.queued_s = now
@@ -60,8 +61,11 @@ class _Open:
 
 
 def run(engine, tokenizer, requests, goes_on=bool, shown=lambda text: None, most=None):
-    """[Result] of (number of the prompt, Request, texts to stop at), as they end. goes_on(busy) -> whether to go on, see Together. shown:
-    is given each piece of text; most: as of Engine.step."""
+    """Runs requests, an iterable of (number of the prompt, Request, stop strings). Returns [Result] in the order in which they end.
+
+    goes_on(busy) -> whether to take another step, see Together. shown(text): called with each new piece of text. most: the argument of
+    Engine.step.
+    """
     requests, done, running, left = iter(requests), [], {}, True
     options = {} if most is None else {"most": most}
     while goes_on(left or bool(running)):
@@ -73,7 +77,7 @@ def run(engine, tokenizer, requests, goes_on=bool, shown=lambda text: None, most
                 running[engine.submit(request)] = _Open(result, TextStream(tokenizer, stop))
         for event in engine.step(**options):
             one = running.get(event.id)
-            if one is None:  # it has stopped at a string, within this step
+            if one is None:  # it reached a stop string earlier in this step
                 continue
             if one.take(event, shown):
                 engine.cancel(event.id)
@@ -83,9 +87,11 @@ def run(engine, tokenizer, requests, goes_on=bool, shown=lambda text: None, most
 
 
 class Together:
-    """Until when a rank goes on: until all data ranks are done, as one that ends early could neither do its share of what the others
-    compute with it, nor wait for them (a collective on CPU fails after 30 s). Where experts are spread over them they ask each other
-    before each step, else now and then."""
+    """Decides whether a rank takes another step: together(busy) is true until all data parallel ranks are done.
+
+    A rank that ended early could not join the collectives of the others, nor wait for them, as a collective on CPU fails after 30 s. The
+    ranks ask each other before each step where experts are sharded over them, else every FIRST_LOOK_S to LAST_LOOK_S seconds.
+    """
 
     def __init__(self, sharding):
         self.mesh = sharding.mesh if sharding and sharding.mesh.dp > 1 else None
@@ -109,7 +115,7 @@ class Together:
                 return busy
 
     def _due(self):
-        """Of the first of the ranks that work together, so that all of them find the same."""
+        """Returns whether the next check is due, by the clock of the first rank along TOGETHER, so that its ranks agree."""
         due = time.monotonic() >= self.next_s and self.mesh.index(TOGETHER) == 0
         return bool(collectives.host_sum(self.mesh, TOGETHER, [due])[0])
 
@@ -118,7 +124,8 @@ class Together:
 
 
 def gathered(mesh, results, totals):
-    """([Result] of all ranks in the order of prompts and samples, [Totals as dict] of the data ranks). All ranks call it."""
+    """Gathers from all ranks. Returns ([Result] in the order of prompts and samples, [Totals as dict] of each data parallel rank). All
+    ranks must call it."""
     own = mesh.index(TOGETHER) == 0
     found = exchange.gather(mesh, {"results": [asdict(r) for r in results], "totals": asdict(totals)} if own else None)
     found = [each for each in found if each]
@@ -127,7 +134,7 @@ def gathered(mesh, results, totals):
 
 
 def line(result):
-    """A result's text on one line: a newline as \\n, a backslash as two, and what else is not printable as Python writes it, too."""
+    """Returns a result's text on one line. Backslashes and characters that are not printable are escaped as in Python: \\\\, \\n, \\x1b."""
     return "".join(c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in result.text)
 
 
@@ -136,12 +143,13 @@ def json_line(result):
 
 
 def speeds(totals):
-    """(prefill tokens/s, decode tokens/s), of data ranks that work side by side."""
-    return tuple(sum(t[f"{what}_tokens"] / t[f"{what}_s"] for t in totals if t[f"{what}_s"]) for what in ("prefill", "decode"))
+    """Returns (prefill tokens/s, decode tokens/s), summed over the data parallel ranks."""
+    return tuple(sum(t[f"{phase}_tokens"] / t[f"{phase}_s"] for t in totals if t[f"{phase}_s"]) for phase in ("prefill", "decode"))
 
 
 def write(results, totals, output, output_jsonl=None):
-    """text_generation_result.txt in the folder `output`, or that file itself if it ends in .txt, and output_jsonl; and what is printed."""
+    """Writes the results, and prints the first ones. output: a folder, for its text_generation_result.txt, or a file that ends in .txt.
+    output_jsonl: a file for one JSON object a line, or None."""
     path = output if output.endswith(".txt") else os.path.join(output, "text_generation_result.txt")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_text(path, "".join(f"{line(result)}\n" for result in results))

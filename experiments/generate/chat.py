@@ -1,20 +1,20 @@
-"""A conversation on the terminal: what the model says is shown as it comes."""
+"""Chat on the terminal, which shows the model's answer while it is generated."""
 
 import sys
 
 from experiments.generate.batch import run
 from experiments.generate.prompts import encode
 
-MOST = 4  # tokens between two looks
-HELP = "Type, and end with a newline. /reset begins anew; /exit, or the end of the input, ends."
+MOST = 4  # tokens of one engine step, after which the new text is shown
+HELP = "Type a message, and end it with a newline. /reset starts a new conversation; /exit, or the end of the input, ends."
 
 
 def chat(engine, model, enable_thinking=None, stop=(), lines=sys.stdin, out=sys.stdout):
-    """Reads a user's turns from `lines` and writes the model's to `out`, until the former end."""
+    """Reads the user's messages from `lines` and writes the model's answers to `out`, until `lines` end."""
     messages = []
 
     def show(text):
-        out.write("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))  # no text of a model's moves the cursor
+        out.write("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))  # no output of the model may move the cursor
         out.flush()
 
     show(f"{HELP}\n\n> ")
@@ -32,12 +32,12 @@ def chat(engine, model, enable_thinking=None, stop=(), lines=sys.stdin, out=sys.
 
 
 def _turn(engine, model, messages, enable_thinking, stop, show):
-    """The messages with the model's answer; without the last one, where they do not fit."""
+    """Returns the messages with the model's answer added; where they do not fit, without their last one, and shows the error."""
     try:
         request = model.request(encode(model.tokenizer, {"messages": messages}, enable_thinking=enable_thinking))
         (result,) = run(engine, model.tokenizer, [(0, request, stop)], shown=show, most=MOST)
     except ValueError as error:
         show(f"({error})\n")
         return messages[:-1]
-    show("\n" if result.finish_reason == "stop" else f"\n(cut at {len(result.tokens)} new tokens)\n")
+    show("\n" if result.finish_reason == "stop" else f"\n(stopped at the limit of {len(result.tokens)} new tokens)\n")
     return [*messages, {"role": "assistant", "content": result.text}]

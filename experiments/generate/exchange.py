@@ -1,6 +1,6 @@
-"""What ranks tell each other on the host beside arrays: a value of one on all of them, or the values of all on each.
+"""Collectives for JSON values on the host: gather() and the broadcast shared().
 
-As JSON, in bytes, which travel as float32: that is what every backend can sum (parallel/collectives.py)."""
+The bytes of the JSON travel as float32, which every backend can sum (parallel/collectives.py)."""
 
 import json
 
@@ -9,15 +9,15 @@ from einops import rearrange
 
 from parallel import collectives
 
-PIECE = 1 << 20  # bytes at a time, four times that as float32
+PIECE = 1 << 20  # bytes of JSON in one collective; as float32 they take four times as many
 
 
 def gather(mesh, value):
-    """The JSON values of all ranks, in their order, on every rank. All ranks call it."""
+    """Returns the JSON values of all ranks, in the order of ranks, on every rank. All ranks must call it."""
     if mesh.world == 1:
         return [value]
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = np.zeros((mesh.world, 2))  # in two digits, as float32 is exact below 2**24
+    size = np.zeros((mesh.world, 2))  # two digits to the base PIECE, as float32 is exact only below 2**24
     size[mesh.rank] = divmod(len(mine), PIECE)
     sizes = rearrange(_sum(mesh, size.ravel()), "(rank digit) -> rank digit", digit=2)
     ends = np.cumsum(sizes.astype(np.int64) @ [PIECE, 1])
@@ -27,12 +27,12 @@ def gather(mesh, value):
         low, high = (min(max(at - first, 0), len(piece)) for at in (start, start + len(mine)))
         piece[low:high] = mine[first + low - start : first + high - start]
         out.append(_sum(mesh, piece).astype(np.uint8))
-    parts = np.split(np.concatenate(out), ends[:-1])
-    return [json.loads(part.tobytes()) for part in parts]
+    of_ranks = np.split(np.concatenate(out), ends[:-1])
+    return [json.loads(data.tobytes()) for data in of_ranks]
 
 
 def shared(mesh, value):
-    """Rank 0's JSON value on all ranks. All ranks call it."""
+    """Returns rank 0's JSON value on all ranks. All ranks must call it."""
     return gather(mesh, value if mesh.rank == 0 else None)[0]
 
 

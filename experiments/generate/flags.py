@@ -1,4 +1,4 @@
-"""The flags of mains that generate: which model, in what layout, with what cache, and how tokens are chosen."""
+"""Command line flags for generation: the model, the layout, the KV cache and the sampling options."""
 
 from pathlib import Path
 
@@ -13,43 +13,50 @@ from qwen3 import hf_files
 from qwen3.engine import Request
 
 FLAGS = flags.FLAGS
-NEW_TOKENS = 128  # where neither a flag nor generation_config.json says how many
+NEW_TOKENS = 128  # default of --max_new_tokens where generation_config.json has none
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def define():
-    """Registers them."""
-    flags.DEFINE_string("hf_dir", None, "a Hugging Face folder: config.json, safetensors, the tokenizer's files")
-    flags.DEFINE_string("workdir", None, "instead, the folder of a training run: its newest checkpoint and its tokenizer")
-    flags.DEFINE_string("adapter", None, "of LoRA, in PEFT's format or a run of finetune, to join to the weights")
+    """Defines the flags."""
+    flags.DEFINE_string("hf_dir", None, "a Hugging Face folder: config.json, safetensors and the tokenizer's files")
+    flags.DEFINE_string("workdir", None, "instead of --hf_dir: the folder of a training run, for its newest checkpoint and its tokenizer")
+    flags.DEFINE_string("adapter", None, "a LoRA adapter to merge into the weights: a folder in PEFT's format, or of a finetune run")
     for axis in AXES:
-        flags.DEFINE_integer(axis, None, f"ranks of {axis}, under experiments.launch; default 1; dp ranks share out the prompts")
+        flags.DEFINE_integer(axis, None, f"ranks of the mesh axis {axis}, under experiments.launch; default 1; prompts are split over dp")
     flags.DEFINE_integer(
-        "batch_size", None, "rows that decode together on a data rank; default: as many as there are prompts, up to 8", lower_bound=1
+        "batch_size", None, "rows that a data parallel rank decodes together; default: the number of its texts, up to 8", lower_bound=1
     )
     flags.DEFINE_integer(
-        "max_length", None, "tokens of a row of the cache, prompt and new ones; default: what the longest prompt needs", lower_bound=1
+        "max_length",
+        None,
+        "tokens in a row of the cache, prompt and new ones together; default: enough for the longest prompt",
+        lower_bound=1,
     )
-    flags.DEFINE_integer("prefill_chunk", 256, "tokens of a prompt that are read at a time", lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", None, "at most; default: generation_config.json's, else 128", lower_bound=1)
+    flags.DEFINE_integer("prefill_chunk", 256, "tokens of a prompt that one prefill step processes", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_new_tokens", None, "the most new tokens of a text; default: generation_config.json's, else 128", lower_bound=1
+    )
     flags.DEFINE_float(
-        "temperature", None, "0: the likeliest token. This and what follows by default as generation_config.json says, else off"
+        "temperature", None, "0: the likeliest token. Default of this and the flags below: as in generation_config.json, else off"
     )
-    flags.DEFINE_integer("top_k", None, "draw from so many of the likeliest; 0: all")
-    flags.DEFINE_float("top_p", None, "draw from the fewest likeliest that have this much probability; 1: all")
-    flags.DEFINE_float("min_p", None, "draw from those with at least this share of the likeliest's probability; 0: all")
-    flags.DEFINE_float("repetition_penalty", None, "divides the logits of tokens that were there already; 1: none")
-    flags.DEFINE_integer("seed", 0, "of the draws: one seed gives one text, run after run, whatever the order of prompts")
-    flags.DEFINE_multi_string("stop", [], "text that ends a result, which it is not part of; repeat the flag for several")
-    flags.DEFINE_list("stop_ids", [], "token ids that end a result, beside the model's own")
+    flags.DEFINE_integer("top_k", None, "sample from this many likeliest tokens; 0: from all")
+    flags.DEFINE_float("top_p", None, "sample from the fewest likeliest tokens whose probabilities sum to this; 1: from all")
+    flags.DEFINE_float("min_p", None, "sample from tokens with at least this fraction of the likeliest one's probability; 0: from all")
+    flags.DEFINE_float(
+        "repetition_penalty", None, "divides the positive logits of tokens already in the text, multiplies the negative; 1: off"
+    )
+    flags.DEFINE_integer("seed", 0, "seed of the sampling; the same seed gives the same text in each run and for each order of prompts")
+    flags.DEFINE_multi_string("stop", [], "text that ends a result and is left out of it; repeat the flag for several")
+    flags.DEFINE_list("stop_ids", [], "token ids that end a result, in addition to the model's own")
     flags.DEFINE_boolean("ignore_eos", False, "do not stop at the model's own stop ids")
-    flags.DEFINE_boolean("enable_thinking", None, "passed to the chat template; without it the template decides")
+    flags.DEFINE_boolean("enable_thinking", None, "passed to the chat template; without the flag the template decides")
 
 
 class Model:
-    """What the flags ask for, opened: cfg, tokenizer, sharding, mesh; defaults, a dict as of generation_config.json; new_tokens: how many
-    where nothing says so."""
+    """The model that the flags name, opened in their layout. Attributes: cfg, tokenizer, mesh, sharding (None on one rank), defaults (the
+    dict of generation_config.json), new_tokens (the limit where neither a flag nor the defaults have one)."""
 
     def __init__(self):
         rank, _ = collectives.start()
@@ -68,7 +75,8 @@ class Model:
 
     @property
     def stop_ids(self):
-        """The model's own, of generation_config.json, else of config.json; of a run those and the end of a document; and --stop_ids."""
+        """The sorted ids that end a text: --stop_ids and, without --ignore_eos, those of generation_config.json, else of config.json; for a
+        training run also the tokenizer's end of document and eos."""
         own = self.defaults.get("eos_token_id", self.cfg.eos_id)
         own = set(own if isinstance(own, (list, tuple)) else [] if own is None else [own])
         if FLAGS.workdir or not own:
@@ -76,7 +84,7 @@ class Model:
         return tuple(sorted((set() if FLAGS.ignore_eos else own) | {_id(i) for i in FLAGS.stop_ids}))
 
     def request(self, prompt, sample=0, logprobs=None):
-        """The Request of a prompt, by flags and defaults."""
+        """Returns the Request of a prompt (token ids). Flags override generation_config.json."""
         given = {name: FLAGS[name].value for name in SAMPLING if FLAGS[name].value is not None}
         more = {"stop_ids": self.stop_ids, "seed": FLAGS.seed, "sample": sample, "logprobs": logprobs}
         return Request(prompt, self.max_new_tokens, **{**sampling_defaults(self.defaults), **given, **more})
@@ -88,14 +96,14 @@ class Model:
 
 
 def generation_config(folder):
-    """generation_config.json of a folder, {} where there is none."""
+    """Returns a folder's generation_config.json, {} where it has none."""
     path = Path(folder) / hf_files.GENERATION
     return hf_files.read_json(path) if path.is_file() else {}
 
 
 def sampling_defaults(config):
-    """{option: value}: of a generation_config.json with do_sample what it says of drawing, where a temperature that is not there is 1. The
-    penalty counts without it too."""
+    """Returns the sampling options {name: value} of a generation_config.json. Without do_sample only repetition_penalty applies; with it,
+    a missing temperature is 1, as in transformers."""
     names = SAMPLING if config.get("do_sample") else ("repetition_penalty",)
     found = {name: config[name] for name in names if config.get(name) is not None}
     return {"temperature": 1.0, **found} if config.get("do_sample") else found

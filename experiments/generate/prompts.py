@@ -1,4 +1,4 @@
-"""Prompts to go on from: one of the command line, or those of a file, as token ids."""
+"""Reads prompts, from the command line or a file, and turns them into token ids."""
 
 import json
 import os
@@ -7,22 +7,23 @@ import numpy as np
 
 
 def read(text=None, path=None):
-    """[prompt], each text, or {"messages": [...], "tools": [...]}. Of a file one a line; blank lines are none. In a .jsonl a line is a
-    string, a list of messages, or an object with `prompt` or `messages`, and `tools`. Raises ValueError naming the line."""
+    """Returns the prompts as a list; each is a text, or {"messages": [...], "tools": [...]}. text: a single prompt. path: a file with one
+    prompt a line, without blank lines; in a .jsonl a line is a string, a list of messages, or an object with `prompt`, or with `messages`
+    and `tools`. Raises ValueError that names the line."""
     if (text is None) == (path is None):
-        raise ValueError("give --prompt=TEXT or --prompts_file=FILE; one of them")
+        raise ValueError("give --prompt=TEXT or --prompts_file=FILE, exactly one of them")
     if path is None:
         return [text]
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"--prompts_file={path} is not a file")
+        raise FileNotFoundError(f"--prompts_file={path} is not a file; give the path of one")
     with open(path, encoding="utf-8") as file:
         try:
             lines = [(number, line.rstrip("\n")) for number, line in enumerate(file, 1) if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(f"--prompts_file={path} is not UTF-8 ({error.reason} at byte {error.start})") from error
     if not lines:
-        raise ValueError(f"--prompts_file={path} has no prompt")
+        raise ValueError(f"--prompts_file={path} has no prompt; give one a line")
     return [_record(line, f"{path}, line {number}") if path.endswith(".jsonl") else line for number, line in lines]
 
 
@@ -44,8 +45,9 @@ def _record(line, where):
 
 
 def encode(tokenizer, prompt, chat=False, enable_thinking=None):
-    """The ids (int32 [n]) of a prompt of read(): text as it is, or with `chat` as what a user says; messages by the chat template, up to
-    where the assistant's turn begins. Raises ValueError for an empty one, or what the template refuses."""
+    """Returns the token ids, int32 [n], of a prompt from read(). Messages, and with `chat` a text as a user's message, go through the chat
+    template, up to the start of the assistant's turn; any other text is encoded without it. Raises ValueError for an empty prompt, or one
+    that the template refuses."""
     if isinstance(prompt, str) and not chat:
         ids = tokenizer.encode(prompt)  # text that spells a special token stays text
     else:
@@ -58,7 +60,8 @@ def encode(tokenizer, prompt, chat=False, enable_thinking=None):
 
 
 def encode_all(tokenizer, prompts, chat, enable_thinking):
-    """A list of ids for each prompt. Raises ValueError, also for enable_thinking where no prompt goes through the template."""
+    """Returns a list of token ids for each prompt. Raises ValueError as encode() does, and for enable_thinking where no prompt uses the
+    template."""
     if enable_thinking is not None and not chat and all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"--enable_thinking={enable_thinking} is for the chat template, which plain text does not go through; add --chat")
+        raise ValueError(f"--enable_thinking={enable_thinking} is for the chat template, which plain text does not use; add --chat")
     return [encode(tokenizer, prompt, chat, enable_thinking).tolist() for prompt in prompts]

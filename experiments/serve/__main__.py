@@ -3,7 +3,8 @@
     from openai import OpenAI
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model=..., messages=[...])
 
-SIGTERM lets what is at work end, within --drain_s seconds; a second one drops it. Needs aiohttp: pip install -e '.[serve]'
+After SIGTERM the server takes no new requests and gives those that run --drain_s seconds to end; a second SIGTERM drops them.
+It needs aiohttp: pip install -e '.[serve]'
 """
 
 import os
@@ -23,16 +24,16 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     flags.DEFINE_string("hf_dir", None, "folder of a Hugging Face model")
-    flags.DEFINE_string("workdir", None, "folder of a run, of which the newest checkpoint is served")
-    flags.DEFINE_string("host", "127.0.0.1", "address to listen on; another than the loopback's lets other machines in")
-    flags.DEFINE_integer("port", 8000, "port to listen on; 0 for one that is free", lower_bound=0, upper_bound=65535)
-    flags.DEFINE_string("model_name", None, "the name that clients give; by default that of the folder")
-    flags.DEFINE_integer("slots", 8, "texts that grow at the same time", lower_bound=1)
-    flags.DEFINE_integer("length", 2048, "tokens that a prompt and its answer have room for", lower_bound=2)
-    flags.DEFINE_integer("max_waiting", 64, "texts that wait for a slot at most; then 429", lower_bound=0)
-    flags.DEFINE_integer("max_body", 1 << 20, "bytes of a request's body at most; then 413", lower_bound=1)
-    flags.DEFINE_string("api_key_file", None, "file of the keys that clients may give, one a line; without it none is needed")
-    flags.DEFINE_float("drain_s", 30, "after SIGTERM, seconds for what is at work to end", lower_bound=0)
+    flags.DEFINE_string("workdir", None, "folder of a training run, whose newest checkpoint is served")
+    flags.DEFINE_string("host", "127.0.0.1", "address to listen on; any address but the loopback lets other machines connect")
+    flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes a free one", lower_bound=0, upper_bound=65535)
+    flags.DEFINE_string("model_name", None, "the model's name in requests; default: the folder's name")
+    flags.DEFINE_integer("slots", 8, "texts that are generated at the same time", lower_bound=1)
+    flags.DEFINE_integer("length", 2048, "the most tokens of a prompt and its answer together", lower_bound=2)
+    flags.DEFINE_integer("max_waiting", 64, "the most texts that wait for a slot; a request beyond them gets status 429", lower_bound=0)
+    flags.DEFINE_integer("max_body", 1 << 20, "the most bytes of a request's body; a larger one gets status 413", lower_bound=1)
+    flags.DEFINE_string("api_key_file", None, "file with the API keys that are accepted, one a line; without it no key is needed")
+    flags.DEFINE_float("drain_s", 30, "after SIGTERM, seconds that running requests have to end", lower_bound=0)
 
 
 def main(_):

@@ -1,4 +1,4 @@
-"""The engine's thread, and how the HTTP server's thread hands it work: bounded, and each event back to the request it belongs to."""
+"""The thread that runs the engine. The HTTP server's thread hands it a limited number of jobs and gets each job's events back."""
 
 import itertools
 import queue
@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 
 from qwen3.generate import CHUNK
 
-STREAMED = 4  # tokens of a row between two looks at it while someone watches
-FAILURES = 3  # steps that fail one after another, after which the engine is given up
+STREAMED = 4  # most tokens of a row in one engine step while a client streams
+FAILURES = 3  # the worker stops after this many failed steps in a row
 
 
 class Full(Exception):
-    """As much is at work and waiting as may be."""
+    """Raised where the limit of running and waiting jobs is reached."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One text to make. request: a qwen3.engine.Request. put(event or exception) is called in the HTTP server's thread, in order.
+    """One text to generate. request: a qwen3.engine.Request. put(event or exception) is called in the HTTP server's thread, in order.
 
-    number: the engine's. streamed: someone watches it grow.
+    number: the engine's id of the request. streamed: whether a client reads the text while it grows.
     """
 
     request: object
@@ -30,15 +30,18 @@ class Job:
 
 
 class Worker:
-    """Runs an engine, in the thread that makes this object and calls run(). make(): a new Engine. most: jobs at a time, at work and
-    waiting. call(function, argument) runs a function in the HTTP server's thread, to which submit and release belong; stop is anyone's."""
+    """Runs an engine in the thread that creates this object and calls run().
+
+    make(): returns a new Engine. most: the limit of running and waiting jobs together. call(function, argument): runs a function in the
+    HTTP server's thread. Only that thread may call submit and release; any thread may call stop.
+    """
 
     def __init__(self, make, most, call):
         self.make, self.most, self.call = make, most, call
         self.engine, self.held, self.inbox = make(), set(), queue.SimpleQueue()
 
     def submit(self, jobs):
-        """Hands over jobs, all or none. Each has to be released. Raises Full."""
+        """Accepts all jobs, or raises Full and accepts none. The caller must release each of them."""
         if len(self.held) + len(jobs) > self.most:
             raise Full
         self.held.update(jobs)
@@ -46,7 +49,7 @@ class Worker:
             self.inbox.put(("submit", job))
 
     def release(self, jobs):
-        """Their places are free again; those that have not ended are dropped."""
+        """Frees the jobs' places, and cancels those that have not ended."""
         for job in jobs:
             self.held.discard(job)
             self.inbox.put(("cancel", job))
@@ -55,19 +58,19 @@ class Worker:
         self.inbox.put(("stop", None))
 
     def run(self):
-        """Until stop(). Raises what the engine raised where it failed FAILURES times in a row."""
+        """Steps the engine until stop() is called. Raises the engine's error after FAILURES failures in a row."""
         jobs, failures = {}, 0
         while self._take(jobs):
             try:
                 events = self.engine.step(STREAMED if any(job.streamed for job in jobs.values()) else CHUNK)
                 failures = 0
-            except Exception as error:  # whatever it is, it must not end those that come after
+            except Exception as error:  # no error of one step may end the requests that come later
                 failures += 1
                 report(error)
                 self._deliver([(job, error) for job in jobs.values()])
                 if failures == FAILURES:
                     raise
-                self.engine = None  # its cache goes before there is another
+                self.engine = None  # frees its cache before the next engine allocates one
                 self.engine, jobs = self.make(), {}
                 continue
             self._deliver([(jobs[event.id], event) for event in events if event.id in jobs])
@@ -76,12 +79,12 @@ class Worker:
                     jobs.pop(event.id, None)
 
     def _take(self, jobs):
-        """Does what has been asked for meanwhile; waits where there is nothing else to do. Returns whether to go on."""
+        """Handles the messages in the inbox; waits for one where no job runs. Returns False after a "stop" message, else True."""
         while not jobs or not self.inbox.empty():
-            what, job = self.inbox.get()
-            if what == "stop":
+            command, job = self.inbox.get()
+            if command == "stop":
                 return False
-            self._submit(jobs, job) if what == "submit" else self._cancel(jobs, job)
+            self._submit(jobs, job) if command == "submit" else self._cancel(jobs, job)
         return True
 
     def _submit(self, jobs, job):
@@ -106,6 +109,6 @@ def _put(found):
 
 
 def report(error):
-    """Where an error came from, without its words: they may quote what a client sent."""
+    """Prints an error's type and traceback to stderr, without its message, which may quote a client's text."""
     frames = itertools.chain.from_iterable(text.splitlines() for text in traceback.format_tb(error.__traceback__))
     print("\n".join([f"error      {type(error).__name__} at", *frames]), file=sys.stderr, flush=True)

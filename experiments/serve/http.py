@@ -1,4 +1,4 @@
-"""The HTTP side of experiments.serve: the OpenAI API's chat completions, completions and models, and /health, on aiohttp."""
+"""The HTTP server of experiments.serve, on aiohttp: the OpenAI API's chat completions, completions and models, and /health."""
 
 import asyncio
 import dataclasses
@@ -12,15 +12,15 @@ from experiments.serve.replies import Choice, Reply, error, event
 from experiments.serve.requests import Refused, parse
 from qwen3.engine import Request
 
-BODY_S = 30  # for a body to arrive
-PARSERS = 2  # threads that tokenise
+BODY_S = 30  # seconds that a request's body may take to arrive
+PARSERS = 2  # threads that check and tokenize requests
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """model: the name that clients give. length: tokens that a prompt and its answer have room for. stop_ids: of the end of an answer.
-    slots: rows of the engine. max_body: bytes. keys: the API keys, empty for none. hosts: the names of this server, where only those who
-    call it by one of them may ask; None for any."""
+    """The server's settings. model: the model's name in requests. length: the most tokens of a prompt and its answer together.
+    stop_ids: token ids that end an answer. slots: rows of the engine. max_body: bytes. keys: the accepted API keys; empty needs none.
+    hosts: host names that requests may name, such as ("localhost",); None accepts any."""
 
     model: str
     tokenizer: object
@@ -33,7 +33,7 @@ class Settings:
 
 
 class Server:
-    """The handlers of one server. worker: a serve_engine.Worker, whose engine runs in another thread."""
+    """The request handlers. worker: an experiments.serve.engine.Worker, whose engine runs in another thread."""
 
     def __init__(self, settings, worker):
         self.settings, self.worker = settings, worker
@@ -56,36 +56,39 @@ class Server:
 
     @web.middleware
     async def _as_json(self, request, handler):
-        """Every error as OpenAI's JSON; what went wrong inside is told to the log alone."""
+        """Answers every error as OpenAI's JSON. Details of an internal error go to the log only."""
         try:
             return await handler(request)
         except Refused as refused:
-            status, words = refused.status, (str(refused), refused.param, refused.code)
+            status, details = refused.status, (str(refused), refused.param, refused.code)
         except Full:
-            status, words = 429, ("as many requests are waiting as may be; try again later", None, "queue_full")
+            status, details = 429, ("the queue of requests is full; try again later", None, "queue_full")
         except web.HTTPRequestEntityTooLarge:
-            status, words = 413, (f"the body is larger than {self.settings.max_body} bytes", None, "body_too_large")
+            status, details = 413, (f"the body is larger than {self.settings.max_body} bytes", None, "body_too_large")
         except web.HTTPException as found:
-            status, words = found.status, (found.reason, None, None)
+            status, details = found.status, (found.reason, None, None)
         except Exception as failed:
             report(failed)
-            status, words = 500, ("something failed here", None, "internal_error")
+            status, details = 500, ("the server failed; see its log", None, "internal_error")
         headers = {"Retry-After": "1"} if status in (429, 503) else None
-        return web.json_response(error(*words, status), status=status, headers=headers)
+        return web.json_response(error(*details, status), status=status, headers=headers)
 
     @web.middleware
     async def _only_by_name(self, request, handler):
-        """A web page whose own name was made to lead here would be allowed by the browser to ask anything."""
+        """Refuses a request whose Host is not in settings.hosts. Without this check, a web page whose DNS name points to this address
+        (DNS rebinding) could send requests, as its browser takes the server for the page's own."""
         hosts = self.settings.hosts
         if hosts is not None and request.url.host not in hosts:
-            raise Refused(f"this server is called {' or '.join(hosts)}", status=403, code="wrong_host")
+            raise Refused(f"the host of the request must be {' or '.join(hosts)}", status=403, code="wrong_host")
         return await handler(request)
 
     @web.middleware
     async def _only_with_key(self, request, handler):
         keys, given = self.settings.keys, request.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
         if keys and request.path != "/health" and not any([hmac.compare_digest(given, key.encode()) for key in keys]):
-            raise Refused("give a key that this server knows, as Authorization: Bearer KEY", status=401, code="invalid_api_key")
+            raise Refused(
+                "the API key is missing or unknown; send a known one as Authorization: Bearer KEY", status=401, code="invalid_api_key"
+            )
         return await handler(request)
 
     async def health(self, request):
@@ -101,7 +104,7 @@ class Server:
 
     async def model(self, request):
         if request.match_info["name"] != self.settings.model:
-            raise Refused(f"the model does not exist; it is {self.settings.model!r}", "model", 404, "model_not_found")
+            raise Refused(f"the model does not exist; use {self.settings.model!r}", "model", 404, "model_not_found")
         return web.json_response(self._described())
 
     async def chat(self, request):
@@ -112,7 +115,7 @@ class Server:
 
     async def complete(self, request, kind):
         if self.draining:
-            raise Refused("the server is going down", status=503, code="draining")
+            raise Refused("the server is shutting down; try again later", status=503, code="draining")
         asked = await self._asked(request, kind)
         events, jobs = asyncio.Queue(), []
         for prompt in asked.prompts:
@@ -128,13 +131,13 @@ class Server:
             async for _ in self._pushed(jobs, choices, events):
                 pass
             return web.json_response(reply.whole(choices))
-        finally:  # also where the client has gone, as its handler is cancelled then
+        finally:  # also runs where the client disconnects, which cancels this handler
             self.worker.release(jobs)
             if not self.worker.held:
                 self.idle.set()
 
     async def _asked(self, request, kind):
-        if request.content_type != "application/json":  # which a web page cannot send to another site unasked
+        if request.content_type != "application/json":  # a browser asks before it sends this type to another site
             raise Refused("Content-Type must be application/json", status=415)
         try:
             data = await asyncio.wait_for(request.read(), BODY_S)
@@ -145,7 +148,7 @@ class Server:
         return await asyncio.get_running_loop().run_in_executor(self.parsers, parse, *arguments)
 
     async def _pushed(self, jobs, choices, events):
-        """Yields (index, new text, entries) as choices grow, until all have ended. Raises what the engine raised."""
+        """Yields (index, new text, logprobs entries) as choices grow, until all have ended. Raises Refused where the engine raised."""
         while any(choice.reason is None for choice in choices):
             index, found = await events.get()
             if isinstance(found, ValueError):
@@ -155,7 +158,7 @@ class Server:
             if choices[index].reason is None:
                 yield index, *choices[index].push(found)
                 if choices[index].reason:
-                    self.worker.release([jobs[index]])  # at a stop string the engine would go on
+                    self.worker.release([jobs[index]])  # the engine does not know stop strings and would go on
 
     async def _streamed(self, request, jobs, choices, events, reply):
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
@@ -172,14 +175,16 @@ class Server:
             await response.write(b"data: [DONE]\n\n")
         except Refused as refused:
             await response.write(event(error(str(refused), refused.param, refused.code, refused.status)))
-        except ConnectionError:  # the client has gone
+        except ConnectionError:  # the client disconnected
             pass
         return response
 
 
 async def serve(server, host, port, ready, stop, drain_s):
-    """Listens until `stop`, an asyncio.Event, is set; then lets what is at work end within drain_s seconds, or until server.idle is set.
-    ready(port) is called when it listens. Raises OSError where it cannot."""
+    """Listens until `stop`, an asyncio.Event, is set; then waits up to drain_s seconds for server.idle, and closes.
+
+    ready(port) is called once the server listens. Raises OSError where it cannot listen.
+    """
     runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1)
     await runner.setup()
     try:
@@ -191,7 +196,7 @@ async def serve(server, host, port, ready, stop, drain_s):
         try:
             await asyncio.wait_for(server.idle.wait(), drain_s)
         except asyncio.TimeoutError:
-            print(f"stopping   what is still at work after {drain_s:g} s is dropped", flush=True)
+            print(f"stopping   requests that still run after {drain_s:g} s are dropped", flush=True)
     finally:
         await runner.cleanup()
         server.parsers.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Answers as the OpenAI API has them, whole and as chunks of a stream, from the engine's events."""
+"""Builds the OpenAI API's answers from the engine's events: complete ones, and the chunks of a stream."""
 
 import json
 import secrets
@@ -10,17 +10,17 @@ NAMES = {"chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"), "comp
 
 
 class Choice:
-    """One text as it grows. reason: None, or why it has ended."""
+    """One generated text, while it grows. reason: the finish reason, None until it has ended. entries: its logprobs entries."""
 
     def __init__(self, tokenizer, asked):
         self.tokenizer, self.asked = tokenizer, asked
         self.stream, self.text, self.entries, self.reason = TextStream(tokenizer, asked.stop), "", [], None
-        self.tokens, self.offset = 0, 0  # offset: characters of the tokens so far
+        self.tokens, self.offset = 0, 0  # offset: characters of all tokens so far
 
     def push(self, event):
-        """(new text, its logprobs entries) after one more event of the engine."""
+        """Adds an event of the engine. Returns (new text, its logprobs entries)."""
         self.tokens += 1
-        text, entries, ends = "", [], event.finish_reason == "stop"  # at a stop id, which is not of the text
+        text, entries, ends = "", [], event.finish_reason == "stop"  # the token is a stop id, which is not part of the text
         if not ends:
             text = self.stream.push(event.token)
             entries = [] if self.asked.logprobs is None else [self._entry(event)]
@@ -42,7 +42,7 @@ class Choice:
 
 
 class Reply:
-    """The JSON of the answers to one request."""
+    """Builds the JSON of the answers to one request. kind: "chat" or "completion"."""
 
     def __init__(self, kind, model, asked):
         prefix, self.whole_name, self.chunk_name = NAMES[kind]
@@ -62,14 +62,14 @@ class Reply:
         return {"prompt_tokens": before, "completion_tokens": new, "total_tokens": before + new}
 
     def opening(self, index):
-        """The first chunk of a choice, None where there is none."""
+        """Returns the first chunk of a choice of a chat; None for a completion, which has none."""
         return self._chunk([self._choice(index, {"role": "assistant", "content": ""}, "", [], None)]) if self.kind == "chat" else None
 
     def chunk(self, index, text, entries, reason):
         return self._chunk([self._choice(index, {"content": text} if text or entries else {}, text, entries, reason)])
 
     def last(self, choices):
-        """The chunk with the usage of all."""
+        """Returns the last chunk, with the token counts of all choices."""
         return {**self._chunk([]), "usage": self.usage(choices)}
 
     def _chunk(self, choices):
@@ -77,8 +77,8 @@ class Reply:
 
     def _choice(self, index, delta, text, entries, reason):
         logprobs = None if self.asked.logprobs is None else self._logprobs(entries)
-        said = {"delta": delta} if self.kind == "chat" else {"text": text}
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+        content = {"delta": delta} if self.kind == "chat" else {"text": text}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, entries):
         if self.kind == "chat":
@@ -89,12 +89,12 @@ class Reply:
 
 
 def event(value):
-    """A server-sent event of a JSON value."""
+    """Returns a server-sent event with a JSON value, as bytes."""
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
 
 
 def error(message, param=None, code=None, status=400):
-    """OpenAI's error object."""
+    """Returns OpenAI's error object."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

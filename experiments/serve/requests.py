@@ -1,6 +1,6 @@
-"""What a client of the OpenAI API asks for, checked: from a JSON body to prompts of token ids and options of the engine.
+"""Checks the requests of the OpenAI API, and turns a JSON body into prompts of token ids and options of the engine.
 
-Nothing of a body is trusted. Whatever cannot be honoured is a Refused that names the field.
+Nothing in a body is trusted. A field that is unknown, wrong or not supported raises a Refused that names it.
 """
 
 import json
@@ -24,7 +24,7 @@ NUMBERS = {  # field: (type, least, most, default)
 }
 BOTH = {*NUMBERS, "model", "stop", "stream", "stream_options", "logprobs", "user"}
 CHAT = {"messages", "tools", "tool_choice", "top_logprobs", "chat_template_kwargs"}
-# Fields that clients send with the value that changes nothing.
+# Unsupported fields that clients send with a value that changes nothing: field -> the values that are accepted.
 NEUTRAL = {
     "frequency_penalty": (0, 0.0, None),
     "presence_penalty": (0, 0.0, None),
@@ -41,7 +41,7 @@ NEUTRAL = {
 
 
 class Refused(Exception):
-    """A request that gets an error: status, message, the field that is wrong, OpenAI's code."""
+    """Raised for a request that is answered with an error. param: the wrong field. code: OpenAI's error code."""
 
     def __init__(self, message, param=None, status=400, code=None):
         super().__init__(message)
@@ -50,9 +50,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """A checked request. prompts: lists of token ids. options: of qwen3.engine.Request, but for prompt and sample. n: texts a prompt.
+    """A checked request. prompts: lists of token ids. options: fields of qwen3.engine.Request without prompt and sample. n: texts for each
+    prompt.
 
-    logprobs: None, or how many of the likeliest tokens are told of with each. include_usage: at the end of a stream.
+    logprobs: None, or how many of the likeliest tokens each entry lists. include_usage: whether a stream ends with the token counts.
     """
 
     prompts: list
@@ -69,20 +70,20 @@ class Asked:
 
 
 def parse(data, kind, tokenizer, model, length, stop_ids, most):
-    """The Asked of a body, bytes of JSON. kind: "chat" or "completion". length: tokens that a prompt and its answer have room for. most:
-    texts that may be asked for at once. Raises Refused."""
+    """Returns the Asked of a body, which is JSON as bytes. kind: "chat" or "completion". length: the most tokens of a prompt and its answer
+    together. most: the most texts of one request. Raises Refused."""
     body = _body(data)
     _check_fields(body, kind)
     if body.get("model") != model:
-        raise Refused(f"the model {_short(body.get('model'))} does not exist; it is {model!r}", "model", 404, "model_not_found")
+        raise Refused(f"the model {_short(body.get('model'))} does not exist; use {model!r}", "model", 404, "model_not_found")
     numbers = {field: _number(body, field) for field in NUMBERS}
     texts = [_chat_text(body, tokenizer)] if kind == "chat" else _prompts(body)
     field = "messages" if kind == "chat" else "prompt"
     if len(texts) * numbers["n"] > most:
-        raise Refused(f"{len(texts)} prompts with n={numbers['n']} are more than the {most} texts that fit", "n")
+        raise Refused(f"{len(texts)} prompts with n={numbers['n']} are more than {most} texts, the most of a request", "n")
     prompts = [_ids(text, tokenizer, length, field) for text in texts]
     options = {key: numbers[key] for key in ("temperature", "top_p", "min_p", "repetition_penalty")}
-    options["top_k"] = max(numbers["top_k"], 0)  # some say -1 for all
+    options["top_k"] = max(numbers["top_k"], 0)  # some clients send -1 for all
     options["seed"] = secrets.randbits(32) if numbers["seed"] is None else numbers["seed"]
     options["max_new_tokens"] = _max_tokens(numbers, kind, length - max(map(len, prompts)))
     options["logprobs"], options["stop_ids"] = _logprobs(body, kind), tuple(stop_ids)
@@ -106,8 +107,8 @@ def _check_fields(body, kind):
     for field, value in body.items():
         if field in known or any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(field, ())):
             continue
-        what = f"{field}={_short(value)} is not supported here; leave it out" if field in NEUTRAL else f"there is no field {_short(field)}"
-        raise Refused(what, field[:64], code="unsupported_parameter")
+        reason = f"{field}={_short(value)} is not supported" if field in NEUTRAL else f"there is no field {_short(field)}"
+        raise Refused(f"{reason}; leave it out", field[:64], code="unsupported_parameter")
 
 
 def _number(body, field):
@@ -117,8 +118,8 @@ def _number(body, field):
         return default
     right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not right or not math.isfinite(value) or not least <= value <= most:
-        what = "an integer" if kind is int else "a number"
-        raise Refused(f"{field}={_short(value)} must be {what} from {least:g} to {most:g}", field)
+        noun = "an integer" if kind is int else "a number"
+        raise Refused(f"{field}={_short(value)} must be {noun} from {least:g} to {most:g}", field)
     return kind(value)
 
 
@@ -136,7 +137,7 @@ def _include_usage(body, stream):
     if not stream:
         raise Refused("stream_options needs stream=true", "stream_options")
     if not isinstance(options, dict) or set(options) - {"include_usage"}:
-        raise Refused(f"stream_options={_short(options)} has include_usage alone", "stream_options")
+        raise Refused(f"stream_options={_short(options)} must be an object with include_usage only", "stream_options")
     return _flag(options, "include_usage")
 
 
@@ -150,7 +151,7 @@ def _stop(body):
 
 
 def _logprobs(body, kind):
-    """How many likeliest tokens to tell of with each, or None."""
+    """Returns how many of the likeliest tokens each logprobs entry lists, or None without logprobs."""
     if kind == "chat":
         asked, field = _flag(body, "logprobs"), "top_logprobs"
         if body.get(field) is not None and not asked:
@@ -164,28 +165,28 @@ def _logprobs(body, kind):
 
 
 def _max_tokens(numbers, kind, room):
-    """The most new tokens; by default all that have room after a chat, and OpenAI's 16 after a text."""
+    """Returns the most new tokens. The default is all the room that is left for a chat, and OpenAI's 16 for a completion."""
     field = "max_completion_tokens" if numbers["max_completion_tokens"] is not None else "max_tokens"
     asked = numbers[field]
     if asked is None:
         return room if kind == "chat" else min(room, COMPLETION_TOKENS)
     if asked > room:
-        raise Refused(f"{field}={asked}: the prompt leaves room for {room} tokens", field, code="context_length_exceeded")
+        raise Refused(f"{field}={asked} must be at most {room}, the room that the prompt leaves", field, code="context_length_exceeded")
     return asked
 
 
 def _chat_text(body, tokenizer):
-    """The text of a conversation, by the tokenizer's own template."""
+    """Returns the text of a conversation, by the tokenizer's chat template."""
     messages, tools, choice = body.get("messages"), body.get("tools"), body.get("tool_choice")
     if not isinstance(messages, list) or not messages:
-        raise Refused("messages must be a list of messages, at least one", "messages")
+        raise Refused("messages must be a list with at least one message", "messages")
     if choice not in (None, "auto", "none"):
         raise Refused(f"tool_choice={_short(choice)} is not supported; use 'auto' or 'none'", "tool_choice")
     if tools is not None and (not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools)):
         raise Refused("tools must be a list of objects", "tools")
     given = body.get("chat_template_kwargs") or {}
     if not isinstance(given, dict) or set(given) - {"enable_thinking"}:
-        raise Refused("chat_template_kwargs has enable_thinking alone", "chat_template_kwargs")
+        raise Refused("chat_template_kwargs must be an object with enable_thinking only", "chat_template_kwargs")
     thinking = _flag(given, "enable_thinking") if "enable_thinking" in given else None
     try:
         messages, _ = chat.openai({"messages": messages})
@@ -196,7 +197,7 @@ def _chat_text(body, tokenizer):
 
 
 def _prompts(body):
-    """A list of texts and lists of token ids."""
+    """Returns the prompts as a list, in which each is a text or a list of token ids."""
     prompt = body.get("prompt")
     one = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt))
     prompts = [prompt] if one else prompt
@@ -208,20 +209,24 @@ def _prompts(body):
 
 
 def _ids(prompt, tokenizer, length, field):
-    """Token ids. A text is read as the template's are: one that spells a special token is that token."""
+    """Returns token ids. As in the text of a chat template, a special token that is spelled out in a text becomes that token."""
     ids = prompt
     if isinstance(prompt, str):
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise Refused(f"{field} has half a surrogate pair, which is no character", field) from error
+            raise Refused(f"{field} has half a surrogate pair, which is no character; send valid Unicode", field) from error
         ids = tokenizer.encode(prompt, allow_special=True)
     if not ids:
         raise Refused(f"{field} is empty; give at least one token", field)
     if not all(0 <= i < tokenizer.vocab_size for i in ids):
         raise Refused(f"{field} has ids outside the vocabulary of {tokenizer.vocab_size}", field)
     if len(ids) >= length:
-        raise Refused(f"{field} has {len(ids)} tokens, and room is for {length} with the answer", field, code="context_length_exceeded")
+        raise Refused(
+            f"{field} has {len(ids)} tokens, and a prompt and its answer have room for {length}; shorten it",
+            field,
+            code="context_length_exceeded",
+        )
     return ids
 
 

@@ -1,4 +1,4 @@
-"""Running experiments.serve: the engine in this thread, the HTTP server in another, and how signals end both."""
+"""Runs experiments.serve: the engine in the calling thread, the HTTP server in another; SIGTERM and SIGINT end both."""
 
 import asyncio
 import os
@@ -14,14 +14,17 @@ KEY_CHARACTERS = 16
 
 
 def run(settings, make, most, host, port, drain_s):
-    """Serves until SIGTERM or SIGINT, or until the engine or the server fails, which is raised. make() -> a warm Engine. most: texts at a
-    time, at work and waiting. A second signal drops what is at work."""
+    """Serves until SIGTERM or SIGINT; a second signal drops the requests that still run.
+
+    make() -> a warmed-up Engine. most: the limit of running and waiting texts together. Raises the error of the engine or the server where
+    one fails.
+    """
     loop, stop, signals, failed = asyncio.new_event_loop(), asyncio.Event(), [], []
     worker = Worker(make, most, loop.call_soon_threadsafe)
     server = Server(settings, worker)
 
     def ready(bound):
-        print(f"serving    {settings.model} on http://{host}:{bound}/v1{'' if settings.keys else ', to whoever asks'}", flush=True)
+        print(f"serving    {settings.model} on http://{host}:{bound}/v1{'' if settings.keys else ', without API keys'}", flush=True)
 
     def http():
         try:
@@ -54,12 +57,12 @@ def run(settings, make, most, host, port, drain_s):
 
 
 def names(host):
-    """The names by which a server on the loopback may be called; None, for any, on another address."""
+    """Returns the host names that requests may name: the loopback's for a server on the loopback, else None, which accepts any."""
     return LOOPBACK if host in LOOPBACK else None
 
 
 def read_keys(path):
-    """The API keys of a file, one a line; none without a file. Raises ValueError for one that is easily guessed."""
+    """Returns the API keys of a file, one a line; () without a file. Raises ValueError for a key that is short enough to guess."""
     if path is None:
         return ()
     with open(os.path.expanduser(path), encoding="utf-8") as file:

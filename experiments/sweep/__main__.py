@@ -1,8 +1,8 @@
 """Runs each run of a sweep, in a folder of its own: python -m experiments.sweep --config=FILE --workdir=DIR [--parallel_jobs=2]
 
-FILE has sweep(add) beside get_config(); experiments/sweep/sweeps.py says how. What follows `--` goes to every run. Stopped or killed, it goes on
-with the same command: finished runs are left alone, others go on from their last checkpoint. At the end DIR has table.md, runs.csv and
-summary.csv, the latter with mean and spread over seeds; --table makes them of what is there, and starts nothing.
+FILE has sweep(add) beside get_config(), as experiments/sweep/sweeps.py shows. Arguments after `--` go to every run. After a stop or a crash
+the same command continues the sweep: it skips finished runs and resumes the others from their last checkpoint. At the end DIR has table.md,
+runs.csv and summary.csv, which gives mean and spread over seeds; --table writes them for the runs so far, and starts none.
 """
 
 import os
@@ -15,17 +15,17 @@ from experiments.sweep import sweeps
 from experiments.sweep import table as sweep_table
 
 FLAGS = flags.FLAGS
-EXTRA = []  # what follows `--`, taken out of the command line
+EXTRA = []  # the arguments after `--`, which are removed from sys.argv
 
 
 def define_flags():
     flags.DEFINE_string("config", None, "a file with get_config() and sweep(add)")
     flags.DEFINE_string("workdir", None, "folder of the sweep, with one for each run")
-    flags.DEFINE_enum("main", "experiments.pretrain", list(command_line.MAINS), "what each run is")
+    flags.DEFINE_enum("main", "experiments.pretrain", list(command_line.MAINS), "the module that each run executes")
     flags.DEFINE_integer("parallel_jobs", 1, "runs at a time, which share this machine's cores", lower_bound=1)
     flags.DEFINE_integer("nproc", 1, "processes of each run, started by experiments.launch", lower_bound=1)
     flags.DEFINE_list("metrics", ["eval_loss", "loss"], "columns of the tables: the last value of each in metrics.jsonl")
-    flags.DEFINE_list("over", ["train.seed"], "keys that the summary takes mean and spread over")
+    flags.DEFINE_list("over", ["train.seed"], "config keys, such as seeds, over which the summary takes mean and spread")
     flags.DEFINE_boolean("list", False, "print the runs; start none")
     flags.DEFINE_boolean("table", False, "write the tables; start nothing")
 

@@ -1,4 +1,4 @@
-"""What experiments.compare writes: pictures, and a page with its data and its script in one file, which asks nothing of any other."""
+"""Output of experiments.compare: plots as pictures, and an HTML page that holds its data and script, and loads no other file."""
 
 import html
 import json
@@ -10,17 +10,18 @@ from matplotlib.figure import Figure
 
 
 def page(curves, differences, names, axis, smooth):
-    """curves: {metric: {run: (x, values)}}; differences: {key: [value in each run of `names`]}."""
+    """Returns the page as HTML. curves: {metric: {run: (x, values)}}; differences: {config key: [value in each run of `names`]}; smooth:
+    the number of values that each point averages."""
     lines = {metric: {name: [_numbers(x), _numbers(values)] for name, (x, values) in runs.items()} for metric, runs in curves.items()}
     data = {"curves": lines, "names": names, "axis": axis}
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # nothing in it ends the script
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # so that no text in it can close the <script>
     note = f"Each point is the mean of {smooth}. " if smooth > 1 else ""
     parts = {"NOTE": note, "TABLE": _table(differences, names), "DATA": text}
     return re.sub("@(NOTE|TABLE|DATA)@", lambda match: parts[match[1]], PAGE)
 
 
 def _numbers(values):
-    """To 6 digits, which is more than a screen shows; JSON has no infinity, nor NaN."""
+    """Rounds to 6 digits, more than a screen shows. Infinities and NaN become None, as JSON has neither."""
     return [float(f"{v:.6g}") if np.isfinite(v) else None for v in values]
 
 
@@ -36,7 +37,7 @@ def _table(differences, names):
 
 
 def plot(path, lines, metric, axis):
-    """{name: (x, values)} as a PNG."""
+    """Writes a PNG of `lines`, {run: (x, values)}."""
     figure = Figure(figsize=(9, 5.5), dpi=120, layout="tight")
     axes, colors = figure.subplots(), colormaps["viridis" if len(lines) > 10 else "tab10"]
     for i, (name, (x, values)) in enumerate(lines.items()):

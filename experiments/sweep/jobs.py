@@ -1,4 +1,4 @@
-"""The processes of a sweep: which runs are left, each started, watched and reported."""
+"""Starts, watches and reports the processes of a sweep's unfinished runs."""
 
 import fcntl
 import os
@@ -13,12 +13,13 @@ from experiments.train import run_folder
 from parallel.launch.process import Process, end
 
 LOGS, LOCK = "logs", ".lock"
-SAVE_S = 60.0  # after SIGTERM, for the runs to save and end
+SAVE_S = 60.0  # time that runs have after SIGTERM to save and end
 POLL_S = 0.2
 
 
 class Sweep(NamedTuple):
-    """config: the file. workdir: the sweep's folder. main: the module of each run; arguments: for each. nproc: processes of each."""
+    """A sweep's settings. config: the config file. workdir: the sweep's folder. main: the module that each run executes. arguments: extra
+    arguments of each run. nproc: processes of each run."""
 
     config: str
     workdir: str
@@ -30,7 +31,7 @@ class Sweep(NamedTuple):
         return os.path.join(self.workdir, run.name)
 
     def target(self, run):
-        """The run as a command line without Python: [module, *arguments]."""
+        """Returns the run's command line without Python: [module, *arguments]."""
         keys = [f"--config.{key}={text(value)}" for key, value in run.overrides.items()]
         return [self.main, f"--config={self.config}", f"--workdir={self.folder(run)}", *keys, *self.arguments]
 
@@ -43,10 +44,10 @@ class Sweep(NamedTuple):
 
 
 def run_all(sweep, runs, parallel_jobs):
-    """Makes the runs that are not finished, so many at a time. Returns the names of those that failed, which keep no other from running.
+    """Runs all unfinished runs, parallel_jobs at a time. Returns the names of those that failed; the others run all the same.
 
-    Raises ValueError before anything starts: for a run whose config or layout is wrong, a folder that holds another sweep or another run
-    under a name, or where a sweep runs now.
+    Raises ValueError, before any run starts, for a wrong config or layout of a run, for a run's folder that holds a run with another
+    config, and where another sweep runs in the same workdir.
     """
     wanted = {run.name: _config(sweep, run) for run in runs}
     os.makedirs(os.path.join(sweep.workdir, LOGS), exist_ok=True)
@@ -54,14 +55,14 @@ def run_all(sweep, runs, parallel_jobs):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--workdir={sweep.workdir}: a sweep runs there now; wait for it, or give another folder") from None
+            raise ValueError(f"--workdir={sweep.workdir}: another sweep is running there; wait for it, or give another folder") from None
         left = [run for run in runs if not _finished(sweep, run, wanted[run.name])]
         print(f"sweep      {len(runs)} runs, {len(runs) - len(left)} of them finished before; {parallel_jobs} at a time", flush=True)
         return _run(sweep, left, parallel_jobs)
 
 
 def _config(sweep, run):
-    """The run's config, all of it, as its folder keeps it."""
+    """Returns the run's resolved config, in the form of its config.json."""
     try:
         return run_folder.to_dict(command_line.resolved(sweep.target(run), sweep.nproc))
     except ValueError as error:
@@ -69,7 +70,7 @@ def _config(sweep, run):
 
 
 def _finished(sweep, run, config):
-    """Whether the run's folder holds it, finished."""
+    """Returns whether the run's folder holds its finished run. Raises ValueError where it holds a run with another config."""
     folder = sweep.folder(run)
     saved, done = run_folder.saved_config(folder), run_folder.finished_step(folder)
     if saved is not None and (changed := run_folder.differences(saved, config, run_folder.MAY_CHANGE)):
@@ -93,7 +94,7 @@ def _run(sweep, left, parallel_jobs):
                     continue
                 del running[name]
                 done += 1
-                end([process], 0)  # what it may have left behind
+                end([process], 0)  # ends any child process that it left
                 took = f"{time.monotonic() - began:.0f} s"
                 if process.code:
                     failed.append(name)
@@ -104,19 +105,19 @@ def _run(sweep, left, parallel_jobs):
         end([process for process, _ in running.values()], SAVE_S)
         stopped.restore()
     if stopped.number:
-        print("stopped; the same command goes on", flush=True)
+        print("stopped; the same command continues the sweep", flush=True)
         sys.exit(128 + stopped.number)
     return failed
 
 
 def _environment(parallel_jobs):
-    """Jobs that run side by side share the cores, unless the user has said how many threads there are to be."""
+    """Returns the environment of a run. Runs in parallel divide the cores by OMP_NUM_THREADS, unless the user has set it."""
     cores = len(os.sched_getaffinity(0))
     return {"OMP_NUM_THREADS": str(max(1, cores // parallel_jobs)), **os.environ} if parallel_jobs > 1 else dict(os.environ)
 
 
 class _Signals:
-    """Notes SIGINT and SIGTERM instead of ending at once. number: of the first that came, 0 before."""
+    """Records SIGINT and SIGTERM, so that the process does not end at once. number: the first signal received, else 0."""
 
     def __init__(self):
         self.number = 0

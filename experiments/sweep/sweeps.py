@@ -1,6 +1,6 @@
-"""What a sweep runs: overrides of a config, in lists that are put together, and a name for each.
+"""Functions to define a sweep: lists of config overrides, combined with product(), zipped() and chain(), and a name for each run.
 
-A config file says it beside get_config():
+A config file defines its sweep beside get_config():
 
     def sweep(add):
         add(product(over("optim.lr", [1e-3, 3e-3]), over("train.seed", range(3))))
@@ -12,50 +12,52 @@ import re
 import runpy
 from typing import NamedTuple
 
-NAME_LENGTH = 80  # of a run's folder; what is longer is cut and marked by a hash
+NAME_LENGTH = 80  # characters of a run's folder name; a longer one is shortened and ends in a hash
 
 
 class Run(NamedTuple):
-    """name: of its folder, by what differs from other runs. overrides: {key of the config: value}."""
+    """A run of a sweep. name: of its folder, such as "lr=0.001,seed=2", with the keys that differ between runs. overrides: {config key:
+    value}."""
 
     name: str
     overrides: dict
 
 
 def over(key, values):
-    """[{key: value}] for each value."""
+    """Returns the list of overrides [{key: value}, ...] for the values."""
     return [{key: value} for value in values]
 
 
 def product(*lists):
-    """Every combination of an element of each list, the last changing fastest. Raises ValueError where two set one key."""
-    return [_joined(parts) for parts in itertools.product(*lists)]
+    """Returns all combinations of one element of each list; the last list varies fastest. Raises ValueError where two lists set the same
+    key."""
+    return [_joined(combination) for combination in itertools.product(*lists)]
 
 
 def zipped(*lists):
-    """The first elements of all lists together, the second ones, and so on. Raises ValueError for lists of different lengths."""
-    if len({len(part) for part in lists}) > 1:
-        raise ValueError(f"zipped() takes lists of one length, and they have {', '.join(str(len(part)) for part in lists)}")
-    return [_joined(parts) for parts in zip(*lists)]
+    """Combines the first elements of all lists, the second ones, and so on. Raises ValueError for lists of different lengths."""
+    if len({len(each) for each in lists}) > 1:
+        raise ValueError(f"zipped() takes lists of one length, and they have {', '.join(str(len(each)) for each in lists)}")
+    return [_joined(combination) for combination in zip(*lists)]
 
 
 def chain(*lists):
-    """One list after another."""
-    return [overrides for part in lists for overrides in part]
+    """Concatenates the lists."""
+    return [overrides for each in lists for overrides in each]
 
 
-def _joined(parts):
+def _joined(combination):
     out = {}
-    for part in parts:
-        if twice := sorted(out.keys() & part.keys()):
-            raise ValueError(f"{twice[0]} is set twice in one run of the sweep")
-        out.update(part)
+    for overrides in combination:
+        if twice := sorted(out.keys() & overrides.keys()):
+            raise ValueError(f"{twice[0]} is set twice in one run of the sweep; leave one out")
+        out.update(overrides)
     return out
 
 
 def load(path):
-    """[Run] of a config file's sweep(add), where add takes overrides, or a list of them. Raises ValueError where there is no sweep, or it
-    has a run twice."""
+    """Returns [Run] of a config file's sweep(add); its add() takes overrides, or a list of them. Raises ValueError where the file has no
+    sweep, or a run is in it twice."""
     found = []
 
     def add(more):
@@ -66,12 +68,12 @@ def load(path):
         raise ValueError(f"--config={path} has no sweep(add); write one beside get_config(), as experiments/sweep/sweeps.py shows")
     sweep(add)
     if not found:
-        raise ValueError(f"--config={path}: its sweep adds no run")
+        raise ValueError(f"--config={path}: its sweep adds no run; call add()")
     return named(found)
 
 
 def named(every):
-    """[Run] of a list of overrides."""
+    """Returns [Run], one for each of a list of overrides."""
     texts = [tuple(sorted((key, text(value)) for key, value in overrides.items())) for overrides in every]
     for i, one in enumerate(texts):
         if one in texts[:i]:
@@ -83,13 +85,13 @@ def named(every):
 
 
 def varying_keys(every):
-    """The keys that not all runs set to one value, in the order in which they come."""
+    """Returns the keys whose values differ between runs, in the order in which they first occur."""
     keys = dict.fromkeys(key for overrides in every for key in overrides)
     return [key for key in keys if len({text(o[key]) if key in o else None for o in every}) > 1]
 
 
 def text(value):
-    """A value as --config.KEY=VALUE takes it."""
+    """Formats a value for --config.KEY=VALUE."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
@@ -98,9 +100,9 @@ def text(value):
 
 
 def _short(keys):
-    """{key: its last part, where no other key has that}"""
+    """Returns {key: short name}, which is the text after the key's last dot, or the full key where another has the same."""
     last = {key: key.rpartition(".")[2] for key in keys}
-    return {key: part if list(last.values()).count(part) == 1 else key for key, part in last.items()}
+    return {key: name if list(last.values()).count(name) == 1 else key for key, name in last.items()}
 
 
 def _name(values):
@@ -110,9 +112,9 @@ def _name(values):
 
 
 def _unlike(name, names, overrides):
-    """Different values may look alike in a file's name."""
+    """Returns the name, with a hash of the overrides where another run has the same name: different values may give equal file names."""
     return name if names.count(name) == 1 else f"{name}-{_hash(overrides)}"
 
 
-def _hash(what):
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:8]
+def _hash(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""The tables of a sweep: a row a run, and a row for runs that differ in their seeds alone."""
+"""Writes the tables of a sweep: one with a row for each run, and a summary with a row for all runs that differ only in their seeds."""
 
 import csv
 import io
@@ -12,8 +12,8 @@ from parallel.checkpoint.files import write_text
 
 
 def write(workdir, runs, names, over):
-    """Writes runs.csv, summary.csv and table.md, of the last values of the metrics `names`, and returns the last one's text. over: keys
-    that the summary takes mean and spread (the sample's standard deviation) over."""
+    """Writes runs.csv, summary.csv and table.md, with the last value of each metric in `names`. Returns the text of table.md. over: the
+    config keys over which the summary takes mean and spread, the sample standard deviation."""
     keys = varying_keys([run.overrides for run in runs])
     every = [_row(workdir, run, keys, names) for run in runs]
     grouped = [key for key in keys if key not in over]
@@ -35,13 +35,13 @@ def _row(workdir, run, keys, names):
 
 
 def _summary(every, keys, grouped, names):
-    """Of finished runs only."""
+    """Returns the rows of the summary, which counts finished runs only."""
     groups = {}
     for row in every:
         members = groups.setdefault(tuple(row[1 + keys.index(key)] for key in grouped), [])
         if row[1 + len(keys)] == "finished":
             members.append(row[-len(names) :])
-    head = [*grouped, "runs", *(f"{name} {what}" for name in names for what in ("mean", "spread"))]
+    head = [*grouped, "runs", *(f"{name} {statistic}" for name in names for statistic in ("mean", "spread"))]
     return [head, *([*values, len(members), *_figures(members, len(names))] for values, members in groups.items())]
 
 

@@ -182,7 +182,7 @@ def test_diff_names_what_differs_and_by_how_much(native, tmp_path):
 
 def test_diff_of_other_models_names_the_arrays(native):
     found, other = look.diff(convert.open_weights("input", native), convert.open_weights("output", GOLDEN / "moe_mixed"))
-    assert f"lm_head is in {GOLDEN / 'moe_mixed'} alone" in other
+    assert f"lm_head is only in {GOLDEN / 'moe_mixed'}" in other
     assert any(text.startswith("embed is [101, 40] in ") and "[101, 32] in" in text for text in other)
     lines, failed = look.describe(found, other, 0, 1e9)
     assert failed and lines[0].startswith("differs    ")
@@ -201,7 +201,7 @@ def test_verify_finds_a_bit_that_flipped_in_a_checkpoint(native, tmp_path):
         run("native-to-hf", folder, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     done = subprocess.run([*COMMAND, "verify", f"--input={folder}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "wrong      " in done.stdout and "1 things are wrong" in done.stdout
+    assert done.returncode == 1 and "wrong      " in done.stdout and "1 errors" in done.stdout
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_verify_of_a_folder_checks_index_files_and_sums(shards):
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(first, shards / "other.safetensors")
     wrong = look.verify_hugging_face(shards, None)
-    assert len(wrong) == 2 and "gives total_size=" in wrong[0] and "other.safetensors belongs to no model" in wrong[1]
+    assert len(wrong) == 2 and "gives total_size=" in wrong[0] and "other.safetensors is not used by the model" in wrong[1]
 
 
 SUMS = {
@@ -288,7 +288,7 @@ BAD = {  # the input, made from a copy of dense_tied, the command, and the messa
     "no model": (lambda f: f.parent, "hf-to-native", "--input=.*config.json is missing; give the folder that holds it"),
     "the wrong way": (lambda f: f, "native-to-hf", "is a Hugging Face folder, and native-to-hf takes a checkpoint; use hf-to-native, or"),
     "a run without": (_empty_run, "native-to-hf", "--input=.*run: it has no checkpoint in checkpoints/; give a run that has saved one"),
-    "not ours": (_no_model, "native-to-hf", "does not say of which model it is"),
+    "not ours": (_no_model, "native-to-hf", "does not name its model"),
     "another model": (_other_model, "native-to-hf", "missing: params/final_norm|missing: params/"),
 }
 

@@ -69,7 +69,7 @@ def test_pairs_blends_conversations_and_folders_of_text(folder, scorer, tmp_path
 def test_what_cannot_be_evaluated_is_named(tmp_path):
     with pytest.raises(ValueError, match="--data and --tasks are missing"):
         evaluation.own_data(None, None)
-    with pytest.raises(ValueError, match="has no config.json, so that its data is not known; give --data"):
+    with pytest.raises(ValueError, match="has no config.json, which names a run's data; give --data"):
         evaluation.own_data(None, str(tmp_path))
     with pytest.raises(ValueError, match="--tasks=missing.jsonl does not exist"):
         evaluation.split_tasks(["hellaswag", "missing.jsonl"], None)

@@ -120,7 +120,7 @@ def test_a_run_generates_what_its_model_does_and_mistakes_are_named(folder, run,
         ),
         ((f"--hf_dir={folder}", "--prompt=a", "--pp=2"), "pp=2 is 2 ranks, and the job has 1"),
         ((f"--hf_dir={folder}", "--prompt=a", "--top_p=2"), "top_p=2"),
-        ((f"--hf_dir={folder}", "--prompt=a", "--logprobs=2"), "--logprobs=2 are written to --output_jsonl"),
+        ((f"--hf_dir={folder}", "--prompt=a", "--logprobs=2"), "--logprobs=2 needs a file to write to; add --output_jsonl"),
         ((f"--hf_dir={folder}", "--prompt=a", "--enable_thinking"), "--enable_thinking=True is for the chat template"),
     ]
     for args, message in wrong:
@@ -253,7 +253,7 @@ def test_prompts_of_every_kind_of_line(tokenizer, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="has no prompt"):
         prompts.read(path=str(tmp_path / "empty.txt"))
-    with pytest.raises(ValueError, match="one of them"):
+    with pytest.raises(ValueError, match="exactly one of them"):
         prompts.read("a", "b")
     with pytest.raises(FileNotFoundError, match="--prompts_file=.*is not a file"):
         prompts.read(path=str(tmp_path / "none"))

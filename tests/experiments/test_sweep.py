@@ -118,7 +118,7 @@ def test_a_sweep_killed_in_the_middle_ends_with_the_table_of_one_that_was_not(tm
     while not third.exists() or len(read_records(third)) < 3:
         assert process.poll() is None
         time.sleep(0.01)
-    with pytest.raises(ValueError, match="a sweep runs there now"):
+    with pytest.raises(ValueError, match="another sweep is running there"):
         main(config, killed, 1)
     process.send_signal(number)
     assert process.wait() == code
