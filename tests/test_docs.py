@@ -30,6 +30,9 @@ NOT_RUN = {
     "experiments.dryrun": "compiles for minutes; tests/experiments/test_dryrun.py",
     "--nnodes=2": "several machines; tests/parallel/test_launch.py",
     "--nproc=8": "NPUs",
+    "--config.data.path=PREFIX": "NPUs",
+    "--config=SWEEP_FILE": "tests/experiments/test_sweep.py",
+    "experiments.compare": "wants several runs; tests/experiments/test_compare.py",
     "--hf_dir=DIR --chat": "a conversation; tests/experiments/test_generate.py",
 }
 
