@@ -23,7 +23,7 @@ LAYOUT = ("dp", "tp", "pp", "cp", "ep", "micro_batches", "zero")  # flags whose 
 # Modules of experiments that define flags for a main that imports them
 WITH_FLAGS = {("experiments", "flags"), ("experiments.train", "run"), ("experiments.generate", "flags")}
 TAKE_WORDS = ("experiments.compare", "experiments.convert", "experiments.preprocess")  # beside flags
-# Words of a command that the slow test does not run, and why
+# Words of the commands that the slow test does not run, and why, or what runs them instead
 NOT_RUN = {
     "experiments.bench": "measures for minutes; tests/experiments/test_bench.py",
     "experiments.serve": "does not end; tests/experiments/test_serve.py",
@@ -31,6 +31,7 @@ NOT_RUN = {
     "--nnodes=2": "several machines; tests/parallel/test_launch.py",
     "--nproc=8": "NPUs",
     "--config.data.path=PREFIX": "NPUs",
+    "--profile_steps=10:15": "more steps than there are; tests/experiments/test_profiling.py",
     "--config=SWEEP_FILE": "tests/experiments/test_sweep.py",
     "experiments.compare": "wants several runs; tests/experiments/test_compare.py",
     "--hf_dir=DIR --chat": "a conversation; tests/experiments/test_generate.py",
@@ -170,7 +171,7 @@ def shortened(words):
     if "experiments.pretrain" in words or "experiments.finetune" in words:
         if "--print_layout" in words:
             return words
-        short = "steps=2 batch_size=4 seq_len=64 log_every=1 sample_tokens=0 exact_match_rows=0".split()
+        short = "steps=2 batch_size=8 seq_len=64 log_every=1 sample_tokens=0 exact_match_rows=0".split()
         words = [*words, *(f"--config.train.{each}" for each in short), "--config.optim.warmup_steps=1"]
         if "experiments.pretrain" in words and not any(word.startswith("--config.data.") for word in words):
             words.append("--config.data.max_bytes=300000")
