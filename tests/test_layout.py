@@ -1,5 +1,4 @@
-"""The rules of the tree: imports go one way and in no circle, mesh axes are named in parallel/ alone, nothing unsafe reads files, peers stay
-apart."""
+"""The rules of the tree: imports go one way and in no circle, mesh axes are named in parallel/ alone, nothing unsafe reads files."""
 
 import ast
 from pathlib import Path
