@@ -152,7 +152,7 @@ def largest(trace, live):
 
 
 def extrapolated(low, high, layers):
-    """Extrapolates the figures of two depths linearly to `layers`. low, high: (number of layers, figures). Each graph's peak is extrapolated
+    """Extrapolates figures of two depths linearly to `layers`. low, high: (number of layers, figures). Each graph's peak is extrapolated
     by itself, and the highest one counts. Memory lost to fragments does not grow with depth; the larger of the two counts."""
     (a, x), (b, y) = low, high
 
