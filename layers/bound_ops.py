@@ -14,11 +14,10 @@ import mindspore as ms
 from mindspore import ops
 
 from layers import embed, lora, norm
-from layers.op_table import Region, definitions, sizes
+from layers.op_table import Region, decodes_in_fused_ops, definitions, sizes
 from ops import iota
 from ops.registry import pick
 from parallel import zero
-from parallel.mesh import ONE_DEVICE
 
 _numbers = itertools.count()  # MindSpore stores the results of a constexpr under its name, so each needs a name of its own
 
@@ -278,14 +277,3 @@ class BoundOps:
     def grouped_matmul(self, x, w, group, dims):
         """Each block of rows times the matrix of its group."""
         return self.bound("grouped_matmul", dims)(x, w, group)
-
-
-def decodes_in_fused_ops(cfg, sharding, kernels):
-    """Whether a token's step runs in ops that do half a layer each.
-
-    They serve one device, as ranks have collectives within a layer, and attention and norms as Qwen3 has them, without adapters. A check of
-    annotations needs the annotated ops instead.
-    """
-    one_device = sharding.mesh == ONE_DEVICE and sharding.lowering == "manual" and not sharding.check
-    chosen = "reference" not in (kernels.decode_attention, kernels.decode_mlp)
-    return one_device and chosen and cfg.qk_norm and not cfg.qkv_bias and not cfg.lora and cfg.norm_placement == "pre"

@@ -17,6 +17,7 @@ from ops.identity import identity
 from ops.registry import pick
 from parallel.context import ring
 from parallel.context import split as context
+from parallel.mesh import ONE_DEVICE
 
 cast = ops.Cast()
 
@@ -139,6 +140,17 @@ def sizes(cfg, sharding):
         E = cfg.num_experts
         found.update(choice=cfg.experts_per_token, router_stats=2 * E + 2, router=E)
     return found
+
+
+def decodes_in_fused_ops(cfg, sharding, kernels):
+    """Whether a token's step runs in ops that do half a layer each.
+
+    They serve one device, as ranks have collectives within a layer, and attention and norms as Qwen3 has them, without adapters. A check of
+    annotations needs the annotated ops instead.
+    """
+    one_device = sharding.mesh == ONE_DEVICE and sharding.lowering == "manual" and not sharding.check
+    chosen = "reference" not in (kernels.decode_attention, kernels.decode_mlp)
+    return one_device and chosen and cfg.qk_norm and not cfg.qkv_bias and not cfg.lora and cfg.norm_placement == "pre"
 
 
 # How primitives and kernels are called: functions that return a function of a fixed number of operands, as MindSpore wants of a function
