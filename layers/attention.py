@@ -55,7 +55,7 @@ def attention(cfg, op, p, x, rows, cache):
         k, v = op.cache_write(cache[0], k, order, INTO_CACHE), op.cache_write(cache[1], v, order, INTO_CACHE)
         o = op.attention_over_cache(q, k, v, rows["segments"], rows["key_segments"], order, rows["slots"], OVER_CACHE)
         cache = (k, v)
-    o = rearrange(o, "batch seq heads head_dim -> (batch seq) (heads head_dim)")
+    o = rearrange(o, "batch seq heads head_dim -> (batch seq) (heads head_dim)", {})
     y = op.matmul(o, p["wo"], "tokens heads, heads embed -> tokens>rows embed")
     return adapted(cfg, op, p, "wo", o, y, rows), cache
 
@@ -74,9 +74,9 @@ def project(cfg, op, p, x, rows):
         q = op.add_bias(q, p["bq"], "tokens heads, heads -> tokens heads")
         k = op.add_bias(k, p["bk"], "tokens kv_heads, kv -> tokens kv_heads")
         v = op.add_bias(v, p["bv"], "tokens kv_heads, kv -> tokens kv_heads")
-    q = rearrange(q, "(batch seq) (heads head_dim) -> batch seq heads head_dim", batch=B, head_dim=H)
-    k = rearrange(k, "(batch seq) (heads head_dim) -> batch seq heads head_dim", batch=B, head_dim=H)
-    v = rearrange(v, "(batch seq) (heads head_dim) -> batch seq heads head_dim", batch=B, head_dim=H)
+    q = rearrange(q, "(batch seq) (heads head_dim) -> batch seq heads head_dim", {"batch": B, "head_dim": H})
+    k = rearrange(k, "(batch seq) (heads head_dim) -> batch seq heads head_dim", {"batch": B, "head_dim": H})
+    v = rearrange(v, "(batch seq) (heads head_dim) -> batch seq heads head_dim", {"batch": B, "head_dim": H})
     if cfg.qk_norm:
         q = op.norm_rope(q, p["q_norm"], cos, sin, f"{HEADS}, head_dim, {ANGLES} -> {HEADS}")
         k = op.norm_rope(k, p["k_norm"], cos, sin, f"{HEADS}, head_dim, {ANGLES} -> {HEADS}")
@@ -92,8 +92,8 @@ def for_each_rank(op, x):
         return x
     B, S, K, H = x.shape
     copies = -(-op.ranks_a_head // K)
-    x = ops.BroadcastTo((B, S, K, copies, H))(rearrange(x, "batch seq heads head_dim -> batch seq heads 1 head_dim"))
-    return rearrange(x, "batch seq heads copies head_dim -> batch seq (heads copies) head_dim")
+    x = ops.BroadcastTo((B, S, K, copies, H))(rearrange(x, "batch seq heads head_dim -> batch seq heads 1 head_dim", {}))
+    return rearrange(x, "batch seq heads copies head_dim -> batch seq (heads copies) head_dim", {})
 
 
 def largest_logit(cfg, op, p, x, rows):

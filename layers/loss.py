@@ -11,7 +11,7 @@ PIECES = "tokens vocab_parts, tokens vocab_parts, tokens vocab_parts"
 
 def nats(op, x, w, targets):
     """Returns the cross-entropy [R, 1] in nats of the targets_BS under the logits x_RD w_VD^T."""
-    targets = rearrange(targets, "batch seq -> (batch seq)")
+    targets = rearrange(targets, "batch seq -> (batch seq)", {})
     if op.fused_head:
         return joined(op, *op.head_loss(x, w, targets, "rows>tokens embed, vocab embed, tokens -> " + PIECES))[0]
     logits = op.head(x, w, "rows>tokens embed, vocab embed -> tokens vocab")
@@ -21,7 +21,7 @@ def nats(op, x, w, targets):
 def nats_and_gap(op, logits, targets):
     """logits_RV, targets_BS -> (nats, gap), both [R, 1]. gap is the difference between the largest logit and the target's, 0 where the
     target has the largest."""
-    targets = rearrange(targets, "batch seq -> (batch seq)")
+    targets = rearrange(targets, "batch seq -> (batch seq)", {})
     return joined(op, *op.cross_entropy(logits, targets, "tokens vocab, tokens -> " + PIECES))
 
 
@@ -41,7 +41,7 @@ def joined(op, largest, total, picked):
 
 def weighted_mean(op, x, weights):
     """x [R, 1], weights_BS -> (sum(w * x) / sum(w), sum(w)), over all ranks; 0 where every weight is 0."""
-    w = rearrange(cast(weights, ms.float32), "batch seq -> (batch seq) 1")
+    w = rearrange(cast(weights, ms.float32), "batch seq -> (batch seq) 1", {})
     weight = op.sum(w, "tokens one ->")
     return op.sum(op.mul(x, w, "tokens one"), "tokens one ->") / maximum(weight, 1e-9), weight
 
@@ -49,6 +49,6 @@ def weighted_mean(op, x, weights):
 def sums_of_rows(op, x, weights):
     """x [R, 1], weights_BS -> (sum(w * x), sum(w)) [B] of each row of the batch."""
     B, S = weights.shape
-    x = rearrange(x, "(batch seq) 1 -> batch seq", batch=B, seq=S)
+    x = rearrange(x, "(batch seq) 1 -> batch seq", {"batch": B, "seq": S})
     weights = cast(weights, x.dtype)
     return op.sum_seq(op.mul(x, weights, "batch seq"), "batch seq -> batch"), op.sum_seq(weights, "batch seq -> batch")

@@ -157,8 +157,9 @@ class BiasGradient(nn.Cell):
 
 def load(expert, valid, num_experts):
     """expert_Rk, valid_R -> [E]: the assignments of valid rows to each expert."""
-    each = ops.BroadcastTo(expert.shape)(rearrange(valid, "rows -> rows 1"))
-    return _segment_sum(rearrange(each, "rows choice -> (rows choice)"), rearrange(expert, "rows choice -> (rows choice)"), num_experts)
+    each = ops.BroadcastTo(expert.shape)(rearrange(valid, "rows -> rows 1", {}))
+    each, expert = rearrange(each, "rows choice -> (rows choice)", {}), rearrange(expert, "rows choice -> (rows choice)", {})
+    return _segment_sum(each, expert, num_experts)
 
 
 def statistics(num_experts):
@@ -166,10 +167,12 @@ def statistics(num_experts):
 
     def of_rows(logits, probs, expert, valid):
         top = ops.stop_gradient(_largest(logits, 1))
-        lse = rearrange(top + _log1p(_total_kept(_exp(logits - top), 1) - 1), "rows 1 -> rows")  # not Log: see layers/loss.py
+        lse = top + _log1p(_total_kept(_exp(logits - top), 1) - 1)  # not Log: see layers/loss.py
+        lse = rearrange(lse, "rows 1 -> rows", {})
         z = _reshape(_total(lse * lse * valid, 0), (1,))
         assigned = ops.stop_gradient(load(expert, valid, num_experts))
-        return _concat((assigned, _total(probs * rearrange(valid, "rows -> rows 1"), 0), z, _reshape(_total(valid, 0), (1,))))
+        total_probs = _total(probs * rearrange(valid, "rows -> rows 1", {}), 0)
+        return _concat((assigned, total_probs, z, _reshape(_total(valid, 0), (1,))))
 
     return of_rows
 
@@ -194,14 +197,14 @@ def entropy_of_logits(logits, valid):
     each = _exp(shifted)
     sums = _total_kept(each, 1)
     entropy = _log1p(sums - 1) - _total_kept(each * shifted, 1) / sums  # not Log: see layers/loss.py
-    return _total(entropy * rearrange(valid, "rows -> rows 1"), (0, 1))
+    return _total(entropy * rearrange(valid, "rows -> rows 1", {}), (0, 1))
 
 
 def plan_of_shards(plan):
     """Returns f(received [shards, C]) -> slot [shards, C], source, group: `plan` of all slots."""
 
     def of_shards(received):
-        slot, source, group = plan(rearrange(received, "shard slot -> (shard slot) 1"))
-        return rearrange(slot, "(shard slot) -> shard slot", shard=received.shape[0]), source, group
+        slot, source, group = plan(rearrange(received, "shard slot -> (shard slot) 1", {}))
+        return rearrange(slot, "(shard slot) -> shard slot", {"shard": received.shape[0]}), source, group
 
     return of_shards

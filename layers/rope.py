@@ -44,7 +44,7 @@ def angles(cfg):
     cos, sin, cast = ops.Cos(), ops.Sin(), ops.Cast()
 
     def turn(positions):
-        angle = rearrange(cast(positions, ms.float32), "batch seq -> batch seq 1 1") * freq
+        angle = rearrange(cast(positions, ms.float32), "batch seq -> batch seq 1 1", {}) * freq
         return cos(angle) * factor, sin(angle) * factor
 
     return turn

@@ -14,14 +14,17 @@ from einops.parsing import ParsedExpression
 from mindspore import ops
 
 
-def rearrange(x, pattern, **sizes):
+def rearrange(x, pattern, sizes):
     """Returns x with its dims split, merged and reordered by a pattern of einops, for example
 
-        rearrange(x, "(batch seq) (heads head_dim) -> batch seq heads head_dim", batch=2, head_dim=8)
+        rearrange(x, "(batch seq) (heads head_dim) -> batch seq heads head_dim", {"batch": 2, "head_dim": 8})
+
+    sizes: {axis: length}, empty where the pattern alone says it. They are no keyword arguments as in einops, with which MindSpore crashes
+    in a function that a graph's forward and its hand-written backward both call (docs/mindspore.md).
 
     It works eagerly, in graphs, in gradients and in a hand-written backward. The shape of x and the sizes must be known while a graph is
-    compiled. On CPU a graph cannot reshape or transpose bfloat16. An axis cannot be named `x` or `pattern`. Raises EinopsError, with the
-    pattern, the sizes and the shape, if these do not fit. Source: einops, Rogozhnikov 2022.
+    compiled. On CPU a graph cannot reshape or transpose bfloat16. Raises EinopsError, with the pattern, the sizes and the shape, if these
+    do not fit. Source: einops, Rogozhnikov 2022.
     """
     return _compiled(pattern, x.shape, sizes)(x)
 

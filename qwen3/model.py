@@ -85,7 +85,7 @@ def logits(cfg, op, params, tokens, positions, segment_ids):
     if segment_ids is None:
         segment_ids = ops.ones_like(tokens)
     x, stats = op.layers(params["layers"], embed(cfg, op, params, tokens), rows_of(cfg, op, positions, segment_ids, None))
-    found = rearrange(full_logits(cfg, op, params, x), "(batch seq) vocab -> batch seq vocab", batch=tokens.shape[0])
+    found = rearrange(full_logits(cfg, op, params, x), "(batch seq) vocab -> batch seq vocab", {"batch": tokens.shape[0]})
     if not cfg.moe_layers:
         return found, {}
     balance, z, load, _ = moe.losses(cfg, op, stats)
@@ -117,7 +117,7 @@ def score_targets(cfg, op, params, tokens, targets, positions, segment_ids):
     x, _ = op.layers(params["layers"], embed(cfg, op, params, tokens), rows_of(cfg, op, positions, segment_ids, None))
     nats, gap = nats_and_gap(cfg, op, params, x, targets)
     B = tokens.shape[0]
-    return rearrange(nats, "(batch seq) 1 -> batch seq", batch=B), rearrange(gap, "(batch seq) 1 -> batch seq", batch=B)
+    return rearrange(nats, "(batch seq) 1 -> batch seq", {"batch": B}), rearrange(gap, "(batch seq) 1 -> batch seq", {"batch": B})
 
 
 def extend_cache(cfg, op, params, cache, tokens, positions, last):
@@ -202,7 +202,7 @@ def decode_layer(cfg, op, p, x, rows, cache):
 
 def embed(cfg, op, params, tokens):
     """tokens_BS -> x_RD in the compute dtype."""
-    ids = rearrange(tokens, "batch seq -> (batch seq)")
+    ids = rearrange(tokens, "batch seq -> (batch seq)", {})
     x = op.embedding(op.whole_table(params["embed"]), ids, "vocab embed, tokens -> tokens>rows embed")
     return lora.adapted_embedding(cfg, op, params, ids, ops.cast(x, op.dtype))
 
@@ -247,20 +247,20 @@ def rows_of(cfg, op, positions, segment_ids, noise):
     segments = segment_ids if op.seq_shards == 1 else op.gather_seq(segment_ids, "batch seq>keys -> batch keys")
     rows = {"cos": cos, "sin": sin, "segments": segments, "order": op.token_order(segments, "batch keys -> batch keys")}
     if cfg.moe_layers:
-        rows["valid"] = op.is_token(rearrange(segment_ids, "batch seq -> (batch seq)"), "tokens -> tokens>rows")
+        rows["valid"] = op.is_token(rearrange(segment_ids, "batch seq -> (batch seq)", {}), "tokens -> tokens>rows")
     if "rows" in op.noises:
-        rows["noise_rows"] = op.move(rearrange(noise, "batch seq -> (batch seq)"), "tokens -> tokens>rows")
+        rows["noise_rows"] = op.move(rearrange(noise, "batch seq -> (batch seq)", {}), "tokens -> tokens>rows")
     if "tokens" in op.noises:
-        rows["noise_tokens"] = rearrange(noise, "batch seq -> (batch seq)")
+        rows["noise_tokens"] = rearrange(noise, "batch seq -> (batch seq)", {})
     return rows
 
 
 def rows_over_cache(op, cache, positions):
     """`rows` for a cache, in which all slots are of one document; slots [B, T] are their places."""
     cos, sin = op.angles(positions, "batch seq -> batch seq one half, batch seq one half")
-    ones, slots = ops.ones_like(positions), rearrange(op.iota(cache[0][0].shape[1]), "slots -> 1 slots")
+    ones, slots = ops.ones_like(positions), rearrange(op.iota(cache[0][0].shape[1]), "slots -> 1 slots", {})
     slots = ops.tile(slots, (positions.shape[0], 1))
-    valid = ops.cast(rearrange(ones, "batch seq -> (batch seq)"), ms.float32)
+    valid = ops.cast(rearrange(ones, "batch seq -> (batch seq)", {}), ms.float32)
     rows = {"cos": cos, "sin": sin, "segments": ones, "order": positions, "slots": slots, "valid": valid}
     rows["key_segments"] = ops.ones_like(slots)
     return rows
@@ -271,7 +271,7 @@ def default_positions(op, tokens):
     if op.seq_shards > 1:
         raise ValueError("forward: a rank has parts of rows, so it needs positions; see parallel.context.split.cut")
     B, S = tokens.shape
-    return ops.tile(rearrange(op.iota(S), "seq -> 1 seq"), (B, 1))
+    return ops.tile(rearrange(op.iota(S), "seq -> 1 seq", {}), (B, 1))
 
 
 def last_rows(op, x, last):
