@@ -4,6 +4,7 @@ Those of docs/workflows.md are run by tests/experiments/test_workflows.py.
 """
 
 import ast
+import functools
 import os
 import re
 import shlex
@@ -56,6 +57,7 @@ def main_file(module):
     return path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+@functools.cache
 def flags_of(path):
     """The flags that a main defines, itself or by the modules of WITH_FLAGS that it imports."""
     tree, found = ast.parse(path.read_text()), set()
