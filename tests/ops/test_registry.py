@@ -111,7 +111,7 @@ def test_what_cannot_be_honoured_is_refused(asked, device, dtype, message):
             dict(expert_shards=4),
             "experts are spread over 4 ranks; use",
         ),
-        ({"routing": "vendor", "grouped_matmul": "reference"}, "Ascend", "float32", {}, "which ops.grouped_matmul=reference wants; use"),
+        ({"routing": "vendor", "grouped_matmul": "reference"}, "Ascend", "float32", {}, "which ops.grouped_matmul=reference needs; use"),
     ],
 )
 def test_what_mindspores_kernels_cannot_do_is_refused(asked, device, dtype, more, message):
