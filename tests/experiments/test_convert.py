@@ -152,7 +152,10 @@ def test_inspect_tells_shapes_sizes_and_norms_with_the_state_if_asked(trained, n
         assert shape == "x".join(map(str, w.shape)) and dtype == "float32"
         assert float(norm) == pytest.approx(np.linalg.norm(w.astype(np.float64)), rel=1e-3)
         assert float(largest) == pytest.approx(np.abs(w).max(), rel=1e-3)
-    for source, message in ((GOLDEN / "moe_mixed", "has no optimizer state; leave --state out"), (native, "has no optimizer state; leave --state out")):
+    for source, message in (
+        (GOLDEN / "moe_mixed", "has no optimizer state; leave --state out"),
+        (native, "has no optimizer state; leave --state out"),
+    ):
         with pytest.raises(ValueError, match=message):
             convert.open_weights("input", source, state=True)
     quick = list(look.inspect(convert.open_weights("input", GOLDEN / "moe_mixed"), norms=False))

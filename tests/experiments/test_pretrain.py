@@ -184,7 +184,7 @@ def bad_text(tmp_path, name):
         ({"model_args.num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4; use 1, 2, 4"),
         ({"model_args.head_dim": 15}, "head_dim=15 must be even"),
         ({"model_args.compute_dtype": "bfloat16"}, "MindSpore has no bfloat16 matmul on CPU"),
-        ({"model_args.param_dtype": "bfloat16"}, "param_dtype='bfloat16': training keeps its weights in float32"),
+        ({"model_args.param_dtype": "bfloat16"}, "param_dtype='bfloat16': training keeps weights in float32"),
         ({"model_args.num_experts": 8}, "num_experts=8 needs model_type=qwen3_moe"),
         ({"init_from": "missing"}, "missing"),
     ],

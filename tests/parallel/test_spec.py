@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parallel import spec
+from parallel import random, specs, trees
 from parallel.specs import ParamSpec, init_array, init_params, normal, ones, zeros
 from parallel.trees import tree_map, tree_paths, unflatten
 
@@ -39,7 +39,7 @@ def test_the_hash_is_pcg():
         return (word >> 22) ^ word
 
     x = np.random.default_rng(0).integers(0, 2**32, 1000, dtype=np.uint32)
-    assert spec.pcg(x).tolist() == [pcg(int(n)) for n in x]
+    assert random.pcg(x).tolist() == [pcg(int(n)) for n in x]
 
 
 def test_seeds_and_paths_give_other_numbers_and_other_leaves_do_not_matter():
@@ -74,9 +74,9 @@ def test_paths_seeds_and_neighbours_are_uncorrelated():
 
 def test_places_beyond_32_bits_have_numbers_of_their_own():
     place = np.arange(1000, dtype=np.uint64)
-    low, high = (spec.hash_normal(0, np.uint32(5), place + np.uint64(first)) for first in (0, 2**32))
+    low, high = (random.hash_normal(0, np.uint32(5), place + np.uint64(first)) for first in (0, 2**32))
     assert not (low == high).any() and abs(np.corrcoef(low, high)[0, 1]) < 0.16
-    uniform = spec.hash_uniform(0, np.uint32(5), place)
+    uniform = random.hash_uniform(0, np.uint32(5), place)
     assert uniform.min() > 0 and uniform.max() < 1
 
 
@@ -99,22 +99,22 @@ def test_trees_keep_their_structure():
     assert tree_map(lambda x, y: (x, y), {"a": [1, 2]}, {"a": [3, 4]}) == {"a": [(1, 3), (2, 4)]}
     assert tree_paths(TREE) == [("a.0", 1), ("a.1.0", 2), ("a.1.1.b", 3), ("d", None)]
     assert unflatten(TREE, [5, 6, 7, 8]) == {"a": [5, (6, {"b": 7})], "c": {}, "d": 8}
-    assert spec.count({"a": WIDE, "b": [np.zeros((2, 3))]}) == 6 * 5 * 7 + 6
+    assert specs.count({"a": WIDE, "b": [np.zeros((2, 3))]}) == 6 * 5 * 7 + 6
     with pytest.raises(AssertionError, match="more leaves"):
         unflatten(TREE, range(5))
 
 
 def test_uniform_values_fill_their_range_and_constants_are_what_they_say():
-    values = init_array(ParamSpec((400, 50), ("embed", "rank"), spec.uniform(0.25)), "w", 1)
+    values = init_array(ParamSpec((400, 50), ("embed", "rank"), specs.uniform(0.25)), "w", 1)
     assert -0.25 < values.min() < -0.24 and 0.24 < values.max() < 0.25 and abs(values.mean()) < 0.01
-    assert np.array_equal(init_array(ParamSpec((2,), ("one",), spec.constant(3.0)), "w", 1), [3, 3])
+    assert np.array_equal(init_array(ParamSpec((2,), ("one",), specs.constant(3.0)), "w", 1), [3, 3])
 
 
 def test_the_parts_of_a_tree_keep_their_paths_and_make_it_up_again():
     tree = {"a": 1, "layers": [{"w": 2, "b": 13}, {"w": 14, "b": 15}, {"w": 3, "b": 4}], "z": 12}
-    small, large = spec.select(tree, lambda leaf: leaf < 10), spec.select(tree, lambda leaf: leaf >= 10)
+    small, large = trees.select(tree, lambda leaf: leaf < 10), trees.select(tree, lambda leaf: leaf >= 10)
     assert small == {"a": 1, "layers": {"0": {"w": 2}, "2": {"w": 3, "b": 4}}}
     assert dict(tree_paths(small)) | dict(tree_paths(large)) == dict(tree_paths(tree))
-    assert spec.merge(tree, small, large) == spec.merge(tree, large, small) == tree
-    assert spec.select(tree, lambda leaf: leaf > 99) is None and spec.merge(tree, tree, None) == tree
-    assert spec.shallow(tree | {"layers": [{"x": {"w": 2}, "b": 13}]}) == {"a": 1, "layers": {"0": {"x.w": 2, "b": 13}}, "z": 12}
+    assert trees.merge(tree, small, large) == trees.merge(tree, large, small) == tree
+    assert trees.select(tree, lambda leaf: leaf > 99) is None and trees.merge(tree, tree, None) == tree
+    assert trees.shallow(tree | {"layers": [{"x": {"w": 2}, "b": 13}]}) == {"a": 1, "layers": {"0": {"x.w": 2, "b": 13}}, "z": 12}

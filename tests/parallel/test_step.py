@@ -9,6 +9,8 @@ from mindspore import Parameter, ops
 from mindspore.graph import api
 
 from parallel import step
+from parallel.graph import nested
+from parallel.graph.jit import jit
 from parallel.graph.scan import scan
 from parallel.step import value_and_grad
 from parallel.trees import tree_leaves, tree_map, tree_paths, unflatten
@@ -124,7 +126,7 @@ def doubled(tree, x):
 
 
 def test_a_compiled_function_takes_new_values_and_compiles_once_a_shape():
-    run = step.jit(doubled)
+    run = jit(doubled)
     one = ms.Tensor(np.ones(2, np.float32))
     run(tree_of_tensors(), one)
     compiled = len(api.ms_compile_cache)
@@ -164,25 +166,25 @@ WITH_NONE = {"a": [1, {"b": None}], "c": (), "d": {"e": 4, "f": [5]}, "it's": No
 def test_rebuild_undoes_to_tuple():
     """Lists become tuples; a None in the pattern stays None whatever stands for it."""
     expected = {"a": (1, {"b": None}), "c": (), "d": {"e": 4, "f": (5,)}, "it's": None}
-    assert step.to_tuple(WITH_NONE) == ((1, (None,)), (), (4, (5,)), None)
-    assert step.rebuild(WITH_NONE)(step.to_tuple(WITH_NONE)) == expected
-    assert step.rebuild(WITH_NONE)(((1, (9,)), (), (4, (5,)), 9)) == expected
-    assert step.from_tuple(WITH_NONE, step.to_tuple(WITH_NONE)) == WITH_NONE
-    assert step.rebuild(3)(7) == 7
+    assert nested.to_tuple(WITH_NONE) == ((1, (None,)), (), (4, (5,)), None)
+    assert nested.rebuild(WITH_NONE)(nested.to_tuple(WITH_NONE)) == expected
+    assert nested.rebuild(WITH_NONE)(((1, (9,)), (), (4, (5,)), 9)) == expected
+    assert nested.from_tuple(WITH_NONE, nested.to_tuple(WITH_NONE)) == WITH_NONE
+    assert nested.rebuild(3)(7) == 7
 
 
 def test_rebuild_flat_undoes_flatten_in_graph():
     like = {"a": [0, {"b": 0}], "c": {"d": (0, 0)}}
     flat = (1, 2, 3, 4)
-    tree = step.rebuild_flat(like)(flat)
+    tree = nested.rebuild_flat(like)(flat)
     assert tree == {"a": (1, {"b": 2}), "c": {"d": (3, 4)}}
-    assert step.flatten_in_graph(like)(tree) == flat
-    assert step.rebuild_flat({"a": 0})((5,)) == {"a": 5} and step.flatten_in_graph({"a": 0})({"a": 5}) == (5,)
+    assert nested.flatten_in_graph(like)(tree) == flat
+    assert nested.rebuild_flat({"a": 0})((5,)) == {"a": 5} and nested.flatten_in_graph({"a": 0})({"a": 5}) == (5,)
 
 
 def test_trees_cross_a_graph_with_their_structure():
     like = {"a": [0, {"b": 0}], "c": 0}
-    build_tree, flatten = step.rebuild_flat(like), step.flatten_in_graph(like)
+    build_tree, flatten = nested.rebuild_flat(like), nested.flatten_in_graph(like)
 
     @ms.jit(fullgraph=True)
     def round_trip(flat):
@@ -203,7 +205,7 @@ def in_a_loop(x, w):
 
 def test_slices_of_a_tensor_are_read_from_their_place():
     """MindSpore reads them from elsewhere in a graph with a loop (test_mindspore_traps)."""
-    whole, run = ms.Tensor(np.arange(8, dtype=np.float32).reshape(4, 2)), step.jit(in_a_loop)
+    whole, run = ms.Tensor(np.arange(8, dtype=np.float32).reshape(4, 2)), jit(in_a_loop)
     for w in (*whole, *ops.split(whole, 1)):
         np.testing.assert_array_equal(host(run(ops.ones_like(w), w)), host(w) ** 2)
     np.testing.assert_array_equal(host(run(ops.ones_like(whole.T), whole.T)), host(whole).T ** 2)
