@@ -153,7 +153,7 @@ def test_a_stopped_and_resumed_run_of_adapters_is_bit_for_bit_the_one_that_went_
 def test_another_base_is_refused_by_name(base, lora_run):
     with pytest.raises(ValueError, match=f"holds adapters for the base {base}/hf .* and this is random weights"):
         finetune.finetune(lora_config(base, **{"init_from": "", "train.steps": 6}), str(lora_run))
-    with pytest.raises(ValueError, match="has only adapters, for the base .*merge-lora"):
+    with pytest.raises(ValueError, match="holds adapters alone, for the base .*merge-lora"):
         finetune.finetune(lora_config(base, init_from=str(lora_run)), str(lora_run) + "_other")
 
 

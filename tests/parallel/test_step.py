@@ -8,7 +8,6 @@ import pytest
 from mindspore import Parameter, ops
 from mindspore.graph import api
 
-from parallel import step
 from parallel.graph import nested
 from parallel.graph.jit import jit
 from parallel.graph.scan import scan
