@@ -120,7 +120,7 @@ def test_tensors_that_are_missing_or_of_another_module_are_named(tmp_path):
 def test_an_adapter_of_another_base_is_refused_by_name(tmp_path):
     cfg, _ = saved(tmp_path, DENSE, targets=("q",))
     other = tree_map(ms.Tensor, init_params(param_specs(cfg.base), 1))
-    with pytest.raises(ValueError, match=f"holds adapters for the base {tmp_path}/base .*another one"):
+    with pytest.raises(ValueError, match=f"holds adapters for the base {tmp_path}/base .*another model"):
         adapter.with_adapter(cfg.base, other, tmp_path / "adapter")
 
 
