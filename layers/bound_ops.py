@@ -5,6 +5,8 @@
 A method of BoundOps is one op. Its last argument is the signature: the logical dims of the operands and of the results, from which follow
 the collectives around the op (parallel/sharding.py). What an op needs besides, such as its kernel, its kind and its casts, stands in one
 table, layers/op_table.py. An op is bound while a graph is compiled, once for each name and signature; in eager mode at its first call.
+
+op.bound("matmul", dims)(x, w) is the same as op.matmul(x, w, dims). An op that has a line in the table and no method is called so.
 """
 
 import functools
@@ -28,7 +30,8 @@ class BoundOps:
     Layers take it as `op`, beside `cfg`. Both are constants while a graph is compiled, so an `if` on their attributes costs nothing.
 
     layers: f(params of the layers, x_RD, rows) -> x_RD, statistics: runs the model's layers, see qwen3/run_layers.py.
-    run, configs: for each layer f(stored parameters, x_RD, rows) -> x_RD, statistics, and its config; see qwen3/run_layers.py.
+    run: for each layer f(stored parameters, x_RD, rows) -> x_RD, statistics; see qwen3/run_layers.py.
+    of_layer: for each layer the BoundOps that its functions are given, whose `cfg` is that of the layer.
     gathered: for each layer f(stored parameters) -> the parameters that ops take: ZeRO 3 gathers them.
     watch: None, or f(cfg, op, p, x_RD, h_RD, y_RD, rows) -> [n] float32, which a layer calls with its input x, the input h of its
     feed-forward part and its output y. The layer then returns these numbers in place of its router statistics. See qwen3/probe.py.
@@ -41,7 +44,7 @@ class BoundOps:
 
     def __init__(self, cfg, sharding, kernels, watch=None):
         self.cfg, self.sharding, self.kernels, self.watch = cfg, sharding, kernels, watch
-        self.layers, self.run, self.configs, self.gathered = None, (), (), ()  # set by qwen3/run_layers.py
+        self.layers, self.run, self.of_layer, self.gathered = None, (), (), ()  # set by qwen3/run_layers.py
         self.dtype, self.noises = getattr(ms, cfg.compute_dtype), lora.noises(cfg)
         self.seq_shards, self.vocab_shards, self.expert_shards = map(sharding.shards, ("seq", "vocab", "experts"))
         self.ranks_a_head = sharding.mesh.size(sharding.rules["span_heads"]) // sharding.mesh.size(sharding.rules["heads"])
@@ -62,6 +65,10 @@ class BoundOps:
         self.bound = ops.constexpr(functools.lru_cache(maxsize=None)(self._bind), name=f"bound_op_{next(_numbers)}")
         inner = sharding.inside()
         self.inside = self if inner is sharding else BoundOps(cfg, inner, kernels)
+
+    def at(self, cfg):
+        """The BoundOps for layers with the config `cfg`, in the same layout."""
+        return self if cfg == self.cfg else BoundOps(cfg, self.sharding, self.kernels, self.watch)
 
     def _bind(self, name, dims):
         """Returns the function of the op `name` with the signature `dims`, or of the ops that share their first operand: see matmuls."""
@@ -103,9 +110,9 @@ class BoundOps:
         """x + y and its norm, in one kernel."""
         return self.bound("add_rms_norm", dims)(x, y, w)
 
-    def swiglu(self, gate, up, dims):
-        """silu(gate) * up"""
-        return self.bound("swiglu", dims)(gate, up)
+    def glu(self, gate, up, dims):
+        """The gated linear unit of a feed-forward part, activation(gate) * up. Qwen's activation is silu, which makes it SwiGLU."""
+        return self.bound("glu", dims)(gate, up)
 
     def angles(self, positions, dims):
         """cos and sin [B, S, 1, H / 2] float32 of the rotary embedding at positions_BS."""

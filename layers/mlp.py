@@ -24,7 +24,7 @@ def mlp(cfg, op, p, x, rows):
     """x_RD -> y_RD"""
     gate, up = op.matmuls(x, (p["w_gate"], p["w_up"]), ("rows>tokens embed", "embed ffn -> tokens ffn", "embed ffn -> tokens ffn"))
     gate, up = adapted(cfg, op, p, "w_gate", x, gate, rows), adapted(cfg, op, p, "w_up", x, up, rows)
-    h = op.swiglu(gate, up, "tokens ffn")
+    h = op.glu(gate, up, "tokens ffn")
     y = op.matmul(h, p["w_down"], "tokens ffn, ffn embed -> tokens>rows embed")
     return adapted(cfg, op, p, "w_down", h, y, rows)
 

@@ -106,7 +106,7 @@ def feed_forward(cfg, op, p, x, group):
     up_dims = "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows part_ffn"
     gate, up = op.grouped_matmul(x, p["w_gate"], group, up_dims), op.grouped_matmul(x, p["w_up"], group, up_dims)
     gate, up = adapted_experts(cfg, op, p, "w_gate", x, group, gate), adapted_experts(cfg, op, p, "w_up", x, group, up)
-    h = op.swiglu(gate, up, "blocks block_rows part_ffn")
+    h = op.glu(gate, up, "blocks block_rows part_ffn")
     y = op.grouped_matmul(h, p["w_down"], group, "blocks block_rows part_ffn, experts expert_ffn embed, blocks -> blocks block_rows embed")
     return adapted_experts(cfg, op, p, "w_down", h, group, y)
 

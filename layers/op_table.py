@@ -1,10 +1,14 @@
 """The table of a model's ops: for each name the kernel, the kind, the casts, and whatever else an op needs beside its signature.
 
-To add an op: a line here, and a method of BoundOps (layers/bound_ops.py) that names its operands.
+To add an op: a line here. It is called as op.bound(name, dims)(operands), or as op.name(operands, dims) by a method of BoundOps
+(layers/bound_ops.py) that names its operands.
+
+The table is made for each kind of layer, from cfg.at_layer(i), so that a line may read an option that differs by layer.
 
 Weights are cast to the dtype of the activations inside the op, so that gradients are summed over ranks in the dtype of the weights.
 """
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import mindspore as ms
@@ -14,7 +18,7 @@ from layers import embed, lora, moe, rope
 from ops import attention
 from ops import iota as iota_op
 from ops.identity import identity
-from ops.registry import pick
+from ops.registry import check_options, pick
 from parallel.context import ring
 from parallel.context import split as context
 from parallel.mesh import ONE_DEVICE
@@ -44,8 +48,12 @@ class Region(NamedTuple):
 def definitions(cfg, sharding, kernels):
     """Returns {name: Definition or Region} for a model in a layout, with the implementations `kernels`."""
 
+    more = options_of(cfg)
+
     def of(op, function="", *args, **options):
-        return lambda: pick(kernels, op, function)(*args, **options)
+        if own := more.get(op, {}):
+            check_options(kernels, op, function, own)
+        return lambda: pick(kernels, op, function)(*args, **options, **own)
 
     eps, scale, k = cfg.rms_norm_eps, cfg.head_dim**-0.5, cfg.experts_per_token
     V, choice = cfg.vocab_size, (None, ms.int32, None)
@@ -58,15 +66,15 @@ def definitions(cfg, sharding, kernels):
         # Norms, activations, rotary embedding
         "rms_norm": Definition(of("rms_norm", "", eps), "kernel", weight_in_dtype_of_x),
         "add_rms_norm": Definition(of("rms_norm", "add", eps), "kernel", weight_after_two_in_their_dtype),
-        "swiglu": Definition(of("swiglu"), "elementwise"),
+        "glu": Definition(of("swiglu"), "elementwise"),
         "angles": Definition(lambda: rope.angles(cfg), "kernel", dtype=ms.float32),
         "rope": Definition(of("rope"), "kernel"),
         "norm_rope": Definition(of("rope", "norm", eps), "kernel", weight_in_dtype_of_x_before_angles),
         # Attention
-        "attention": _attention(sharding, kernels, scale),
+        "attention": _attention(sharding, of, scale),
         "attention_over_cache": Definition(of("attention", "", scale), "kernel"),
         "cache_write": Definition(of("cache_write"), "kernel"),
-        "largest_logits": Definition(lambda: attention.largest_logits(scale), "kernel", dtype=ms.float32),
+        "largest_logits": Definition(lambda: attention.largest_logits(scale, **more.get("attention", {})), "kernel", dtype=ms.float32),
         # Tokens and documents
         "embedding": Definition(
             of("embedding"), "contraction", embed.lookup, ("vocab", V, embed.lookup_in_shard(kernels)), dtype=ms.float32
@@ -109,12 +117,23 @@ def definitions(cfg, sharding, kernels):
     }
 
 
-def _attention(sharding, kernels, scale):
+def options_of(cfg):
+    """Returns {op: {option: value}}: what the model gives the factories of ops (ops/OP.py) beyond what every model gives them.
+
+    An implementation without such an option is not chosen, and refused by name if it is asked for; so is a ring of ranks if the attention
+    over a part of the keys has no such option. For instance, a config field `window` whose attention is built in ops/attention.py:
+
+        return {"attention": {"window": cfg.window}} if cfg.window else {}
+    """
+    return {}
+
+
+def _attention(sharding, of, scale):
     """Attention to the tokens of the same row. Ranks that share a row send keys and values round (parallel/context/ring.py)."""
     if sharding.shards("span") == 1:
-        return Definition(lambda: pick(kernels, "attention")(scale, in_order=True), "kernel", keys_of_the_queries)
-    parts = pick(kernels, "attention", "parts")(scale)
-    return Definition(lambda: ring.attention(sharding, parts, "span"), "kernel", around=("span", (1, 2)))
+        return Definition(of("attention", "", scale, in_order=True), "kernel", keys_of_the_queries)
+    parts = of("attention", "parts", scale)
+    return Definition(lambda: ring.attention(sharding, parts(), "span"), "kernel", around=("span", (1, 2)))
 
 
 def _expert_ops(cfg, sharding, kernels, of):
@@ -142,15 +161,24 @@ def sizes(cfg, sharding):
     return found
 
 
+IN_FUSED_OPS = (  # the fields of a config that the fused ops of decoding compute as they stand, or that do not reach them
+    *("model_type", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "rms_norm_eps"),
+    *("max_position", "rope_theta", "rope_scaling", "param_dtype", "compute_dtype", "tie_embeddings", "initializer_range", "frozen"),
+    *("num_experts", "experts_per_token", "moe_ffn_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"),
+    *("router_aux_coef", "router_z_coef", "router_bias", "moe_block_size", "moe_capacity_factor", "bos_id", "eos_id", "pad_id"),
+)
+
+
 def decodes_in_fused_ops(cfg, sharding, kernels):
     """Whether a token's step runs in ops that do half a layer each.
 
-    They serve one device, as ranks have collectives within a layer, and attention and norms as Qwen3 has them, without adapters. A check of
-    annotations needs the annotated ops instead.
+    They serve one device, as ranks have collectives within a layer, and a layer as Qwen3 has it: every field of the config that they do
+    not know must have its default. A check of annotations needs the annotated ops instead.
     """
+    plain = all(getattr(cfg, field.name) == field.default for field in fields(cfg) if field.name not in IN_FUSED_OPS)
     one_device = sharding.mesh == ONE_DEVICE and sharding.lowering == "manual" and not sharding.check
     chosen = "reference" not in (kernels.decode_attention, kernels.decode_mlp)
-    return one_device and chosen and cfg.qk_norm and not cfg.qkv_bias and not cfg.lora and cfg.norm_placement == "pre"
+    return one_device and chosen and plain
 
 
 # How primitives and kernels are called: functions that return a function of a fixed number of operands, as MindSpore wants of a function

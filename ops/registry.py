@@ -14,6 +14,7 @@ A module with several functions has factories such as `reference_add` and `cpu_a
 """
 
 import importlib
+import inspect
 from dataclasses import asdict, dataclass, fields, replace
 
 from ops import build
@@ -51,7 +52,8 @@ class Use:
 
     device: MindSpore's name. dtype: the compute dtype of the model. head_dim: None if not known; then no kernel that depends on it is used.
     router_bias: whether the choice of experts has a bias. expert_shards: the number of ranks that experts are spread over. spans: the
-    number of ranks of an attention ring. padded: whether grouped_matmul takes blocks of several rows, which are padded.
+    number of ranks of an attention ring. padded: whether grouped_matmul takes blocks of several rows, which are padded. options: pairs of
+    an op and the name of an option that its factory has to take.
     """
 
     device: str
@@ -61,6 +63,7 @@ class Use:
     expert_shards: int = 1
     spans: int = 1
     padded: bool = False
+    options: tuple = ()
 
 
 OPS = tuple(field.name for field in fields(Kernels))
@@ -76,6 +79,17 @@ def pick(kernels, op, function=""):
     """Returns the factory of the chosen implementation of an op, or of its function `function`."""
     name = getattr(kernels, op)
     return getattr(_module(op, name), f"{name}_{function}" if function else name)
+
+
+def check_options(kernels, op, function, options):
+    """Raises ValueError if the factory that `pick` returns does not take one of these options."""
+    if lacking := _lacking(pick(kernels, op, function), options):
+        name = "_".join(filter(None, (getattr(kernels, op), function)))
+        raise ValueError(f"ops.{op}={getattr(kernels, op)}: {name} of {op} has no option {lacking[0]!r}, which this model needs")
+
+
+def _lacking(factory, options):
+    return [option for option in options if option not in inspect.signature(factory).parameters]
 
 
 def choose(asked, device, dtype, **more):
@@ -125,7 +139,9 @@ def _missing(op, name, use):
         return f"computes in float32, and the model in {use.dtype}"
     if name == "cpu" and build.compiler() is None:
         return "is built with g++ on first use, and there is none"
-    return ""
+    asked = [option for of, option in use.options if of == op]
+    lacking = _lacking(getattr(_module(op, name), name), asked) if asked else []
+    return f"has no option {lacking[0]!r}, which this model needs" if lacking else ""
 
 
 def _ascendc_missing(op, use):

@@ -157,8 +157,14 @@ class Qwen3Config:
         return tuple(i for i in range(self.num_layers) if self.is_moe_layer(i))
 
     def at_layer(self, i):
-        """The config that the functions of layer i are given: a model whose layers are all like layer i. An option that differs by layer
-        takes the value of this layer here; layers of equal configs are compiled once."""
+        """The config that the functions of layer i are given: of a model whose layers are all like layer i.
+
+        An option that differs by layer takes the value of this layer here, so that functions read it without knowing their number, and
+        layers of equal configs are compiled once. The result must not change if at_layer is applied to it again, with any number: with
+        `window_every`, an option that gives every second layer a window,
+
+            changes.update(window=self.window if (i + 1) % self.window_every == 0 else 0, window_every=1)
+        """
         if not self.num_experts:
             return self
         return self.replace(decoder_sparse_step=1, mlp_only_layers=() if self.is_moe_layer(i) else tuple(range(self.num_layers)))
@@ -212,6 +218,9 @@ def check_compute_dtype(cfg, device):
         raise ValueError(f"model_args.compute_dtype={cfg.compute_dtype!r}: {why}; use --config.model_args.compute_dtype=float32")
 
 
+# Fields that no released model has. A config.json has them under our names, where they differ from their defaults. To add an option to the
+# model, name it here, and it is saved and read, and saving warns that transformers ignores it.
+_OWN_FIELDS = ("norm_placement",)
 # Hugging Face's key, our field. What is not listed is either handled in _from_hf or has no influence on the numbers.
 _HF_FIELDS = {
     "vocab_size": "vocab_size",
@@ -252,7 +261,7 @@ def _from_hf(hf):
     out["head_dim"] = hf.get("head_dim") or (128 if kind == "qwen3" else out["hidden_size"] // out["num_heads"])
     out["tie_embeddings"] = bool(hf.get("tie_word_embeddings", False))
     out["initializer_range"] = hf.get("initializer_range", 0.02)
-    out["norm_placement"] = hf.get("norm_placement", "pre")
+    out.update({name: hf[name] for name in _OWN_FIELDS if name in hf})
     out["max_position"] = hf.get("max_position_embeddings", 32768)
     out["rope_theta"], out["rope_scaling"] = _rope_from_hf(hf, out["max_position"])
     if kind == "qwen3_moe":
@@ -265,6 +274,11 @@ def _from_hf(hf):
     for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"), ("pad_token_id", "pad_id")):
         out[name] = _ids(hf.get(key), several=name == "eos_id")
     return out
+
+
+def own_fields(c):
+    """{name: value} of the fields in which a model differs from all released ones."""
+    return {name: getattr(c, name) for name in _OWN_FIELDS if getattr(c, name) != getattr(Qwen3Config, name)}
 
 
 def _usual_attention(kind):
@@ -340,8 +354,7 @@ def _to_hf(c):
     )
     if c.model_type != "qwen2":
         out["attention_bias"] = False
-    if c.norm_placement != "pre":
-        out["norm_placement"] = c.norm_placement
+    out.update(own_fields(c))
     if c.rope_scaling:
         yarn = {k: v for k, v in dataclasses.asdict(c.rope_scaling).items() if v is not None}
         yarn["original_max_position_embeddings"] = yarn.pop("original_max_position")

@@ -16,7 +16,7 @@ from mindspore import Tensor
 
 from parallel.trees import tree_paths, unflatten
 from qwen3 import hf_files
-from qwen3.config import DTYPES, Qwen3Config
+from qwen3.config import DTYPES, Qwen3Config, own_fields
 from qwen3.hf_files import CODES
 from qwen3.model import param_specs
 
@@ -248,8 +248,8 @@ def _unknown_elsewhere(cfg):
         yield f"transformers does not know {' and '.join(own)} of model_type={cfg.model_type}; its attention will differ"
     if cfg.router_bias:
         yield "transformers does not know mlp.gate.e_score_correction_bias and ignores it; its choice of experts will differ"
-    if cfg.norm_placement != "pre":
-        yield f"transformers does not know norm_placement={cfg.norm_placement} and ignores it; its model has other norms, and differs"
+    for name, value in own_fields(cfg).items():
+        yield f"transformers does not know {name}={value} and ignores it; it computes another model"
 
 
 def _checked_leaves(cfg, params, dtype):

@@ -19,6 +19,7 @@ from layers import embed as tables
 from layers import lora, loss, mlp, moe, norm
 from layers.attention import attention
 from layers.bound_ops import BoundOps
+from layers.op_table import options_of
 from ops import registry
 from ops.rearrange import rearrange
 from parallel.sharding import Sharding
@@ -135,11 +136,11 @@ def layers_over_cache(cfg, op, layers, numbers, x, cache, positions):
     """x_RD through the layers with these numbers -> x_RD, their cache. layers: their parameters, layers[i] of the i-th of them."""
     rows, updated = rows_over_cache(op, cache, positions), ()
     for i in range(len(numbers)):
-        p, of_layer = op.gathered[numbers[i]](layers[i]), op.configs[numbers[i]]
-        if op.fused_decode and positions.shape[1] == 1:
-            x, kv = decode_layer(of_layer, op, p, x, rows, cache[i])
+        p, own = op.gathered[numbers[i]](layers[i]), op.of_layer[numbers[i]]
+        if own.fused_decode and positions.shape[1] == 1:
+            x, kv = decode_layer(own.cfg, own, p, x, rows, cache[i])
         else:
-            x, _, kv = layer(of_layer, op, p, x, rows, cache[i])
+            x, _, kv = layer(own.cfg, own, p, x, rows, cache[i])
         updated += (kv,)
     return x, updated
 
@@ -321,7 +322,9 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
 
 def choose_kernels(asked, cfg, sharding=None):
     """The implementations of ops, an ops.registry.Kernels, for a model on this device in a layout. asked: as in ops.registry.choose."""
-    more = {"head_dim": cfg.head_dim, "router_bias": cfg.router_bias}
+    configs = {cfg, *(cfg.at_layer(i) for i in range(cfg.num_layers))}
+    needed = {(name, option) for config in configs for name, options in options_of(config).items() for option in options}
+    more = {"head_dim": cfg.head_dim, "router_bias": cfg.router_bias, "options": tuple(sorted(needed))}
     if sharding:
         more.update(expert_shards=sharding.shards("experts"), spans=sharding.shards("span"))
     return registry.choose(asked, ms.get_context("device_target"), cfg.compute_dtype, **more)

@@ -3,6 +3,8 @@
 The model knows nothing of it: `bind` gives its ops `op.run`, which runs one layer, and `op.layers`, which runs all.
 """
 
+from dataclasses import fields
+
 from mindspore import ops
 
 from layers import moe
@@ -19,7 +21,7 @@ OF_ATTENTION = ("cos", "sin", "segments", "order")  # the entries of `rows` that
 def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=(), stats_size=None):
     """Sets how `op` runs the layers of a model:
 
-    op.configs[i]: the config that the functions of layer i are given.
+    op.of_layer[i]: the ops that the functions of layer i are given, made for its config cfg.at_layer(i).
     op.gathered[i](stored parameters of layer i) -> the parameters that ops take.
     op.run[i](stored parameters of layer i, x_RD, rows) -> x_RD, statistics.
     op.layers(stored parameters of all layers, x_RD, rows) -> x_RD, statistics [layers, n]. The parameters are a list of trees or, if
@@ -30,14 +32,15 @@ def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=()
     beside those that the model makes, and stats_size: the size of a layer's statistics, both for op.watch.
     """
     kinds = [(cfg.at_layer(i), tuple(spec.optimizer for spec in tree_leaves(specs[i]))) for i in range(cfg.num_layers)]
-    names, made = row_names(cfg, op) + more_rows, {}
+    names, made, own_ops = row_names(cfg, op) + more_rows, {}, {}
     if looped and recompute == "full":
         recompute = "none"  # the loop computes each layer again anyway
     for i, kind in enumerate(kinds):  # one function serves all layers of a kind, so that MindSpore compiles it once
         if kind not in made:
             gathered = zero.gathered(op.sharding, specs[i])
-            made[kind] = kind[0], gathered, one_layer(kind[0], op, functions, specs[i], gathered, recompute, names)
-    op.configs, op.gathered, op.run = (tuple(made[kind][which] for kind in kinds) for which in range(3))
+            own = own_ops.setdefault(kind[0], op.at(kind[0]))
+            made[kind] = own, gathered, one_layer(kind[0], own, functions, specs[i], gathered, recompute, names)
+    op.of_layer, op.gathered, op.run = (tuple(made[kind][which] for kind in kinds) for which in range(3))
     size = stats_size or (moe.stats_size(cfg) if cfg.moe_layers else 1)
     op.layers = in_a_loop(cfg, op, kinds, specs[0], names, size) if looped else unrolled(cfg, op)
 
@@ -121,8 +124,8 @@ def in_a_loop(cfg, op, kinds, specs, names, stats_size):
     """Returns layers(stacked parameters, x_RD, rows) -> x_RD, statistics, of layers of one kind."""
     if len({bool(config.moe_layers) for config, _ in kinds}) > 1:
         raise ValueError("train.layer_loop=scan needs layers of one kind, and this model mixes dense and MoE layers; use unroll")
-    if len({config for config, _ in kinds}) > 1:
-        raise ValueError("train.layer_loop=scan needs layers of one kind, and the config of this model tells them apart; use unroll")
+    if differing := [field.name for field in fields(cfg) if len({getattr(config, field.name) for config, _ in kinds}) > 1]:
+        raise ValueError(f"train.layer_loop=scan needs layers of one kind, and {', '.join(differing)} differs between layers; use unroll")
     if len(set(kinds)) > 1:
         raise ValueError("train.layer_loop=scan needs layers that train alike, and train.freeze_include tells them apart; use unroll")
 

@@ -13,7 +13,6 @@ from mindspore.common.initializer import initializer
 
 from experiments.train import optim
 from parallel import zero
-from parallel.lowering import partitioner as shard
 from parallel.placement import place
 from parallel.trees import tree_leaves, tree_paths, unflatten
 from qwen3.model import build, choose_kernels, param_specs
@@ -139,7 +138,7 @@ def _update(config, sharding, specs, kernels):
     """update(params, grads, m, v, scalars) -> the gradient's norm, flat, in place: the trainer's clipping and AdamW. MindSpore splits
     nothing that follows the gradients: it works on this rank's parts, and their norm is summed as by hand."""
     flat = tree_leaves(specs)
-    squares = zero.global_norm_squared(shard.inside(sharding), tree_leaves(place(sharding, specs)), optim.in_norm(specs))
+    squares = zero.global_norm_squared(sharding.inside(), tree_leaves(place(sharding, specs)), optim.in_norm(specs))
     # the reference, as the others take shapes of the global view into what they compute
     control, leaf = optim.norm_control(config.optim), optim.leaf_update(config.optim, replace(kernels, adamw="reference"))
     kinds, count = tuple(optim.leaf_kind(config.optim, spec) for spec in flat), len(flat)
