@@ -1,7 +1,7 @@
 """Grouped-query attention: QK-norm (Qwen3) or q, k, v biases (Qwen2), rotary embedding, document mask or KV cache.
 
-Dims: B batch, S query length, T key length, D model, N heads, K kv heads, H head dim, R = B * S rows. On a rank, B, S, N and K are those
-of its shard.
+Dims: B batch, S query length, T key length, D model, N heads, K kv heads, H head dim, R = B * S rows. On a rank, B, S, N and K count its
+shard.
 """
 
 from mindspore import ops
@@ -15,7 +15,7 @@ cast = ops.Cast()
 ADAPTED = {"q": "wq", "k": "wk", "v": "wv", "o": "wo"}
 
 HEADS, ANGLES = "batch seq heads head_dim", "batch seq one half, batch seq one half"
-# Ranks that split a row exchange heads for tokens: each then has some heads of a span of the row, and sees all keys of it.
+# Ranks that share a row by heads run an all-to-all before attention: a rank then has some of the heads for all tokens of its span.
 SPAN, KV_SPAN = "batch seq>span heads>span_heads head_dim", "batch seq>span kv_heads>span_kv_heads head_dim"
 TO_SPAN = f"{SPAN}, {KV_SPAN}, {KV_SPAN}, batch keys, batch keys -> batch span>seq span_heads>heads head_dim"
 KV = "batch keys kv_heads head_dim"
@@ -43,13 +43,13 @@ def specs(cfg):
 def attention(cfg, op, p, x, rows, cache):
     """x_RD -> y_RD, cache.
 
-    rows: see qwen3.model.rows_of; a token sees the tokens of its segment up to its order. cache: None in training, or the pair k_BTKH,
-    v_BTKH: the new keys are written in the slots `order`, and queries see the slots up to their own.
+    rows: see qwen3.model.rows_of. A token attends to the tokens of its own segment up to itself. cache: None in training; else the pair
+    k_BTKH, v_BTKH: the new keys and values are written into the slots `order`, and a query attends to the slots up to its own.
     """
     q, k, v = project(cfg, op, p, x, rows)
     order = rows["order"]
     if cache is None:
-        k, v = for_each_rank(op, k), for_each_rank(op, v)
+        k, v = repeat_kv_heads(op, k), repeat_kv_heads(op, v)
         o = op.attention(q, k, v, rows["segments"], order, TO_SPAN)
     else:
         k, v = op.cache_write(cache[0], k, order, INTO_CACHE), op.cache_write(cache[1], v, order, INTO_CACHE)
@@ -61,7 +61,7 @@ def attention(cfg, op, p, x, rows, cache):
 
 
 def project(cfg, op, p, x, rows):
-    """x_RD -> q_BSNH, k_BSKH, v_BSKH, with QK-norm and turned by the rotary embedding."""
+    """x_RD -> q_BSNH, k_BSKH, v_BSKH, after QK-norm and the rotary embedding."""
     cos, sin = rows["cos"], rows["sin"]
     B, H = cos.shape[0], cfg.head_dim
     q, k, v = op.matmuls(
@@ -86,8 +86,8 @@ def project(cfg, op, p, x, rows):
     return q, k, v
 
 
-def for_each_rank(op, x):
-    """Copies each kv head of x [B, S, K, H] so often that each of the ranks that exchange heads for tokens gets one."""
+def repeat_kv_heads(op, x):
+    """Repeats each kv head of x [B, S, K, H] until every rank of the all-to-all around attention gets at least one."""
     if op.ranks_a_head == 1:
         return x
     B, S, K, H = x.shape
@@ -97,7 +97,7 @@ def for_each_rank(op, x):
 
 
 def largest_logit(cfg, op, p, x, rows):
-    """x_RD -> the largest scaled logit before the softmax, of the whole batch and all heads, between tokens that see each other."""
+    """x_RD -> the largest scaled attention logit before the softmax, over the global batch and all heads, without masked logits."""
     q, k, _ = project(cfg, op, p, x, rows)
     dims = "batch seq heads head_dim, batch seq>keys kv_heads head_dim, batch seq, batch keys, batch seq, batch keys -> batch seq heads"
     own = op.move(rows["order"], "batch keys -> batch keys>seq")
@@ -106,7 +106,7 @@ def largest_logit(cfg, op, p, x, rows):
 
 
 def decode(op, norm, p, x, rows, cache):
-    """x_BD -> x + attention(norm(x)), cache: for one token a row and on one device, in one op. norm: the weights [D] of the norm."""
+    """x_BD -> x + attention(norm(x)), cache. One fused op, for one token per row on one device. norm: the weights [D] of the norm."""
     wq, wk, wv, wo = cast(p["wq"], x.dtype), cast(p["wk"], x.dtype), cast(p["wv"], x.dtype), cast(p["wo"], x.dtype)
     norm, q_norm, k_norm = cast(norm, x.dtype), cast(p["q_norm"], x.dtype), cast(p["k_norm"], x.dtype)
     cos, sin, k, v = rows["cos"], rows["sin"], cache[0], cache[1]

@@ -1,12 +1,13 @@
-"""The ops of a model, bound to a layout and to kernels. Each is annotated where it is used:
+"""The ops of a model in a layout, with their kernels. Each call has a signature:
 
     q = op.matmul(x, p["wq"], "rows>tokens embed, embed heads -> tokens heads")
 
-A method of BoundOps is one op. Its last argument is the signature: the logical dims of the operands and of the results, from which follow
-the collectives around the op (parallel/sharding.py). What an op needs besides, such as its kernel, its kind and its casts, stands in one
-table, layers/op_table.py. An op is bound while a graph is compiled, once for each name and signature; in eager mode at its first call.
+Each method of BoundOps is one op. Its last argument is the signature: the logical dims of the operands and of the results. The collectives
+around the op follow from the signature (parallel/sharding.py). The rest of an op's definition, such as its kernel, its kind and its casts,
+is in one table, layers/op_table.py. Each pair of op and signature is bound once, while a graph is compiled; in eager mode at the first
+call.
 
-op.bound("matmul", dims)(x, w) is the same as op.matmul(x, w, dims). An op that has a line in the table and no method is called so.
+op.bound("matmul", dims)(x, w) equals op.matmul(x, w, dims). Use this form for an op that is in the table and has no method.
 """
 
 import functools
@@ -21,25 +22,28 @@ from ops import iota
 from ops.registry import pick
 from parallel import zero
 
-_numbers = itertools.count()  # MindSpore stores the results of a constexpr under its name, so each needs a name of its own
+_numbers = itertools.count()  # MindSpore stores the results of a constexpr under its name, so each object needs a unique name
 
 
 class BoundOps:
     """The ops of the model `cfg` in the layout `sharding`, with the implementations `kernels` (an ops.registry.Kernels).
 
-    Layers take it as `op`, beside `cfg`. Both are constants while a graph is compiled, so an `if` on their attributes costs nothing.
+    A layer takes this object as `op`, beside `cfg`. Both are constants while a graph is compiled, so an `if` on their attributes costs
+    nothing at run time.
 
-    layers: f(params of the layers, x_RD, rows) -> x_RD, statistics: runs the model's layers, see qwen3/run_layers.py.
-    run: for each layer f(stored parameters, x_RD, rows) -> x_RD, statistics; see qwen3/run_layers.py.
-    of_layer: for each layer the BoundOps that its functions are given, whose `cfg` is that of the layer.
-    gathered: for each layer f(stored parameters) -> the parameters that ops take: ZeRO 3 gathers them.
+    layers: f(parameters of the layers, x_RD, rows) -> x_RD, statistics. It runs all layers; set by qwen3/run_layers.py.
+    run: for each layer f(stored parameters, x_RD, rows) -> x_RD, statistics; set by qwen3/run_layers.py.
+    of_layer: for each layer its BoundOps, whose `cfg` is the config of that layer; set by qwen3/run_layers.py.
+    gathered: for each layer f(stored parameters) -> the parameters for the ops, all-gathered under ZeRO 3; set by qwen3/run_layers.py.
+    gathered_table, gathered_norm, gathered_adapter: such functions for the matrix of the embedding or head, for the last norm, and for the
+    embedding's adapter.
     watch: None, or f(cfg, op, p, x_RD, h_RD, y_RD, rows) -> [n] float32, which a layer calls with its input x, the input h of its
-    feed-forward part and its output y. The layer then returns these numbers in place of its router statistics. See qwen3/probe.py.
-    ranks_a_head: the ranks that exchange heads for tokens in attention, over which the kv heads of a rank are spread.
-    whole_table, whole_norm, whole_adapter: `gathered` for the matrix of the embedding or head, the last norm, the embedding's adapter.
-    inside: the BoundOps for the ops within a Region.
-    fused_decode: whether a token is decoded in two ops a layer, decode_attention and decode_mlp.
-    fused_head: whether head_loss takes the place of head and cross_entropy.
+    feed-forward layer and its output y. The layer then returns the result instead of its router statistics. See qwen3/probe.py.
+    ranks_a_head: the number of ranks in the all-to-all around attention, among which a rank's kv heads are divided.
+    has_regions: whether `experts` and `biased_top_k` must be called as one op each, a Region.
+    inside: the BoundOps for the ops inside a Region.
+    fused_decode: whether decoding runs each layer as two fused ops, decode_attention and decode_mlp.
+    fused_head: whether head_loss replaces head and cross_entropy.
     """
 
     def __init__(self, cfg, sharding, kernels, watch=None):
@@ -58,20 +62,21 @@ class BoundOps:
             self.top_k_by_bias = pick(kernels, "routing", "top_k")(cfg.experts_per_token, cfg.norm_topk_prob, biased=True)
         if cfg.lora and "embed" in cfg.lora.targets:
             adapter = lora.specs(cfg, {"embed": embed.specs(cfg)}, lora.EMBED)["lora"]
-            self.whole_adapter = zero.gathered(sharding, adapter)
+            self.gathered_adapter = zero.gathered(sharding, adapter)
         self.iota = iota.reference()
-        self.whole_table, self.whole_norm = (zero.gathered(sharding, specs(cfg)) for specs in (embed.specs, norm.specs))
+        self.gathered_table, self.gathered_norm = (zero.gathered(sharding, specs(cfg)) for specs in (embed.specs, norm.specs))
         self.definitions, self.sizes = definitions(cfg, sharding, kernels), sizes(cfg, sharding)
         self.bound = ops.constexpr(functools.lru_cache(maxsize=None)(self._bind), name=f"bound_op_{next(_numbers)}")
         inner = sharding.inside()
         self.inside = self if inner is sharding else BoundOps(cfg, inner, kernels)
 
     def at(self, cfg):
-        """The BoundOps for layers with the config `cfg`, in the same layout."""
+        """Returns the BoundOps for layers with the config `cfg`, in the same layout and with the same kernels."""
         return self if cfg == self.cfg else BoundOps(cfg, self.sharding, self.kernels, self.watch)
 
     def _bind(self, name, dims):
-        """Returns the function of the op `name` with the signature `dims`, or of the ops that share their first operand: see matmuls."""
+        """Returns the function of the op `name` with the signature `dims`. If `dims` is a tuple, the function runs several ops, see
+        matmuls."""
         found, sizes = self.definitions[name], self.sizes
         if isinstance(found, Region):
             return self.sharding.region(found.make(self.cfg, self.inside), dims, sizes=sizes, dtype=found.dtype)
@@ -87,8 +92,8 @@ class BoundOps:
         return self.bound("matmul", dims)(x, w)
 
     def matmuls(self, x, weights, dims):
-        """A tuple of x W, one for each weight. dims: a tuple of the dims of x, and for each weight the rest of its signature. The
-        collectives of x run once."""
+        """Returns a tuple of x W, one for each weight; the collectives of x run once. dims: the dims of x, then for each weight the rest of
+        its signature, as in ("rows>tokens embed", "embed heads -> tokens heads", "embed kv -> tokens kv_heads")."""
         return self.bound("matmul", dims)(x, *weights)
 
     def router(self, x, w, dims):
@@ -111,7 +116,7 @@ class BoundOps:
         return self.bound("add_rms_norm", dims)(x, y, w)
 
     def glu(self, gate, up, dims):
-        """The gated linear unit of a feed-forward part, activation(gate) * up. Qwen's activation is silu, which makes it SwiGLU."""
+        """The gated linear unit of a feed-forward layer, activation(gate) * up. Qwen's activation is silu, so this is SwiGLU."""
         return self.bound("glu", dims)(gate, up)
 
     def angles(self, positions, dims):
@@ -134,7 +139,7 @@ class BoundOps:
         return self.bound("attention_over_cache", dims)(q, k, v, segments, key_segments, order, key_order)
 
     def cache_write(self, cache, new, at, dims):
-        """cache_BTKH with new[:, s] in slot at[:, s]; a slot past the end is dropped."""
+        """Writes new[:, s] into slot at[:, s] of cache_BTKH; nothing is written for a slot past the end. Returns the cache."""
         return self.bound("cache_write", dims)(cache, new, at)
 
     def largest_logits(self, q, k, segments, key_segments, order, key_order, dims):
@@ -144,15 +149,15 @@ class BoundOps:
     # Tokens, documents and dropout
 
     def embedding(self, w, ids, dims):
-        """Rows of the table w, in float32."""
+        """The rows `ids` of the table w, in float32."""
         return self.bound("embedding", dims)(w, ids)
 
     def gather_seq(self, segments, dims):
-        """Integers of a rank's tokens -> of all tokens of the rows."""
+        """All-gathers integers of a rank's tokens along the sequence."""
         return self.bound("gather_seq", dims)(segments)
 
     def token_order(self, segments, dims):
-        """The place of each token in its row: 0, 1, ... T - 1, except in a ring of ranks (parallel/context/split.py)."""
+        """The place of each token in its row: 0, 1, ... T - 1, or another order in a ring of ranks (parallel/context/split.py)."""
         return self.bound("token_order", dims)(segments)
 
     def is_token(self, segment_ids, dims):
@@ -160,7 +165,7 @@ class BoundOps:
         return self.bound("is_token", dims)(segment_ids)
 
     def move(self, integers, dims):
-        """Integers, laid out as the signature says."""
+        """The same integers, moved from one sharding to another by the signature's collectives."""
         return self.bound("move", dims)(integers)
 
     def dropout(self, name, x, noise, layer, dims):
@@ -170,14 +175,15 @@ class BoundOps:
     # The head and the loss
 
     def head(self, x, w, dims):
-        """Logits in float32. Where the vocabulary is sharded, a rank has its shard, with -inf for padding."""
+        """Logits in float32. If the vocabulary is sharded, a rank has its shard, in which padding is -inf."""
         return self.bound("head", dims)(x, w)
 
     def whole_vocab(self, logits, dims):
+        """Logits of the full vocabulary, all-gathered, without padding."""
         return self.bound("whole_vocab", dims)(logits)
 
     def cross_entropy(self, logits, targets, dims):
-        """Of a rank's logits the largest, the sum of exp(logit - largest), and the target's logit or 0."""
+        """Three columns from a rank's logits: the largest, the sum of exp(logit - largest), and the target's logit or 0."""
         return self.bound("cross_entropy", dims)(logits, targets)
 
     def head_loss(self, x, w, targets, dims):
@@ -200,19 +206,19 @@ class BoundOps:
         return self.bound("ones_like", dims)(x)
 
     def largest(self, x, dims):
-        """The largest along the last dim, which stays with size 1; over all ranks that share the dim."""
+        """The maximum along the last dim, over all its shards. The dim stays with size 1."""
         return self.bound("largest", dims)(x)
 
     def largest_of_all(self, x, dims):
-        """The largest of all elements of all ranks, a scalar."""
+        """The maximum of all elements on all ranks, a scalar."""
         return self.bound("largest_of_all", dims)(x)
 
     def sum_columns(self, x, dims):
-        """The sum along the last of two dims, which stays with size 1."""
+        """The sum along the last dim of a matrix. The dim stays with size 1."""
         return self.bound("sum_columns", dims)(x)
 
     def sum_seq(self, x, dims):
-        """The sum along the last of two dims, which goes."""
+        """The sum along the last dim of a matrix. The dim is removed."""
         return self.bound("sum_seq", dims)(x)
 
     def sum(self, x, dims):
@@ -228,7 +234,7 @@ class BoundOps:
         return self.bound("sum_squares", dims)(x, valid)
 
     def concat(self, x, y, dims):
-        """x and y along their first dim."""
+        """x and y, concatenated along their first dim."""
         return self.bound("concat", dims)(x, y)
 
     # Mixture of experts; see layers/moe.py and ops/routing.py
@@ -241,11 +247,11 @@ class BoundOps:
         return self.bound("biased_top_k", dims)(logits, bias, valid)
 
     def bias_gradient(self, weight, bias, gradient, dims):
-        """weight; the gradient of the bias is `gradient`."""
+        """Returns weight. In the backward pass, bias gets the gradient `gradient`."""
         return self.bound("bias_gradient", dims)(weight, bias, gradient)
 
     def total_valid(self, valid, dims):
-        """The sum of a vector, of size 1."""
+        """The sum of a vector, as a vector of size 1."""
         return self.bound("total_valid", dims)(valid)
 
     def router_stats(self, logits, probs, expert, valid, dims):
@@ -261,7 +267,7 @@ class BoundOps:
         return self.bound("experts", dims)(x, expert, weight, w_gate, w_up, w_down)
 
     def permute(self, x, expert, dims):
-        """Rows of x in blocks, sorted by expert; the slot of each assignment; the expert of each block."""
+        """Sorts the rows of x by expert into blocks. Returns the blocks, the slot of each assignment, and the expert of each block."""
         return self.bound("permute", dims)(x, expert)
 
     def combine(self, rows, slot, weight, dims):
@@ -275,7 +281,7 @@ class BoundOps:
         return self.bound("plan_received", dims)(received)
 
     def take(self, x, index, dims):
-        """The rows of x at the places of an index; zeros where the index is past the last row."""
+        """The rows of x with the numbers `index`; zeros for a number past the last row."""
         return self.bound("take", dims)(x, index)
 
     def count_lost(self, lost, dims):

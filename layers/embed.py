@@ -1,4 +1,4 @@
-"""Token embedding, and the head that turns the residual stream into logits (its own matrix, or the embedding's)."""
+"""Token embedding, and the head that computes logits from the residual stream with its own matrix or, if tied, the embedding's."""
 
 import mindspore as ms
 from mindspore import ops
@@ -8,16 +8,16 @@ from ops.registry import pick
 from parallel.specs import ParamSpec, normal
 
 cast = ops.Cast()
-NEVER = float("-inf")  # the logit of padding
+NEVER = float("-inf")  # the logit of the padding of the vocabulary
 
 
 def specs(cfg):
-    """The [V, D] matrix of the embedding, and of an untied head."""
+    """Returns the ParamSpec [V, D] of the embedding, and of an untied head."""
     return ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), normal(cfg.initializer_range))
 
 
 def lookup(take):
-    """take, a kernel of ops/embedding.py, in float32, so that the gradients of a token are summed in it."""
+    """Returns rows(w, ids): the kernel `take` of ops/embedding.py in float32, so that gradients of a token are summed in float32."""
 
     def rows(w, ids):
         return take(cast(w, ms.float32), ids)
@@ -26,7 +26,7 @@ def lookup(take):
 
 
 def lookup_in_shard(kernels):
-    """Returns make(take, first) -> rows(w, ids), with zeros for the ids that are not in [first, first + rows of w)."""
+    """Returns make(take, first) -> rows(w, ids) for a shard of the table: zeros for ids that are not in [first, first + rows of w)."""
 
     def make(_, first):
         take = pick(kernels, "embedding", "part")()
@@ -40,7 +40,7 @@ def lookup_in_shard(kernels):
 
 
 def project(matmul):
-    """x_RD, w_VD -> logits_RV in float32."""
+    """Returns logits(x_RD, w_VD) -> [R, V] float32. matmul(x, w) computes x w^T."""
 
     def logits(x, w):
         return cast(matmul(x, cast(w, x.dtype)), ms.float32)
@@ -49,7 +49,7 @@ def project(matmul):
 
 
 def project_to_shard(vocab_size):
-    """Returns make(matmul, first) -> logits(x, w), in which the columns past the vocabulary, which are padding, are -inf."""
+    """Returns make(matmul, first) -> logits(x, w) for a shard of the vocabulary. Columns past the vocabulary are padding and get -inf."""
     less, count, select = ops.Less(), iota.reference(), ops.Select()
 
     def make(matmul, first):
@@ -64,7 +64,7 @@ def project_to_shard(vocab_size):
 
 
 def without_padding(vocab_size):
-    """Returns f(logits) -> the columns of the vocabulary."""
+    """Returns f(logits) -> the logits without the columns of padding."""
 
     def columns(logits):
         return logits[:, :vocab_size]

@@ -1,11 +1,11 @@
 """Low-rank adapters beside frozen weights: y = x W + scale * (dropout(x) A) B, as PEFT computes them. Source: Hu et al. 2021.
 
-The adapters of a part of the model are its p["lora"], with "wq.a" and "wq.b" for its weight "wq" (MindSpore takes no deeper trees). Their
-ParamSpecs follow from the weight's: A is sharded as the weight's input dim, B as its output dim. Wherever a layer uses a weight, it calls
-`adapted` with the product; without an adapter the product stays as it is.
+Adapters are stored in p["lora"], beside the weights: "wq.a" and "wq.b" belong to p["wq"] (MindSpore accepts no deeper trees). Their
+ParamSpecs follow from the spec of the weight: A is sharded like the weight's input dim, B like its output dim. After each product with a
+weight, a layer calls `adapted`, which adds the product with the adapter, if there is one.
 
-Dropout draws from the integers of the batch alone, noise_BS of the step and the token, and the numbers of the layer, the weight and the
-column: it is the same in every layout.
+Dropout depends only on integers: noise_BS of the batch, which differs by step and token, and the numbers of the layer, the weight and the
+column. So it drops the same elements in every layout.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from parallel.specs import ParamSpec, constant, normal, uniform, zeros
 
 cast = ops.Cast()
 EMBED = {"embed": "embed"}
-DROPOUT_LAYER = "dropout_layer"  # where a layer's tree has its number, for the dropout
+DROPOUT_LAYER = "dropout_layer"  # the key in a layer's tree of its number, which dropout needs
 
 
 def specs(cfg, p, names):
-    """p, a dict of ParamSpecs, and in p["lora"] those of the adapters of its weights. names: {what cfg.lora calls a weight: its key}."""
+    """Adds the specs of adapters to p, a dict of ParamSpecs, as p["lora"]. names: {target in cfg.lora: key of the weight in p}."""
     chosen = {}
     for target, key in names.items():
         if _has(cfg, target):
@@ -33,8 +33,8 @@ def specs(cfg, p, names):
 
 
 def _pair(lora, spec, target):
-    """The specs of A and B. Initial values are PEFT's: A uniform, as of kaiming_uniform with a = sqrt(5), or normal with 1 / rank, and B 0;
-    of an embedding A 0 and B normal."""
+    """Returns the specs of A and B. Initial values as in PEFT: A uniform (kaiming_uniform with a = sqrt(5)) or normal with a standard
+    deviation of 1 / rank, and B zero; for the embedding A zero and B standard normal."""
     *lead, inner, outer = spec.shape
     *dims, inner_dim, outer_dim = spec.dims
     *parts, inner_parts, outer_parts = spec.parts or (None,) * len(spec.shape)
@@ -48,13 +48,14 @@ def _pair(lora, spec, target):
 
 
 def layer_specs(cfg, i, tree):
-    """The tree of layer i with its number, if it has adapters with dropout."""
+    """Adds the number i to the tree of layer i if it has adapters with dropout."""
     if not noises(cfg) or not any(_adapted(part) for part in tree.values()):
         return tree
     return {**tree, DROPOUT_LAYER: ParamSpec((1,), ("one",), constant(i), optimizer="none")}
 
 
 def without_dropout(cfg):
+    """Returns cfg without dropout."""
     return cfg.replace(lora=dataclasses.replace(cfg.lora, dropout=0.0)) if noises(cfg) else cfg
 
 
@@ -66,7 +67,8 @@ def _has(cfg, target):
     return bool(cfg.lora) and target in cfg.lora.targets
 
 
-# The adapter of a weight in a layout. Of a column-parallel weight x A is computed by rows and gathered; of a row-parallel one it is summed.
+# Signatures of adapters. For a column-parallel weight, x A is computed on shards of the rows and all-gathered; for a row-parallel weight it
+# is a partial sum, which is reduced.
 DOWN, UP = "rows embed, embed rank -> rows rank", "rows>tokens rank, rank {0} -> tokens {1}"
 DIMS = {  # weight: the signature of x A, that of (x A) B, and the dims of y
     "wq": (DOWN, UP.format("heads", "heads"), "tokens heads"),
@@ -78,7 +80,7 @@ DIMS = {  # weight: the signature of x A, that of (x A) B, and the dims of y
     "w_down": ("tokens ffn, ffn rank -> tokens>rows rank", "rows rank, rank embed -> rows embed", "rows embed"),
     "router": (DOWN, "rows rank, rank router -> rows router", "rows router"),
 }
-EXPERT_DIMS = {  # weight of the experts: the same
+EXPERT_DIMS = {  # weight of the experts: its input dim and output dim, and those dims as x and y have them
     "w_gate": ("embed", "expert_ffn", "embed", "part_ffn"),
     "w_up": ("embed", "expert_ffn", "embed", "part_ffn"),
     "w_down": ("expert_ffn", "embed", "part_ffn", "embed"),
@@ -100,7 +102,7 @@ def has(p, name):
 
 
 def adapted(cfg, op, p, name, x, y, rows):
-    """y = x W, with W = p[name] -> y + scale * (dropout(x) A) B; y itself where the weight has no adapter."""
+    """Returns y + scale * (dropout(x) A) B, where y = x p[name]; returns y if the weight has no adapter."""
     if not has(p, name):
         return y
     down, up, dims = DIMS[name]
@@ -114,16 +116,17 @@ def adapted(cfg, op, p, name, x, y, rows):
 
 
 def adapted_embedding(cfg, op, params, tokens, x):
-    """x_RD, the embeddings of tokens_R -> x_RD with the adapter of the embedding. It has no dropout, as PEFT's has none."""
+    """Adds the embedding's adapter to x_RD, the embeddings of tokens_R. There is no dropout, as in PEFT."""
     if not has(params, "embed"):
         return x
-    pair = op.whole_adapter(params["lora"])
+    pair = op.gathered_adapter(params["lora"])
     low = cast(op.embedding(pair["embed.a"], tokens, "vocab rank, tokens -> tokens>rows rank"), x.dtype)
     return op.add(x, op.matmul(low * cfg.lora.scale, pair["embed.b"], "rows rank, rank embed -> rows embed"), "rows embed")
 
 
 def adapted_experts(cfg, op, p, name, x, group, y):
-    """y [blocks, b, out], each block of x [blocks, b, in] times its expert's matrix of W = p[name] -> y with the experts' adapters."""
+    """Adds the experts' adapters to y [blocks, b, out], the product of each block of x [blocks, b, in] with the matrix p[name] of its
+    expert."""
     if not has(p, name):
         return y
     inner, outer, x_dim, y_dim = EXPERT_DIMS[name]
@@ -134,14 +137,14 @@ def adapted_experts(cfg, op, p, name, x, group, y):
 
 
 def noises(cfg):
-    """Which noise the dropout of cfg.lora takes: of rows, of tokens, both or none."""
+    """Returns the shardings in which dropout needs its seeds: "rows", "tokens", both or none. See DROPPED."""
     targets = cfg.lora.targets if cfg.lora and cfg.lora.dropout else ()
     needed = {"rows": {"q", "k", "v", "gate", "up"}, "tokens": {"o", "down"}}
     return tuple(name for name, users in needed.items() if users & set(targets))
 
 
 def dropouts(cfg):
-    """Returns {weight: (make, kind, wrap, part) of an op_table.Definition} of the dropout before each adapter."""
+    """Returns {weight: (make, kind, wrap, part)}, the first fields of the op_table.Definition of the dropout before each adapter."""
     if not (cfg.lora and cfg.lora.dropout):
         return {}
     sizes, found = {"embed": cfg.hidden_size, "heads": cfg.num_heads * cfg.head_dim, "ffn": cfg.ffn_size}, {}
@@ -167,8 +170,8 @@ def _columns_from(mask, first):
 
 
 def _mask(rate, site):
-    """Returns mask(first column, x_RI, noise_R int32, layer [1]) -> x, with elements zeroed with the probability `rate` and the others
-    scaled up. A hash of noise, layer, site and column decides."""
+    """Returns mask(first column, x_RI, noise_R int32, layer [1]) -> x, in which each element is zeroed with probability `rate` and the
+    others are scaled by 1 / (1 - rate). The choice is a hash of noise, layer, site (the number of the weight) and column."""
     count, greater_equal, limit = iota.reference(), ops.GreaterEqual(), int(rate * (1 << 24))
     expand, bits, scale = ops.ExpandDims(), ops.BitwiseAnd(), 1 / (1 - rate)
 
@@ -182,13 +185,13 @@ def _mask(rate, site):
 
 
 def _mix(x):
-    """A hash of int32, the arithmetic wrapping around. Source: lowbias32, Wellons 2018."""
+    """Returns a hash of int32 values; the arithmetic wraps around. Source: lowbias32, Wellons 2018."""
     x = _shifted_xor(x, 16) * 0x7FEB352D
     x = _shifted_xor(x, 15) * (0x846CA68B - (1 << 32))
     return _shifted_xor(x, 16)
 
 
 def _shifted_xor(x, n):
-    """x ^ (x >> n), no sign being shifted in."""
+    """Returns x ^ (x >> n), with a logical shift, which shifts in zeros."""
     shifted = ops.BitwiseAnd()(ops.RightShift()(x, ops.OnesLike()(x) * n), ops.OnesLike()(x) * ((1 << (32 - n)) - 1))
     return ops.BitwiseXor()(x, shifted)

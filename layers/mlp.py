@@ -30,5 +30,5 @@ def mlp(cfg, op, p, x, rows):
 
 
 def decode(op, norm, p, x):
-    """x_BD -> x + mlp(norm(x)): for one token a row and on one device, in one op. norm: the weights [D] of the norm."""
+    """x_BD -> x + mlp(norm(x)). One fused op, for one token per row on one device. norm: the weights [D] of the norm."""
     return op.decode_mlp(x, cast(norm, x.dtype), cast(p["w_gate"], x.dtype), cast(p["w_up"], x.dtype), cast(p["w_down"], x.dtype))

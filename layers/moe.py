@@ -1,5 +1,5 @@
 """Mixture of experts: softmax router in float32, top-k, dropless experts. Source: HF modeling_qwen3_moe; Fedus et al. 2021
-(load balancing), Zoph et al. 2022 (z-loss), Wang et al. 2024 (balancing by a bias on the choice, without a loss)."""
+(load-balancing loss), Zoph et al. 2022 (z-loss), Wang et al. 2024 (balancing by a bias on the choice of experts, without a loss)."""
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -31,13 +31,15 @@ def specs(cfg):
 
 
 def stats_size(cfg):
-    """Length of a layer's router statistics: load_E, probability_E, z, tokens, all sums over valid tokens; and the assignments that found
-    no place in the buffers between expert parallel ranks, 0 unless moe_capacity_factor bounds them."""
+    """Returns the length of a layer's router statistics: load [E], probability [E], z, tokens, all of them sums over the valid tokens, and
+    overflow, the number of assignments for which the buffers between expert parallel ranks had no slot. Overflow is 0 unless
+    moe_capacity_factor bounds these buffers."""
     return 2 * cfg.num_experts + 3
 
 
 def moe(cfg, op, p, x, rows):
-    """x_RD -> y_RD, stats [2E + 3] float32: see stats_size. rows["valid"] [R] is 1 for tokens, 0 for padding, which counts nowhere."""
+    """x_RD -> y_RD, stats [2E + 3] float32, see stats_size. rows["valid"] [R] is 1 for tokens and 0 for padding, which no statistic
+    counts."""
     valid = rows["valid"]
     logits = router_logits(cfg, op, p, x, rows)
     if cfg.router_bias:
@@ -60,18 +62,18 @@ def router_logits(cfg, op, p, x, rows):
 
 
 def router_entropy(cfg, op, p, x, rows):
-    """x_RD -> the sum over the valid tokens of the whole batch of their router's entropy, in nats."""
+    """x_RD -> the entropy of the router in nats, summed over the valid tokens of the global batch."""
     return op.router_entropy(router_logits(cfg, op, p, x, rows), rows["valid"], "rows router, rows ->")
 
 
 def losses(cfg, op, stats):
-    """stats [layers, 2E + 3] -> the load-balancing loss over all layers (unscaled), the z-loss, the load [layers, E] as shares of the
-    assignments, and the assignments that found no place."""
+    """stats [layers, 2E + 3] -> the load-balancing loss over all layers (without its coefficient), the z-loss, each expert's share of the
+    assignments [layers, E], and the overflow (see stats_size)."""
     balance, z, load, overflow = op.router_losses(stats, "layers stats -> one, one, layers router, one")
     return _reshape(balance, ()), _reshape(z, ()), load, _reshape(overflow, ())
 
 
-# The experts. These functions run on what a rank has; the partitioner sees them as one op with the dims EXPERTS.
+# The experts. These functions run on a rank's shards. MindSpore's partitioner sees them as one op with the signature EXPERTS.
 
 EXPERTS = (
     "rows embed, rows choice, rows choice, experts embed expert_ffn, experts embed expert_ffn, experts expert_ffn embed -> rows embed, one"
@@ -81,8 +83,9 @@ EXPERTS = (
 def experts(cfg, op, p, x, expert, weight):
     """x_RD, the experts [R, k] of each row and their weights [R, k] -> y_RD, overflow [1].
 
-    Assignments are sorted by expert into blocks of rows (ops/routing.py). Where experts are sharded over ranks, rows first travel to the
-    rank of their expert, the same number of slots to each rank, and the results travel back.
+    Assignments are sorted by expert into blocks of rows (ops/routing.py). If experts are sharded over ranks, an all-to-all first sends each
+    row to the rank of its expert, with equally many slots for each rank, and a second one returns the results. In the signatures,
+    `to_shard>shard sent>received` is that all-to-all: send buffers indexed by target rank become receive buffers indexed by source rank.
     """
     if op.expert_shards == 1:
         dims = "rows>expert_rows embed, rows>expert_rows choice -> blocks block_rows embed, assignments, blocks"
@@ -102,7 +105,7 @@ def experts(cfg, op, p, x, expert, weight):
 
 
 def feed_forward(cfg, op, p, x, group):
-    """x [blocks, b, D], each block for the expert group[block] -> [blocks, b, D]; partial sums where expert_ffn is sharded."""
+    """Applies expert group[i] to block i of x [blocks, b, D] -> [blocks, b, D]. The results are partial sums if expert_ffn is sharded."""
     up_dims = "blocks block_rows embed, experts embed expert_ffn, blocks -> blocks block_rows part_ffn"
     gate, up = op.grouped_matmul(x, p["w_gate"], group, up_dims), op.grouped_matmul(x, p["w_up"], group, up_dims)
     gate, up = adapted_experts(cfg, op, p, "w_gate", x, group, gate), adapted_experts(cfg, op, p, "w_up", x, group, up)
@@ -112,7 +115,7 @@ def feed_forward(cfg, op, p, x, group):
 
 
 def experts_of(cfg, op):
-    """Returns `experts` as a function of tensors alone, for the partitioner."""
+    """Returns `experts` as a function that takes only tensors, as MindSpore's partitioner needs it."""
 
     def of_tensors(x, expert, weight, w_gate, w_up, w_down):
         return experts(cfg, op, {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}, x, expert, weight)
@@ -121,16 +124,17 @@ def experts_of(cfg, op):
 
 
 def biased_top_k(cfg, op, logits, bias, valid):
-    """The bias changes which experts are chosen, not their weights. Its gradient is each expert's load above the mean, over the mean."""
+    """Chooses experts by logits plus bias; the bias does not change their weights. Its gradient is (load - mean load) / mean load of each
+    expert."""
     probs, expert, weight = op.top_k_by_bias(logits, ops.stop_gradient(bias))
     mean_load = op.total_valid(valid, "rows -> one") * (cfg.experts_per_token / cfg.num_experts)
-    here = load(expert, valid, cfg.num_experts)
-    excess = (here - _mean(here, 0)) / _maximum(mean_load, 1e-9)
+    own = load(expert, valid, cfg.num_experts)  # of this rank's rows
+    excess = (own - _mean(own, 0)) / _maximum(mean_load, 1e-9)
     return probs, expert, op.bias_gradient(weight, bias, ops.stop_gradient(excess), "rows choice, router, router -> rows choice")
 
 
 def biased_top_k_of(cfg, op):
-    """Returns `biased_top_k` as a function of tensors alone, for the partitioner."""
+    """Returns `biased_top_k` as a function that takes only tensors, as MindSpore's partitioner needs it."""
 
     def of_tensors(logits, bias, valid):
         return biased_top_k(cfg, op, logits, bias, valid)
@@ -139,31 +143,31 @@ def biased_top_k_of(cfg, op):
 
 
 class BiasGradient(nn.Cell):
-    """Returns its first argument. The gradient of the second is the third."""
+    """Returns `weight`. In the backward pass, `bias` gets the gradient `gradient`."""
 
     def __init__(self):
         super().__init__()
         self.zeros_like = ops.ZerosLike()
 
     def construct(self, weight, bias, gradient):
-        return weight * 1  # an unchanged input is read wrongly in jit (docs/mindspore.md)
+        return weight * 1  # under jit, MindSpore reads an input that is returned unchanged wrongly (docs/mindspore.md)
 
     def bprop(self, weight, bias, gradient, out, dout):
         return dout, gradient, self.zeros_like(gradient)
 
 
-# What ops of the table compute on a rank's rows.
+# Functions of ops in layers/op_table.py, on a rank's rows.
 
 
 def load(expert, valid, num_experts):
-    """expert_Rk, valid_R -> [E]: the assignments of valid rows to each expert."""
+    """expert_Rk, valid_R -> [E]: the number of assignments of valid rows to each expert."""
     each = ops.BroadcastTo(expert.shape)(rearrange(valid, "rows -> rows 1", {}))
     each, expert = rearrange(each, "rows choice -> (rows choice)", {}), rearrange(expert, "rows choice -> (rows choice)", {})
     return _segment_sum(each, expert, num_experts)
 
 
 def statistics(num_experts):
-    """Returns f(logits_RE, probs_RE, expert_Rk, valid_R) -> [2E + 2]: see stats_size."""
+    """Returns f(logits_RE, probs_RE, expert_Rk, valid_R) -> [2E + 2], the statistics without overflow. See stats_size."""
 
     def of_rows(logits, probs, expert, valid):
         top = ops.stop_gradient(_largest(logits, 1))
@@ -178,7 +182,7 @@ def statistics(num_experts):
 
 
 def losses_of_stats(cfg):
-    """Returns f(stats [layers, 2E + 3]) -> balance [1], z [1], load [layers, E], overflow [1]: see losses."""
+    """Returns f(stats [layers, 2E + 3]) -> balance [1], z [1], load [layers, E], overflow [1]. See losses."""
     E, k = cfg.num_experts, cfg.experts_per_token
 
     def of_stats(stats):
@@ -192,7 +196,7 @@ def losses_of_stats(cfg):
 
 
 def entropy_of_logits(logits, valid):
-    """logits_RE, valid_R -> the sum of the entropies of the valid rows."""
+    """logits_RE, valid_R -> the entropy in nats, summed over the valid rows."""
     shifted = logits - _largest(logits, 1)
     each = _exp(shifted)
     sums = _total_kept(each, 1)
@@ -201,7 +205,7 @@ def entropy_of_logits(logits, valid):
 
 
 def plan_of_shards(plan):
-    """Returns f(received [shards, C]) -> slot [shards, C], source, group: `plan` of all slots."""
+    """Returns f(received [shards, C]) -> slot [shards, C], source, group. It applies `plan` to the slots of all shards together."""
 
     def of_shards(received):
         slot, source, group = plan(rearrange(received, "shard slot -> (shard slot) 1", {}))

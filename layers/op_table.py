@@ -1,11 +1,11 @@
-"""The table of a model's ops: for each name the kernel, the kind, the casts, and whatever else an op needs beside its signature.
+"""The table of a model's ops. A line has everything that an op needs except its signature: kernel, kind, casts and so on.
 
-To add an op: a line here. It is called as op.bound(name, dims)(operands), or as op.name(operands, dims) by a method of BoundOps
-(layers/bound_ops.py) that names its operands.
+To add an op, add a line here and call it as op.bound(name, dims)(operands). A method of BoundOps (layers/bound_ops.py) that names the
+operands allows the shorter op.name(operands, dims).
 
-The table is made for each kind of layer, from cfg.at_layer(i), so that a line may read an option that differs by layer.
+Each kind of layer has its own table, made from cfg.at_layer(i), so a line may read an option that differs by layer.
 
-Weights are cast to the dtype of the activations inside the op, so that gradients are summed over ranks in the dtype of the weights.
+Weights are cast to the dtype of the activations inside the op. So their gradients are summed over ranks in the dtype of the weights.
 """
 
 from dataclasses import fields
@@ -27,7 +27,7 @@ cast = ops.Cast()
 
 
 class Definition(NamedTuple):
-    """One op. make() -> the function that computes it. The other fields are the arguments of Sharding.op with the same names."""
+    """One op. make() returns the function that computes it. The other fields are the arguments of Sharding.op with these names."""
 
     make: object
     kind: str
@@ -39,7 +39,8 @@ class Definition(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Several ops that MindSpore's partitioner sees as one: make(cfg, op) -> a function whose ops `op` annotates. See Sharding.region."""
+    """Several ops that MindSpore's partitioner sees as one op. make(cfg, op) returns the function that calls the ops of `op`. See
+    Sharding.region."""
 
     make: object
     dtype: object = None
@@ -118,10 +119,11 @@ def definitions(cfg, sharding, kernels):
 
 
 def options_of(cfg):
-    """Returns {op: {option: value}}: what the model gives the factories of ops (ops/OP.py) beyond what every model gives them.
+    """Returns {op: {option: value}}: further arguments for the factories of ops (ops/OP.py), for options that only some models have.
 
-    An implementation without such an option is not chosen, and refused by name if it is asked for; so is a ring of ranks if the attention
-    over a part of the keys has no such option. For instance, a config field `window` whose attention is built in ops/attention.py:
+    An implementation that does not take such an option is not chosen by default, and choosing it by name is an error. Likewise a ring of
+    ranks is an error if attention over a part of the keys does not take the option. For example, for a config field `window` that
+    ops/attention.py implements:
 
         return {"attention": {"window": cfg.window}} if cfg.window else {}
     """
@@ -129,15 +131,16 @@ def options_of(cfg):
 
 
 def _attention(sharding, of, scale):
-    """Attention to the tokens of the same row. Ranks that share a row send keys and values round (parallel/context/ring.py)."""
+    """Returns the Definition of attention within a row. If ranks share a row in a ring, keys and values travel around it
+    (parallel/context/ring.py)."""
     if sharding.shards("span") == 1:
         return Definition(of("attention", "", scale, in_order=True), "kernel", keys_of_the_queries)
-    parts = of("attention", "parts", scale)
-    return Definition(lambda: ring.attention(sharding, parts(), "span"), "kernel", around=("span", (1, 2)))
+    over_some_keys = of("attention", "parts", scale)
+    return Definition(lambda: ring.attention(sharding, over_some_keys(), "span"), "kernel", around=("span", (1, 2)))
 
 
 def _expert_ops(cfg, sharding, kernels, of):
-    """The ops within the region `experts`."""
+    """Returns the ops inside the Region `experts`."""
     if not cfg.num_experts:
         return {}
     E, shards, block = cfg.num_experts, sharding.shards("experts"), pick(kernels, "grouped_matmul", "block")(cfg.moe_block_size)
@@ -153,7 +156,7 @@ def _expert_ops(cfg, sharding, kernels, of):
 
 
 def sizes(cfg, sharding):
-    """Returns {dim: size} of the dims that results have and no operand."""
+    """Returns {dim: size} of the dims that only results have and no operand."""
     found = {"half": cfg.head_dim // 2, "vocab_parts": sharding.shards("vocab"), "whole_vocab": cfg.vocab_size}
     if cfg.num_experts:
         E = cfg.num_experts
@@ -161,7 +164,8 @@ def sizes(cfg, sharding):
     return found
 
 
-IN_FUSED_OPS = (  # the fields of a config that the fused ops of decoding compute as they stand, or that do not reach them
+# Config fields that may have any value with the fused ops of decoding: the ops implement them, or do not depend on them.
+IN_FUSED_OPS = (
     *("model_type", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "rms_norm_eps"),
     *("max_position", "rope_theta", "rope_scaling", "param_dtype", "compute_dtype", "tie_embeddings", "initializer_range", "frozen"),
     *("num_experts", "experts_per_token", "moe_ffn_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"),
@@ -170,10 +174,10 @@ IN_FUSED_OPS = (  # the fields of a config that the fused ops of decoding comput
 
 
 def decodes_in_fused_ops(cfg, sharding, kernels):
-    """Whether a token's step runs in ops that do half a layer each.
+    """Returns whether decoding runs each layer as two fused ops, decode_attention and decode_mlp.
 
-    They serve one device, as ranks have collectives within a layer, and a layer as Qwen3 has it: every field of the config that they do
-    not know must have its default. A check of annotations needs the annotated ops instead.
+    They need one device, because a layer on several ranks has collectives inside. They implement only Qwen3's layer, so every config field
+    outside of IN_FUSED_OPS must have its default. With sharding.check, the annotated ops run instead, because these are to be checked.
     """
     plain = all(getattr(cfg, field.name) == field.default for field in fields(cfg) if field.name not in IN_FUSED_OPS)
     one_device = sharding.mesh == ONE_DEVICE and sharding.lowering == "manual" and not sharding.check
@@ -181,8 +185,8 @@ def decodes_in_fused_ops(cfg, sharding, kernels):
     return one_device and chosen and plain
 
 
-# How primitives and kernels are called: functions that return a function of a fixed number of operands, as MindSpore wants of a function
-# that is made while a graph is compiled (docs/mindspore.md).
+# Wrappers of primitives and kernels. Each returns a function with a fixed number of operands, which MindSpore requires of a function that
+# is made while a graph is compiled (docs/mindspore.md).
 
 
 def weight_in_dtype_of_x(fn):
@@ -221,25 +225,25 @@ def weight_in_dtype_of_x_before_targets(fn):
 
 
 def keys_of_the_queries(attend):
-    """Attention whose keys are the tokens of its queries."""
+    """Attention whose queries and keys are the same tokens."""
 
-    def to_own_tokens(q, k, v, segments, order):
+    def self_attention(q, k, v, segments, order):
         return attend(q, k, v, segments, segments, order, order)
 
-    return to_own_tokens
+    return self_attention
 
 
 def from_first_token(measure):
-    """cross_entropy over the whole vocabulary."""
+    """cross_entropy over the full vocabulary."""
 
-    def of_whole(logits, targets):
+    def of_all(logits, targets):
         return measure(0, logits, targets)
 
-    return of_whole
+    return of_all
 
 
 def from_token(measure, first):
-    """cross_entropy over the tokens from number `first` on."""
+    """cross_entropy over the vocabulary shard that starts at token id `first`."""
 
     def of_shard(logits, targets):
         return measure(first, logits, targets)
@@ -283,9 +287,9 @@ def of_two(concat):
 
 
 def token_order(ring_size):
-    """Returns order(segments_BT) -> int32 [B, T], the place of each token in its row. A token sees the tokens of its document up to itself.
+    """Returns order(segments_BT) -> int32 [B, T], the place of each token in its row.
 
-    ring_size: ranks in a ring, which have the tokens of a row in another order (parallel/context/split.py).
+    ring_size: the number of ranks in a ring. In a ring the tokens of a row are stored in another order (parallel/context/split.py).
     """
     count, zeros_like = iota_op.reference(), ops.ZerosLike()
     if ring_size > 1:
@@ -309,6 +313,6 @@ def unchanged_integers(x):
 
 
 def sum_squares(x, valid):
-    """The sum of the squares of the rows of x_RD that are valid_R, in float32."""
+    """The sum of squares over the rows of x_RD where valid_R is 1, in float32."""
     x = cast(x, valid.dtype)
     return _total(_total(x * x, 1) * valid, 0)

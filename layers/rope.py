@@ -10,14 +10,14 @@ from ops.rearrange import rearrange
 
 
 def inv_freq(cfg):
-    """(float32 [H/2] radians per position, the factor on cos and sin) for cfg's rope_theta and rope_scaling."""
+    """Returns (float32 [H/2] radians per position, factor on cos and sin) for cfg.rope_theta and cfg.rope_scaling."""
     half = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
     plain = 1.0 / cfg.rope_theta**half
     y = cfg.rope_scaling
     if y is None:
         return plain.astype(np.float32), 1.0
 
-    def dim_of(rotations):  # the dim that turns this often over the original length
+    def dim_of(rotations):  # the dim that makes this number of full turns over the original length
         return cfg.head_dim * math.log(y.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
 
     low, high = dim_of(y.beta_fast), dim_of(y.beta_slow)

@@ -1,4 +1,4 @@
-"""The KV cache: per layer a pair (k_BTKH, v_BTKH); slot t of a row holds position t."""
+"""The KV cache: a pair (k_BTKH, v_BTKH) per layer, in which slot t of a row stores position t."""
 
 import mindspore as ms
 import numpy as np
@@ -6,9 +6,10 @@ from mindspore import ops
 
 
 def init_cache(cfg, batch_size, length, kv_heads=None, layers=None):
-    """An empty cache for sequences of up to `length` tokens, prompt and continuation together, in the compute dtype.
+    """Returns an empty cache for sequences of up to `length` tokens, prompt and continuation together, in the compute dtype.
 
-    Each array is one of its own: the C++ kernel writes into them. kv_heads, layers: those of this rank; default: all of the model.
+    No two arrays share memory, because the C++ kernel writes into them. kv_heads, layers: how many this rank has; default: all of the
+    model.
     """
     shape = (batch_size, length, kv_heads or cfg.num_kv_heads, cfg.head_dim)
 
@@ -19,10 +20,10 @@ def init_cache(cfg, batch_size, length, kv_heads=None, layers=None):
 
 
 class RowsCache:
-    """A cache of which one row can be taken alone, so that a prompt is read into it while the others stay as they are.
+    """A KV cache that gives one row at a time, so that a prompt is read into one row while the other rows do not change.
 
-    arrays: all rows, as of init_cache. in_place: the ops write into the arrays that they are given (ops.cache_write=cpu). Then a row's
-    arrays are the same memory as its part of `arrays`, and nothing is copied or made anew, ever.
+    arrays: all rows, in the form of init_cache. in_place: the ops write into the arrays that they are given (ops.cache_write=cpu). Then
+    the arrays of row(b) share the memory of `arrays`, and nothing is copied or allocated after the constructor.
     """
 
     def __init__(self, cfg, batch_size, length, kv_heads, in_place, layers):
@@ -40,23 +41,23 @@ class RowsCache:
         return sum(array.nbytes for pair in self.arrays for array in pair)
 
     def row(self, b):
-        """The cache of row b alone, [1, T, K, H]."""
+        """Returns the cache of row b alone, arrays [1, T, K, H]."""
         return self._rows[b] if self._rows else tuple((k[b : b + 1], v[b : b + 1]) for k, v in self.arrays)
 
     def put(self, b, row):
-        """Takes the row back, as a step returned it."""
+        """Stores the cache [1, T, K, H] that a step returned for row b."""
         if self._rows is None:
             at = ms.Tensor([[b]], ms.int32)
             self.arrays = tuple(
-                tuple(ops.tensor_scatter_update(whole, at, part) for whole, part in zip(*pair)) for pair in zip(self.arrays, row)
+                tuple(ops.tensor_scatter_update(all_rows, at, one) for all_rows, one in zip(*pair)) for pair in zip(self.arrays, row)
             )
 
 
 def _shared(memory, rows):
-    """Tensors of the same memory as some rows of numpy arrays."""
+    """Returns tensors that share the memory of the selected rows of numpy arrays."""
     return tuple((ms.Tensor.from_numpy(k[rows]), ms.Tensor.from_numpy(v[rows])) for k, v in memory)
 
 
 def round_up(length, step=64):
-    """Cache and prompt lengths come in steps, so that few different graphs are compiled."""
+    """Rounds a cache or prompt length up to a multiple of `step`, so that few different graphs are compiled."""
     return -(-length // step) * step

@@ -1,4 +1,4 @@
-"""Conversations to token ids and a loss mask, by the tokenizer's own chat template; and the formats that conversations come in."""
+"""Converts conversations to token ids and a loss mask with the tokenizer's own chat template, and reads three conversation formats."""
 
 import itertools
 import json
@@ -19,11 +19,12 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def encode_chat(tokenizer, messages, tools=None, enable_thinking=None):
-    """(ids int32 [n], mask uint8 [n]) of a conversation; the text is what the chat template makes of it.
+    """Renders a conversation with the chat template and returns (ids int32 [n], mask uint8 [n]).
 
-    mask is 1 on the tokens that an assistant produces: what follows its generation prompt, up to and with the token that closes the
-    turn. So the empty think block is 1 where the model writes it, and 0 where enable_thinking=False puts it into the prompt. A token
-    that is part the assistant's counts as its own. Raises ValueError if the template fails or hides where a turn starts or ends.
+    mask is 1 on the tokens that an assistant produces: those after its generation prompt, up to and including the token that closes the
+    turn. So the empty think block has mask 1 where the model writes it, and mask 0 where enable_thinking=False puts it into the prompt. A
+    token that spans the start of the assistant's text has mask 1. Raises ValueError if the template fails, or if the start or end of a
+    turn cannot be found.
     """
     for i, message in enumerate(messages):
         if not isinstance(message.get("content", ""), str | None):
@@ -39,7 +40,7 @@ def encode_chat(tokenizer, messages, tools=None, enable_thinking=None):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise ValueError("the conversation has half a surrogate pair, which is no character; mend or drop it") from e
+        raise ValueError("the conversation contains half a surrogate pair, which is not a character; repair or remove it") from e
     ids, start, end = tokenizer.encode_offsets(text)
     mask = np.zeros(len(ids), np.uint8)
     for first, last in spans:
@@ -56,10 +57,11 @@ _TAG = "wrap what the assistant produces in {% generation %} ... {% endgeneratio
 
 
 def _spans(tokenizer, messages, tools, enable_thinking):
-    """(text, [(start, end)]): characters that the assistant produces, its closing token not among them.
+    """Returns (text, [(start, end)]): the spans of characters that the assistant produces, without the token that closes each turn.
 
-    A template may render a turn by what follows it (Qwen3 drops the reasoning of earlier turns), so a rendering of the first turns
-    says little. Each turn is found by rendering the whole again with a mark in it: what stays the same around is not of the turn.
+    How a template renders a turn may depend on the turns after it (Qwen3 drops the reasoning of earlier turns), so rendering only the
+    first turns does not show where a turn is. Instead, for each turn the conversation is rendered a second time with a mark in place of
+    the turn's content: the text before and after that did not change does not belong to the turn.
     """
     mark, _ = _unused(messages, tools, tokenizer.chat_template)
 
@@ -70,7 +72,7 @@ def _spans(tokenizer, messages, tools, enable_thinking):
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        marked = render(messages[:i] + [_marked(message, mark, whole=True)] + messages[i + 1 :])
+        marked = render(messages[:i] + [_marked(message, mark, replace=True)] + messages[i + 1 :])
         if marked.count(mark) != 1:
             raise ValueError(f"chat template: message {i} (assistant) is not rendered once; {_TAG}")
         content, end = _shared_prefix(text, marked), len(text) - _shared_suffix(text, marked)
@@ -80,16 +82,18 @@ def _spans(tokenizer, messages, tools, enable_thinking):
 
 
 def _after_prompt(render, messages, i, text, content, mark):
-    """Where the generation prompt of turn i ends in the text; content: where what the turn says starts, at or after that."""
+    """Returns the place in the text where the generation prompt of turn i ends. content: the place where the turn's content starts, which
+    is there or later."""
     prompts = []
     if i > 0:
-        before = [*messages[: i - 1], _marked(messages[i - 1], mark, whole=False)]
+        before = [*messages[: i - 1], _marked(messages[i - 1], mark, replace=False)]
         marked = render(before + messages[i:])
-        place = len(text) - _shared_suffix(text, marked)  # in the previous message; up to the turn there is only its rest
+        # Only the rest of the previous message is between this place and turn i.
+        place = len(text) - _shared_suffix(text, marked)
         for thinking in ({}, {"thinking": None}, {"thinking": True}, {"thinking": False}):
             try:
                 prompts.append(render(before, prompt=True, **thinking).rpartition(mark)[2])
-            except ValueError:  # the template accepts the whole, but not this start of it
+            except ValueError:  # the template accepts the complete conversation, but not its first turns alone
                 break
             if marked.count(mark) == 1 and text.startswith(prompts[-1], place, content):
                 return place + len(prompts[-1])
@@ -105,65 +109,70 @@ def _after_prompt(render, messages, i, text, content, mark):
     return place + len(prompt)
 
 
-def _marked(message, mark, whole):
-    """A copy with the mark for all that the message says; or, if not whole, in the middle of its content where it has any."""
+def _marked(message, mark, replace):
+    """Returns a copy of the message with the mark in place of all its content; without `replace`, with the mark in the middle of its
+    content, if it has any."""
     content = message.get("content") or ""
-    if content and not whole:
+    if content and not replace:
         half = len(content) // 2
         return {**message, "content": content[:half] + mark + content[half:]}
     return {**{k: v for k, v in message.items() if k not in ("reasoning_content", "tool_calls")}, "content": mark}
 
 
 def _tagged_spans(tokenizer, messages, tools, enable_thinking):
-    """As _spans, for a template that tags with `generation` what the assistant produces, as for transformers."""
+    """Returns (text, spans) as _spans does, for a template that encloses the assistant's text in `generation` tags, as transformers defines
+    them."""
     opened, closed = _unused(messages, tools, tokenizer.chat_template)
     options = {"enable_thinking": enable_thinking, "generation_marks": [opened, closed]}
     marked = tokenizer.apply_chat_template(messages, tools, **options)
     text, spans = "", []
-    for part in re.split(f"({opened}.*?{closed})", marked, flags=re.DOTALL):
-        said = part.strip(opened + closed) if part.startswith(opened) else part
-        if part.startswith(opened):
-            spans.append((len(text), len(text) + len(said)))
-        text += said
+    for section in re.split(f"({opened}.*?{closed})", marked, flags=re.DOTALL):
+        plain = section.strip(opened + closed) if section.startswith(opened) else section
+        if section.startswith(opened):
+            spans.append((len(text), len(text) + len(plain)))
+        text += plain
     return text, spans
 
 
 def _unused(*values):
-    """Two characters, of those for private use, that are in none of the values."""
+    """Returns two private-use characters that occur in none of the values."""
     used = json.dumps(values, ensure_ascii=False, default=str)
     free = list(itertools.islice((c for c in map(chr, range(0xE000, 0xF900)) if c not in used), 2))
     if len(free) < 2:
-        raise ValueError("the conversation uses every character that is for private use; leave it out")
+        raise ValueError("the conversation uses every private-use character; leave it out")
     return free[:2]
 
 
 def _shared_prefix(a, b):
-    """Length of what a and b start with."""
+    """Returns the length of the longest common prefix of a and b."""
     size = min(len(a), len(b))
     return bisect_right(range(1, size + 1), False, key=lambda n: a[:n] != b[:n])
 
 
 def _shared_suffix(a, b):
+    """Returns the length of the longest common suffix of a and b."""
     size = min(len(a), len(b))
     return bisect_right(range(1, size + 1), False, key=lambda n: a[-n:] != b[-n:])
 
 
 def alpaca(record):
-    """(messages, tools) of a record with instruction, output, and if it has them input, system and history ([[question, answer], ...])."""
+    """Returns (messages, None) of a record with the keys instruction and output, and optionally input, system and history, a list of
+    [question, answer]. Raises ValueError naming the key."""
     messages = [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
     for turn in _list(record, "history", (list, tuple)) if record.get("history") else []:
         if len(turn) != 2 or not all(isinstance(t, str) for t in turn):
             raise ValueError(f"'history' has {_short(turn)}; give pairs of a question and an answer")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    parts = [_text(record, "instruction"), _text(record, "input") if record.get("input") else ""]
-    messages.append({"role": "user", "content": "\n".join(p for p in parts if p)})
+    texts = [_text(record, "instruction"), _text(record, "input") if record.get("input") else ""]
+    messages.append({"role": "user", "content": "\n".join(t for t in texts if t)})
     return messages + [{"role": "assistant", "content": _text(record, "output")}], None
 
 
 def sharegpt(record):
-    """(messages, tools) of a record with conversations ([{"from", "value"}]), and if it has them system and tools.
+    """Returns (messages, tools) of a record with the key conversations, a list of {"from", "value"}, and optionally system and tools.
 
-    from: human, gpt, function_call (its value the JSON of {"name", "arguments"}, or a list of them), observation, system.
+    from: human, gpt, function_call (value: the JSON of {"name", "arguments"}, or of a list of them), observation or system. Raises
+    ValueError naming the key.
     """
     messages = [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
     for turn in _list(record, "conversations"):
@@ -181,7 +190,8 @@ def sharegpt(record):
 
 
 def openai(record):
-    """(messages, tools) of a record with OpenAI's messages, and tools if it has them. The text parts of a content are joined."""
+    """Returns (messages, tools) of a record with OpenAI's messages, and optionally tools. A content that is a list of texts is joined.
+    Raises ValueError naming the key."""
     messages = []
     for message in _list(record, "messages"):
         if message.get("role") not in ROLES:
@@ -189,7 +199,7 @@ def openai(record):
         content = message.get("content")
         if isinstance(content, list):
             if wrong := [p for p in content if not isinstance(p, dict) or not isinstance(p.get("text"), str)]:
-                raise ValueError(f"'content' has the part {_short(wrong[0])}; only text is supported")
+                raise ValueError(f"'content' has the item {_short(wrong[0])}; only text is supported")
             content = "".join(p["text"] for p in content)
         if content is not None and not isinstance(content, str):
             raise ValueError(f"'content' is {type(content).__name__}; give text")
@@ -203,6 +213,7 @@ FORMATS = {"alpaca": alpaca, "sharegpt": sharegpt, "messages": openai}
 
 
 def _text(record, key):
+    """Returns record[key], which must be a string."""
     if key not in record:
         raise ValueError(f"key {key!r} is missing; the keys are {', '.join(map(str, record))}")
     if not isinstance(record[key], str):
@@ -211,7 +222,7 @@ def _text(record, key):
 
 
 def _list(record, key, kind=dict):
-    """A list of dicts, or of another kind, that is not empty."""
+    """Returns record[key], which must be a list of at least one `kind`, or the JSON of such a list."""
     if key not in record:
         raise ValueError(f"key {key!r} is missing; the keys are {', '.join(map(str, record))}")
     value = _json(key, record[key]) if isinstance(record[key], str) else record[key]
@@ -221,7 +232,7 @@ def _list(record, key, kind=dict):
 
 
 def _tools(record):
-    """A list of JSON schemas, or None: formats that hold tools as a string hold JSON."""
+    """Returns the record's tools, a list of JSON schemas, or None. Some formats store the list as a JSON string."""
     tools = record.get("tools")
     return (_json("tools", tools) if isinstance(tools, str) else tools) or None
 

@@ -1,5 +1,5 @@
-"""Model configuration: one frozen dataclass for Qwen3, Qwen3-MoE and Qwen2/2.5, the released sizes, and Hugging Face's
-config.json both ways. Sizes and defaults: the config.json files of the released models."""
+"""Model configuration: one frozen dataclass for Qwen3, Qwen3-MoE and Qwen2/2.5, the released sizes, and the conversion from and to
+Hugging Face's config.json. Source of sizes and defaults: the config.json files of the released models."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ class RopeScaling:
     truncate: bool = True
 
 
-TARGETS = {  # what LoRA may adapt: our path, in a layer but for the embedding, and Hugging Face's name of the module
+# The weights that LoRA can adapt. Target: (path of the weight in a layer, or in the model for the embedding; Hugging Face's module name).
+TARGETS = {
     "embed": ("embed", "embed_tokens"),
     "q": ("attention.wq", "q_proj"),
     "k": ("attention.wk", "k_proj"),
@@ -44,8 +45,9 @@ TARGETS = {  # what LoRA may adapt: our path, in a layer but for the embedding, 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters of a model: rank, alpha and dropout as of PEFT, targets of TARGETS. init: kaiming or gaussian. rslora: the scale is
-    alpha / sqrt(rank) (Kalajdzievski 2023) instead of alpha / rank. Raises ValueError for values that cannot be built."""
+    """Options of a model's adapters. rank, alpha and dropout mean what they mean in PEFT. targets: names from TARGETS. init: kaiming or
+    gaussian. rslora: the scale is alpha / sqrt(rank) (Kalajdzievski 2023) instead of alpha / rank. Raises ValueError for values that
+    cannot be built."""
 
     rank: int
     alpha: float
@@ -60,7 +62,7 @@ class Lora:
         undropped = [name for name in self.targets if name == "router" or name.startswith("experts.")]
         if self.dropout and undropped:
             raise ValueError(
-                f"lora.dropout={self.dropout} has no place before {', '.join(undropped)}, as PEFT has none there: use"
+                f"lora.dropout={self.dropout} cannot be used with lora.targets {', '.join(undropped)}: PEFT has no dropout there; use"
                 " --config.lora.dropout=0, or other lora.targets"
             )
 
@@ -71,7 +73,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """Shapes and constants of one model. Sizes are counts of elements; `ffn_size` is that of a dense layer.
+    """Shapes and constants of one model. Sizes count elements; `ffn_size` is the size of a dense feed-forward layer.
 
     Raises ValueError, naming the key, for values that cannot be built.
     """
@@ -87,7 +89,7 @@ class Qwen3Config:
     tie_embeddings: bool = True
     qk_norm: bool = True
     qkv_bias: bool = False
-    norm_placement: str = "pre"  # of a layer's norms: pre, post or both, see layers/norm.py
+    norm_placement: str = "pre"  # where a layer has norms: pre, post or both, see layers/norm.py
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     max_position: int = 40960
@@ -102,18 +104,19 @@ class Qwen3Config:
     mlp_only_layers: tuple = ()
     router_aux_coef: float = 0.001
     router_z_coef: float = 0.0
-    router_bias: bool = False  # aux-loss-free balancing: a bias on the choice of experts, moved by their load
+    router_bias: bool = False  # balancing without a loss: a bias per expert on the choice, which follows the load of the expert
     moe_block_size: int = 64
-    # Slots between expert parallel ranks, as a multiple of the mean load; None is the worst case, and no token can be without a place.
+    # Size of the buffers between expert parallel ranks, as a multiple of the mean load. None: sized for the worst case, so that every
+    # token has a slot.
     moe_capacity_factor: float | None = None
-    # Token ids; None where the model has none. Generation may stop at several.
+    # Special token ids; None where the model has no such token. A tuple of eos ids: generation stops at any of them.
     bos_id: int | None = None
     eos_id: int | tuple | None = None
     pad_id: int | None = None
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
-    # What trains: with LoRA its adapters alone, else what `frozen` leaves: parameters whose path matches a pattern of the first tuple and
-    # none of the second do not.
+    # Which parameters train: with LoRA, only its adapters; without, those that `frozen` = (include, exclude) does not freeze. A parameter
+    # is frozen if its path matches a pattern of `include` and no pattern of `exclude`.
     lora: Lora | None = None
     frozen: tuple = ((), ())
 
@@ -122,15 +125,15 @@ class Qwen3Config:
 
     @classmethod
     def from_hf(cls, hf, **overrides):
-        """The config of a Hugging Face `config.json`, as a dict. Raises ValueError naming what is not supported."""
+        """Returns the config of `hf`, the dict of a Hugging Face `config.json`. Raises ValueError naming the key that is not supported."""
         return cls(**{**_from_hf(hf), **overrides})
 
     def to_hf(self):
-        """The `config.json` dict that `transformers` opens to the same model."""
+        """Returns the dict of a `config.json` from which `transformers` builds the same model."""
         return _to_hf(self)
 
     def replace(self, **changes):
-        """A copy with some fields changed; an unknown field is an error that names the nearest one."""
+        """Returns a copy with some fields changed. Raises ValueError for an unknown field, naming the nearest known one."""
         known = [f.name for f in dataclasses.fields(self)]
         for key in changes:
             if key not in known:
@@ -139,17 +142,17 @@ class Qwen3Config:
 
     @property
     def base(self):
-        """The same model without adapters and with nothing frozen, as files have it."""
+        """The config without adapters and with nothing frozen: the model as Hugging Face files store it."""
         return dataclasses.replace(self, lora=None, frozen=((), ()))
 
     @property
     def lora_targets(self):
-        """The names of TARGETS that this model has."""
+        """The names in TARGETS whose weight this model has."""
         kinds = {"moe" if self.is_moe_layer(i) else "mlp" for i in range(self.num_layers)}
         return tuple(name for name, (path, _) in TARGETS.items() if path.split(".")[0] in {"embed", "attention", *kinds})
 
     def is_moe_layer(self, i):
-        """Whether layer i (from 0) holds experts instead of one dense MLP."""
+        """Returns whether layer i (counted from 0) is a mixture of experts, and not one dense MLP."""
         return self.num_experts > 0 and i not in self.mlp_only_layers and (i + 1) % self.decoder_sparse_step == 0
 
     @property
@@ -157,11 +160,11 @@ class Qwen3Config:
         return tuple(i for i in range(self.num_layers) if self.is_moe_layer(i))
 
     def at_layer(self, i):
-        """The config that the functions of layer i are given: of a model whose layers are all like layer i.
+        """Returns the config that the functions of layer i receive: the config of a model in which every layer is like layer i.
 
-        An option that differs by layer takes the value of this layer here, so that functions read it without knowing their number, and
-        layers of equal configs are compiled once. The result must not change if at_layer is applied to it again, with any number: with
-        `window_every`, an option that gives every second layer a window,
+        An option that differs by layer gets the value of layer i here. So a layer's functions read the option without knowing the number
+        of the layer, and layers with equal configs are compiled once. Applying at_layer to the result, with any number, must not change
+        it. For example, with `window_every`, an option that gives every n-th layer an attention window:
 
             changes.update(window=self.window if (i + 1) % self.window_every == 0 else 0, window_every=1)
         """
@@ -214,14 +217,14 @@ def check_compute_dtype(cfg, device):
     """Raises ValueError if `device`, MindSpore's name of the target, cannot compute in cfg.compute_dtype."""
     if device == "CPU" and cfg.compute_dtype != "float32":
         no_bf16 = "MindSpore has no bfloat16 matmul on CPU"
-        why = no_bf16 if cfg.compute_dtype == "bfloat16" else "on CPU this version computes in float32 only"
+        why = no_bf16 if cfg.compute_dtype == "bfloat16" else "the CPU ops compute in float32 only"
         raise ValueError(f"model_args.compute_dtype={cfg.compute_dtype!r}: {why}; use --config.model_args.compute_dtype=float32")
 
 
-# Fields that no released model has. A config.json has them under our names, where they differ from their defaults. To add an option to the
-# model, name it here, and it is saved and read, and saving warns that transformers ignores it.
+# Fields that no released model has. config.json stores them under our names if they differ from their defaults. To add an option to the
+# model, name it here: then it is saved and read, and saving warns that transformers ignores it.
 _OWN_FIELDS = ("norm_placement",)
-# Hugging Face's key, our field. What is not listed is either handled in _from_hf or has no influence on the numbers.
+# Hugging Face's key: our field. Other keys are either handled in _from_hf or do not change the numbers that the model computes.
 _HF_FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -237,7 +240,7 @@ _HF_MOE_FIELDS = {
     "decoder_sparse_step": "decoder_sparse_step",
     "router_aux_loss_coef": "router_aux_coef",
 }
-# What transformers assumes where config.json is silent, per model type.
+# The values that transformers assumes for keys that config.json does not have.
 _HF_DEFAULTS = {
     "num_experts_per_tok": 8,
     "moe_intermediate_size": 768,
@@ -277,17 +280,18 @@ def _from_hf(hf):
 
 
 def own_fields(c):
-    """{name: value} of the fields in which a model differs from all released ones."""
+    """Returns {name: value} of the fields in _OWN_FIELDS that differ from their defaults, so from every released model."""
     return {name: getattr(c, name) for name in _OWN_FIELDS if getattr(c, name) != getattr(Qwen3Config, name)}
 
 
 def _usual_attention(kind):
-    """What a model type's attention has. A config.json says it only where a model of ours differs, under our name."""
+    """Returns qk_norm and qkv_bias of the released models of a type. config.json stores them, under our names, only for a model that
+    differs."""
     return {"qk_norm": kind != "qwen2", "qkv_bias": kind == "qwen2"}
 
 
 def _ids(value, several):
-    """A token id; of a list the first, or a tuple of all."""
+    """Returns one token id of a config.json value: the value, or the first of a list. several: a list of 2 or more becomes a tuple."""
     if not isinstance(value, list):
         return value
     return tuple(value) if several and len(value) > 1 else value[0] if value else None
@@ -317,7 +321,7 @@ def _refuse_unsupported(hf):
 
 
 def _rope_from_hf(hf, max_position):
-    """rope_theta and scaling, from the top level (transformers 4) or from `rope_parameters` (transformers 5)."""
+    """Returns (rope_theta, RopeScaling or None), read from the top level (transformers 4) or from `rope_parameters` (transformers 5)."""
     rope = dict(hf.get("rope_scaling") or {})
     rope.update(hf.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0

@@ -1,4 +1,4 @@
-"""Continuous batching: requests of any number and length share a cache of fixed size, row by row. No I/O.
+"""Continuous batching: any number of requests, of any lengths, share the rows of one KV cache of fixed size. No I/O.
 
     engine = Engine(params, cfg, slots=16, length=2048)
     number = engine.submit(Request(prompt=[1, 2, 3], max_new_tokens=100, temperature=0.8, seed=7))
@@ -6,12 +6,12 @@
         for event in engine.step():
             ...  # event.id, event.token, event.finish_reason
 
-A request waits until one of the `slots` rows is free. Its prompt is then read into that row in chunks of fixed width, and the row is
-decoded together with the others, all in one step, until it stops; the next request takes its place. So there are few compiled graphs, one
-for each width of chunk and one for decoding, whatever comes, and no memory but the cache's and that of the requests at work.
+A request waits until one of the `slots` rows of the cache is free. Then its prompt is read into that row in chunks of fixed width, and one
+step decodes a token of every row, until the request stops and the next one takes its row. So few graphs are compiled, one for each chunk
+width and one for decoding, and memory is needed only for the cache and the running requests.
 
-Where a row is, and which others run, does not enter its tokens: a draw depends on the request's seed, the number of its token and that of
-the sample alone, and a prompt is read in a graph of its own.
+The tokens of a request do not depend on its row nor on the other requests: a random draw depends only on the request's seed, the number of
+the token and the number of the sample, and a prompt is read alone, in a graph with one row.
 """
 
 import time
@@ -30,20 +30,22 @@ from qwen3.generate import CHUNK, decode_loop, extended
 from qwen3.model import choose_kernels
 from qwen3.stages import build_extend, own_layers
 
-READS = 4  # chunks of prompts that are read between two looks at the rows that decode
-SHORT = 4  # decode steps at a time while prompts are to be read
-NARROW = 32  # width of the chunks of short prompts and of ends of prompts
-STOPS = 8  # stop ids a row for which the graph has room; more in multiples of it
-NEVER = -1  # no token
+READS = 4  # the most prompt chunks that one step reads before it decodes
+SHORT = 4  # the most decode steps at a time while prompts wait to be read
+NARROW = 32  # tokens of the narrow chunk, for short prompts and for the last tokens of long ones
+STOPS = 8  # the number of stop ids per row in the compiled graph is rounded up to a multiple of this
+NEVER = -1  # fills up the stop ids; no token has this id
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to go on from it. prompt: token ids, at least one. stop_ids: the first of them ends the text, with reason "stop".
+    """A prompt and the options for its continuation.
 
-    temperature 0 is greedy; top_k, top_p, min_p as in ops/sampling.py; repetition_penalty divides the logits above 0 of the tokens that are
-    in the prompt or were chosen, and multiplies those below, as Hugging Face's does. seed, sample: of the draws; samples of one prompt have
-    different numbers. logprobs: how many of the likeliest tokens are told of with each, 0 for its own logarithm alone, None for none.
+    prompt: token ids, at least one. stop_ids: generation ends, with the reason "stop", when it produces one of them. temperature: 0 is
+    greedy. top_k, top_p, min_p: see ops/sampling.py. repetition_penalty: for tokens that are in the prompt or were generated, positive
+    logits are divided by it and negative logits multiplied by it, as in Hugging Face. seed, sample: the random draws depend on them; give
+    several samples of one prompt different numbers `sample`. logprobs: None: report no log-probabilities; 0: that of the new token; n: also
+    those of the n most likely tokens.
     """
 
     prompt: object
@@ -61,11 +63,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """A new token of the request `id`. finish_reason: None, or why it is the last: "stop" (it is a stop id, and not of the text) or
-    "length" (max_new_tokens, or the row of the cache is full).
+    """A new token of the request `id`.
 
-    logprob: the natural logarithm of the token's probability by the model, before temperature, cuts and penalty; top_logprobs: that of
-    the likeliest tokens, [(token, logprob)] from the likeliest on. Both None where Request.logprobs is.
+    finish_reason: None, or why this token is the last: "stop" (it is a stop id, which does not belong to the text) or "length"
+    (max_new_tokens is reached, or the row of the cache is full). logprob: the natural logarithm of the token's probability under the model,
+    before temperature, top-k, top-p, min-p and repetition penalty. top_logprobs: [(token, logprob)] of the most likely tokens, the most
+    likely first. Both are None if Request.logprobs is None.
     """
 
     id: int
@@ -77,7 +80,8 @@ class Event:
 
 @dataclass
 class _Row:
-    """A request in a slot. read: tokens of the prompt in the cache. count: new tokens; token: the last. seen: with a penalty, [V] bool."""
+    """A request and its state. options: [1, 4], for sampling. limit: the most new tokens. read: how many prompt tokens are in the cache.
+    count: how many new tokens there are; token: the last of them. seen: [V] bool, the tokens to penalise, or None without a penalty."""
 
     id: int
     request: Request
@@ -95,13 +99,14 @@ class _Row:
 
     @property
     def needs_logits(self):
-        """Whether its tokens are chosen on the host."""
+        """Whether the tokens of this request are chosen on the host, which needs their logits."""
         return self.request.logprobs is not None or self.request.repetition_penalty != 1
 
 
 @dataclass
 class Totals:
-    """Of all steps: tokens of prompts read and seconds for it; tokens decoded, without the first of each request, and seconds for it."""
+    """Sums over all steps: prompt tokens read, and the seconds for them; decoded tokens, without the first of each request, and the seconds
+    for them."""
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
@@ -110,13 +115,16 @@ class Totals:
 
 
 class Engine:
-    """params, cfg: a model; in a layout, this rank's parts of the parameters. slots: rows that decode together. length: tokens that each
-    has room for, prompt and new ones, rounded up to a multiple of 64. prefill_chunk: tokens of a prompt that are read at a time.
-    sharding: the layout, without sequence parallel and ZeRO. kernels: as of qwen3.model.build. totals: see Totals.
+    """Runs requests in the rows of one cache.
 
-    Ranks of one tensor parallel group, and of one pipeline, are given the same calls, and find the same tokens: each stage has the cache of
-    its layers, and the last one's logits go to all, which choose on the host. Data ranks have requests of their own; where
-    experts are spread over them, they must call step() equally often, busy or not, as each then does what any of them needs.
+    params, cfg: the model; in a layout, params are this rank's shards. slots: rows that decode together. length: the most tokens of a row,
+    prompt and new tokens together, rounded up to a multiple of 64. prefill_chunk: prompt tokens that are read at a time. sharding: the
+    layout, without sequence parallel and ZeRO. kernels: see qwen3.model.build. totals: see Totals.
+
+    The ranks of one tensor parallel group, and of one pipeline, must make the same calls; they compute the same tokens. Under a pipeline,
+    each stage has the cache of its own layers, and the last stage broadcasts its logits, from which every rank chooses on the host. Data
+    ranks may have different requests. But if experts are sharded over data ranks, all of them must call step() equally often, even a rank
+    that is not busy, because the ranks agree on each step and run it together.
     """
 
     def __init__(self, params, cfg, *, slots, length, prefill_chunk=256, sharding=None, kernels=None):
@@ -125,7 +133,7 @@ class Engine:
                 raise ValueError(f"engine: {key}={value} must be 1 or more")
         self.sharding, self.slots, self.length, self.totals = sharding, slots, round_up(length), Totals()
         sharding = sharding or Sharding()
-        # with a bound, a token without a place at its expert would be lost without a word
+        # With a capacity factor, a token that finds no slot at its expert would be dropped without an error.
         self.params, self.cfg = params, cfg.replace(moe_capacity_factor=None)
         self.kernels = kernels or choose_kernels({}, cfg, sharding)
         in_place = self.kernels.cache_write == "cpu"
@@ -134,17 +142,21 @@ class Engine:
         self._staged = build_extend(self.cfg, sharding, self.kernels) if staged else None
         self._sample = sampling_op.cpu() if self.kernels.sampling == "cpu" else sampling_op.reference()
         self._on_device = self.kernels.sampling == "cpu" and in_place and not staged
-        spread = sharding.shards("experts") > 1
-        self._largest = collectives.pmax(sharding.mesh, DATA) if spread else None
+        experts_sharded = sharding.shards("experts") > 1
+        self._largest = collectives.pmax(sharding.mesh, DATA) if experts_sharded else None
         self._widths = sorted({min(NARROW, prefill_chunk), prefill_chunk})
         self._rows, self._waiting, self._next = [None] * slots, deque(), 0
 
     def warm_up(self, sizes=None, by_host=False):
-        """Compiles what prompts of these sizes need, by default of any, so that no step has to. by_host: also for tokens that are chosen on
-        the host. Ranks of one job call it together: one that compiles alone keeps the others waiting for longer than they do."""
+        """Compiles the graphs in advance, so that no step waits for the compiler.
+
+        sizes: numbers of prompt tokens; only the chunk widths that these prompts need are compiled. Default: all widths. by_host: also
+        compile for tokens that are chosen on the host. The ranks of one job must call it together: a rank that compiles alone can keep the
+        others waiting until their collectives time out.
+        """
         chunk = self._widths[-1]
-        left = {n for size in sizes for n in (min(size, chunk), (size - 1) % chunk + 1)} if sizes else self._widths
-        for width in {self._fitting(n) for n in left}:
+        counts = {n for size in sizes for n in (min(size, chunk), (size - 1) % chunk + 1)} if sizes else self._widths
+        for width in {self._fitting(n) for n in counts}:
             self._read(width, [])
         if self._on_device:
             self._decode_on_device(1, [])
@@ -153,26 +165,26 @@ class Engine:
             self._extended(self.cache.arrays, token[:, None], at[:, None], np.zeros_like(at))
 
     def submit(self, request):
-        """Queues a Request. Returns its id, which no other request of this engine ever has. Raises ValueError for a prompt that is empty,
-        has ids that are none, or does not fit the cache, and for options out of range."""
+        """Queues a Request. Returns its id, which is unique in this engine. Raises ValueError for a prompt that is empty, has ids outside
+        the vocabulary or does not fit the cache, and for options out of range."""
         options = self._checked(request)
-        limit = min(request.max_new_tokens, self.length - len(request.prompt) + 1)  # the last token needs no place
+        limit = min(request.max_new_tokens, self.length - len(request.prompt) + 1)  # the last new token is not stored in the cache
         self._waiting.append(_Row(self._next, request, options, limit))
         self._next += 1
         return self._next - 1
 
     def cancel(self, number):
-        """Drops a request: it has no further events. Nothing happens to one that has ended, or never was."""
+        """Drops the request with this id, which then has no further events. An id of no running or waiting request is ignored."""
         self._waiting = deque(row for row in self._waiting if row.id != number)
         self._rows = [None if row and row.id == number else row for row in self._rows]
 
     def busy(self):
-        """Whether a request of this engine is waiting or running."""
+        """Returns whether a request is waiting or running."""
         return bool(self._waiting) or any(self._rows)
 
     def step(self, most=CHUNK):
-        """Reads some chunks of prompts, and decodes up to `most` tokens of each row that runs. Returns a list of Events, in order for each
-        request. Few `most` show tokens soon; many cost fewer looks at them."""
+        """Reads up to READS chunks of prompts, then decodes up to `most` tokens of each running row. Returns a list of Events, in order for
+        each request. A small `most` returns tokens sooner; a large one has less overhead a token."""
         events = []
         for _ in range(READS):
             (width,) = self._agreed(self._width())
@@ -186,7 +198,7 @@ class Engine:
         return events
 
     def _checked(self, request):
-        """The sampling options [1, 4] of a request that can be served."""
+        """Returns the sampling options [1, 4] of a request. Raises ValueError for a request that this engine cannot serve."""
         options, size, V = check(request), len(request.prompt), self.cfg.vocab_size
         if size > self.length:
             raise ValueError(f"prompt of {size} tokens is longer than the cache of {self.length}; shorten it, or make the cache longer")
@@ -197,7 +209,7 @@ class Engine:
         return options
 
     def _agreed(self, *numbers):
-        """The largest of each number over ranks that must do the same; what it is here where there are none."""
+        """Returns the maximum of each number over the ranks that share experts; the numbers themselves if there are no such ranks."""
         if self._largest is None:
             return numbers
         return self._largest(ms.Tensor(numbers, ms.float32)).asnumpy().astype(int).tolist()
@@ -210,7 +222,8 @@ class Engine:
         setattr(self.totals, f"{what}_s", getattr(self.totals, f"{what}_s") + took)
 
     def _reading(self):
-        """(slot, row) of the prompt that is being read, or of the next one, if there is a free slot for it; else None."""
+        """Returns (slot, row) of the prompt that is being read. If there is none, gives the next request a free slot. None: no prompt to
+        read."""
         for b, row in enumerate(self._rows):
             if row and not row.count:
                 return b, row
@@ -224,49 +237,52 @@ class Engine:
         return None
 
     def _decoding(self):
-        """[(slot, row)] of those that have a token."""
+        """Returns [(slot, row)] of the rows that decode: those whose prompt is read."""
         return [(b, row) for b, row in enumerate(self._rows) if row and row.count]
 
     def _width(self):
-        """Of the chunk to read next; 0 for none."""
+        """Returns the width of the prompt chunk to read next; 0 if there is none."""
         found = self._reading()
         left = len(found[1].request.prompt) - found[1].read if found else 0
         return left and self._fitting(left)
 
     def _fitting(self, left):
-        """The narrowest width for so many tokens; the widest where none holds them."""
+        """Returns the narrowest chunk width for `left` tokens; the widest one if they fit into none."""
         return next((width for width in self._widths if width >= left), self._widths[-1])
 
     def _steps(self, most):
-        """How many decode steps to take: while others wait, until the first row is done, else until the last is."""
+        """Returns how many decode steps to take, at most `most`: until the first row ends if requests wait, else until the last row
+        ends."""
         left = [row.limit - row.count for _, row in self._decoding()]
         return min(most, CHUNK, (min if self._waiting else max)(left)) if left else 0
 
     def _least(self):
-        """How many rows must run for decoding to go on."""
+        """Returns how many rows must still run for decoding to continue."""
         if self._largest is not None:
-            return 0  # all ranks take the steps that they have agreed on
+            return 0  # the ranks have agreed on the number of steps, and none may stop earlier
         return len(self._decoding()) if self._waiting else 1
 
     def _by_host(self):
+        """Returns whether the next tokens are chosen on the host."""
         return not self._on_device or any(row.needs_logits for _, row in self._decoding())
 
     def _read(self, width, events):
-        """Reads a chunk of this width, or nothing in a chunk of it, where other ranks read. Returns the number of its tokens."""
+        """Reads a prompt chunk of this width; with no prompt to read, runs the graph without effect, because other ranks run it. Returns
+        the number of tokens read."""
         b, row = self._reading() or (0, None)
-        part = row.request.prompt[row.read : row.read + width] if row else ()
-        tokens, positions = np.zeros((1, width), np.int32), np.full((1, width), self.length, np.int32)  # beyond the cache: dropped
-        tokens[0, : len(part)] = part
+        chunk = row.request.prompt[row.read : row.read + width] if row else ()
+        tokens, positions = np.zeros((1, width), np.int32), np.full((1, width), self.length, np.int32)  # past the end: not written
+        tokens[0, : len(chunk)] = chunk
         if row:
-            positions[0, : len(part)] = np.arange(row.read, row.read + len(part))
-        last = np.array([max(len(part) - 1, 0)], np.int32)
+            positions[0, : len(chunk)] = np.arange(row.read, row.read + len(chunk))
+        last = np.array([max(len(chunk) - 1, 0)], np.int32)
         logits, cache = self._extended(self.cache.row(b), tokens, positions, last)
         if row:
             self.cache.put(b, cache)
-            row.read += len(part)
+            row.read += len(chunk)
             if row.read == len(row.request.prompt):
                 self._choose([(b, row)], logits.asnumpy(), events)
-        return len(part)
+        return len(chunk)
 
     def _extended(self, cache, tokens, positions, last):
         if self._staged:
@@ -274,14 +290,15 @@ class Engine:
         return extended(self.params, cache, tokens, positions, last, self.cfg, self.kernels, self.sharding)
 
     def _inputs(self):
-        """token_B and at_B of the next step; rows that do not decode write beyond the cache, so nowhere."""
+        """Returns token_B and at_B of the next step. Rows that do not decode have a position past the end of the cache, so nothing is
+        written."""
         token, at = np.zeros(self.slots, np.int32), np.full(self.slots, self.length, np.int32)
         for b, row in self._decoding():
             token[b], at[b] = row.token, row.at
         return token, at
 
     def _decode_on_device(self, steps, events):
-        """Up to `steps` tokens of each row, chosen in one graph. Returns how many there are in all."""
+        """Decodes up to `steps` tokens of each row in one graph, which also samples. Returns the number of new tokens of all rows."""
         rows, B, before = self._decoding(), self.slots, len(events)
         running, draws = np.zeros(B, np.int32), np.full((CHUNK, B), 0.5, np.float32)
         options = sampling_op.options(B)
@@ -303,7 +320,7 @@ class Engine:
         return len(events) - before
 
     def _decode_by_host(self, steps, events):
-        """The same, chosen on the host after each step."""
+        """Decodes up to `steps` tokens of each row; the host samples after each step. Returns the number of new tokens of all rows."""
         least, before = self._least(), len(events)
         for _ in range(steps):
             rows = self._decoding()
@@ -316,7 +333,7 @@ class Engine:
         return len(events) - before
 
     def _choose(self, rows, logits, events):
-        """The next token of each row, from logits [rows, V] (numpy)."""
+        """Chooses the next token of each row from logits [rows, V] (numpy), and appends its Event."""
         adjusted = np.stack([_penalised(row, x) for (_, row), x in zip(rows, logits)])
         u, options = np.concatenate([_draws(row, 1) for _, row in rows]), np.concatenate([row.options for _, row in rows])
         given = (adjusted, u, options)
@@ -325,7 +342,7 @@ class Engine:
             self._take(b, row, token, events, *_logprobs(row, x, token))
 
     def _take(self, b, row, token, events, logprob=None, top=None):
-        """Notes the new token of a row, which leaves its slot if that was the last one."""
+        """Records the new token of a row and appends its Event. After the last token of the request, frees the slot."""
         row.token, row.count = token, row.count + 1
         if row.seen is not None:
             row.seen[token] = True
@@ -336,27 +353,27 @@ class Engine:
 
 
 def check(request):
-    """The sampling options [1, 4] of a Request. Raises ValueError for what no engine could serve."""
+    """Returns the sampling options [1, 4] of a Request. Raises ValueError for options that no engine can serve."""
     r = request
     if not len(r.prompt):
         raise ValueError("prompt is empty; give at least one token")
     if r.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={r.max_new_tokens} must be 1 or more")
     if not 0 < r.repetition_penalty < float("inf"):
-        raise ValueError(f"repetition_penalty={r.repetition_penalty} must be above 0; 1 is none")
+        raise ValueError(f"repetition_penalty={r.repetition_penalty} must be above 0; use 1 for no penalty")
     if r.logprobs is not None and r.logprobs < 0:
         raise ValueError(f"logprobs={r.logprobs} must be 0 or more")
     return sampling_op.options(1, r.temperature, r.top_k, r.top_p, r.min_p)
 
 
 def _draws(row, count):
-    """[count] float32 in (0, 1), for the tokens of a request from its next one on."""
+    """Returns the random draws [count] float32 in (0, 1) for the next `count` tokens of a request."""
     places = np.arange(row.count, row.count + count, dtype=np.uint32)
     return hash_uniform(row.request.seed, places, row.request.sample)
 
 
 def _penalised(row, logits):
-    """The logits_V of a row after the repetition penalty. Source: Keskar et al. 2019; HF's RepetitionPenaltyLogitsProcessor."""
+    """Returns the logits_V of a row after the repetition penalty. Source: Keskar et al. 2019; HF's RepetitionPenaltyLogitsProcessor."""
     if row.seen is None:
         return logits
     penalty = np.float32(row.request.repetition_penalty)
@@ -364,7 +381,8 @@ def _penalised(row, logits):
 
 
 def _logprobs(row, logits, token):
-    """(the log-probability of the token, [(token, log-probability)] of the likeliest) by logits_V, in float64."""
+    """Returns (log-probability of the token, [(token, log-probability)] of the most likely tokens) under logits_V, in float64; (None, None)
+    if the request asks for none."""
     count = row.request.logprobs
     if count is None:
         return None, None

@@ -1,12 +1,12 @@
 """Generation with a KV cache: prefill, decode_step, sampling. No I/O.
 
-Prompts of different lengths run as one batch, padded on the right: padding is written into slots that later tokens overwrite,
-and that no query sees before.
+Prompts of different lengths run as one batch, padded on the right. Padding is written into cache slots, but later tokens overwrite these
+slots before any query sees them.
 
-With the C++ kernels a cache changes in place: go on from the one that a step returns, as the one it was given is spent.
+Each step takes a cache and returns the updated one; do not use the old one again, because the C++ kernels write into it.
 
-`generate` then runs up to CHUNK steps in one compiled loop, sampling and stop ids included, because a step of a small model takes less time
-than a call that passes all its parameters. With other kernels the host samples after each step.
+With the C++ kernels, `generate` runs up to CHUNK steps in one compiled loop, including sampling and the test for stop ids: for a small
+model, passing all its parameters to a compiled graph takes longer than one step. With other kernels the host samples after each step.
 """
 
 import functools
@@ -22,11 +22,12 @@ from parallel.random import hash_uniform
 from qwen3.cache import init_cache, round_up
 from qwen3.model import build, choose_kernels
 
-CHUNK = 32  # tokens a row between two looks at them by the host
+CHUNK = 32  # decode steps in one compiled loop; the host sees the tokens after them
 
 
 def prefill(params, prompts, cfg, length, kernels=None):
-    """prompts: lists of token ids, none empty -> (logits_BV float32 after each prompt, cache for `length` tokens a row)."""
+    """Reads prompts, lists of at least one token id, into a new cache of `length` tokens a row. Returns (logits_BV float32 after the last
+    token of each prompt, cache)."""
     sizes = np.array([len(p) for p in prompts], np.int32)
     if not len(prompts) or not sizes.min():
         raise ValueError("prefill: every prompt needs at least one token")
@@ -42,21 +43,21 @@ def prefill(params, prompts, cfg, length, kernels=None):
 
 
 def decode_step(params, cache, tokens, positions, cfg, kernels=None):
-    """tokens_B at positions_B (numpy int32) -> (logits_BV float32, cache)."""
+    """Reads one token a row, tokens_B at positions_B (numpy int32). Returns (logits_BV float32 for the next token, cache)."""
     return extended(params, cache, tokens[:, None], positions[:, None], np.zeros(len(tokens), np.int32), cfg, kernels)
 
 
 def sample(logits, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, step=0):
-    """logits_BV (numpy) -> token ids [B] int32; the options are those of ops/sampling.py.
+    """Samples token ids [B] int32 from logits_BV (numpy). For the options see ops/sampling.py.
 
-    The draw of row b depends on (seed, step, b) alone. Raises ValueError for options out of range, and for NaN.
+    The random draw of row b depends only on (seed, step, b). Raises ValueError for options out of range, and for logits that are NaN.
     """
     options = sampling_op.options(len(logits), temperature, top_k, top_p, min_p)
     return sampling_op.reference()(logits, _draws(seed, step, 1, len(logits))[0], options)
 
 
 def generate(params, prompts, cfg, max_new_tokens, *, stop_ids=(), kernels=None, **sampling):
-    """prompts: lists of token ids -> lists of the new ids, each up to and without its first stop id."""
+    """Continues prompts, lists of token ids. Returns a list of new ids for each, up to and without its first stop id."""
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens={max_new_tokens} must be at least 1")
     kernels = kernels or _default_kernels(cfg)
@@ -75,7 +76,7 @@ def generate(params, prompts, cfg, max_new_tokens, *, stop_ids=(), kernels=None,
 
 
 def _steps(params, logits, cache, at, cfg, kernels, count, stop_ids, **sampling):
-    """`count` times the next ids_B, sampled on the host."""
+    """Yields the next ids_B `count` times. The host samples after each step."""
     for step in range(count):
         token = sample(logits.asnumpy(), step=step, **sampling)
         yield token
@@ -84,7 +85,8 @@ def _steps(params, logits, cache, at, cfg, kernels, count, stop_ids, **sampling)
 
 
 def _chunks(params, logits, cache, at, cfg, kernels, count, stop_ids, *, seed=0, **sampling):
-    """The same, sampled on the device, and read from there every CHUNK steps or when all rows have stopped."""
+    """Yields the next ids_B up to `count` times. The device samples; the host reads the ids every CHUNK steps, or when all rows have
+    stopped."""
     B = len(at)
     options = ms.Tensor(sampling_op.options(B, **sampling))
     stop = ms.Tensor(np.array(stop_ids, np.int32)[None]) if stop_ids else None
@@ -102,7 +104,7 @@ def _chunks(params, logits, cache, at, cfg, kernels, count, stop_ids, *, seed=0,
 
 
 def _draws(seed, step, count, batch_size):
-    """[count, B] float32 for the steps from `step` on."""
+    """Returns the random draws [count, B] float32 of `count` steps, the first of which is `step`."""
     steps = np.arange(step, step + count, dtype=np.uint32)[:, None]
     return hash_uniform(seed, steps, np.arange(batch_size)[None])
 
@@ -112,8 +114,11 @@ def _default_kernels(cfg):
 
 
 def extended(params, cache, tokens, positions, last, cfg, kernels=None, sharding=None):
-    """tokens_BS at positions_BS (numpy int32) -> (logits_BV float32 after column last_B of each row, cache). Positions beyond the cache
-    are dropped. sharding: params and cache are a rank's parts; every rank has the same logits, bit for bit."""
+    """Reads tokens_BS at positions_BS (numpy int32) into the cache. Returns (logits_BV float32 after column last_B of each row, cache).
+
+    Tokens at positions past the end of the cache are not stored. sharding: the layout, in which params and cache are this rank's shards;
+    all ranks return the same logits, bit for bit.
+    """
     kernels = kernels or _default_kernels(cfg)
     out = _extend(cfg, kernels, sharding)(params, cache, *map(ms.Tensor, (tokens, positions, last)))
     return (out, cache) if kernels.cache_write == "cpu" else out
@@ -121,7 +126,8 @@ def extended(params, cache, tokens, positions, last, cfg, kernels=None, sharding
 
 @functools.lru_cache(maxsize=8)
 def _extend(cfg, kernels, sharding):
-    """The model's extend, compiled. Where it writes into the cache, only the logits are returned: a graph copies what it returns."""
+    """Returns Model.extend, compiled. If the kernels write into the cache, the graph returns only the logits, because returning the cache
+    would copy it."""
     extend = build(cfg, sharding, kernels=kernels).extend
 
     def logits_alone(params, cache, tokens, positions, last):
@@ -132,11 +138,12 @@ def _extend(cfg, kernels, sharding):
 
 @functools.lru_cache(maxsize=8)
 def decode_loop(cfg, kernels, sharding=None):
-    """decode(params, cache, token_B, at_B, running_B int32, least int32, draws [n, B], options, stop [1 or B, M] or None,
-    ids [1, n, 1, B], steps) -> (token_B, at_B, running_B, the number of steps taken), writing into the cache, and into ids one row a step.
+    """Returns decode(params, cache, token_B, at_B, running_B int32, least int32, draws [n, B], options, stop [1 or B, M] or None,
+    ids [1, n, 1, B], steps) -> (token_B, at_B, running_B, number of steps taken), a compiled loop of decode steps.
 
-    It takes `steps` steps, or fewer where after one of them less than `least` rows run: running_B is 1 for rows that have not come upon a
-    stop id of theirs. Needs the C++ kernels of cache_write and sampling.
+    The loop writes into the cache, and the new ids of each step into one row of `ids`. It ends after `steps` steps, or earlier when fewer
+    than `least` rows run. running_B is 1 for a row that has not produced one of its stop ids, else 0. The loop needs the C++ kernels of
+    cache_write and sampling.
     """
     extend = build(cfg, sharding, kernels=kernels).extend
     choose, write = registry.pick(kernels, "sampling")(), registry.pick(kernels, "cache_write")()
@@ -144,7 +151,7 @@ def decode_loop(cfg, kernels, sharding=None):
     cast, lowest, total = ops.Cast(), ops.ReduceMin(), ops.ReduceSum()
 
     def goes_on(token, stop):
-        """1 for the rows whose token is no stop id; reductions are of float32, which every device has."""
+        """Returns 1 for rows whose token is not a stop id, else 0. It reduces in float32, for which every device has reductions."""
         return cast(lowest(cast(different(reshape(token, (-1, 1)), stop), ms.float32), 1), ms.int32)
 
     def decode(params, cache, token, at, running, least, draws, options, stop, ids, steps):

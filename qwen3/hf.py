@@ -1,6 +1,7 @@
-"""Weights to and from Hugging Face folders that `transformers` opens unchanged, whole or by slices. NAMES is the one table of names.
+"""Reads and writes Hugging Face folders that `transformers` opens unchanged; parameters can be read slice by slice. NAMES is the one table
+of names.
 
-Weights here are (in, out); Hugging Face's Linear keeps (out, in), so they are transposed on the way. Source: modeling_qwen2,
+Our weights are (in, out) and Hugging Face's Linear stores (out, in), so weights are transposed. Source: modeling_qwen2,
 modeling_qwen3 and modeling_qwen3_moe of transformers 4 and 5.
 """
 
@@ -21,7 +22,7 @@ from qwen3.hf_files import CODES
 from qwen3.model import param_specs
 
 _LAYER = "model.layers.{layer}."
-# Our path: (Hugging Face's name, transposed). {expert}: one tensor an expert there, stacked on dim 0 here.
+# Our path: (Hugging Face's name, transposed). A name with {expert} is one tensor per expert in the file; we stack them on dim 0.
 NAMES = {
     "embed": ("model.embed_tokens.weight", False),
     "layers.{layer}.attention_norm": (_LAYER + "input_layernorm.weight", False),
@@ -48,7 +49,8 @@ NAMES = {
     "final_norm": ("model.norm.weight", False),
     "lm_head": ("lm_head.weight", False),
 }
-# transformers 5 in memory: gate_up_proj [E, 2F, D], the gate's rows before the up's, and down_proj [E, D, F]. Read, never written.
+# Fused experts, as transformers 5 has them in memory: gate_up_proj [E, 2F, D], in which the rows of the gate precede those of the up
+# projection, and down_proj [E, D, F]. They are read, never written. Our key: (name, matrices fused into the tensor, number of ours in it).
 FUSED = {
     "w_gate": (_LAYER + "mlp.experts.gate_up_proj", 2, 0),
     "w_up": (_LAYER + "mlp.experts.gate_up_proj", 2, 1),
@@ -58,20 +60,21 @@ _SHOWN = 4  # names in an error
 
 
 class Source(NamedTuple):
-    """The tensors of Hugging Face that make up one parameter: their names and common shape. stacked: one an expert.
+    """The Hugging Face tensors that make up one parameter: their names and the shape that each of them has.
 
-    part: None, or which of the equal parts of the fused tensor's dim 1.
+    transposed: whether the file has the last two dims swapped. stacked: whether there is one tensor per expert, which we stack on dim 0.
+    fused_number: for a fused tensor, the number of our matrix among those in its dim 1; else None.
     """
 
     names: list
     shape: tuple
     transposed: bool
     stacked: bool
-    part: int | None = None
+    fused_number: int | None = None
 
 
 def source(path, shape, present=()):
-    """The Source of our parameter `path` of `shape`; `present`: the names in a file, which decide whether experts are fused."""
+    """Returns the Source of our parameter `path` of `shape`. present: the tensor names in a file, which show whether experts are fused."""
     layer = re.match(r"layers\.(\d+)\.", path)
     pattern = path if layer is None else f"layers.{{layer}}.{path[layer.end() :]}"
     name, transposed = NAMES[pattern]
@@ -79,19 +82,19 @@ def source(path, shape, present=()):
     if "{expert}" not in name:
         return Source([name.format(layer=number)], shape[::-1] if transposed else shape, transposed, False)
     experts, rows, columns = shape
-    fused, parts, part = FUSED[path.rsplit(".", 1)[1]]
+    fused, matrices, number_in_it = FUSED[path.rsplit(".", 1)[1]]
     fused = fused.format(layer=number)
     if fused in present:
-        return Source([fused], (experts, parts * columns, rows), True, False, part)
+        return Source([fused], (experts, matrices * columns, rows), True, False, number_in_it)
     return Source([name.format(layer=number, expert=e) for e in range(experts)], (columns, rows), True, True)
 
 
 class Reader:
-    """An opened Hugging Face folder; opening reads config.json and the headers, and checks names, shapes and dtypes.
+    """An opened Hugging Face folder. Opening reads config.json and the headers, and checks names, shapes and dtypes.
 
-    dtype: what read() gives, "float32", "float16" or "bfloat16"; None is each tensor's own. config: the Qwen3Config, with param_dtype that
-    of the embedding. specs: the tree of ParamSpec. paths: our path of every parameter. Raises FileNotFoundError or ValueError naming the
-    file, the tensor and the fix.
+    dtype: the dtype that read() returns, "float32", "float16" or "bfloat16"; None keeps the dtype of each tensor. config: the Qwen3Config;
+    its param_dtype is the dtype of the embedding. specs: the tree of ParamSpecs. paths: our path of every parameter. Raises
+    FileNotFoundError or ValueError naming the file, the tensor and the fix.
     """
 
     def __init__(self, path, dtype=None):
@@ -121,18 +124,19 @@ class Reader:
         return list(self._specs)
 
     def shape(self, path):
-        """The parameter's shape in our orientation."""
+        """Returns the parameter's shape in our orientation."""
         return self._specs[path].shape
 
     def dtype(self, path):
-        """The dtype that read() gives: "float32", "float16" or "bfloat16"."""
+        """Returns the dtype of read(path): "float32", "float16" or "bfloat16"."""
         name = self._sources[path].names[0]
         return self._dtype or self._files[name].dtype(name).name
 
     def read(self, path, index=None):
-        """A numpy array of the part that `index` selects: a tuple of slices in our orientation; None is all. Nothing else is read.
+        """Reads the elements that `index` selects, and no others, as a numpy array. index: a tuple of slices in our orientation; None is
+        all.
 
-        Raises ValueError for a value too large for float16.
+        Raises ValueError for an index outside the parameter, and for a value too large for float16.
         """
         index = _bounds(path, self.shape(path), index)
         origin, dtype = self._sources[path], self.dtype(path)
@@ -141,15 +145,16 @@ class Reader:
             for place, array in zip(out, self._arrays(origin.names[index[0]], index[1:], True)):
                 place[...] = cast(array, dtype, path)
             return out
-        if origin.part is not None:
-            first = origin.part * self.shape(path)[2]
+        if origin.fused_number is not None:
+            first = origin.fused_number * self.shape(path)[2]
             index = (*index[:2], slice(index[2].start + first, index[2].stop + first))
         (array,) = self._arrays(origin.names, index, origin.transposed)
         array = np.ascontiguousarray(array)
         return cast(array, dtype, path)
 
     def _arrays(self, names, index, transposed):
-        """Yields the part of each tensor that `index` selects, in our orientation. transposed: the file has the last two dims swapped."""
+        """Yields the elements of each tensor that `index` selects, in our orientation. transposed: whether the file has the last two dims
+        swapped."""
         if transposed:
             index = (*index[:-2], index[-1], index[-2])
         for file, group in groupby(names, key=self._files.get):
@@ -157,7 +162,7 @@ class Reader:
                 yield rearrange(array, "... outputs inputs -> ... inputs outputs") if transposed else array
 
     def _check_sizes(self, config):
-        """Before anything is built from numbers in config.json that no weights stand behind."""
+        """Raises ValueError if config.json has more layers or experts than the files have tensors, before specs of that size are built."""
         experts = 0 if any(name.endswith(".experts.gate_up_proj") for name in self._files) else config.num_experts
         for key, n in (("num_hidden_layers", config.num_layers), ("num_experts", experts)):
             if n > len(self._files):
@@ -188,18 +193,18 @@ class Reader:
 
 
 def load(path, dtype=None):
-    """A Hugging Face folder -> (Qwen3Config, nested dict of mindspore Tensors). Errors: see Reader; none comes after data is read,
-    but for a value too large for float16.
+    """Reads a Hugging Face folder. Returns (Qwen3Config, nested dict of mindspore Tensors).
 
-    dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own. config.param_dtype says which. A tied model's lm_head
-    in the file is not read.
+    dtype: "float32", "float16" or "bfloat16"; None keeps the dtype of each tensor. config.param_dtype is the dtype of the embedding. The
+    file's lm_head is not read if embeddings are tied. Raises the errors of Reader, before any data is read; only a value too large for
+    float16 is found later.
     """
     reader = Reader(path, dtype)
     return reader.config, unflatten(reader.specs, [Tensor.from_numpy(reader.read(p)) for p in reader.paths])
 
 
-class _Part(NamedTuple):
-    """One tensor to write: Hugging Face's name, dtype code and shape; our path, and which expert of it."""
+class _Output(NamedTuple):
+    """One tensor to write: Hugging Face's name, dtype code and shape; our path, and the number of the expert or None."""
 
     name: str
     code: str
@@ -214,13 +219,15 @@ class _Part(NamedTuple):
 
 
 def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 10**9, dtype=None):
-    """Write params (Tensors, Parameters or numpy arrays, in the tree of param_specs(cfg)) as a folder that `transformers` opens.
+    """Writes params (Tensors, Parameters or numpy arrays, in the tree of param_specs(cfg)) as a folder that `transformers` opens.
 
-    A leaf may be anything with a shape, a dtype and asnumpy(), which is called once for each, in the tree's order, and not before the one
-    ahead is written; wide dtypes come first, if they differ. So one leaf at a time is held in memory.
-    dtype: "float32", "float16" or "bfloat16"; None keeps each leaf's own. config.json names that of the embedding. The tokenizer's
-    files, and generation_config.json, come from tokenizer_dir, else stay what `path` has. Files hold at most max_shard_bytes, or one
-    tensor. `path` is replaced in one step once all is on disk, and only if it is absent, empty or a model saved like this; else ValueError.
+    A leaf may be any object with a shape, a dtype and asnumpy(). asnumpy() is called once per leaf, in the order of the tree, after the
+    previous leaf is written, so that only one leaf is in host memory. If dtypes differ, wide ones come first.
+    dtype: "float32", "float16" or "bfloat16"; None keeps the dtype of each leaf. config.json stores the dtype of the embedding.
+    tokenizer_dir: the folder from which the tokenizer's files and generation_config.json are copied; by default those in `path` are kept.
+    max_shard_bytes: the largest file; a larger tensor gets a file of its own.
+    `path` is replaced in one step when everything is on disk. Raises ValueError if `path` is not absent, empty or a model saved by this
+    function.
     """
     _check_dtype(dtype)
     folder = Path(path)
@@ -233,17 +240,17 @@ def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 10**9, dt
         _write_configs(new, cfg.replace(param_dtype=dtype or _dtype(leaves["embed"])))
         for file in carried:
             hf_files.copy_file(file, new)
-        arrays = _arrays([part for parts in shards.values() for part in parts], leaves)
-        for name, parts in shards.items():
-            hf_files.write_tensors(new / name, [part[:3] for part in parts], islice(arrays, len(parts)))
+        arrays = _arrays([tensor for tensors in shards.values() for tensor in tensors], leaves)
+        for name, tensors in shards.items():
+            hf_files.write_tensors(new / name, [tensor[:3] for tensor in tensors], islice(arrays, len(tensors)))
         if len(shards) > 1:
-            where = {part.name: name for name, parts in shards.items() for part in parts}
-            total = sum(part.size for parts in shards.values() for part in parts)
+            where = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
+            total = sum(tensor.size for tensors in shards.values() for tensor in tensors)
             hf_files.write_json(new / hf_files.INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _unknown_elsewhere(cfg):
-    """What transformers will compute otherwise."""
+    """Yields a message for each option of the model that transformers does not know and so computes differently."""
     if own := [f"{name}={getattr(cfg, name)}" for name in ("qk_norm", "qkv_bias") if name in cfg.to_hf()]:
         yield f"transformers does not know {' and '.join(own)} of model_type={cfg.model_type}; its attention will differ"
     if cfg.router_bias:
@@ -253,7 +260,7 @@ def _unknown_elsewhere(cfg):
 
 
 def _checked_leaves(cfg, params, dtype):
-    """{path: leaf}, in the order of writing. ValueError for a tree, shape or dtype that is not the model's."""
+    """Returns {path: leaf}, in the order of writing. Raises ValueError for a tree, shape or dtype that does not fit the config."""
     specs, leaves = dict(tree_paths(param_specs(cfg))), dict(tree_paths(params))
     missing, extra = sorted(specs.keys() - leaves.keys()), sorted(leaves.keys() - specs.keys())
     if missing or extra:
@@ -272,8 +279,8 @@ def _itemsize(dtype):
 
 
 def carried_files(folder):
-    """The files of a Hugging Face folder beside config.json and the weights: the tokenizer's, and a generation_config.json that no save()
-    made. ValueError for one that links outside."""
+    """Returns the files of a Hugging Face folder that save() copies: the tokenizer's files, and generation_config.json unless save() made
+    it. Raises ValueError for a file that links outside of the folder."""
     files, generation = hf_files.tokenizer_files(folder), folder / hf_files.GENERATION
     if generation.is_file() and not hf_files.read_json(generation).get("_from_model_config"):
         files.append(hf_files.inside(folder, generation.name))
@@ -282,37 +289,39 @@ def carried_files(folder):
 
 def _carried(folder, tokenizer_dir):
     if tokenizer_dir and not hf_files.tokenizer_files(Path(tokenizer_dir)):
-        raise FileNotFoundError(f"tokenizer_dir={tokenizer_dir} has none of {', '.join(hf_files.TOKENIZER_FILES)}; give its folder")
+        raise FileNotFoundError(
+            f"tokenizer_dir={tokenizer_dir} has none of {', '.join(hf_files.TOKENIZER_FILES)}; give the tokenizer's folder"
+        )
     return carried_files(Path(tokenizer_dir or folder))
 
 
 def _shards(leaves, dtype, max_bytes):
-    """{file name: [_Part]}: files of at most max_bytes, or of one tensor."""
+    """Returns {file name: [_Output]}. A file has at most max_bytes, or one tensor."""
     if max_bytes <= 0:
         raise ValueError(f"max_shard_bytes={max_bytes} must be above 0")
     shards, size = [[]], 0
     for path, leaf in leaves.items():
         code, origin = CODES[dtype or _dtype(leaf)], source(path, tuple(leaf.shape))
         for i, name in enumerate(origin.names):
-            part = _Part(name, code, origin.shape, path, i if origin.stacked else None, origin.transposed)
-            if shards[-1] and size + part.size > max_bytes:
+            tensor = _Output(name, code, origin.shape, path, i if origin.stacked else None, origin.transposed)
+            if shards[-1] and size + tensor.size > max_bytes:
                 shards.append([])
                 size = 0
-            shards[-1].append(part)
-            size += part.size
+            shards[-1].append(tensor)
+            size += tensor.size
     if len(shards) == 1:
         return {hf_files.WEIGHTS: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": parts for i, parts in enumerate(shards, 1)}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": tensors for i, tensors in enumerate(shards, 1)}
 
 
-def _arrays(parts, leaves):
-    """The arrays to write, in order; one leaf is in host memory at a time."""
-    for path, group in groupby(parts, key=lambda part: part.path):
-        host = None  # before the next one is made
+def _arrays(tensors, leaves):
+    """Yields the arrays to write, in order. One leaf at a time is in host memory."""
+    for path, group in groupby(tensors, key=lambda tensor: tensor.path):
+        host = None  # frees this leaf before the next one is made
         host = leaves[path].asnumpy() if hasattr(leaves[path], "asnumpy") else np.asarray(leaves[path])
-        for part in group:
-            array = cast(host if part.expert is None else host[part.expert], hf_files.DTYPES[part.code].name, path)
-            yield array.T if part.transposed else array
+        for tensor in group:
+            array = cast(host if tensor.expert is None else host[tensor.expert], hf_files.DTYPES[tensor.code].name, path)
+            yield array.T if tensor.transposed else array
             array = None
 
 
@@ -330,10 +339,11 @@ def _check_dtype(dtype):
 
 
 def _dtype(leaf):
-    return str(leaf.dtype).lower()  # mindspore prints BFloat16
+    return str(leaf.dtype).lower()  # MindSpore prints BFloat16
 
 
 def cast(array, dtype, path):
+    """Returns a numpy array in the dtype of that name. Raises ValueError, naming `path`, for a value too large for float16."""
     target = hf_files.DTYPES[CODES[dtype]]
     if array.dtype == target:
         return array
@@ -346,12 +356,12 @@ def cast(array, dtype, path):
 
 
 def _bounds(path, shape, index):
-    """`index` with a start and a stop for every dim."""
+    """Returns `index` with a start and a stop for every dim. Raises ValueError if it is not inside `shape`."""
     index = tuple(index or ()) + (slice(None),) * (len(shape) - len(index or ()))
     out = tuple(slice(s.start or 0, n if s.stop is None else s.stop) for s, n in zip(index, shape))
     inside = all(0 <= s.start <= s.stop <= n for s, n in zip(out, shape)) and all(s.step in (None, 1) for s in index)
     if len(index) != len(shape) or not inside:
-        raise ValueError(f"index={index} is not inside {path} of shape {list(shape)}; give one slice with step 1 a dim")
+        raise ValueError(f"index={index} is not inside {path} of shape {list(shape)}; give one slice with step 1 per dim")
     return out
 
 

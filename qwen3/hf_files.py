@@ -1,6 +1,6 @@
-"""The file side of a Hugging Face folder: safetensors files read by slices and written one tensor at a time, shards through their index,
-a folder replaced in one step. Nothing is unpickled. The safetensors package reads every tensor, and writes small files. Format:
-github.com/huggingface/safetensors, "Format" in the README."""
+"""The files of a Hugging Face folder: reads slices of safetensors files, finds shards through their index, writes one tensor at a time, and
+replaces a folder in one step. Nothing is unpickled. The safetensors package reads every tensor, and writes small files. Source of the
+format: github.com/huggingface/safetensors, "Format" in the README."""
 
 import ctypes
 import fcntl
@@ -26,8 +26,8 @@ WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json"
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16)}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAPPED_BYTES = 64 << 20  # tensors of so many bytes are read before a file is closed and opened again
-PACKAGE_BYTES = 16 << 20  # the largest file that the package writes, with all of its tensors in memory
+MAPPED_BYTES = 64 << 20  # after reading tensors of this size, the file is closed and opened again
+PACKAGE_BYTES = 16 << 20  # the largest file that the package writes; it needs all tensors of a file in memory
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,7 +41,7 @@ _WRITTEN = re.compile(r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safe
 
 
 class Entry(NamedTuple):
-    """One tensor of a file: its dtype's code (F32, BF16, ...), shape, and bytes start:stop of the file."""
+    """One tensor of a file: the code of its dtype (F32, BF16, ...), its shape, and its bytes start:stop in the file."""
 
     code: str
     shape: tuple
@@ -50,28 +50,30 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """One safetensors file, which the package reads. Opening looks at the header alone: `entries`, name -> Entry, and `metadata`.
+    """One safetensors file. Opening reads only the header: `entries`, {name: Entry}, and `metadata`. The package reads the tensors.
 
-    Raises ValueError for a damaged file. The checks in this module come first, since they name the tensor and the fix; then the package's.
+    Raises ValueError for a damaged file. The checks of this module run before those of the package, because they name the tensor and the
+    fix.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.entries, self.metadata = _read_header(self.path)
-        with self._open():  # what the package refuses is refused before any data is read
+        with self._open():  # the package checks the file before any data is read
             pass
 
     def array(self, name, index=()):
-        """The part of one tensor that `index` selects, as an array of its own: a tuple of slices of step 1; () is all."""
+        """Reads the elements of one tensor that `index` selects. index: a tuple of slices of step 1; () is all."""
         (array,) = self.arrays([name], index)
         return array
 
     def arrays(self, names, index=()):
         """Yields array(name, index) for each name.
 
-        The package maps the file into memory, and the pages that a slice touches count as this process's memory until the file is closed:
-        rows touch their own pages, and a few columns of every row touch all pages of the tensor. So the file is closed after the last
-        name, and after each MAPPED_BYTES. It is not opened for each name: that reads the header, which takes 7 ms with 1,300 tensors.
+        The package maps the file into memory, and the pages that a slice touches count as memory of this process until the file is closed.
+        A slice of rows touches only the pages of these rows, but a slice of columns touches all pages of the tensor. So the file is closed
+        after the last name, and after every MAPPED_BYTES. It is not opened again for each name, because opening reads the header, which
+        takes 7 ms with 1,300 tensors.
         """
         names = list(names)
         while names:
@@ -80,9 +82,9 @@ class TensorFile:
                 while names and mapped < MAPPED_BYTES:
                     name = names.pop(0)
                     mapped += self.entries[name].stop - self.entries[name].start
-                    yield self._part(opened, name, index)
+                    yield self._slice(opened, name, index)
 
-    def _part(self, opened, name, index):
+    def _slice(self, opened, name, index):
         shape, dtype = self.entries[name].shape, self.dtype(name)
         slices = [slice(*s.indices(n)) for s, n in zip((*index, *[slice(None)] * (len(shape) - len(index))), shape)]
         assert len(index) <= len(shape) and all(s.step == 1 for s in slices), (name, index)  # releases before 0.8 ignore a step
@@ -111,14 +113,16 @@ def _read_header(path):
             raise ValueError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"{path}: a header of {length} bytes in a file of {size}; no safetensors file, or damaged: fetch it again")
+            raise ValueError(
+                f"{path}: a header of {length} bytes in a file of {size} bytes; no safetensors file, or damaged: fetch it again"
+            )
         header = parse_json(path, f.read(length))
     metadata = header.pop("__metadata__", None)
     entries = {name: _entry(path, name, item, 8 + length) for name, item in header.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.start != end:
-            raise ValueError(f"{path}: tensor {name} starts at byte {entry.start}, the one before ends at {end}; fetch the file again")
+            raise ValueError(f"{path}: tensor {name} starts at byte {entry.start}, but the one before it ends at {end}; fetch it again")
         if entry.stop > size:
             raise ValueError(f"{path}: tensor {name} ends at byte {entry.stop} of {size}; the file is truncated: fetch it again")
         end = entry.stop
@@ -151,14 +155,14 @@ def parse_json(path, text):
 
 
 def read_json(path):
-    """A JSON object from a file. FileNotFoundError or ValueError naming the file."""
+    """Reads a JSON object from a file. Raises FileNotFoundError or ValueError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; give the folder that holds it")
     return parse_json(path, path.read_bytes())
 
 
 def open_weights(folder):
-    """{tensor name: TensorFile} of a folder with one model.safetensors, or shards named by model.safetensors.index.json."""
+    """Returns {tensor name: TensorFile} of a folder that has model.safetensors, or the shards named in model.safetensors.index.json."""
     if (folder / WEIGHTS).is_file():
         file = TensorFile(folder / WEIGHTS)
         return dict.fromkeys(file.entries, file)
@@ -185,7 +189,8 @@ def _open_shard(folder, name):
 
 
 def inside(folder, name):
-    """folder/name; ValueError if it leads outside. In a Hub cache, snapshots/X/name may link to blobs/ beside snapshots/."""
+    """Returns folder/name. Raises ValueError if the path leads outside of the folder; in a Hub cache, snapshots/X/name may link to
+    blobs/."""
     real = folder.resolve()
     roots = [real] + ([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])
     path = folder / name
@@ -195,12 +200,13 @@ def inside(folder, name):
 
 
 def write_tensors(path, entries, arrays, metadata=None):
-    """Write a safetensors file. entries: [(name, code, shape)]; arrays: an iterable of as many numpy arrays, held one at a time, or all of
-    a file of up to PACKAGE_BYTES. metadata: texts by name, for its header.
+    """Writes a safetensors file. entries: [(name, code, shape)]. arrays: an iterable with a numpy array for each entry. metadata: {name:
+    text} for the header.
 
-    The package writes a small file without metadata. It cannot write the others: it takes all arrays of a file at once, which for a shard
-    is up to 5 GB where one tensor is enough, and it puts two texts of metadata in random order, so that the same file would differ from
-    one writing to the next. save_file is not used: release 0.8 makes files that only their owner can read, whatever the umask.
+    The package writes files without metadata of up to PACKAGE_BYTES. This function writes the others itself, one array at a time, for two
+    reasons: the package needs all arrays of a file in memory, up to 5 GB for a shard; and it writes several metadata texts in random order,
+    so that writing the same data twice gives different files. The package's save_file is not used, because release 0.8 makes files that
+    only their owner can read, whatever the umask.
     """
     arrays = _in_c_order(entries, arrays)
     if metadata is None and sum(_nbytes(code, shape) for _, code, shape in entries) <= PACKAGE_BYTES:
@@ -222,8 +228,8 @@ def write_tensors(path, entries, arrays, metadata=None):
 
 
 def _in_c_order(entries, arrays):
-    """Yields each array in C order, which release 0.8.0 of the package takes for granted: it writes a transposed array wrongly."""
-    arrays = iter(arrays)  # zip would hold on to an array while the next one is made
+    """Yields each array in C order, because release 0.8.0 of the package writes a transposed array wrongly."""
+    arrays = iter(arrays)  # zip would keep an array in memory while the next one is made
     for name, code, shape in entries:
         array = next(arrays)
         assert array.dtype == DTYPES[code] and array.shape == tuple(shape), (name, array.dtype, array.shape)
@@ -240,7 +246,7 @@ def write_json(path, value):
 
 
 def tokenizer_files(folder):
-    """The tokenizer's files in a folder; ValueError for one that links outside."""
+    """Returns the tokenizer's files in a folder. Raises ValueError for a file that links outside of the folder."""
     return [inside(folder, name) for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
@@ -249,7 +255,7 @@ def copy_file(source, folder):
 
 
 def check_replaceable(folder):
-    """ValueError unless `folder` is absent, empty, or holds a model of ours and nothing that `save` does not write."""
+    """Raises ValueError unless `folder` is absent, is empty, or contains a Qwen model and only files that `save` writes."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
@@ -264,8 +270,9 @@ def check_replaceable(folder):
 
 @contextmanager
 def replacing(folder, check=check_replaceable):
-    """Gives a new folder beside `folder` that takes its name when the block ends and all is on disk. If the block fails, `folder` stays as
-    it was; what a killed process left beside it is put right here, the next time. check(folder) raises where it must not be replaced."""
+    """A context manager that gives a new folder beside `folder`. When the block ends and everything is on disk, the new folder takes the
+    place of `folder`; if the block fails, `folder` does not change. Entering it first repairs what a killed process left beside `folder`.
+    check(folder) raises ValueError for a folder that must not be replaced."""
     folder = folder.resolve()
     _recover(folder)
     check(folder)
@@ -288,7 +295,7 @@ def replacing(folder, check=check_replaceable):
 
 
 def _recover(folder):
-    """Gives back the name to a folder that was killed between two renames, and removes new ones whose process is gone."""
+    """Renames the old folder back if a process was killed between the two renames, and removes new folders whose process has ended."""
     left = re.compile(rf"\.{re.escape(folder.name)}\.\d+-[0-9a-f]{{8}}\.(new|old)")
     for path in folder.parent.glob(".*") if folder.parent.is_dir() else ():
         match = left.fullmatch(path.name)
@@ -302,7 +309,7 @@ def _recover(folder):
 
 
 def _lock(folder):
-    """A handle that holds a lock on a folder until it is closed or its process ends; None if another process holds it."""
+    """Locks a folder until the returned handle is closed or this process ends. Returns None if another process has the lock."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -313,7 +320,8 @@ def _lock(folder):
 
 
 def _swap(new, folder, old):
-    """Gives `folder`'s name to `new`. In one step where the system can exchange two names: then `new` is the old folder."""
+    """Renames `new` to `folder`: in one step if the system can exchange two names, after which `new` names the old folder; else the old
+    folder is first renamed to `old`."""
     if not folder.exists():
         os.rename(new, folder)
     elif not _exchange(new, folder):
@@ -326,7 +334,7 @@ def _swap(new, folder, old):
 
 
 def _exchange(a, b):
-    """Exchanges two names (Linux's renameat2 with RENAME_EXCHANGE). False where the system or the file system cannot."""
+    """Exchanges two names (Linux's renameat2 with RENAME_EXCHANGE). Returns False if the system or the file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename is not None and rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0

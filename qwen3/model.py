@@ -3,8 +3,8 @@
 Dims: B batch, S query length, T key length, D model, N heads, K kv heads, H head dim, F ffn, E experts, V vocab, L layers,
 R = B * S rows.
 
-The functions take (cfg, op, ...): cfg, the sizes of the model, and op, its ops in a layout (layers/bound_ops.py). Both are constants while
-a graph is compiled. `build` binds the functions to a layout; `forward` and `loss_fn` are their forms for one device.
+The functions take (cfg, op, ...). cfg: the sizes of the model. op: its ops in a layout (layers/bound_ops.py). Both are constants while a
+graph is compiled. `build` returns the functions for a layout; `forward` and `loss_fn` are for one device.
 """
 
 import fnmatch
@@ -34,7 +34,8 @@ NO_STATS = ms.Tensor([0.0], ms.float32)  # router statistics of a dense layer
 
 
 def param_specs(cfg):
-    """The tree of ParamSpecs: embed, layers[i] as layer_specs, final_norm, lm_head if untied, lora with the adapter of the embedding."""
+    """Returns the tree of ParamSpecs: embed, layers (a list, see layer_specs), final_norm, lm_head unless tied, and lora if the embedding
+    has an adapter."""
     outside = {"embed": tables.specs(cfg), "final_norm": norm.specs(cfg)}
     if not cfg.tie_embeddings:
         outside["lm_head"] = tables.specs(cfg)
@@ -43,14 +44,14 @@ def param_specs(cfg):
 
 
 def layer_specs(cfg, i):
-    """The specs of layer i: attention_norm, attention, mlp_norm, and mlp or moe. For norms elsewhere see layers/norm.py."""
+    """Returns the specs of layer i: attention_norm, attention, mlp_norm, and mlp or moe. layers/norm.py describes other places of norms."""
     ffn = {"moe": moe.specs(cfg)} if cfg.is_moe_layer(i) else {"mlp": mlp.specs(cfg)}
     tree = {**norm.around(cfg, "attention", {"attention": attention_layer.specs(cfg)}), **norm.around(cfg, "mlp", ffn)}
     return with_frozen(cfg, lora.layer_specs(cfg, i, tree), f"layers.{i}.")
 
 
 def with_frozen(cfg, tree, prefix=""):
-    """Marks the parameters that do not train: all but adapters if there are any, else those that cfg.frozen, (include, exclude), names."""
+    """Marks the specs of parameters that do not train: with LoRA, all but the adapters; without, those that cfg.frozen freezes."""
     (include, exclude), leaves = cfg.frozen, []
     for path, spec in tree_paths(tree):
         path = prefix + path
@@ -60,6 +61,7 @@ def with_frozen(cfg, tree, prefix=""):
 
 
 def matches(path, patterns):
+    """Returns whether a parameter's path matches one of the patterns, for example "layers.*.mlp.*"."""
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
@@ -67,9 +69,9 @@ def matches(path, patterns):
 
 
 def forward(params, tokens, cfg, *, positions=None, segment_ids=None):
-    """tokens_BS int32 -> (logits_BSV float32, aux), on one device. aux["router_loss"] is HF's load-balancing loss, for MoE.
+    """tokens_BS int32 -> (logits_BSV float32, aux), on one device. For MoE, aux["router_loss"] is HF's load-balancing loss.
 
-    positions_BS default to 0..S-1. segment_ids_BS separate documents, 0 is padding; the default is one document a row.
+    positions_BS: default 0..S-1. segment_ids_BS: the number of each token's document, 0 for padding; default: one document per row.
     """
     return logits(cfg, build(cfg).op, params, tokens, positions, segment_ids)
 
@@ -80,7 +82,7 @@ def loss_fn(params, batch, cfg):
 
 
 def logits(cfg, op, params, tokens, positions, segment_ids):
-    """tokens_BS -> (logits_BSV float32, aux), as `forward`, in any layout."""
+    """tokens_BS -> (logits_BSV float32, aux), in any layout. See `forward`."""
     if positions is None:
         positions = default_positions(op, tokens)
     if segment_ids is None:
@@ -94,9 +96,9 @@ def logits(cfg, op, params, tokens, positions, segment_ids):
 
 
 def loss_of_batch(cfg, op, params, batch):
-    """batch as for loss_fn, with `noise` if the model has dropout -> (loss, metrics).
+    """batch -> (loss, metrics), in any layout. batch: see loss_fn; a model with dropout also needs batch["noise"], see `drops`.
 
-    loss = metrics["loss"], the cross-entropy in nats per weighted target, + the MoE losses times their coefficients.
+    metrics["loss"] is the cross-entropy in nats per weighted target; loss adds the MoE losses times their coefficients.
     """
     rows = rows_of(cfg, op, batch["positions"], batch["segment_ids"], batch["noise"] if op.noises else None)
     x, stats = op.layers(params["layers"], embed(cfg, op, params, batch["tokens"]), rows)
@@ -104,7 +106,7 @@ def loss_of_batch(cfg, op, params, batch):
 
 
 def loss_of_states(cfg, op, params, x, stats, batch):
-    """The loss of loss_of_batch from the output x_RD of the last layer and the router statistics of all layers."""
+    """Returns (loss, metrics) of loss_of_batch, from the output x_RD of the last layer and the router statistics of all layers."""
     ce, tokens = loss.weighted_mean(op, nats(cfg, op, params, x, batch["targets"]), batch["loss_weights"])
     if not cfg.moe_layers:
         return ce, {"loss": ce, "tokens": tokens}
@@ -114,7 +116,8 @@ def loss_of_states(cfg, op, params, x, stats, batch):
 
 
 def score_targets(cfg, op, params, tokens, targets, positions, segment_ids):
-    """All [B, S] -> the nats of each target, and the difference between the largest logit and the target's, 0 for the greedy choice."""
+    """Arguments [B, S] -> (nats, gap), both [B, S]: the cross-entropy of each target, and the largest logit minus the target's logit, which
+    is 0 where the target is the greedy choice."""
     x, _ = op.layers(params["layers"], embed(cfg, op, params, tokens), rows_of(cfg, op, positions, segment_ids, None))
     nats, gap = nats_and_gap(cfg, op, params, x, targets)
     B = tokens.shape[0]
@@ -122,18 +125,19 @@ def score_targets(cfg, op, params, tokens, targets, positions, segment_ids):
 
 
 def extend_cache(cfg, op, params, cache, tokens, positions, last):
-    """tokens_BS at positions_BS -> (logits_BV at column last_B of each row, cache).
+    """tokens_BS at positions_BS -> (logits_BV after column last_B of each row, cache).
 
-    cache: for each layer (k_BTKH, v_BTKH); slot t of a row has position t. Positions beyond T are dropped. In a layout, which must not
-    have sequence parallel: B are a data rank's rows, K its kv heads, and V is the whole vocabulary, of which each shard is computed by one
-    rank, so that all ranks have the same bits.
+    cache: for each layer (k_BTKH, v_BTKH); slot t of a row stores position t. Tokens at positions T and later are not stored. The layout
+    must not have sequence parallel. B counts a data rank's rows and K its kv heads. Every rank returns the logits of the full vocabulary;
+    each shard of them is computed by one rank and all-gathered, so all ranks have the same bits.
     """
     x, cache = layers_over_cache(cfg, op, params["layers"], range(cfg.num_layers), embed(cfg, op, params, tokens), cache, positions)
     return full_logits(cfg, op, params, last_rows(op, x, last)), cache
 
 
 def layers_over_cache(cfg, op, layers, numbers, x, cache, positions):
-    """x_RD through the layers with these numbers -> x_RD, their cache. layers: their parameters, layers[i] of the i-th of them."""
+    """Runs some layers over their cache: x_RD -> x_RD, cache. numbers: the layers' numbers in the model. layers[i], cache[i]: the
+    parameters and the cache of layer numbers[i]."""
     rows, updated = rows_over_cache(op, cache, positions), ()
     for i in range(len(numbers)):
         p, own = op.gathered[numbers[i]](layers[i]), op.of_layer[numbers[i]]
@@ -146,7 +150,7 @@ def layers_over_cache(cfg, op, layers, numbers, x, cache, positions):
 
 
 def layer(cfg, op, p, x, rows, cache):
-    """x_RD -> x_RD, router statistics, cache (None in training). rows: see rows_of."""
+    """Runs one layer: x_RD -> x_RD, router statistics, cache (None in training). rows: see rows_of."""
     if lora.DROPOUT_LAYER in p:
         rows["layer"] = p[lora.DROPOUT_LAYER]
     y, cache = attention(cfg, op, p["attention"], attention_input(cfg, op, p, x), rows, cache)
@@ -155,14 +159,14 @@ def layer(cfg, op, p, x, rows, cache):
 
 
 def attention_input(cfg, op, p, x):
-    """The residual stream x_RD as attention takes it."""
+    """Returns the input of attention: the residual stream x_RD, or its norm."""
     if cfg.norm_placement == "post":
         return x
     return op.rms_norm(x, p["attention_norm"], "rows embed, embed -> rows embed")
 
 
 def finish_layer(cfg, op, p, x, y, rows):
-    """Adds y_RD, attention's output, to x_RD, then the feed-forward part -> x_RD, router statistics."""
+    """Adds y_RD, the output of attention, to the residual stream x_RD, then runs the feed-forward layer -> x_RD, router statistics."""
     start = x
     x, h = add_attention(cfg, op, p, x, y)
     if "moe" in p:
@@ -176,7 +180,7 @@ def finish_layer(cfg, op, p, x, y, rows):
 
 
 def add_attention(cfg, op, p, x, y):
-    """x_RD and attention's y_RD -> x_RD with y added, and the feed-forward part's input. Norms are as cfg.norm_placement says."""
+    """Adds y_RD, the output of attention, to the residual stream x_RD. Returns x_RD and the input of the feed-forward layer."""
     if cfg.norm_placement != "pre":
         y = op.rms_norm(y, p["attention_out_norm"], "rows embed, embed -> rows embed")
     if cfg.norm_placement == "post":
@@ -186,14 +190,14 @@ def add_attention(cfg, op, p, x, y):
 
 
 def add_ffn(cfg, op, p, x, y):
-    """x_RD and the feed-forward part's y_RD -> x_RD with y added."""
+    """Adds y_RD, the output of the feed-forward layer, to the residual stream x_RD."""
     if cfg.norm_placement != "pre":
         y = op.rms_norm(y, p["mlp_out_norm"], "rows embed, embed -> rows embed")
     return op.add(x, y, "rows embed")
 
 
 def decode_layer(cfg, op, p, x, rows, cache):
-    """`layer` over a cache, for one token a row on one device, in two ops."""
+    """Computes `layer` over a cache in fused ops, for one token per row on one device: x_BD -> x_BD, cache."""
     x, cache = attention_layer.decode(op, p["attention_norm"], p["attention"], x, rows, cache)
     if "mlp" in p:
         return mlp.decode(op, p["mlp_norm"], p["mlp"], x), cache
@@ -204,26 +208,26 @@ def decode_layer(cfg, op, p, x, rows, cache):
 def embed(cfg, op, params, tokens):
     """tokens_BS -> x_RD in the compute dtype."""
     ids = rearrange(tokens, "batch seq -> (batch seq)", {})
-    x = op.embedding(op.whole_table(params["embed"]), ids, "vocab embed, tokens -> tokens>rows embed")
+    x = op.embedding(op.gathered_table(params["embed"]), ids, "vocab embed, tokens -> tokens>rows embed")
     return lora.adapted_embedding(cfg, op, params, ids, ops.cast(x, op.dtype))
 
 
 def head_table(cfg, op, params):
-    """The matrix of the head, which is the embedding's where they are tied."""
-    return op.whole_table(params["embed"] if cfg.tie_embeddings else params["lm_head"])
+    """Returns the matrix [V, D] of the head: the embedding's if they are tied."""
+    return op.gathered_table(params["embed"] if cfg.tie_embeddings else params["lm_head"])
 
 
 def final_norm(op, params, x):
-    return op.rms_norm(x, op.whole_norm(params["final_norm"]), "rows embed, embed -> rows embed")
+    return op.rms_norm(x, op.gathered_norm(params["final_norm"]), "rows embed, embed -> rows embed")
 
 
 def head(cfg, op, params, x):
-    """x_RD -> logits_RV float32; where the vocabulary is sharded, this rank's shard."""
+    """x_RD -> logits_RV float32. If the vocabulary is sharded, V counts this rank's shard."""
     return op.head(final_norm(op, params, x), head_table(cfg, op, params), "rows>tokens embed, vocab embed -> tokens vocab")
 
 
 def full_logits(cfg, op, params, x):
-    """x_RD -> logits_RV of the whole vocabulary, on every rank."""
+    """x_RD -> logits_RV of the full vocabulary, on every rank."""
     found = head(cfg, op, params, x)
     return found if op.vocab_shards == 1 else op.whole_vocab(found, "tokens vocab>whole_vocab -> tokens whole_vocab")
 
@@ -234,15 +238,16 @@ def nats(cfg, op, params, x, targets):
 
 
 def nats_and_gap(cfg, op, params, x, targets):
+    """x_RD, targets_BS -> (nats, gap), both [R, 1]. See score_targets."""
     return loss.nats_and_gap(op, head(cfg, op, params, x), targets)
 
 
 def rows_of(cfg, op, positions, segment_ids, noise):
-    """positions_BS, segment_ids_BS, noise_BS or None -> the dict `rows` that every layer is given beside x_RD.
+    """positions_BS, segment_ids_BS, noise_BS or None -> the dict `rows` that every layer takes beside x_RD.
 
-    cos, sin [B, S, 1, H / 2]; segments, order [B, T]: the document of each token that attention sees, and its place in the row; valid [R]:
-    1 for tokens, 0 for padding, for MoE; noise_rows [R], noise_tokens: the seeds of dropout that adapters need. `layer` adds its number for
-    them.
+    cos, sin [B, S, 1, H / 2]: of the rotary embedding. segments, order [B, T]: the document of each key, and its place in the row. valid
+    [R], for MoE: 1 for tokens, 0 for padding. noise_rows [R], noise_tokens: the dropout seeds that the adapters need, sharded as "rows" or
+    as "tokens". layer, added by `layer`: its number, which dropout needs.
     """
     cos, sin = op.angles(positions, "batch seq -> batch seq one half, batch seq one half")
     segments = segment_ids if op.seq_shards == 1 else op.gather_seq(segment_ids, "batch seq>keys -> batch keys")
@@ -257,7 +262,8 @@ def rows_of(cfg, op, positions, segment_ids, noise):
 
 
 def rows_over_cache(op, cache, positions):
-    """`rows` for a cache, in which all slots are of one document; slots [B, T] are their places."""
+    """Returns the dict `rows` for attention over a cache. Each row is one document. It has two more entries: slots [B, T], the numbers of
+    the cache slots, and key_segments [B, T], all 1."""
     cos, sin = op.angles(positions, "batch seq -> batch seq one half, batch seq one half")
     ones, slots = ops.ones_like(positions), rearrange(op.iota(cache[0][0].shape[1]), "slots -> 1 slots", {})
     slots = ops.tile(slots, (positions.shape[0], 1))
@@ -268,15 +274,15 @@ def rows_over_cache(op, cache, positions):
 
 
 def default_positions(op, tokens):
-    """0, 1, ... S - 1 in every row."""
+    """Returns positions [B, S]: 0, 1, ... S - 1 in every row."""
     if op.seq_shards > 1:
-        raise ValueError("forward: a rank has parts of rows, so it needs positions; see parallel.context.split.cut")
+        raise ValueError("forward: positions=None cannot be used with sharded rows; pass them, cut by parallel.context.split.cut")
     B, S = tokens.shape
     return ops.tile(rearrange(op.iota(S), "seq -> 1 seq", {}), (B, 1))
 
 
 def last_rows(op, x, last):
-    """x_RD, last_B -> x_BD: of each of the B rows of R / B tokens the one in column last_B."""
+    """x_RD, last_B -> x_BD: selects in each of the B batch rows the token in column last_B."""
     B = last.shape[0]
     return x if x.shape[0] == B else ops.gather(x, op.iota(B) * (x.shape[0] // B) + last, 0)
 
@@ -285,7 +291,7 @@ def last_rows(op, x, last):
 
 
 class Model:
-    """The model's functions with their first two arguments, cfg and op, filled in. See `build`."""
+    """The functions of a model with cfg and op bound. See `build`."""
 
     def __init__(self, cfg, op):
         self.cfg, self.op = cfg, op
@@ -308,12 +314,12 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
     """Returns the Model in a layout, by default on one device.
 
     scan: the layers run in a loop, and `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list.
-    kernels: the ops' implementations, an ops.registry.Kernels; by default the fastest that this device has.
-    recompute: what of each layer the backward computes again instead of storing it: none, full or attention.
+    kernels: the implementations of ops, an ops.registry.Kernels; default: the fastest on this device.
+    recompute: which activations of a layer the backward pass computes again instead of storing them: none, full or attention.
     """
     check_compute_dtype(cfg, ms.get_context("device_target"))
     if recompute == "attention" and drops(cfg):
-        raise ValueError(f"train.recompute=attention with lora.dropout={cfg.lora.dropout} is not built; use train.recompute=full")
+        raise ValueError(f"train.recompute=attention with lora.dropout={cfg.lora.dropout} is not supported; use train.recompute=full")
     sharding = sharding or Sharding()
     op = BoundOps(cfg, sharding, kernels or choose_kernels({}, cfg, sharding))
     run_layers.bind(cfg, op, (layer, attention_input, finish_layer), param_specs(cfg)["layers"], scan, recompute)
@@ -321,7 +327,8 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
 
 
 def choose_kernels(asked, cfg, sharding=None):
-    """The implementations of ops, an ops.registry.Kernels, for a model on this device in a layout. asked: as in ops.registry.choose."""
+    """Returns the implementations of ops, an ops.registry.Kernels, for a model on this device in a layout. asked: see
+    ops.registry.choose."""
     configs = {cfg, *(cfg.at_layer(i) for i in range(cfg.num_layers))}
     needed = {(name, option) for config in configs for name, options in options_of(config).items() for option in options}
     more = {"head_dim": cfg.head_dim, "router_bias": cfg.router_bias, "options": tuple(sorted(needed))}
@@ -331,15 +338,16 @@ def choose_kernels(asked, cfg, sharding=None):
 
 
 def drops(cfg):
-    """Whether the model has dropout. Then loss_fn needs batch["noise"], int32 [B, S], of which each token's draws are made."""
+    """Returns whether the model has dropout. Then loss_fn needs batch["noise"], int32 [B, S], the dropout seed of each token."""
     return bool(lora.noises(cfg))
 
 
 def metric_names(cfg):
-    """The keys of loss_fn's metrics."""
+    """Returns the keys of loss_fn's metrics."""
     return ("loss", "tokens") + (("router_loss", "router_z_loss", "expert_load", "expert_overflow") if cfg.moe_layers else ())
 
 
 def stacked_specs(cfg):
-    """The specs with one layer's tree in place of the list of layers: the structure of parameters for build(scan=True)."""
+    """Returns param_specs with the specs of one layer in place of the list of layers: the tree structure of parameters for
+    build(scan=True)."""
     return {**param_specs(cfg), "layers": layer_specs(cfg, 0)}

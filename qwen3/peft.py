@@ -1,6 +1,6 @@
-"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, as PEFT 0.21 writes and reads them.
+"""Reads and writes adapters in the format of PEFT 0.21: adapter_config.json and adapter_model.safetensors.
 
-An adapter of experts is in the form of one a module, `experts.0.gate_proj`, which PEFT turns into its own for transformers 5 as it loads.
+Adapters of experts are stored one per expert, such as `experts.0.gate_proj`. PEFT converts them while loading for transformers 5.
 """
 
 import re
@@ -18,17 +18,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, FINGERPRINT = "base_model.model.", "base_fingerprint"
 INITS = {"kaiming": True, "gaussian": "gaussian"}
 READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "base_model_name_or_path")
-# Keys of adapter_config.json whose value changes nothing here; of others only an empty value is taken.
+# Keys of adapter_config.json that may have any value, because they change nothing here. Other unknown keys must be empty.
 WITHOUT_EFFECT = (
     *("peft_type", "task_type", "target_modules", "inference_mode", "revision", "auto_mapping", "peft_version", "exclude_modules"),
     *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "ephemeral_gpu_offload"),
 )
-KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base's weights alone
+KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that do not change the base's weights
 
 
 class Adapter(NamedTuple):
-    """An opened adapter. lora: its Lora. read(path, slices) -> float32 numpy of a parameter of param_specs(cfg with that lora).
-    base: the path or name of its base. fingerprint: see experiments/train/adapter.py; None where nobody noted it."""
+    """An opened adapter. lora: its Lora. read(path, slices) -> float32 numpy array, a slice of a parameter of
+    param_specs(cfg.replace(lora)).
+    base: the path or name of its base model. fingerprint: of the base, see experiments/train/adapter.py; None if the file has none."""
 
     lora: Lora
     read: object
@@ -41,19 +42,19 @@ def is_adapter(folder):
 
 
 def adapters(cfg):
-    """{path: spec} of the adapters' parameters."""
+    """Returns {path: spec} of the parameters of all adapters."""
     return {path: spec for path, spec in tree_paths(param_specs(cfg)) if ".lora." in f".{path}"}
 
 
 def base_path(path):
-    """(the path of the weight that an adapter's parameter is beside, "a" or "b")."""
-    part, _, rest = f".{path}".rpartition(".lora.")
+    """Returns (path of the adapted weight, "a" or "b") for the path of an adapter's parameter."""
+    parent, _, rest = f".{path}".rpartition(".lora.")
     key, which = rest.rsplit(".", 1)
-    return f"{part}.{key}".strip("."), which
+    return f"{parent}.{key}".strip("."), which
 
 
 def names(path, shape):
-    """PEFT's names of a parameter of ours: one, or one an expert. Each tensor is the transpose."""
+    """Returns PEFT's names for one of our adapter parameters: one name, or one per expert. PEFT stores each tensor transposed."""
     weight, which = base_path(path)
     if weight == "embed":
         return [f"{PREFIX}model.embed_tokens.lora_embedding_{which.upper()}"]
@@ -62,7 +63,7 @@ def names(path, shape):
 
 
 def refuse_what_peft_cannot(cfg):
-    """ValueError, with the reason, for adapters that PEFT does not reproduce."""
+    """Raises ValueError, with the reason, for adapters that PEFT cannot represent."""
     targets = set(cfg.lora.targets)
     experts = {name.removeprefix("experts.") for name in targets if name.startswith("experts.")}
     mixed = 0 < len(cfg.moe_layers) < cfg.num_layers
@@ -76,14 +77,14 @@ def refuse_what_peft_cannot(cfg):
         why = "transformers does not know the router's bias (model_args.router_bias)"
     else:
         return
-    raise ValueError(f"lora.targets={','.join(cfg.lora.targets)}: no adapter in PEFT's format: {why}")
+    raise ValueError(f"lora.targets={','.join(cfg.lora.targets)} cannot be saved in PEFT's format: {why}; use other lora.targets")
 
 
 def save(folder, cfg, leaves, base, fingerprint):
-    """Writes an adapter that PEFT loads, in place of one that is there. leaves: {path: an array, or anything
-    with asnumpy(), which is asked once each, in order}.
+    """Writes an adapter that PEFT loads, and replaces one that is already in the folder.
 
-    base: the path of the base. Raises ValueError for adapters that PEFT does not reproduce, or a folder with anything else in it.
+    leaves: {path: array, or an object with asnumpy(), which is called once, in order}. base: the path of the base model. fingerprint: of
+    the base. Raises ValueError for adapters that PEFT cannot represent, and for a folder that contains anything else.
     """
     refuse_what_peft_cannot(cfg)
     found = adapters(cfg)
@@ -114,8 +115,8 @@ def _arrays(found, leaves):
     for path, spec in found.items():
         leaf = leaves[path]
         value = (leaf.asnumpy() if hasattr(leaf, "asnumpy") else np.asarray(leaf)).astype(np.float32, copy=False)
-        for part in value if len(spec.shape) > 2 else [value]:
-            yield part.T
+        for matrix in value if len(spec.shape) > 2 else [value]:
+            yield matrix.T
 
 
 def _check_replaceable(folder):
@@ -127,7 +128,8 @@ def _check_replaceable(folder):
 
 
 def open_adapter(folder, cfg):
-    """The Adapter in a folder, for the base of Qwen3Config cfg. Raises ValueError or FileNotFoundError naming what does not fit."""
+    """Opens the Adapter in a folder for a base model with the config cfg. Raises ValueError or FileNotFoundError naming what does not
+    fit."""
     folder = Path(folder)
     config = hf_files.read_json(folder / CONFIG)
     _check_config(folder / CONFIG, config)
@@ -163,19 +165,19 @@ def _check_config(path, config):
 
 
 def _lora(folder, config, file, cfg):
-    """The Lora of an adapter's config, its targets by the names of its tensors."""
-    module = {}  # of PEFT's modules, the name of the target
+    """Returns the Lora of an adapter. Rank, alpha and dropout come from its config; the targets come from the names of its tensors."""
+    module = {}  # (kind, PEFT's module name): the target
     for name in cfg.lora_targets:
         kind = "experts" if name.startswith("experts.") else ""
         module[(kind, TARGETS[name][1])] = name
     found = set()
     for name in file.entries:
         match = re.fullmatch(rf"{re.escape(PREFIX)}model\.(.+)\.lora_(embedding_)?[AB](\.weight)?", name)
-        parts = match[1].split(".") if match else [""]
-        target = module.get(("experts" if "experts" in parts else "", parts[-1]))
+        words = match[1].split(".") if match else [""]
+        target = module.get(("experts" if "experts" in words else "", words[-1]))
         if target is None:
             raise ValueError(
-                f"{folder}: tensor {name} is of no module that an adapter of this model has here: {', '.join(cfg.lora_targets)}"
+                f"{folder}: tensor {name} adapts none of the modules that can be adapted in this model: {', '.join(cfg.lora_targets)}"
             )
         found.add(target)
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout") or 0.0
@@ -195,12 +197,12 @@ def _check_tensors(folder, file, specs, where):
     missing, extra = sorted(wanted.keys() - file.entries.keys()), sorted(file.entries.keys() - wanted.keys())
     if missing or extra:
         what = "; ".join(f"{word} {', '.join(found[:3])}" for word, found in (("missing", missing), ("unexpected", extra)) if found)
-        raise ValueError(f"{folder}: {what}. All layers have to have the same adapters; was it made for a base of this size?")
+        raise ValueError(f"{folder}: {what}. Every layer must have the same adapters; was this adapter made for a base model of this size?")
     for name, shape in wanted.items():
         entry = file.entries[name]
         if entry.shape != shape:
             raise ValueError(
-                f"{folder}: tensor {name} has shape {list(entry.shape)}, and the base makes it {list(shape)}; is it for another base?"
+                f"{folder}: tensor {name} has shape {list(entry.shape)}, but the base needs {list(shape)}; is it for another base?"
             )
         if entry.code not in hf_files.DTYPES:
             raise ValueError(f"{folder}: tensor {name} is {entry.code}; convert it to one of {', '.join(hf_files.DTYPES)}")

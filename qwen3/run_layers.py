@@ -1,6 +1,6 @@
-"""How a model's layers run: unrolled or in a loop, with or without recomputation, their parameters gathered by ZeRO 3.
+"""Runs a model's layers: unrolled or in a loop, with or without recomputation, and with parameters all-gathered under ZeRO 3.
 
-The model knows nothing of it: `bind` gives its ops `op.run`, which runs one layer, and `op.layers`, which runs all.
+The functions of the model do not depend on this choice: `bind` sets `op.run`, which runs one layer, and `op.layers`, which runs all.
 """
 
 from dataclasses import fields
@@ -14,27 +14,27 @@ from parallel.graph.recompute import recomputed
 from parallel.graph.scan import scan
 from parallel.trees import tree_leaves
 
-RECOMPUTE = ("none", "full", "attention")  # nothing, all of a layer, or its attention and the norm before it
+RECOMPUTE = ("none", "full", "attention")  # attention: the layer's attention and the norm before it
 OF_ATTENTION = ("cos", "sin", "segments", "order")  # the entries of `rows` that attention reads
 
 
 def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=(), stats_size=None):
     """Sets how `op` runs the layers of a model:
 
-    op.of_layer[i]: the ops that the functions of layer i are given, made for its config cfg.at_layer(i).
-    op.gathered[i](stored parameters of layer i) -> the parameters that ops take.
+    op.of_layer[i]: the BoundOps for the functions of layer i, made for its config cfg.at_layer(i).
+    op.gathered[i](stored parameters of layer i) -> the parameters for the ops, all-gathered under ZeRO 3.
     op.run[i](stored parameters of layer i, x_RD, rows) -> x_RD, statistics.
     op.layers(stored parameters of all layers, x_RD, rows) -> x_RD, statistics [layers, n]. The parameters are a list of trees or, if
     `looped`, one tree of arrays stacked on a first dim.
 
     functions: the model's functions (layer, attention_input, finish_layer), see qwen3/model.py. specs: the ParamSpecs of each layer.
-    recompute: what of each layer the backward computes again instead of storing it, one of RECOMPUTE. more_rows: names of entries of `rows`
-    beside those that the model makes, and stats_size: the size of a layer's statistics, both for op.watch.
+    recompute: the activations that the backward pass computes again, one of RECOMPUTE. For op.watch: more_rows, names of further entries of
+    `rows`, and stats_size, the size of a layer's statistics.
     """
     kinds = [(cfg.at_layer(i), tuple(spec.optimizer for spec in tree_leaves(specs[i]))) for i in range(cfg.num_layers)]
     names, made, own_ops = row_names(cfg, op) + more_rows, {}, {}
     if looped and recompute == "full":
-        recompute = "none"  # the loop computes each layer again anyway
+        recompute = "none"  # the loop recomputes each layer in any case
     for i, kind in enumerate(kinds):  # one function serves all layers of a kind, so that MindSpore compiles it once
         if kind not in made:
             gathered = zero.gathered(op.sharding, specs[i])
@@ -46,13 +46,12 @@ def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=()
 
 
 def row_names(cfg, op):
-    """The entries of `rows` that the layers of a model read; see qwen3.model.rows_of."""
+    """Returns the names of the entries of `rows` that the layers of a model read. See qwen3.model.rows_of."""
     return OF_ATTENTION + (("valid",) if cfg.moe_layers else ()) + tuple(f"noise_{which}" for which in op.noises)
 
 
 def one_layer(cfg, op, functions, specs, gathered, recompute, names):
-    """Returns run(p, x_RD, rows) -> x_RD, statistics, of a layer with these specs. gathered: see `bind`; names: of all entries of rows."""
-
+    """Returns run(p, x_RD, rows) -> x_RD, statistics, for a layer with these specs. gathered: see `bind`. names: of all entries of rows."""
     layer, attention_input, finish_layer = functions
 
     def plain(p, x, rows):
@@ -82,14 +81,14 @@ def one_layer(cfg, op, functions, specs, gathered, recompute, names):
 
 
 def attention_weights(p):
-    """The weights, or their specs, of a layer's attention and of the norm before it."""
+    """Returns the part of a layer's tree that recompute=attention needs: attention and the norm before it."""
     if "attention_norm" in p:
         return {"attention_norm": p["attention_norm"], "attention": p["attention"]}
     return {"attention": p["attention"]}
 
 
 def in_order(names, rows):
-    """The entries of `rows` as a tuple."""
+    """Returns the entries of `rows` with these names, as a tuple."""
     out = ()
     for name in names:
         out += (rows[name],)
@@ -97,7 +96,7 @@ def in_order(names, rows):
 
 
 def named(names, entries):
-    """The dict `rows` again, from the tuple of its entries."""
+    """Returns the dict of these names and entries. It reverses in_order."""
     rows = {}
     for i in range(len(names)):
         rows[names[i]] = entries[i]
@@ -105,7 +104,8 @@ def named(names, entries):
 
 
 def unrolled(cfg, op):
-    """Returns layers(list of parameters, x_RD, rows) -> x_RD, statistics of the MoE layers, or of a dense model those of its first."""
+    """Returns layers(list of parameters, x_RD, rows) -> x_RD, statistics of the MoE layers. For a dense model: of its first layer, so that
+    there is a row."""
     counted = tuple(op.watch is not None or cfg.is_moe_layer(i) or (i == 0 and not cfg.moe_layers) for i in range(cfg.num_layers))
     stack = stack_stats(op.sharding, sum(counted))
 
@@ -121,7 +121,7 @@ def unrolled(cfg, op):
 
 
 def in_a_loop(cfg, op, kinds, specs, names, stats_size):
-    """Returns layers(stacked parameters, x_RD, rows) -> x_RD, statistics, of layers of one kind."""
+    """Returns layers(stacked parameters, x_RD, rows) -> x_RD, statistics. Raises ValueError unless all layers are of one kind."""
     if len({bool(config.moe_layers) for config, _ in kinds}) > 1:
         raise ValueError("train.layer_loop=scan needs layers of one kind, and this model mixes dense and MoE layers; use unroll")
     if differing := [field.name for field in fields(cfg) if len({getattr(config, field.name) for config, _ in kinds}) > 1]:
@@ -141,14 +141,14 @@ def in_a_loop(cfg, op, kinds, specs, names, stats_size):
 
 
 def stack_stats(sharding, count):
-    """Returns stack(*vectors) -> [count, n], annotated."""
+    """Returns stack(*vectors) -> [count, n] as an annotated op."""
     dims = ", ".join(["stats"] * max(1, count)) + " -> layers stats"
     return sharding.op(stack_rows(), dims, kind="kernel", sizes={"layers": count})
 
 
 def stack_rows():
-    """Returns stack(*vectors) -> a matrix of them. Not ops.Stack: given one tensor, it returned in eager mode the shape that it had in an
-    earlier compiled graph."""
+    """Returns stack(*vectors) -> a matrix with these rows. ops.Stack is not used: for a single tensor, in eager mode, it returned the shape
+    that the tensor had in an earlier compiled graph."""
     concat, reshape = ops.Concat(0), ops.Reshape()
 
     def stack(*xs):

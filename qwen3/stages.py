@@ -1,8 +1,8 @@
-"""Pipeline stages of the model: some of its layers, the embedding before the first and the head after the last.
+"""Pipeline stages of the model. A stage has some of the layers; the first stage also has the embedding, and the last one the head.
 
-A stage runs the functions of qwen3.model. Between stages travel x_RD and, in a mixture of experts, the router statistics of all layers so
-far, from which the last stage computes the losses; their gradients come back the same way. Where a model only computes, to generate or to
-score, each rank has one stage, and the last rank's results go to all.
+A stage runs the functions of qwen3.model. It sends x_RD to the next stage and, in a mixture of experts, the router statistics of all layers
+so far, from which the last stage computes the losses. Their gradients travel back. For inference (generation and scoring) each rank has one
+stage, and the last rank broadcasts its results.
 """
 
 import mindspore as ms
@@ -18,23 +18,26 @@ from qwen3.model import param_specs
 
 
 def stage_specs(cfg, layers, first, last):
-    """The specs of a stage, with the paths that they have in the whole model. layers: the range of its layers; first: with the embedding;
-    last: with the head, which is the embedding's matrix again where they are tied. The embedding's adapters are the first's."""
-    whole = param_specs(cfg)
-    tree = {"embed": whole["embed"]} if first or (last and cfg.tie_embeddings) else {}
+    """Returns the specs of a stage, at the same paths as in param_specs, except that `layers` is {number: specs}.
+
+    layers: the range of the stage's layers. first: it has the embedding and the embedding's adapter. last: it has the head; if the head is
+    tied, it also has the embedding.
+    """
+    model_specs = param_specs(cfg)
+    tree = {"embed": model_specs["embed"]} if first or (last and cfg.tie_embeddings) else {}
     if layers:
-        tree["layers"] = {str(i): whole["layers"][i] for i in layers}
+        tree["layers"] = {str(i): model_specs["layers"][i] for i in layers}
     for key in ("final_norm", "lm_head") if last else ():
-        if key in whole:
-            tree[key] = whole[key]
-    if first and "lora" in whole:
-        tree["lora"] = whole["lora"]
+        if key in model_specs:
+            tree[key] = model_specs[key]
+    if first and "lora" in model_specs:
+        tree["lora"] = model_specs["lora"]
     return tree
 
 
 def carried_shapes(cfg, sharding, layers, rows):
-    """[(shape, dtype)] of a rank's part of what a stage with these layers takes from the one before: x_RD, and where there are any the
-    router statistics so far. rows: a data rank's batch size times sequence length."""
+    """Returns [(shape, dtype)] of what a rank of a stage receives from the stage before: its shard of x_RD and, if earlier stages have MoE
+    layers, their router statistics. layers: the range of the stage's layers. rows: a data rank's batch size times sequence length."""
     x = (rows // (sharding.shards("rows") // sharding.shards("tokens")), cfg.hidden_size), getattr(ms, cfg.compute_dtype)
     before = _moe_layers(cfg, range(layers.start))
     return [x, ((before, moe.stats_size(cfg)), ms.float32)] if before else [x]
@@ -45,11 +48,11 @@ def _moe_layers(cfg, layers):
 
 
 def stage(cfg, op, layers, first, last, stack, params, carried, batch):
-    """Runs the layers with the numbers `layers`; the first stage also the embedding before them, the last one the loss after them.
+    """Runs the layers with the numbers `layers`; the first stage also runs the embedding before them, and the last one the loss after them.
 
-    Returns what the next stage takes, or from the last stage (loss, metrics). For use in a graph.
-    params: of stage_specs' structure. carried: x_RD and, where there are any, the router statistics so far, as carried_shapes says; empty
-    for the first stage. stack: see run_layers.stack_stats.
+    Returns the tensors for the next stage; the last stage returns (loss, metrics). For use in a graph.
+    params: the tree of stage_specs. carried: the tensors from the stage before, see carried_shapes; () for the first stage. stack: see
+    run_layers.stack_stats.
     """
     carried = through_layers(cfg, op, layers, first, stack, params, carried, batch)
     if not last:
@@ -58,7 +61,7 @@ def stage(cfg, op, layers, first, last, stack, params, carried, batch):
 
 
 def through_layers(cfg, op, layers, first, stack, params, carried, batch):
-    """`stage` without the loss: returns x_RD and the router statistics so far, in a tuple."""
+    """Runs `stage` without the loss. Returns a tuple of x_RD and, if there are MoE layers so far, their router statistics."""
     x = model.embed(cfg, op, params, batch["tokens"]) if first else carried[0]
     stats, here = carried[1:], ()
     if layers:
@@ -75,7 +78,7 @@ def through_layers(cfg, op, layers, first, stack, params, carried, batch):
 
 
 def build_stage(cfg, sharding, kernels, layers, first, last, recompute="none"):
-    """Returns `stage` as f(params, carried, batch), in a layout."""
+    """Returns f(params, carried, batch), which runs `stage` in a layout."""
     op = model.build(cfg, sharding, False, kernels, recompute).op
     layers, stack = tuple(layers), run_layers.stack_stats(sharding, _moe_layers(cfg, layers))
 
@@ -86,12 +89,12 @@ def build_stage(cfg, sharding, kernels, layers, first, last, recompute="none"):
 
 
 def own_layers(cfg, mesh):
-    """The range of this rank's layers where a model only computes: one stage a rank, as even as can be."""
+    """Returns the range of this rank's layers for inference: each rank has one stage, of as equal a size as possible."""
     return pipeline.stage_ranges(cfg.num_layers, mesh.pp)[mesh.index(pipeline.AXES)]
 
 
 def own_specs(cfg, mesh):
-    """The specs of what this rank has of a model that only computes: param_specs' own without a pipeline."""
+    """Returns the specs of this rank's stage for inference; without a pipeline, param_specs(cfg)."""
     if mesh.pp == 1:
         return param_specs(cfg)
     at = mesh.index(pipeline.AXES)
@@ -99,11 +102,12 @@ def own_specs(cfg, mesh):
 
 
 class Relay:
-    """A compiled stage of each rank, one after another: f(arguments) -> the last stage's results, on all ranks of a pipeline, which call it
-    with the same arguments.
+    """Runs the stages of a pipeline one after another for inference: relay(arguments) -> the results of the last stage, on every rank.
 
-    run(carried, arguments) -> a tuple of tensors: what is carried on, or the results. arrive(arguments), results(arguments): [(shape,
-    dtype)] of what comes from the stage before, and of the results. idle(arguments) -> of their shapes, for a call that changes nothing.
+    All ranks of a pipeline must call it with the same arguments.
+    run(carried, arguments) -> a tuple of tensors, for the next stage or, from the last stage, the results: the rank's compiled stage.
+    arrive(arguments), results(arguments) -> [(shape, dtype)] of the tensors from the stage before, and of the results.
+    idle(arguments) -> arguments of the same shapes with which `run` changes no state.
     """
 
     def __init__(self, mesh, run, arrive, results, idle):
@@ -114,7 +118,7 @@ class Relay:
     def __call__(self, arguments):
         arrive, results = self.arrive(arguments), self.results(arguments)
         key, arrive = str((arrive, results)), arrive if self.at else []
-        if key not in self.compiled:  # all at once: on CPU a receive gives up where the rank before compiles for long
+        if key not in self.compiled:  # all ranks compile first: on CPU a receive times out if the rank before it compiles for long
             self.run(tuple(ops.zeros(*each) for each in arrive), self.idle(arguments))
             self.compiled.add(key)
         out = self.run(tuple(collectives.receive(self.mesh, self.at - 1, *each) for each in arrive), arguments)
@@ -126,7 +130,8 @@ class Relay:
 
 
 def build_score(cfg, sharding, kernels):
-    """score(params, tokens, targets, positions, segment_ids), all [B, S] -> (nats, gap), as qwen3.model's. params: of own_specs."""
+    """Returns score(params, tokens, targets, positions, segment_ids) -> (nats, gap), see qwen3.model.score_targets. params: the tree of
+    own_specs."""
     layers, at, last = tuple(own_layers(cfg, sharding.mesh)), sharding.mesh.index(pipeline.AXES), sharding.mesh.pp - 1
     op, stack = model.build(cfg, sharding, False, kernels).op, run_layers.stack_stats(sharding, _moe_layers(cfg, layers))
 
@@ -155,8 +160,10 @@ def build_score(cfg, sharding, kernels):
 
 
 def build_extend(cfg, sharding, kernels):
-    """extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV, cache), as qwen3.generate.extended. params: of own_specs;
-    cache: of this rank's layers, of which there must be one."""
+    """Returns extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV, cache), see qwen3.generate.extended.
+
+    params: the tree of own_specs. cache: of this rank's layers; each rank must have at least one.
+    """
     layers, at, last = tuple(own_layers(cfg, sharding.mesh)), sharding.mesh.index(pipeline.AXES), sharding.mesh.pp - 1
     op, in_place = model.build(cfg, sharding, False, kernels).op, kernels.cache_write == "cpu"
 
@@ -185,7 +192,7 @@ def build_extend(cfg, sharding, kernels):
         return [((len(given["tokens"]), cfg.vocab_size), ms.float32)]
 
     def idle(given):
-        return {**given, "positions": np.full_like(given["positions"], given["cache"][0][0].shape[1])}  # beyond the cache: dropped
+        return {**given, "positions": np.full_like(given["positions"], given["cache"][0][0].shape[1])}  # past the end: not stored
 
     relay = Relay(sharding.mesh, of_stage, arrive, results, idle)
 
@@ -197,7 +204,8 @@ def build_extend(cfg, sharding, kernels):
 
 
 def _compiled(stage, first):
-    """stage(params, carried, batch), compiled; the first stage is carried nothing, and a graph takes no empty tuple."""
+    """Returns stage(params, carried, batch), compiled. The first stage has carried=(), which is left out because a graph takes no empty
+    tuple."""
 
     def from_nothing(params, batch):
         return stage(params, (), batch)

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizer: Hugging Face's tokenizer.json and chat template, and training a small one from text.
+"""Byte-level BPE tokenizer: reads Hugging Face's tokenizer.json and chat template, and trains a small tokenizer from text.
 
 Source: the Qwen2 tokenizer of the released models, and `apply_chat_template` of transformers.
 """
@@ -18,8 +18,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 EOD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CUT = re.compile(r"\n(?=[!-~])")
-PIECE, GROUP = 1 << 16, 1 << 22  # characters
+CUT = re.compile(r"\n(?=[!-~])")  # a place where SPLIT always splits, whatever the text around it
+PIECE, GROUP = 1 << 16, 1 << 22  # characters of a piece, and of a group of pieces that is encoded in one call
 CHAT_TEMPLATE = """\
 {%- if tools %}
     {{- raise_exception('this tokenizer was trained without tool tokens; use one of the released tokenizers') }}
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = """\
 
 
 def _byte_alphabet():
-    """{character: byte} of the byte-level alphabet: printable bytes stand for themselves, the others are counted up from U+0100."""
+    """Returns {character: byte} of the byte-level alphabet: a printable byte is its own character, the others are U+0100, U+0101, ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
@@ -44,14 +44,15 @@ BYTES = _byte_alphabet()
 
 
 class Tokenizer:
-    """Text to token ids and back. Nothing in it changes after it is made.
+    """Converts text to token ids and back. It is immutable.
 
-    vocab_size: highest id + 1, added tokens included. eod_id: `<|endoftext|>`, the end of a document. eos_id: where generation
-    stops, the config's eos_token. pad_id: the config's pad_token, or eod_id if it names none.
+    vocab_size: highest id + 1, added tokens included. eod_id: the id of `<|endoftext|>`, the end of a document. eos_id: the id of the
+    config's eos_token, at which generation stops. pad_id: the id of the config's pad_token, or eod_id if it has none.
     """
 
     def __init__(self, backend, config):
-        """backend: a tokenizers.Tokenizer, taken over. config: the dict of tokenizer_config.json, chat_template included."""
+        """backend: a tokenizers.Tokenizer, which the caller must not use afterwards. config: the dict of tokenizer_config.json, with
+        chat_template."""
         backend.no_truncation()
         backend.no_padding()
         self._backend, self._config = backend, dict(config)
@@ -81,14 +82,14 @@ class Tokenizer:
     def _id(self, key, token):
         i = None if token is None else self._backend.token_to_id(token)
         if i is None:
-            raise ValueError(f"tokenizer: {key}={token!r} is not in the vocabulary; name one that is in tokenizer_config.json")
+            raise ValueError(f"tokenizer: {key}={token!r} is not in the vocabulary; correct it in tokenizer_config.json")
         return i
 
     @classmethod
     def load(cls, path):
-        """The tokenizer in a folder with tokenizer.json, tokenizer_config.json and, if it has one, chat_template.jinja.
+        """Loads the tokenizer of a folder with tokenizer.json, tokenizer_config.json and, optionally, chat_template.jinja.
 
-        Raises FileNotFoundError for a missing file, ValueError for one that cannot be read.
+        Raises FileNotFoundError for a missing file, ValueError for a file that cannot be read.
         """
         path = Path(path)
         for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -109,20 +110,21 @@ class Tokenizer:
         return cls(backend, config)
 
     def save(self, path):
-        """Writes tokenizer.json and tokenizer_config.json, which transformers opens to the same ids and chat template."""
+        """Writes tokenizer.json and tokenizer_config.json. transformers opens them with the same ids and chat template."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(path / "tokenizer.json"))
         text = json.dumps(self._config, ensure_ascii=False, indent=2)
         (path / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-        (path / "chat_template.jinja").unlink(missing_ok=True)  # an older one would win over the config's
+        (path / "chat_template.jinja").unlink(missing_ok=True)  # a file from an earlier save would override the template in the config
 
     def encode(self, text, allow_special=False):
-        """Token ids of a text. Text that spells an added token is only read as that token with allow_special, as for a chat."""
+        """Returns the token ids of a text. allow_special: text such as "<|im_end|>" becomes the added token of that name, as a chat needs
+        it."""
         return self.encode_batch([text], allow_special)[0]
 
     def encode_batch(self, texts, allow_special=False):
-        """A list of token ids for each text, on all cores."""
+        """Returns a list of token ids for each text. Uses all cores."""
         texts = list(texts)
         backend = self._backend if allow_special else self._plain
         out = [[] for _ in texts]
@@ -133,30 +135,31 @@ class Tokenizer:
         return out
 
     def encode_offsets(self, text):
-        """(ids int32 [n], starts int64 [n], ends int64 [n]) of a chat's text: where in it, in characters, each token lies."""
+        """Returns (ids int32 [n], starts int64 [n], ends int64 [n]) of a chat's text: the tokens, and the characters start:end of each."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
         return np.array(encoding.ids, np.int32), starts, ends
 
     def is_added(self, i):
-        """Whether id i is an added token, such as `<|im_end|>` or `<think>`."""
+        """Returns whether id i is an added token, such as `<|im_end|>` or `<think>`."""
         return int(i) in self._added
 
     def decode(self, ids, skip_special=False):
-        """Text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary become nothing."""
+        """Returns the text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary give no text."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def bytes_of(self, i, skip_special=False):
-        """The bytes that decode() joins for id i; none for an id outside the vocabulary."""
+        """Returns the bytes that id i adds to decode(); b"" for an id outside the vocabulary."""
         token = None if skip_special and i in self._special else self._backend.id_to_token(int(i))
         if token is None:
             return b""
-        if any(c not in BYTES for c in token):  # an added token, as it is
+        if any(c not in BYTES for c in token):  # an added token is plain text
             return token.encode()
         return bytes(BYTES[c] for c in token)
 
     def token_bytes(self):
-        """int32 [vocab_size]: bytes of UTF-8 that each id stands for, 0 for added tokens. Their sum is the NFC text's length."""
+        """Returns int32 [vocab_size]: the number of UTF-8 bytes of each id, 0 for added tokens. Over the ids of a text they sum to the
+        length of its NFC form."""
         out = np.zeros(self.vocab_size, np.int32)
         for token, i in self._backend.get_vocab(with_added_tokens=False).items():
             out[i] = len(token)  # one character of the byte-level alphabet is one byte
@@ -164,32 +167,33 @@ class Tokenizer:
         return out
 
     def apply_chat_template(self, messages, tools=None, add_generation_prompt=False, enable_thinking=None, **kw):
-        """The text of a conversation, for encode(..., allow_special=True). Messages and tools are lists of dicts of JSON data.
+        """Returns the text of a conversation, for encode(..., allow_special=True). messages, tools: lists of dicts of JSON data.
 
-        The template decides what enable_thinking=None means. What it tags with `generation` is rendered as it is, or between the two
-        texts of generation_marks=[before, after]. Raises ValueError if the template fails or tries to leave its sandbox.
+        The template decides what enable_thinking=None means. With generation_marks=[before, after], text that the template encloses in
+        `generation` tags is rendered between these two marks. Raises ValueError if the template fails or tries to leave its sandbox.
         """
         if self.chat_template is None:
             raise ValueError("tokenizer has no chat template; add chat_template.jinja to its folder, or give plain text")
         if not messages:
             raise ValueError("messages=[] has nothing to render; give at least one message")
-        # As transformers: a key whose value is None is a missing key.
+        # transformers also treats a key whose value is None as a missing key.
         messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
         named = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and isinstance(v, str | dict)}
         context = {**named, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         if enable_thinking is not None:
             context["enable_thinking"] = enable_thinking
         try:
-            plain = json.loads(json.dumps({**context, **kw}))  # the template is given no object with methods of its own
+            plain = json.loads(json.dumps({**context, **kw}))  # the template receives only plain JSON data, no objects with methods
             return _compile(self.chat_template).render(plain)
         except Exception as e:  # a template is foreign code: it can fail in any way
             raise ValueError(f"chat template: {e}; check the messages against the template") from e
 
 
 def train_bpe(texts, vocab_size):
-    """A Tokenizer of at most vocab_size ids, fewer if the texts run out of pairs: 256 bytes, merges, then 3 special tokens.
+    """Trains a Tokenizer of at most vocab_size ids: 256 bytes, merges, then 3 special tokens. It has fewer ids if no pairs are left to
+    merge.
 
-    The same texts give the same tokenizer. Pre-tokenizer, normalizer and special tokens are Qwen2's.
+    Training is deterministic. Pre-tokenizer, normalizer and special tokens are those of Qwen2.
     """
     special = [EOD, IM_START, IM_END]
     if vocab_size < 256 + len(special):
@@ -217,7 +221,8 @@ def train_bpe(texts, vocab_size):
 
 
 def _groups(texts, cut):
-    """Lists of (index of the text, piece of it). The library needs 100 bytes a character of what it is given at once."""
+    """Yields lists of (index of the text, piece of it), of about GROUP characters: the library needs 100 bytes per character of one
+    call."""
     group, size = [], 0
     for i, text in enumerate(texts):
         for piece in _pieces(text) if cut else [text]:
@@ -230,7 +235,8 @@ def _groups(texts, cut):
 
 
 def _pieces(text):
-    """A text in parts of about PIECE characters, between a newline and visible ASCII: there SPLIT cuts whatever is around."""
+    """Yields a text in pieces of about PIECE characters. It is cut only where CUT matches, so that the pieces have the tokens of the
+    text."""
     start = 0
     while found := CUT.search(text, start + PIECE):
         yield text[start : found.end()]
@@ -239,19 +245,20 @@ def _pieces(text):
 
 
 def _content(token):
-    """The text of a token that the config gives as a string or as a dict."""
+    """Returns the text of a token, which the config stores as a string or as a dict."""
     return token["content"] if isinstance(token, dict) else token
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses what the base class turns into empty text."""
+    """A sandbox that raises an error for an unsafe attribute, which the base class renders as empty text."""
 
     def unsafe_undefined(self, obj, attribute):
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`, transformers' tag for what the assistant produces; a scope of its own, as theirs is."""
+    """The tag `{% generation %} ... {% endgeneration %}`, with which transformers marks the assistant's text. Like theirs, it is a
+    scope."""
 
     tags = {"generation"}
 
@@ -275,7 +282,7 @@ def _compile(template):
 
 
 def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """JSON as transformers gives it to templates: jinja2's own filter escapes HTML."""
+    """The filter `tojson` of transformers. It does not escape HTML, which the filter of jinja2 does."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

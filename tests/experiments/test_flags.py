@@ -232,7 +232,7 @@ BAD_MODELS = [
     ("model=Qwen/Qwen3-8B", "did you mean 'qwen3-8b'?"),
     ("model_args.num_kv_heads=3", "num_kv_heads=3 must divide num_heads=4; use 1, 2, 4"),
     ("model_args.compute_dtype=bfloat16", "MindSpore has no bfloat16 matmul on CPU; use --config.model_args.compute_dtype=float32"),
-    ("model_args.compute_dtype=float16", "on CPU this version computes in float32 only; use --config.model_args.compute_dtype=float32"),
+    ("model_args.compute_dtype=float16", "the CPU ops compute in float32 only; use --config.model_args.compute_dtype=float32"),
     ("model_args.compute_dtype=fp8", "compute_dtype='fp8' is not one of float32, float16, bfloat16"),
     ("model_args.mlp_only_layers=all", "model_args.mlp_only_layers=('all',) must be layer numbers, such as (0,1)"),
 ]

@@ -130,7 +130,7 @@ def test_what_does_not_train_is_said_by_the_specs():
 
 
 def test_dropout_before_experts_is_refused():
-    with pytest.raises(ValueError, match="lora.dropout=0.1 has no place before router, as PEFT has none there"):
+    with pytest.raises(ValueError, match="lora.dropout=0.1 cannot be used with lora.targets router: PEFT has no dropout there"):
         Lora(4, 8.0, ("q", "router"), dropout=0.1)
 
 

@@ -309,7 +309,7 @@ BAD_RECORDS = [
     (sharegpt, {"conversations": [{"from": "gpt", "value": "x"}], "tools": "{"}, "'tools' is not JSON"),
     (openai, {"messages": "hello"}, "'messages' is not JSON"),
     (openai, {"messages": [{"role": "developer", "content": "x"}]}, "role='developer' is not known; use one of system, user"),
-    (openai, {"messages": [user([{"type": "image_url"}])]}, "'content' has the part {'type': 'image_url'}; only text"),
+    (openai, {"messages": [user([{"type": "image_url"}])]}, "'content' has the item {'type': 'image_url'}; only text"),
     (openai, {"messages": [user(3)]}, "'content' is int; give text"),
     (openai, {"messages": [{"role": "user"}]}, "a message of role 'user' has neither content nor tool calls"),
 ]

@@ -93,7 +93,7 @@ REFUSED = {
     "init_lora_weights='pissa' changes the base's weights": {"init_lora_weights": "pissa"},
     "r=0 must be an integer above 0": {"r": 0},
     "lora_alpha=None must be a number above 0": {"lora_alpha": None},
-    r"lora_A.weight has shape \[3, 24\], and the base makes it \[5, 24\]": {"r": 5},
+    r"lora_A.weight has shape \[3, 24\], but the base needs \[5, 24\]": {"r": 5},
 }
 
 
@@ -113,7 +113,7 @@ def test_tensors_that_are_missing_or_of_another_module_are_named(tmp_path):
     file = hf_files.TensorFile(tmp_path / "adapter" / peft.WEIGHTS)
     entries = [(name.replace("q_proj", "c_proj"), entry.code, entry.shape) for name, entry in file.entries.items()]
     hf_files.write_tensors(tmp_path / "adapter" / peft.WEIGHTS, entries, list(file.arrays(file.entries)))
-    with pytest.raises(ValueError, match="c_proj.lora_A.weight is of no module that an adapter of this model has here: embed, q, k"):
+    with pytest.raises(ValueError, match="c_proj.lora_A.weight adapts none of the modules that can be adapted in this model: embed, q, k"):
         peft.open_adapter(tmp_path / "adapter", cfg.base)
 
 
