@@ -1,7 +1,7 @@
 """Benchmarks: python -m experiments.bench --what=train|decode|ops|data|checkpoint|memory|monitors|context
 
-Prints one figure a line; --json=FILE writes them as JSON. Compare only figures of one machine and one day. --peer also measures another
-implementation on the same work, in turns within the same minutes (pip install -e '.[peers]').
+Prints one figure per line; --json=FILE writes them as JSON. Compare only figures of one machine and one day. --peer also measures another
+implementation on the same work, in turns with ours (pip install -e '.[peers]').
 """
 
 import json
@@ -22,7 +22,7 @@ from parallel.graph import runtime
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("what", "train", ["train", "decode", "ops", "data", "checkpoint", "memory", "monitors", "context"], "what to measure")
-flags.DEFINE_string("json", None, "file for the figures")
+flags.DEFINE_string("json", None, "file to which the figures are written")
 flags.DEFINE_integer(
     "steps",
     None,
@@ -30,19 +30,19 @@ flags.DEFINE_integer(
     " memory: steps (6); monitors: steps (20); context: (2)",
     lower_bound=1,
 )
-flags.DEFINE_boolean("moe", False, "train, decode, monitors: 16 experts of ffn 256, 4 a token, instead of an ffn of 768")
+flags.DEFINE_boolean("moe", False, "train, decode, monitors: 16 experts of ffn 256, 4 per token, instead of a dense ffn of 768")
 flags.DEFINE_multi_integer("batch", [1, 16], "decode: prompts at a time; repeat the flag for several", lower_bound=1)
-flags.DEFINE_multi_enum("peer", [], list(PEERS), "train, decode: another contestant; repeat the flag for several")
-flags.DEFINE_string("peer_python", None, "interpreter for the peers whose package is not in this one")
+flags.DEFINE_multi_enum("peer", [], list(PEERS), "train, decode: another implementation to measure; repeat the flag for several")
+flags.DEFINE_string("peer_python", None, "Python interpreter for peers whose package this one does not have")
 flags.DEFINE_enum("kernels", "auto", ["auto", "reference", "cpu"], "train, decode, memory, monitors: implementation of our ops")
-flags.DEFINE_boolean("check", False, "train, decode: ours with the reference ops is a contestant too")
+flags.DEFINE_boolean("check", False, "train, decode: also measure ours with the reference ops")
 flags.DEFINE_enum("layer_loop", "auto", ["auto", "unroll", "scan"], "train, monitors: how the layers are compiled")
 flags.DEFINE_integer("seq_len", 32768, "context: tokens of the row", lower_bound=8)
 flags.DEFINE_enum("cp_attention", "ring", ["ring", "ulysses"], "context: how ranks share attention")
-flags.DEFINE_list("ops", [], "ops: those to measure; default: all")
+flags.DEFINE_list("ops", [], "ops: names of the cases to measure; default: all")
 flags.DEFINE_float("state_gb", 2.0, "checkpoint: size of the state, in 1e9 bytes", lower_bound=0.001)
 flags.DEFINE_string("folder", None, "checkpoint: a folder on the disk to measure; default: the system's temporary one")
-flags.DEFINE_float("bin_gb", 2.0, "data: size of the .bin that is made to load from, in 1e9 bytes", lower_bound=0.001)
+flags.DEFINE_float("bin_gb", 2.0, "data: size of the generated .bin file to load from, in 1e9 bytes", lower_bound=0.001)
 
 BENCHES = {
     "train": (bench_train, 20),
@@ -68,7 +68,7 @@ def main(_):
         with open(FLAGS.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=2)
     if not figures.get("loss_difference", 0) <= LOSS_TOLERANCE:
-        raise FloatingPointError("the contestants' losses differ: they do not do the same")
+        raise FloatingPointError("the losses of the implementations differ, so their times cannot be compared; see loss_difference")
 
 
 if __name__ == "__main__":

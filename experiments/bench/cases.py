@@ -1,7 +1,7 @@
-"""The ops benchmark's table: every op's functions at the shapes of the training benchmark's model, with their bytes and FLOP.
+"""The cases of the ops benchmark: every op's functions at the shapes of the training benchmark's model, with their bytes and FLOP.
 
-R = 2048 rows of 8 x 256 tokens. Bytes count each array that must be read or written once. FLOP count an exp, a log, a division or a root as
-one, and no recomputation.
+R = 2048 rows: 8 x 256 tokens. Bytes: each array that must be read or written counts once. FLOP: an exp, log, division or root counts as
+one, and recomputation is not counted.
 """
 
 from dataclasses import dataclass, field
@@ -25,9 +25,9 @@ STACK_L = 16  # layers whose arrays are stacked
 class Case:
     """A case of the benchmark. op, function: the arguments of ops.registry.pick. make(factory) -> the function that is timed.
 
-    inputs(implementation) -> (arrays with gradients, arrays without). flop: (of the forward, of forward and backward together); the second
-    is None where there is no gradient. bytes: a pair like flop; None counts each array once. in_place: whether the op changes its
-    arguments. alone: whether the case is measured only when --ops names it.
+    inputs(implementation) -> (arrays with gradients, arrays without). flop: (forward, forward and backward together); the second is None if
+    there is no gradient. bytes: a pair like flop; None: each array counts once. in_place: whether the op changes its arguments. alone:
+    whether the case is measured only if --ops names it.
     """
 
     op: str
@@ -54,7 +54,7 @@ def ids(high, *shape):
 
 
 def fixed(arrays, others=()):
-    """Returns an inputs(implementation) that gives every implementation these arrays."""
+    """Returns a function inputs(implementation) that gives every implementation these arrays."""
     return lambda implementation: (arrays, others)
 
 
@@ -74,7 +74,7 @@ def _of_rows():
 
 
 def _call(*args):
-    """Calls the factory, which is the last argument, with the other arguments; partial(_call, EPS) is a Case's make."""
+    """Calls the last argument, a factory, with the other arguments. partial(_call, EPS) is the `make` of a Case."""
     *args, factory = args
     return factory(*args)
 
@@ -83,7 +83,7 @@ def _of_attention():
     batch = packed_batch(V)
     q, k, v = normal(B, S, N, H), normal(B, S, K, H), normal(B, S, K, H) + 1
     ints = batch["segment_ids"], batch["segment_ids"], batch["positions"], batch["positions"]
-    scores = 2 * (S // 2) * (S // 2 + 1) // 2  # of a row, in two documents
+    scores = 2 * (S // 2) * (S // 2 + 1) // 2  # unmasked scores of a row with two documents
     flop = 4 * B * N * H * scores
 
     def long(length, function):
@@ -104,7 +104,7 @@ def _of_attention():
         "attention_decode": Case(
             "attention", fixed((), (*decode, *one_token)), (4 * CACHE_B * N * H * CACHE_T, None), make=partial(_call, H**-0.5)
         ),
-        # the reference's gradient has several arrays of N * length ** 2; with its lse, which it does not give, the kernel runs alone
+        # The gradient of the reference needs several arrays of N * length ** 2. It has no function with_lse, so there only the kernel runs.
         "attention_4096": long(4096, ""),
         "attention_8192": long(8192, "with_lse"),
     }

@@ -25,8 +25,9 @@ EMBED = (32768, 1024)
 
 
 def bench_checkpoint(state_gb, turns, folder):
-    """Figures as a dict. state_gb: 1e9 bytes of float32 arrays, in the sizes of Qwen3-0.6B's layers; folder: on the disk that counts, or
-    None for the system's temporary one. Every write ends in fsync, the copy's too; what is read was written just before, in all cases."""
+    """Returns figures as a dict. state_gb: size of the state in 1e9 bytes, float32 arrays of the shapes in Qwen3-0.6B. folder: on the disk
+    to measure; None: the system's temporary folder. Every write ends with fsync, also the copy; every file that is read was just
+    written."""
     held = make_state(state_gb * 1e9)
     nbytes = sum(h.data.nbytes for h in held)
     rows = []
@@ -52,7 +53,7 @@ def bench_checkpoint(state_gb, turns, folder):
         names, files = len(held), len(Reader(step_folder(run, 2 * turns)).files)
     middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     speeds = {f"{what}_gb_per_s": nbytes / 1e9 / middle[f"{what}_s"] for what in ("copy", "save", "restore")}
-    # of neighbours in time, as the disk is not equally fast at all times
+    # Each ratio compares measurements of one turn, because the speed of the disk changes over time.
     ratios = {f"{what}_vs_copy": statistics.median(row["copy_s"] / row[f"{what}_s"] for row in rows) for what in ("save", "restore")}
     return {"what": "checkpoint", "cores": os.cpu_count(), "bytes": nbytes, "arrays": names, "files": files, **middle, **speeds, **ratios}
 

@@ -1,6 +1,6 @@
-"""The context parallel benchmark: memory and time of a rank for one long row, split over 1, 2 and 4 ranks in jobs one after the other.
+"""The context parallel benchmark: memory and time of a rank for one long row, sharded over 1, 2 and 4 ranks, in one job after the other.
 
-Each process of a job runs: python -m experiments.bench.context FOLDER CP ATTENTION SEQ_LEN STEPS, by experiments.launch.
+experiments.launch starts each process of a job: python -m experiments.bench.context FOLDER CP ATTENTION SEQ_LEN STEPS
 """
 
 import json
@@ -23,16 +23,16 @@ from qwen3.model import param_specs
 
 MODEL = dict(vocab_size=512, hidden_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_size=384, tie_embeddings=True)
 RANKS = (1, 2, 4)
-SHORT = 256  # tokens of a row that needs hardly more memory than what compiling its graph takes
+SHORT = 256  # tokens of a row so short that compiling the graph needs most of the memory
 ROOT = Path(__file__).parents[2]
 
 
 def bench_context(options, ranks=RANKS):
-    """Returns figures as a dict; cpN_... are those of N ranks. options: seq_len, cp_attention, steps; the first step compiles and is not
-    timed, unless it is the only one.
+    """Returns figures as a dict; those of N ranks begin with cpN_. options: seq_len, cp_attention, steps. The first step compiles and is
+    not timed, unless it is the only one.
 
-    above_mem_gib: how far a rank's peak memory is above its memory before the first step, the compiler's memory included; the largest over
-    the ranks. row_mem_gib: above_mem_gib, less that of a job with a row of SHORT tokens.
+    above_mem_gib: a rank's peak memory minus its memory before the first step, including the compiler's memory; the largest over ranks.
+    row_mem_gib: above_mem_gib minus that of a job with a row of SHORT tokens.
     """
     figures = {"what": "context", "seq_len": options.seq_len, "cp_attention": options.cp_attention}
     for cp in ranks:
@@ -74,5 +74,5 @@ def rank_of_job(folder, cp, attention, seq_len, steps):
 
 if __name__ == "__main__":
     folder, cp, attention, *numbers = sys.argv[1:]
-    os.chdir(folder)  # MindSpore writes files where it runs
+    os.chdir(folder)  # MindSpore writes files to the current folder
     rank_of_job(folder, int(cp), attention, *map(int, numbers))

@@ -18,13 +18,13 @@ from experiments.train.program import build_program
 from experiments.train.weights import random
 from qwen3.tokenizer import Tokenizer, train_bpe
 
-VOCAB, EOD, MEAN_LENGTH = 512, 0, 1000  # of the made pair; lengths are drawn between 1 and twice the mean
+VOCAB, EOD, MEAN_LENGTH = 512, 0, 1000  # of the generated pair; document lengths are uniform from 1 to twice the mean
 BATCH, SEQ_LEN, BATCHES = 16, 2048, 256
-TEXT_BYTES, PIECE = 4_000_000, 2000  # of the text that is tokenised, and characters of a document
+TEXT_BYTES, PIECE = 4_000_000, 2000  # characters of text to tokenise, and of each document
 
 
 def bench_data(bin_gb, steps):
-    """Figures as a dict; everything it writes lies in a temporary folder. loader_*: rows of SEQ_LEN tokens, one process, one thread."""
+    """Returns figures as a dict. All files are in a temporary folder. loader_*: rows of SEQ_LEN tokens, one process, one thread."""
     figures = {"what": "data", "cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as folder:
         prefix = os.path.join(folder, "made")
@@ -36,7 +36,7 @@ def bench_data(bin_gb, steps):
 
 
 def make_pair(prefix, size):
-    """Writes a pair of documents of random ids whose .bin has about `size` bytes; returns its bytes."""
+    """Writes a pair of documents of random ids, whose .bin has about `size` bytes. Returns its size in bytes."""
     rng = np.random.default_rng(0)
     ids = rng.integers(1, VOCAB, 1 << 22, dtype=np.uint16)
     with Writer(prefix, np.uint16) as out:
@@ -59,7 +59,7 @@ def rows_of(prefix, seq_len):
 
 
 def bench_loader(prefix):
-    """Rows in random order over the whole pair, pages of the file that are read first included."""
+    """Measures the loader with rows in random order from all of the pair, including the first access to pages of the file."""
     before, start = memory_mb(), time.perf_counter()
     with Loader(rows_of(prefix, SEQ_LEN), BATCH, seed=0) as loader:
         next(loader)
@@ -98,14 +98,15 @@ def bench_wait(prefix, steps):
 
 
 def bench_preprocess(folder):
-    """Documents a second on one core: jsonl to a pair, and the tokenizer's batch and its calls one by one on the same texts."""
+    """Measures documents per second on one core: preprocessing jsonl to a pair, and for the same texts the tokenizer with one batch call
+    and with one call per text."""
     texts = _texts()
     train_bpe(texts[:500], 4096).save(os.path.join(folder, "tokenizer"))
     tokenizer, job = Tokenizer.load(os.path.join(folder, "tokenizer")), encode.Job(os.path.join(folder, "tokenizer"))
     path = os.path.join(folder, "texts.jsonl")
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # of this process, which does nothing after it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # never restored, because this is the process's last work
     seconds = {
         "batch": _time(lambda: tokenizer.encode_batch(texts)),
         "loop": _time(lambda: [tokenizer.encode(text) for text in texts]),
@@ -148,6 +149,6 @@ def _time(call):
 
 
 def memory_mb():
-    """Memory of this process in 1e6 bytes, without the pages of mapped files, which the system takes back when it needs them."""
+    """Returns the memory of this process in 1e6 bytes, without pages of mapped files, which the system can reclaim."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) * 1024 / 1e6 for line in file if line.startswith("RssAnon"))

@@ -1,4 +1,4 @@
-"""The memory benchmark: a training step with each form of recompute, each in its own process, in turns."""
+"""The memory benchmark: a training step with each form of recomputation. Each form has its own process, and the processes take turns."""
 
 import tempfile
 
@@ -18,12 +18,13 @@ FORMS = {**{form: {"layer_loop": "unroll", "recompute": form} for form in RECOMP
 
 
 def bench_memory(options, model=None, rows=ROWS, seq_len=SEQ_LEN):
-    """Figures as a dict, by the name of the form, of unrolled layers but for scan, the loop, which recomputes all of a layer in any case.
-    options: as in bench_train, without peers; layer_loop is each form's own.
+    """Returns figures as a dict; their names begin with the form of recomputation. Layers are unrolled, except in the form "scan", the
+    loop, which recomputes each layer in full. options: as in bench_train, without peers; layer_loop is set by the form.
 
-    held_mem_gib: of the process before its first step, with parameters and optimizer state; above_held_gib: what its peak is above that,
-    the compiler's part included; above_params_gib: the same with the optimizer state. _over_none of these: their shares of those of none;
-    time_over_none: the median over rounds of the step time over that of none. loss_difference has to be 0.
+    held_mem_gib: memory of the process before its first step, with parameters and optimizer state. above_held_gib: peak memory minus
+    held_mem_gib; it includes the compiler's memory. above_params_gib: above_held_gib plus the optimizer state. above_..._over_none: these
+    divided by those of the form "none". time_over_none: the median over rounds of the step time divided by that of "none".
+    loss_difference must be 0.
     """
     cfg = Qwen3Config(**(model or MODEL))
     with tempfile.TemporaryDirectory() as folder:

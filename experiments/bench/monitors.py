@@ -1,5 +1,5 @@
-"""The monitors benchmark: a training step with monitors off, on between two watched steps, and watching each step, each in its own process,
-in turns."""
+"""The monitors benchmark: a training step without monitors, a step between two monitored steps, and a monitored step. Each has its own
+process, and the processes take turns."""
 
 import tempfile
 
@@ -15,12 +15,11 @@ EVERY = {"off": 0, "between": 10**9, "watched": 1}  # train.monitor_every of eac
 
 
 def bench_monitors(options, model=None, rows=BATCH, seq_len=SEQ_LEN):
-    """Figures as a dict, by the name of the contestant. options: moe, steps, layer_loop, kernels, peer and peer_python, of which there are
-    none.
+    """Returns figures as a dict; their names begin with off, between or watched. options: moe, steps, layer_loop, kernels.
 
-    off: the step alone, as train.monitor_every=0 has it; between: a step that is not the one in train.monitor_every; watched: one that is,
-    with all that is written of it. values: so many are written of a step. over_off: the median over rounds of the step time over that of
-    off. loss_difference has to be 0.
+    off: a step with train.monitor_every=0. between: a step that is not monitored, with monitors on. watched: a monitored step, including
+    writing its values. values: the number of values that a step writes. over_off: the median over rounds of the step time divided by that
+    of off. loss_difference must be 0.
     """
     cfg = Qwen3Config(**(model or (MOE if options.moe else MODEL)))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The ops benchmark: times each implementation of each op in experiments/bench/cases.py, compiled, in turns with the others of its case."""
+"""The ops benchmark: times each compiled implementation of the ops in experiments/bench/cases.py; those of a case take turns."""
 
 import concurrent.futures
 import importlib
@@ -16,21 +16,22 @@ from ops import registry
 from parallel.graph.jit import jit
 from parallel.step import value_and_grad
 
-COPIED = 1 << 27  # bytes, more than the caches hold
+COPIED = 1 << 27  # bytes of an array that is larger than the caches
 
 
 def bench_ops(options):
-    """Figures as a dict, medians over options.steps calls, each CASE.forward.* and, where there is a gradient, CASE.forward_backward.*
+    """Returns figures as a dict, medians over options.steps calls: CASE.forward.* and, if there is a gradient, CASE.forward_backward.*
 
-    bytes, flop: what the case has to move and compute. For each implementation _s: the time of a call of the compiled function, call_s of
-    which any call takes. _of_matmul, _of_copy: flop and bytes a second over the machine's peaks; what the caches hold moves faster than
-    a copy. reference_over_NAME: the reference's time over NAME's.
+    bytes, flop: the bytes that the case must move, and the operations that it must compute. For each implementation, _s: seconds of a call
+    of the compiled function, which include call_s, the time of a call that does nothing. _of_matmul, _of_copy: flop and bytes per second
+    divided by the machine's peaks; _of_copy can exceed 1 for data in the caches. reference_over_NAME: the reference's time divided by
+    NAME's.
 
-    options: ops, names of cases, empty for all but those that are only measured alone; kernels, an implementation, or auto for all.
+    options: ops, names of cases, empty for all except those with Case.alone; kernels, an implementation, or auto for all.
     """
     table, asked = cases(), options.ops
     if unknown := [name for name in asked if name not in table]:
-        raise ValueError(f"--ops={unknown[0]}: there is no such case; they are {', '.join(table)}")
+        raise ValueError(f"--ops={unknown[0]} is not a case; use {', '.join(table)}")
     peaks = {"matmul_gflops": metrics.peak_flops() / 1e9, "copy_gb_per_s": copy_bandwidth() / 1e9}
     figures = {"what": "ops", "cores": os.cpu_count(), **peaks, "call_s": _call_s(options.steps)}
     for name, case in table.items():
@@ -66,7 +67,7 @@ def bench_case(case, options, peaks):
 
 
 def _factory(case, implementation):
-    """Returns the factory of an implementation; None where the op has none, or it cannot run on this device."""
+    """Returns the factory of an implementation; None if the op has none, or if it cannot run on this device."""
     module = importlib.import_module(f"ops.{case.op}")
     try:
         registry.choose({case.op: implementation}, ms.get_context("device_target"), "float32")
@@ -76,12 +77,12 @@ def _factory(case, implementation):
 
 
 def _calls(case, implementation, op):
-    """({kind: a call to time}, the bytes of each kind if every array moves once)"""
+    """Returns ({kind: a function to time}, the bytes of each kind if every array moves once)."""
     arrays, others = case.inputs(implementation)
-    if case.op == "sampling" and implementation == "reference":  # which runs on the host, on numpy arrays
+    if case.op == "sampling" and implementation == "reference":  # it runs on the host, on numpy arrays
         out = op(*others)
         return {"forward": lambda: op(*others)}, (_bytes(others) + out.nbytes, None)
-    inputs, fixed = (tuple(map(ms.Tensor, part)) for part in (arrays, others))
+    inputs, fixed = (tuple(map(ms.Tensor, each)) for each in (arrays, others))
     forward = jit(_first_element(op) if case.in_place else _values(op))
     outs = _tuple(forward(inputs, fixed))
     made = {"forward": lambda: _tuple(forward(inputs, fixed))[-1].asnumpy()}
@@ -103,7 +104,7 @@ def _values(op):
 
 
 def _first_element(op):
-    """Wraps an op that changes its arguments, to return one element: a graph that returned the arguments would copy them."""
+    """Wraps an op that changes its arguments so that it returns one element. A graph that returns the arguments would copy them."""
     reshape = ops.Reshape()
 
     def first(inputs, fixed):
@@ -114,7 +115,7 @@ def _first_element(op):
 
 
 def _seeded(op, several, floats):
-    """Returns a scalar function of an op's results. Its gradient with respect to the results is `weights`, and costs no computation."""
+    """Returns a scalar function of an op's results whose gradient with respect to them is `weights`, without any computation."""
     seed, n = _Seed(), len(floats)
 
     def of_one(inputs, fixed, weights):
@@ -145,7 +146,7 @@ class _Seed(nn.Cell):
 
 
 def _times(calls, steps):
-    """{name: median seconds} of calls that take turns; the first two of each are not counted."""
+    """Times calls that take turns. Returns {name: median seconds}, without the first two of each."""
     times = {name: [] for name in calls}
     for at in range(steps + 2):
         for name, call in calls.items():
@@ -161,12 +162,12 @@ def _call_s(steps):
 
 
 def copy_bandwidth(repeats=5):
-    """Bytes a second that all cores together read and write while they copy: the best of a few."""
+    """Measures the bytes per second that all cores together read and write while they copy. Returns the best of `repeats` runs."""
     cores = len(os.sched_getaffinity(0))
-    parts = [(np.ones(COPIED // 4 // cores, np.float32), np.zeros(COPIED // 4 // cores, np.float32)) for _ in range(cores)]
+    pairs = [(np.ones(COPIED // 4 // cores, np.float32), np.zeros(COPIED // 4 // cores, np.float32)) for _ in range(cores)]
     with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        best = min(timed(lambda: list(pool.map(lambda part: np.copyto(part[1], part[0]), parts)))[0] for _ in range(repeats))
-    return 2 * sum(part[0].nbytes for part in parts) / best
+        best = min(timed(lambda: list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs)))[0] for _ in range(repeats))
+    return 2 * sum(pair[0].nbytes for pair in pairs) / best
 
 
 def _tuple(out):

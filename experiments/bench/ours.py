@@ -1,4 +1,4 @@
-"""Our side of a contest, a process of its own: python -m experiments.bench.ours, run by bench/peers.py."""
+"""The process that runs our side of a benchmark: python -m experiments.bench.ours, started by experiments/bench/peers.py."""
 
 from experiments.bench.ours_train import load, train
 from experiments.bench.turns import mem_mib, serve, timed
@@ -7,7 +7,7 @@ from parallel.graph import runtime
 from qwen3.engine import Engine, Request
 from qwen3.generate import generate, prefill
 
-REQUESTS = 400  # short ones, for the engine's memory
+REQUESTS = 400  # short requests, to measure the growth of the engine's memory
 
 
 def decode(job):
@@ -35,7 +35,7 @@ def decode(job):
 
 
 def _engine(engine, prompts, count):
-    """Does as decode() with the engine, and measures how much memory many requests leave in use."""
+    """Returns (facts, step) of decode() with the engine. It also measures how much memory stays in use after many requests."""
 
     def write(prompts, count):
         numbers = [engine.submit(Request(prompt, count)) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Our contestant of the training benchmarks, for experiments/bench/ours.py."""
+"""Our side of the training benchmarks, for experiments/bench/ours.py."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ def load(job):
 
 
 def train(job):
-    """A step is forward, backward, clipping and AdamW on one batch; with monitor_every, watched."""
+    """Returns (facts, step). A step is forward, backward, clipping and AdamW on one batch, monitored if the job has monitor_every."""
     (cfg, params), config = load(job), common.get_config()
     config.train.layer_loop, config.train.recompute = job["layer_loop"], job.get("recompute", "none")
     config.optim.update(job["optim"])
@@ -42,7 +42,7 @@ def train(job):
         at += 1
         return metrics["loss"]
 
-    tree_map(lambda zeros: zeros.asnumpy().fill(0), (state["m"], state["v"]))  # what nothing was written to is not held yet
+    tree_map(lambda zeros: zeros.asnumpy().fill(0), (state["m"], state["v"]))  # writing gives memory to pages that were not touched yet
     held = held_mem_gib()
     facts = {"held_mem_gib": held, **warmed_up(step, job["warmup_steps"])}
     facts.update({"values": len(written)} if "monitor_every" in job else {})
@@ -51,8 +51,8 @@ def train(job):
 
 
 def _watched(cfg, config, program, every, written):
-    """The program whose steps train.monitor_every watches; `written` gets what they write."""
-    from experiments.watch import monitors, probe  # which import what training alone does without, and its memory is measured, too
+    """Returns the program with monitored steps. Their values are written to the dict `written`."""
+    from experiments.watch import monitors, probe  # imported here because the memory of training without monitors is measured
 
     sharding = Sharding()
     seen = probe.Probe(cfg, config, sharding, program)

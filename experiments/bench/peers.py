@@ -1,6 +1,7 @@
-"""Contestants of a benchmark. Each is a process; they run in turns on the same cores, and are stopped between their turns.
+"""Runs the contestants of a benchmark. Each is a process. They take turns on the same cores, and are stopped between their turns.
 
-Ours is bench/ours.py. The peers are scripts in bench/peer_models, run by an interpreter that has what they import; nothing of ours does.
+Ours is experiments/bench/ours.py. The peers are scripts in experiments/bench/peer_models, which import nothing of ours; they run in an
+interpreter that has their packages.
 """
 
 import contextlib
@@ -22,21 +23,23 @@ from qwen3 import hf
 from qwen3.model import param_specs
 
 ROOT = Path(__file__).parents[2]
-# A peer's package, its script, and what it adds to the job.
+# Peer: its package, its script, and its additions to the job.
 PEERS = {
     "transformers": ("transformers", "torch_qwen3.py", {"compile": False}),
     "compile": ("transformers", "torch_qwen3.py", {"compile": True}),
     "jax": ("jax", "jax_qwen3.py", {}),
 }
-UNTIMED = 1  # steps at the start of each turn, while the caches fill
+UNTIMED = 1  # steps at the start of each turn, in which the caches fill
 
 
 def contest(job, ours, options, rounds, steps, between=None):
-    """({name: (facts, rounds of steps, peak memory in GiB)}, load of others) after so many rounds of `steps` timed steps of each.
+    """Runs `rounds` rounds, each with `steps` timed steps of each contestant. Returns ({name: (facts, rounds of steps, peak memory in
+    GiB)}, load of others).
 
-    job: what all are given. ours: {name: what is added to it}. options: peer, names in PEERS, and peer_python, an interpreter for those
-    whose package this one does not have; ValueError where neither has it. between: called in each round, while all are stopped.
-    Load of others: of the processor time spent in the turns the mean share that other processes had. Where it is high, times mean little.
+    job: the job of all contestants. ours: {name: additions to the job}. options: peer, names in PEERS, and peer_python, an interpreter for
+    peers whose package this one does not have. between: called once per round, while all contestants are stopped. Load of others: the mean
+    share of processor time that other processes used during the turns; if it is high, the times are not reliable. Raises ValueError for a
+    peer whose package neither interpreter has.
     """
     commands = {name: ([sys.executable, "-m", "experiments.bench.ours"], extra) for name, extra in ours.items()}
     commands.update({name: (command(name, options.peer_python), PEERS[name][2]) for name in options.peer})
@@ -46,14 +49,14 @@ def contest(job, ours, options, rounds, steps, between=None):
         for at in range(rounds):
             if between is not None:
                 between()
-            for contestant in running[:: -1 if at % 2 else 1]:  # so that none always comes after the same other
+            for contestant in running[:: -1 if at % 2 else 1]:  # alternate the order, so that no contestant always follows the same other
                 contestant.turn(steps)
         others = statistics.mean(share for contestant in running for share in contestant.others)
         return {c.name: (c.facts, c.rounds, c.peak_mem_gib) for c in running}, others
 
 
 def command(peer, peer_python):
-    """Returns the command that starts a peer. Raises ValueError where its package is missing."""
+    """Returns the command that starts a peer. Raises ValueError if its package is missing."""
     package, script, _ = PEERS[peer]
     find = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
     for python in filter(None, (sys.executable, peer_python)):
@@ -63,12 +66,12 @@ def command(peer, peer_python):
 
 
 class Contestant:
-    """A process that runs experiments.bench.turns.serve. The constructor waits until it is ready; it is stopped except in its turns."""
+    """A process that runs experiments.bench.turns.serve. The constructor waits until it is ready. Outside of its turns it is stopped."""
 
     def __init__(self, name, command, extra, job):
         self.name, self.rounds, self.others = name, [], []
         self.errors = tempfile.TemporaryFile("w+")
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": job["folder"]}  # a new one, so that it compiles in every run, as we do
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": job["folder"]}  # a new folder, so that it compiles in every run, as ours does
         env.pop("OMP_WAIT_POLICY", None)  # experiments/__init__.py sets it for us; a peer keeps its own default
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=ROOT, env=env
@@ -103,7 +106,7 @@ class Contestant:
             raise RuntimeError(f"{self.name} ended early:\n{self.errors.read()[-3000:]}") from None
 
     def _used(self):
-        """Seconds x 100 of processor time since the start: that all processes used, and that this one did."""
+        """Returns the processor time since the start, in 1/100 s, of all processes and of this contestant."""
         with open("/proc/stat", encoding="utf-8") as file:
             user, nice, system, idle, wait, irq, softirq, *_ = map(int, file.readline().split()[1:])
         with open(f"/proc/{self.process.pid}/stat", encoding="utf-8") as file:
@@ -124,17 +127,18 @@ class Contestant:
 
 
 def median(rounds, of):
-    """The median of of(step) over all steps of all rounds."""
+    """Returns the median of of(step) over all steps of all rounds."""
     return statistics.median(of(step) for steps in rounds for step in steps)
 
 
 def ratio(rounds, other, of):
-    """The median over rounds of other's of(step) to ours, each the median of its round: above 1 where we take less."""
+    """Returns the median over rounds of (other's median of(step) / our median of(step)): above 1 if ours is smaller."""
     return statistics.median(median([b], of) / median([a], of) for a, b in zip(rounds, other))
 
 
 def write_weights(cfg, folder):
-    """The weights that all start from, for the peers: model/, a Hugging Face folder, and params.npz by our paths. Returns a job's part."""
+    """Writes the initial weights for all contestants: model/, a Hugging Face folder, and params.npz, by our paths. Returns entries of the
+    job."""
     params = init_params(param_specs(cfg), 0)
     hf.save(os.path.join(folder, "model"), cfg, params)
     np.savez(os.path.join(folder, "params.npz"), **dict(tree_paths(params)))
@@ -142,5 +146,5 @@ def write_weights(cfg, folder):
 
 
 def named(contestant, figures):
-    """The figures under their contestant's name; ours have none."""
+    """Returns the figures with the contestant's name before their names; ours have no prefix."""
     return figures if contestant == "ours" else {f"{contestant}_{name}": value for name, value in figures.items()}

@@ -1,4 +1,4 @@
-"""The training benchmark: AdamW with clipping on one fixed model, dense or with experts, for ours and the peers in turns."""
+"""The training benchmark: AdamW with clipping on one fixed model, dense or with experts. Ours and the peers take turns."""
 
 import os
 import tempfile
@@ -14,20 +14,21 @@ from parallel.specs import count
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
 
-# Fixed, so that figures of different versions and peers compare.
+# These sizes do not change, so that figures of different versions and peers can be compared.
 MODEL = dict(vocab_size=8192, hidden_size=256, num_layers=6, num_heads=8, num_kv_heads=4, head_dim=32, ffn_size=768, tie_embeddings=True)
 MOE = dict(MODEL, model_type="qwen3_moe", num_experts=16, experts_per_token=4, moe_ffn_size=256)
 BATCH, SEQ_LEN, LEARNING_RATE = 8, 256, 1e-3
 WARMUP_STEPS, STEPS_A_TURN = 10, 4  # the loss after the first is compared
-LOSS_TOLERANCE = 1e-4  # AdamW makes more of float32's rounding from step to step
+LOSS_TOLERANCE = 1e-4  # relative; AdamW increases float32 rounding differences from step to step
 
 
 def bench_train(options, model=None, rows=BATCH, seq_len=SEQ_LEN):
-    """Figures as a dict, ours without a prefix: medians over all steps. over_NAME is the median over rounds of NAME's step time over ours.
+    """Returns figures as a dict, medians over all steps; ours have no prefix. over_NAME: the median over rounds of NAME's step time divided
+    by ours.
 
-    options: moe, steps, layer_loop, kernels, check, peer, peer_python. check: ours with reference ops is a contestant too.
-    Peers are given each document as a row of its own: the same loss as ours with less attention, and no mask to apply.
-    loss_difference: of all, after WARMUP_STEPS seeded steps; LOSS_TOLERANCE is what rounding explains.
+    options: moe, steps, layer_loop, kernels, check, peer, peer_python. check: ours with reference ops is also measured. Peers get each
+    document as a separate row, so they compute the same loss with less attention and no document mask. loss_difference: the largest
+    relative difference of the losses after WARMUP_STEPS steps; rounding explains up to LOSS_TOLERANCE.
     """
     cfg = Qwen3Config(**(model or (MOE if options.moe else MODEL)))
     peaks = []
@@ -44,12 +45,12 @@ def bench_train(options, model=None, rows=BATCH, seq_len=SEQ_LEN):
         if name != "ours":
             figures[f"over_{name}"] = ratio(found["ours"][1], times, step_time)
     losses = [facts["loss"] for facts, _, _ in found.values()]
-    figures["loss_difference"] = float(np.ptp(losses) / np.max(np.abs(losses)))  # NaN where one is
+    figures["loss_difference"] = float(np.ptp(losses) / np.max(np.abs(losses)))  # NaN if one loss is NaN
     return figures
 
 
 def train_job(cfg, options, rows, seq_len, warmup_steps, folder):
-    """A job of contestants that train, without what is added for each: the weights that all start from and the batch are in the folder."""
+    """Returns the job of all contestants that train, and writes its initial weights and batch to the folder."""
     batch, optim = packed_batch(cfg.vocab_size, rows, seq_len), common.get_config().optim
     np.savez(os.path.join(folder, "batch.npz"), **batch)
     documents = {key: rearrange(value, "row (document token) -> (row document) token", document=2) for key, value in batch.items()}
@@ -76,7 +77,7 @@ def _figures(facts, times, memory, tokens, flops):
 
 
 def packed_batch(vocab_size, rows=BATCH, seq_len=SEQ_LEN):
-    """Random tokens, two documents a row."""
+    """Returns a batch of random tokens, with two documents per row."""
     place = np.arange(rows * seq_len, dtype=np.uint64).reshape(rows, seq_len)
     tokens = (hash_uniform(0, 1, place) * vocab_size).astype(np.int32)
     column = np.tile(np.arange(seq_len, dtype=np.int32), (rows, 1))

@@ -1,7 +1,8 @@
-"""The contestants' side of a benchmark: a process that works when experiments/bench/peers.py asks it to. Needs nothing but Python.
+"""The loop of a contestant's process, which experiments/bench/peers.py controls. It needs only Python's own library.
 
-It reads one job, a line of JSON on standard input, answers with what it found while it got ready, and then takes turns: for {"steps": n} it
-answers with what each of n steps gave, and with its peak memory. It ends when its input does, or with the process that started it.
+The process reads a job, one line of JSON on standard input, prepares, and answers with facts about the preparation. Then it takes turns:
+for {"steps": n} it runs n steps, and answers with the result of each and its peak memory. It ends when its input ends, or when the process
+that started it ends.
 """
 
 import ctypes
@@ -11,12 +12,12 @@ import signal
 import sys
 import time
 
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 
 
 def serve(jobs):
-    """jobs: by name, f(job) -> (facts, step); step() gives a dict of numbers. What they print goes to standard error."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # as a stopped process does not see that its input has ended
+    """Serves one job. jobs: {name: f(job) -> (facts, step)}, where step() returns a dict of numbers. Their prints go to standard error."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped process does not notice that its input has ended
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job = json.loads(sys.stdin.readline())
@@ -32,12 +33,12 @@ def _send(out, answer):
 
 
 def peak_mem_gib():
-    """The most memory that this process has had. Not getrusage's: that starts from what the process that started this one had."""
+    """Returns the peak memory of this process. getrusage is not used, because it starts from the memory of the parent process."""
     return _status_gib("VmHWM")
 
 
 def held_mem_gib():
-    """The memory that this process has now."""
+    """Returns the current memory of this process in GiB."""
     return _status_gib("VmRSS")
 
 
@@ -47,19 +48,20 @@ def _status_gib(key):
 
 
 def mem_mib():
-    """The memory that this process has now."""
+    """Returns the current memory of this process in MiB."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) / 2**10 for line in file if line.startswith("VmRSS"))
 
 
 def timed(call, *args):
-    """(seconds, what the call returned)"""
+    """Calls a function. Returns (seconds, its result)."""
     start = time.perf_counter()
     result = call(*args)
     return time.perf_counter() - start, result
 
 
 def warmed_up(step, count):
-    """Facts of the first `count` training steps, step() -> loss: the last loss, and what the first ones took above the fastest."""
+    """Runs `count` training steps, step() -> loss. Returns the last loss, and the compile time: the total time minus `count` times the
+    fastest."""
     times, loss = zip(*(timed(step) for _ in range(count)))
     return {"loss": loss[-1], "compile_time_s": sum(times) - count * min(times)}

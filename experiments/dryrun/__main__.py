@@ -1,8 +1,8 @@
-"""Tries a layout without NPUs: compiles the real step for chosen ranks, and reports the memory and the communication of each.
+"""Tries a layout without NPUs: compiles the real step for some ranks, and reports the memory and the communication of each.
 
     python -m experiments.dryrun --config=experiments/configs/qwen3_32b.py --world_size=16 --tp=8 --micro_batches=1 --zero=3 --seq_parallel
 
-Where some axes are given, the others are 1, and dp takes the remaining ranks; where none is given, the layout is the config's.
+If some axes are given, the others are 1, and dp takes the remaining ranks. If none is given, the layout is that of the config.
 docs/dryrun.md explains the report. Exit status 1: the layout does not fit, or the compiled step differs from it.
 """
 
@@ -24,14 +24,14 @@ def define_flags():
     command_line.define("experiments/configs/qwen3_32b.py")
     flags.DEFINE_integer("world_size", None, "ranks of the job; default: as many as the layout asks for", lower_bound=1)
     flags.DEFINE_list("ranks", ["0"], "ranks whose programs are compiled, each in its own process")
-    flags.DEFINE_list("layers", [], "two numbers of layers to compile, from which all layers' figures are extrapolated; none: compile all")
-    flags.DEFINE_enum("step", "train", ["train", "generate"], "what is compiled: a training step, or a prompt and a token after it")
-    flags.DEFINE_float("hbm_gb", 58.0, "device memory that a job may take, in GiB", lower_bound=0.1)
-    flags.DEFINE_integer("jobs", 1, "processes at a time; one of a deep model takes some GB of this machine's memory", lower_bound=1)
-    flags.DEFINE_string("json", None, "file for all figures")
+    flags.DEFINE_list("layers", [], "two depths to compile, from which the figures of all layers are extrapolated; default: compile all")
+    flags.DEFINE_enum("step", "train", ["train", "generate"], "what to compile: a training step, or reading a prompt and one more token")
+    flags.DEFINE_float("hbm_gb", 58.0, "device memory that a job may use, in GiB", lower_bound=0.1)
+    flags.DEFINE_integer("jobs", 1, "processes at a time; each takes some GB of this machine's memory if the model is deep", lower_bound=1)
+    flags.DEFINE_string("json", None, "file to which all figures are written")
     flags.DEFINE_string("plot", None, "file for a plot of memory over time, .svg or .png")
     flags.DEFINE_boolean("search", False, "rank the layouts of --world_size by formulas, and compile the first --compile of them")
-    flags.DEFINE_integer("compile", 0, "how many of the layouts that --search prints are also compiled, the fastest first", lower_bound=0)
+    flags.DEFINE_integer("compile", 0, "number of layouts of --search to compile too, the fastest first", lower_bound=0)
     flags.DEFINE_integer("top", 10, "how many layouts --search prints", lower_bound=1)
 
 

@@ -1,4 +1,4 @@
-"""The processes of a dry run: which ranks at which depths, and a report of each rank."""
+"""Runs the processes of a dry run, one for each rank and depth, and makes a report of each rank."""
 
 import math
 import tempfile
@@ -21,7 +21,7 @@ MODULE = "experiments.dryrun.rank"
 
 
 def check(config, world, ranks, depths):
-    """Raises ValueError for ranks or depths that the layout does not have, and RuntimeError where nothing can be compiled for Ascend."""
+    """Raises ValueError for ranks or depths that the layout does not have, and RuntimeError if this machine cannot compile for Ascend."""
     cfg = command_line.model_config(config, "any")
     for rank in ranks:
         if not 0 <= rank < world:
@@ -33,13 +33,13 @@ def check(config, world, ranks, depths):
         whose = "a stage's" if config.parallel.pp > 1 else "the model's"
         raise ValueError(f"--layers={depths[1]} is more than {whose} {layers} layers; leave --layers out to compile all")
     if config.train.layer_loop == "scan":
-        raise ValueError("train.layer_loop='scan': a loop does not end where nothing is computed; use --config.train.layer_loop=unroll")
+        raise ValueError("train.layer_loop='scan': in simulation a loop does not end; use --config.train.layer_loop=unroll")
     if reason := dryrun.unavailable():
         raise RuntimeError(reason)
 
 
 def compiled(config, lowerings, step, ranks, depths, hbm_gb, jobs):
-    """Compiles a layout, and prints and returns its reports, as JSON. With two lowerings, a rank's two reports follow each other."""
+    """Compiles a layout. Prints its reports, and returns them as JSON. With two lowerings, the two reports of a rank are neighbours."""
     check(config, math.prod(config.parallel[axis] for axis in WORLD), ranks, depths)
     if "shard" in lowerings:
         dryrun_shard.check(config, command_line.model_config(config, "any"), step)
@@ -55,9 +55,12 @@ def compiled(config, lowerings, step, ranks, depths, hbm_gb, jobs):
 
 
 def run(config, step, ranks, depths, hbm_gb, jobs=1, module=MODULE, variables=None):
-    """A report of each rank, as JSON: {lowering, rank, layers, of, figures of all layers, compiled: [[layers, figures]], problems, fits,
-    verdict} and, for a plot, the timeline of its deepest compile. Of a pipeline layers and depths are those of a stage; of the rank's own
-    stages, where they differ, the mean. module: the process that compiles, and more variables of its environment, for tests."""
+    """Returns a report of each rank, as JSON: {lowering, rank, layers, of, figures (of all layers), compiled: [[layers, figures]],
+    problems, fits, verdict, timeline (of the deepest compile, for a plot)}.
+
+    Under a pipeline, layers and depths count the layers of a stage; if the stages of the rank differ, their mean. For tests: module, the
+    program of the process that compiles, and variables, additions to its environment.
+    """
     cfg = command_line.model_config(config, "any")
     stages, wanted = _stages(config, cfg), depths or [None]
     todo = [Job.of(config, step, rank, layers) for rank in ranks for layers in wanted]
@@ -67,9 +70,9 @@ def run(config, step, ranks, depths, hbm_gb, jobs=1, module=MODULE, variables=No
     for rank, compiled in zip(ranks, each):
         mesh = layout.mesh(cfg, config.parallel, rank)
         own = list(map(len, stages[mesh.index(("pp",)) :: mesh.pp]))
-        whole = {"lowering": config.parallel.lowering, "rank": rank, "layers": sum(own) / len(own)}
-        whole["of"] = " of a stage" if mesh.pp > 1 else ""
-        out.append(_report(whole, depths or [whole["layers"]], compiled, hbm_gb))
+        head = {"lowering": config.parallel.lowering, "rank": rank, "layers": sum(own) / len(own)}
+        head["of"] = " of a stage" if mesh.pp > 1 else ""
+        out.append(_report(head, depths or [head["layers"]], compiled, hbm_gb))
     return out
 
 
@@ -79,7 +82,7 @@ def _stages(config, cfg):
 
 
 class Job(NamedTuple):
-    """One step to compile, and `wanted`, what the layout expects of it."""
+    """One step to compile. wanted: the shapes and collectives that the layout expects in it."""
 
     config: FrozenConfigDict
     step: str
@@ -88,8 +91,8 @@ class Job(NamedTuple):
 
     @classmethod
     def of(cls, config, step, rank, layers):
-        """Returns the Job of a rank with this many layers, None for all. Call it in the main thread, as MindSpore's eager gradients, which
-        count the collectives, work only there."""
+        """Returns the Job of a rank with this many layers; None: all. It must be called in the main thread: it counts collectives with
+        MindSpore's eager gradients, which work only there."""
         config = _at_depth(config, layers)
         cfg, parallel = command_line.model_config(config, "any"), config.parallel
         mesh = layout.mesh(cfg, parallel, rank)
@@ -113,7 +116,7 @@ def lowered(config, lowering):
 
 
 def _at_depth(config, layers=None):
-    """The config of the same model with so many layers, of a pipeline in each stage; unrolled, as in simulation a loop does not end."""
+    """Returns the config with this many layers (under a pipeline: in each stage), unrolled, because a loop never ends in simulation."""
     config = ConfigDict(config.to_dict(), convert_dict=True)
     config.train.layer_loop = "unroll"
     if layers:
@@ -121,13 +124,13 @@ def _at_depth(config, layers=None):
     return FrozenConfigDict(config)
 
 
-def _report(whole, depths, compiled, hbm_gb):
+def _report(head, depths, compiled, hbm_gb):
     figures = [(layers, found) for layers, (found, _, _) in zip(depths, compiled)]
-    found = figures[0][1] if len(figures) == 1 else dryrun_report.extrapolated(*figures, whole["layers"])
+    found = figures[0][1] if len(figures) == 1 else dryrun_report.extrapolated(*figures, head["layers"])
     wrong = [f"at {layers:g} layers: {line}" for layers, (_, lines, _) in zip(depths, compiled) for line in lines]
     fits, verdict = dryrun_report.verdict(found, hbm_gb)
     return {
-        **whole,
+        **head,
         "figures": found,
         "compiled": figures,
         "problems": wrong,

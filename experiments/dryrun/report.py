@@ -16,10 +16,10 @@ from qwen3.model import param_specs
 
 GIB = 2**30
 HELD = ("params_bytes", "gradients_bytes", "optimizer_bytes", "cache_bytes")
-LARGEST = 12  # source lines of the buffers that are listed
+LARGEST = 12  # number of source lines in the list of the largest buffers
 # kind or name of a Block -> its description in the report
 NAMES = {
-    "input": "parameters and state, and what else comes from the host",
+    "input": "parameters, state and other inputs from the host",
     "weight": "parameters and moments",
     "constant": "constants of the graph",
     "UpdateOutputDeviceAddress": "results of graphs",
@@ -27,9 +27,11 @@ NAMES = {
 
 
 class Expected(NamedTuple):
-    """What the layout expects of a compiled step. held: {kind: {path: local shape}}, from the specs. calls: Counter of the Exchanges
-    (collectives) of a training step, from the signatures; None for generation. spare: those of them that a graph may leave out, as nothing
-    uses their results."""
+    """What a layout expects of a compiled step.
+
+    held: {kind: {path: local shape}}, from the specs. calls: Counter of the Exchanges (collectives) of a training step, from the
+    signatures; None for generation. spare: Counter of those calls that a graph may leave out, because nothing uses their results.
+    """
 
     held: dict
     calls: Counter | None = None
@@ -37,6 +39,7 @@ class Expected(NamedTuple):
 
 
 def expected(config, cfg, sharding, step):
+    """Returns the Expected of a layout, for a step "train" or "generate"."""
     if step != "train":
         return Expected({"params": _shapes(sharding.mesh, place(sharding, param_specs(cfg)), "used")})
     (trainable, frozen), mesh = rank_placements(config, cfg, sharding), sharding.mesh
@@ -45,7 +48,7 @@ def expected(config, cfg, sharding, step):
     for kind in MOMENTS[config.optim.name]:
         moments.update(_shapes(mesh, trainable, "state", f"{kind}."))
     held = {"params": params, "optimizer": moments}
-    if sharding.lowering == "manual":  # elsewhere they stay in the graph
+    if sharding.lowering == "manual":  # with the other lowering, gradients stay inside the graph
         held["gradients"] = _shapes(mesh, trainable, "state")
     if mesh.pp > 1:
         calls, spare = layout_traffic.pipeline_calls(config, cfg, sharding)
@@ -74,7 +77,7 @@ def problems(trace, wanted):
             if path not in found:
                 out.append(f"{kind}: {path} is not in the compiled step")
             elif found[path][0] != shape:
-                out.append(f"{kind}: {path} is {_shape(found[path][0])} on this rank, and {_shape(shape)} in the layout")
+                out.append(f"{kind}: {path} is {_shape(found[path][0])} in the compiled step, but {_shape(shape)} in the layout")
     out += _missing_inputs(trace)
     if wanted.calls is not None:
         steps = train_steps(trace)
@@ -83,7 +86,7 @@ def problems(trace, wanted):
             least = most - wanted.spare[exchange]
             if not least <= seen <= most:
                 said = f"{least} to {most}" if least < most else most
-                out.append(f"{_words(exchange)}: {seen:g} in a step, and {said} by the signatures")
+                out.append(f"{_words(exchange)}: {seen:g} in a step, but {said} by the signatures")
     return out
 
 
@@ -97,11 +100,11 @@ def _missing_inputs(trace):
     given = Counter(block.size for block in trace.blocks if block.kind in ("input", "weight"))
     wanted = Counter(dryrun.aligned(nbytes(w)) for kind in ("params", "optimizer") for w in trace.said.get(kind, {}).values())
     lacking = wanted - given
-    return [f"{count} inputs of {size:,} bytes were not given memory" for size, count in sorted(lacking.items())]
+    return [f"no memory was allocated for {count} inputs of {size:,} bytes" for size, count in sorted(lacking.items())]
 
 
 def nbytes(tensor):
-    """Bytes of [shape, dtype]."""
+    """Returns the bytes of a tensor [shape, dtype]."""
     return math.prod(tensor[0]) * dryrun.ITEMSIZE[tensor[1]]
 
 
@@ -152,8 +155,11 @@ def largest(trace, live):
 
 
 def extrapolated(low, high, layers):
-    """Extrapolates the figures of two depths linearly to `layers`. low, high: (number of layers, figures). The peak of each graph is
-    extrapolated by itself, and the highest one counts. Memory lost to fragments does not grow with depth; the larger of the two counts."""
+    """Extrapolates the figures of two depths linearly to `layers`. low, high: (number of layers, figures).
+
+    The peak of each graph is extrapolated separately, and the highest result is the peak. Memory lost to fragmentation does not grow with
+    depth, so the larger of the two values is taken.
+    """
     (a, x), (b, y) = low, high
 
     def line(p, q):
@@ -169,14 +175,14 @@ def extrapolated(low, high, layers):
 
 
 def verdict(found, hbm_gb):
-    """Returns (whether the layout fits, a sentence that says so)."""
+    """Returns (whether the layout fits, a sentence with the sizes)."""
     used, spare = found["with_fragments_bytes"] / GIB, found["margin_bytes"] / GIB
     fits = used + spare <= hbm_gb
     what = f"peak {used:.1f} GiB with fragments + {spare:.1f} GiB that simulation does not count"
     return fits, f"{'fits' if fits else 'DOES NOT FIT'}: {what} = {used + spare:.1f} GiB, of {hbm_gb:g}"
 
 
-LOWERINGS = {"manual": "every rank's part by hand", "shard": "partitioned by MindSpore"}
+LOWERINGS = {"manual": "manual lowering", "shard": "partitioned by MindSpore"}
 ROWS = (
     ("parameters", "params_bytes"),
     ("gradients", "gradients_bytes"),
@@ -191,7 +197,7 @@ ROWS = (
 def text(report):
     """Returns a rank's report as lines of text."""
     found, depths = report["figures"], [layers for layers, _ in report["compiled"]]
-    how = "" if len(depths) == 1 else f", by a straight line from {depths[0]} and {depths[1]}"
+    how = "" if len(depths) == 1 else f", extrapolated from {depths[0]} and {depths[1]}"
     took = " and ".join(f"{figures['compile_s']:.0f} s, {figures['host_bytes'] / GIB:.1f} GiB here" for _, figures in report["compiled"])
     what = f"{report['layers']:g} layers{report['of']}, {LOWERINGS[report['lowering']]}{how}"
     out = [f"rank {report['rank']}, {what} (compiled and run in {took})"]
@@ -199,9 +205,9 @@ def text(report):
     if found["collectives"]:
         out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5} {'calls':>9} {'GiB a rank':>12}")
         out += [f"  {kind:<22} {axes:<8} {n:>5} {calls:>9,.0f} {sent / GIB:>12.3f}" for kind, axes, n, calls, sent in found["collectives"]]
-    out.append(f"  alive at the peak of {depths[-1]} layers, by what made it")
+    out.append(f"  alive at the peak of {depths[-1]} layers, by the source line that made it")
     out += [f"  {size / GIB:9.3f} GiB in {count:>4}  {made}" for size, count, made in found["largest"]]
-    out += [f"  WRONG {line}" for line in report["problems"]] or ["  every part and every collective is as the layout says"]
+    out += [f"  WRONG {line}" for line in report["problems"]] or ["  every shard and every collective is as the layout says"]
     return [*out, f"  {report['verdict']}"]
 
 
@@ -212,7 +218,7 @@ def beside(manual, shard):
     other = [path for path in shapes[0] if shapes[0][path] != shapes[1].get(path)]
     other = list(dict.fromkeys(re.sub(r"^layers\.\d+", "layers.*", path) for path in other))
     shaped = f"other local shapes: {', '.join(other)}" if other else f"the local shapes of all {len(shapes[0])} parameters are the same"
-    out = [f"rank {manual['rank']}, by hand | partitioned by MindSpore", f"  {shaped}"]
+    out = [f"rank {manual['rank']}, manual lowering | partitioned by MindSpore", f"  {shaped}"]
     out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5}" + f" {'calls':>9} {'GiB a rank':>12}" * 2)
     rows = [{tuple(row[:3]): row[3:] for row in report["figures"]["collectives"]} for report in both]
     for kind, axes, n in sorted({*rows[0], *rows[1]}):

@@ -1,7 +1,7 @@
 """Lists the layouts of a number of ranks that fit, the fastest first, by formulas for their memory and time.
 
-The formulas give orders of magnitude: the machine's figures below are assumed, and nothing was measured on an NPU. Compile a layout with
-the dry run itself before you use it.
+The formulas give orders of magnitude: the figures of the machine below are assumptions, and nothing was measured on an NPU. Before you use
+a layout, compile it with the dry run.
 """
 
 import itertools
@@ -24,42 +24,41 @@ from parallel.trees import tree_leaves
 from qwen3.model import param_specs
 
 GIB = 2**30
-# Assumed of a machine of nodes of 8 NPUs with 64 GB each. Rates are of one NPU.
-NODE = 8  # neighbouring ranks
-FLOPS = 350e12  # bfloat16 products
-PRODUCTS = 0.5  # of that rate that a training step's products reach, split among more ranks or not
-INSIDE, BETWEEN = 150e9, 20e9  # bytes a second that a rank sends in a node, and between nodes
-CALL_S = 20e-6  # what a collective takes besides
+# Assumed machine: nodes of 8 NPUs with 64 GB each. Rates are per NPU.
+NODE = 8  # neighbouring ranks in a node
+FLOPS = 350e12  # per second, of bfloat16 matrix products
+PRODUCTS = 0.5  # fraction of that rate which a training step reaches, for any number of ranks
+INSIDE, BETWEEN = 150e9, 20e9  # bytes per second that a rank sends inside a node, and between nodes
+CALL_S = 20e-6  # latency of a collective
 
 FORMULAS = """\
 memory of a rank, in GiB
-  state     parameters + the optimizer's moments, float32, each over the ranks that its placement says; of a pipeline, of the rank that has
-            most
-  gradients float32 as the model uses them, from ZeRO 2 on split over dp
+  state     float32 parameters and optimizer moments of a rank, by their placement; under a pipeline, of the rank that has most
+  gradients float32, with the sharding that the model uses; from ZeRO 2 on, also sharded over dp
   saved     layers x tokens of a rank's micro-batch x (SAVED_ROWS x hidden / ranks of the rows + SAVED_INPUTS x hidden + SAVED_FFN x ffn
             / tp + SAVED_HEADS x (heads + 2 kv heads) x head_dim / tp) x 2 bytes + tokens x SAVED_LOGITS x vocabulary / tp x 4 bytes;
-            where a layer has experts, instead of its ffn rows of their buffers x (hidden + SAVED_EXPERT_FFN x their ffn) + chosen rows
-            x hidden + weights of a rank; recomputed layers count with hidden alone, and one in full; of a pipeline, layers of a stage,
-            and hidden for each live input
-  peak      state + gradients + the larger of saved and of what the update holds: UPDATED_FIRST x the largest trained array of a rank +
-            UPDATED_NEXT x the next. Of a single micro-batch, whose gradients come as what was saved goes, state + the larger of saved and
-            of gradients + what the update holds
+            if a layer has experts, the ffn term is: rows of their buffers x (hidden + SAVED_EXPERT_FFN x their ffn) + chosen rows x
+            hidden + weights of a rank. A recomputed layer saves only hidden, and one layer at a time is saved in full. Under a pipeline:
+            the layers of a stage, and hidden for each live input
+  update    UPDATED_FIRST x the largest trained array of a rank + UPDATED_NEXT x the second largest
+  peak      state + gradients + the larger of saved and update. With one micro-batch, activations are freed while gradients are made:
+            state + the larger of saved and (gradients + update)
 seconds of a step
-  compute   model FLOPs of a step / (ranks x {flops:.3g} x {products:g}); a third more for recomputed layers, and in a pipeline
-  sent      bytes of each collective, and between stages, / ({inside:.3g} a second in a node of {node}, {between:.3g} between) + {call:.0e}
-            for each
+  compute   model FLOPs of a step / (ranks x {flops:.3g} x {products:g}), plus a third with recomputation, and a third with a pipeline
+  sent      for each collective and each transfer between stages: bytes / ({inside:.3g} a second inside a node of {node} ranks,
+  {between:.3g} between nodes) + {call:.0e}
   bubble    compute x (pp - 1) / micro-batches"""
 
-# Tensors of bfloat16 that a layer keeps for its backward, counted from compiled graphs: of [rows, hidden], of those that are whole in every
-# rank of a tp group even where its rows are split, of the heads, of the ffn, and of that of experts.
+# Numbers of bfloat16 tensors that a layer saves for its backward pass, counted in compiled graphs: of [rows, hidden], sharded by sequence
+# parallel; of [tokens, hidden], replicated on all tp ranks; of the heads; of the ffn; of the ffn of experts.
 SAVED_ROWS, SAVED_INPUTS, SAVED_HEADS, SAVED_FFN, SAVED_EXPERT_FFN = 3, 2, 3, 5, 3
-SAVED_LOGITS = 5  # float32 [rows, vocabulary] alive at once in the loss and its backward
-UPDATED_FIRST, UPDATED_NEXT = 6, 3  # float32, alive at once in the update
+SAVED_LOGITS = 5  # float32 tensors [rows, vocabulary] alive at once in the loss and its backward pass
+UPDATED_FIRST, UPDATED_NEXT = 6, 3  # float32 copies, alive at once in the update, of the largest and the second largest array
 
 
 def search(config, world, hbm_gb, top):
-    """(lines of text: the `top` fastest of the layouts that fit, and the formulas; the configs of those). Batch, sequence and model are the
-    config's."""
+    """Returns (lines of text: the `top` fastest layouts that fit, and the formulas; the configs of these layouts). The config gives the
+    batch, the sequence length and the model."""
     tried = [(each, *estimate(each)) for each in candidates(config, world)]
     fitting = [row for row in tried if row[1]["peak"] + row[1]["margin"] <= hbm_gb * GIB]
     fitting.sort(key=lambda row: (sum(row[2].values()), row[1]["peak"]))
@@ -68,7 +67,7 @@ def search(config, world, hbm_gb, top):
     lines += [head] + [_line(*row) for row in fitting[:top]]
     if not fitting and tried:
         least = min(tried, key=lambda row: row[1]["peak"])
-        lines += ["none fits; the one that takes the least memory:", _line(*least)]
+        lines += ["none fits; the layout with the lowest peak:", _line(*least)]
     constants = {"flops": FLOPS, "products": PRODUCTS, "inside": INSIDE, "between": BETWEEN, "node": NODE, "call": CALL_S}
     formulas = re.sub(r"(SAVED|UPDATED)_\w+", lambda name: str(globals()[name[0]]), FORMULAS.format(**constants))
     return [*lines, formulas], [each for each, *_ in fitting[:top]]
@@ -83,8 +82,8 @@ def _line(config, memory, seconds):
 
 
 def candidates(config, world):
-    """The configs of all layouts that the model, the batch and the number of ranks allow, without context parallel; pipelines with as many
-    micro-batches as stages, or a multiple."""
+    """Yields the configs of all layouts that the model, the batch and the number of ranks allow. There is no context parallel, and a
+    pipeline has a multiple of its stages as micro-batches."""
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     rows = config.train.batch_size
     experts = sizes if command_line.model_config(config, "any").num_experts else [1]
@@ -103,14 +102,14 @@ def candidates(config, world):
 
 
 def estimate(config):
-    """({state, gradients, saved, peak, margin}: bytes of a rank, {compute, sent, bubble}: seconds of a step)"""
+    """Returns ({state, gradients, saved, peak, margin}: bytes of a rank, {compute, sent, bubble}: seconds of a step)."""
     cfg, parallel = command_line.model_config(config, "any"), config.parallel
     sharding = Sharding(layout.mesh(cfg, parallel), seq_parallel=parallel.seq_parallel, zero=parallel.zero)
     mesh, pp = sharding.mesh, parallel.pp
     placed = max(_placed(config, cfg, sharding), key=lambda each: _bytes(mesh, each, "stored"))
     trained = [each for each in placed if each.spec.trains]
-    stored, used, part = _bytes(mesh, placed, "stored"), _bytes(mesh, trained, "used"), _bytes(mesh, trained, "state")
-    state, gradients = stored + len(MOMENTS[config.optim.name]) * part, part if parallel.zero >= 2 else used
+    stored, used, moment = _bytes(mesh, placed, "stored"), _bytes(mesh, trained, "used"), _bytes(mesh, trained, "state")
+    state, gradients = stored + len(MOMENTS[config.optim.name]) * moment, moment if parallel.zero >= 2 else used
     saved, held = saved_bytes(config, cfg, sharding), _updated(mesh, trained)
     calls = _calls(config, cfg, sharding, placed)
     groups = {mesh.members(call.atoms) for call in calls} | ({mesh.members(("pp",))} if pp > 1 else set())
@@ -140,7 +139,7 @@ def _bytes(mesh, placed, axes):
 
 
 def _calls(config, cfg, sharding, placed):
-    """Counter of the calls of a step; of a pipeline those of an even share of the layers, and of both of its ends."""
+    """Returns a Counter of the calls of a step. Under a pipeline: those of an equal share of the layers, and of the embedding and head."""
     micro, pp = config.parallel.micro_batches, config.parallel.pp
     if pp == 1:
         return layout_traffic.step_calls(config, cfg, sharding)
@@ -167,7 +166,7 @@ def _updated(mesh, trained):
 
 
 def saved_bytes(config, cfg, sharding):
-    """Returns the bytes of activations that the forward of a micro-batch keeps for its backward."""
+    """Returns the bytes of activations that the forward pass of a micro-batch saves for the backward pass."""
     parallel, tp, pp, tokens = config.parallel, config.parallel.tp, config.parallel.pp, _tokens(config)
     given = tokens * cfg.hidden_size / (tp if parallel.seq_parallel else 1)
     rows = SAVED_ROWS * given + SAVED_INPUTS * tokens * cfg.hidden_size
@@ -181,7 +180,7 @@ def saved_bytes(config, cfg, sharding):
 
 
 def _of_experts(config, cfg, sharding):
-    """Returns the elements that a layer with experts keeps for its backward."""
+    """Returns the number of elements that a layer with experts saves for the backward pass."""
     shards, ffn, chosen = sharding.shards("experts"), cfg.moe_ffn_size / sharding.shards("expert_ffn"), cfg.experts_per_token
     rows = _tokens(config) * config.parallel.dp // sharding.shards("expert_rows")
     buffers = rows * chosen

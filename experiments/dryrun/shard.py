@@ -1,7 +1,8 @@
 """The training step of a dry run with --lowering=shard: a program with global shapes, for MindSpore's partitioner
 (parallel/lowering/partitioner.py).
 
-Parameters are closed over and moments are cloned from them, the form that the partitioner splits; the update then works on a rank's parts.
+The step closes over the parameters, and the moments are clones of them, because the partitioner shards only this form. The update works on
+a rank's shards.
 """
 
 from dataclasses import replace
@@ -18,17 +19,17 @@ from parallel.trees import tree_leaves, tree_paths, unflatten
 from qwen3.model import build, choose_kernels, param_specs
 
 TRAIN_STEPS = 2
-# what is not given to MindSpore's partitioner: key -> (the only value, what to use instead)
+# config keys that this lowering restricts: key -> (the only value, the reason)
 REFUSED = {
-    "parallel.pp": (1, "MindSpore's pipeline wants Cells that share no primitive, and a stage's own ranks, see docs/dryrun.md"),
+    "parallel.pp": (1, "MindSpore's pipeline needs Cells that share no primitive, and separate ranks for each stage, see docs/dryrun.md"),
     "parallel.cp": (1, "MindSpore has no rule for a ring"),
-    "optim.name": ("adamw", "other optimizers are not built for it"),
-    "optim.skip_spikes": (0.0, "skipping of updates is not built for it"),
+    "optim.name": ("adamw", "other optimizers are not supported there"),
+    "optim.skip_spikes": (0.0, "skipping of updates is not supported there"),
 }
 
 
 def check(config, cfg, step):
-    """Raises ValueError, naming the key, for what --lowering=shard does not compile."""
+    """Raises ValueError, naming the key, for a config that --lowering=shard cannot compile."""
     for name, (only, why) in REFUSED.items():
         section, key = name.split(".")
         if (value := config[section][key]) != only:
@@ -40,7 +41,7 @@ def check(config, cfg, step):
 
 
 def prepare(world, zero):
-    """Makes MindSpore partition the graphs that this process compiles. zero: the ZeRO stage, MindSpore's optimizer_level."""
+    """Sets MindSpore to partition the graphs that this process compiles. zero: the ZeRO stage, which is MindSpore's optimizer_level."""
     ms.set_auto_parallel_context(device_num=world, full_batch=True, parallel_mode="semi_auto_parallel", enable_alltoall=True)
     if zero:
         level = {"parallel_optimizer_threshold": 0, "optimizer_level": f"level{zero}"}
@@ -48,7 +49,8 @@ def prepare(world, zero):
 
 
 def train_step(config, cfg, sharding):
-    """Two steps. Returns {params, optimizer: {path: [local shape, dtype]}}. Gradients stay in the graph; their sums show their sizes."""
+    """Compiles and runs two steps. Returns {params, optimizer: {path: [local shape, dtype]}}, without gradients, which stay in the
+    graph."""
     specs = param_specs(cfg)
     params = [ms.Parameter(initializer("zeros", padded(sharding, spec), ms.float32), name=path) for path, spec in tree_paths(specs)]
     m, v = ([_like(w, kind) for w in params] for kind in "mv")
@@ -60,7 +62,7 @@ def train_step(config, cfg, sharding):
 
 
 def padded(sharding, spec):
-    """The shape of a parameter in the global view, in which a padded dim's padding is."""
+    """Returns the global shape of a parameter, with padding: each dim is a multiple of its number of shards."""
     return [-(-n // sharding.shards(dim)) * sharding.shards(dim) for n, dim in zip(spec.shape, spec.dims)]
 
 
@@ -71,7 +73,7 @@ def _like(w, kind):
 
 
 def _compiled(config, cfg, sharding, specs, params, m, v):
-    """step(scalars, *tensors of a micro-batch) -> loss"""
+    """Returns step(scalars, *tensors of a micro-batch) -> loss."""
     kernels = choose_kernels(config.ops, cfg, sharding)
     loss_fn, tree = build(cfg, sharding, kernels=kernels, recompute=config.train.recompute).loss_fn, unflatten(specs, params)
 
@@ -93,8 +95,11 @@ def _compiled(config, cfg, sharding, specs, params, m, v):
 
 
 def _accumulated(grad, update, params, m, v, count):
-    """step(scalars, *tensors of a micro-batch) -> its loss, of `count` micro-batches: a graph for one, which MindSpore partitions and whose
-    gradients it sums over the ranks, and one for the update, of this rank's parts, which it does not."""
+    """Returns step(scalars, *tensors of a micro-batch) -> loss, which accumulates gradients over `count` equal micro-batches.
+
+    It has two graphs. MindSpore partitions the one that accumulates, and sums its gradients over ranks. It does not partition the one that
+    updates, which works on this rank's shards.
+    """
     total, places = tuple(_like(w, "sum") for w in params), range(len(params))
     assign, depend, clear = ops.Assign(), ops.depend, _cleared()
 
@@ -125,7 +130,8 @@ def _accumulated(grad, update, params, m, v, count):
 
 
 def _cleared():
-    """f(x) -> zeros, of what is not finite too; not zeros_like, which a graph keeps as a constant of that size."""
+    """Returns f(x) -> zeros, also where x is not finite. ops.ZerosLike is not used, because a graph stores its result as a constant of full
+    size."""
     greater, cast = ops.Greater(), ops.Cast()
 
     def cleared(x):
@@ -135,11 +141,13 @@ def _cleared():
 
 
 def _update(config, sharding, specs, kernels):
-    """update(params, grads, m, v, scalars) -> the gradient's norm, flat, in place: the trainer's clipping and AdamW. MindSpore splits
-    nothing that follows the gradients: it works on this rank's parts, and their norm is summed as by hand."""
+    """Returns update(params, grads, m, v, scalars) -> gradient norm: the trainer's clipping and AdamW on flat tuples, in place.
+
+    MindSpore partitions nothing after the gradients, so the update works on this rank's shards, and the norm is summed by our collectives.
+    """
     flat = tree_leaves(specs)
     squares = zero.global_norm_squared(sharding.inside(), tree_leaves(place(sharding, specs)), optim.in_norm(specs))
-    # the reference, as the others take shapes of the global view into what they compute
+    # The reference implementation, because the others read global shapes.
     control, leaf = optim.norm_control(config.optim), optim.leaf_update(config.optim, replace(kernels, adamw="reference"))
     kinds, count = tuple(optim.leaf_kind(config.optim, spec) for spec in flat), len(flat)
     sqrt, assign, depend = ops.Sqrt(), ops.Assign(), ops.depend
@@ -148,7 +156,7 @@ def _update(config, sharding, specs, kernels):
         norm = sqrt(squares(grads))
         scale, keep, _ = control(norm, values[0] * 0, values[3])
         done = scale
-        for i in range(count):  # one after the other, or products such as b1 * m are computed for all at once, some before the backward
+        for i in range(count):  # one after the other; otherwise MindSpore computes products such as b1 * m of all arrays first
             p, g, m_old, v_old = depend(params[i], done), depend(grads[i], done), depend(m[i], done), depend(v[i], done)
             new = leaf(values, scale, keep, kinds[i], p, g, m_old, v_old)
             done = assign(params[i], new[0]), assign(m[i], new[1]), assign(v[i], new[2])
@@ -158,7 +166,7 @@ def _update(config, sharding, specs, kernels):
 
 
 def _batch(config):
-    """A micro-batch of all data ranks: with full_batch every rank is given all of it."""
+    """Returns a micro-batch of all data ranks, because with full_batch every rank takes the global batch."""
     shape = config.train.batch_size // config.parallel.micro_batches, config.train.seq_len
     ints = [ms.Tensor(np.ones(shape, np.int32)) for _ in range(4)]
     return (*ints, ms.Tensor(np.ones(shape, np.float32)))

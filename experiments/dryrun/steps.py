@@ -1,6 +1,6 @@
 """The steps that a dry run compiles: a training step, and generation.
 
-Their tensors are zeros whose pages are never touched, so that they take no memory on the machine that compiles.
+Their tensors are zeros whose pages are never touched, so they use no memory on the machine that compiles.
 """
 
 import mindspore as ms
@@ -19,11 +19,12 @@ from qwen3.cache import round_up
 from qwen3.model import build, choose_kernels, param_specs
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-TRAIN_STEPS = 2  # the second is given what the first returned, as every later one is
+TRAIN_STEPS = 2  # the second takes the results of the first, as all later steps of a run do
 
 
 def train_step(config, cfg, sharding):
-    """Two steps of the trainer. Returns {params, optimizer, gradients: {path: [shape, dtype]}}; what is frozen is in params alone."""
+    """Runs two steps of the trainer. Returns {params, optimizer, gradients: {path: [shape, dtype]}}; frozen parameters are only in
+    params."""
     (trainable, frozen), gradients = rank_placements(config, cfg, sharding), {}
     signature.listeners.append(_gradients_to(gradients))
     program = build_program(cfg, config, sharding, has_peers=False)
@@ -43,7 +44,7 @@ def train_step(config, cfg, sharding):
 
 
 def rank_placements(config, cfg, sharding):
-    """(what trains, what is frozen) of the Placed that a rank has: of the whole model, or a tree for each of its pipeline stages."""
+    """Returns (trainable, frozen), trees of a rank's Placed parameters; under a pipeline, tuples with a tree for each of its stages."""
     if sharding.mesh.pp == 1:
         return split_trainable(placements(cfg, sharding, False))
     _, stages, _ = stage_placements(cfg, config, sharding)
@@ -54,7 +55,7 @@ def _gradients_to(found):
     """Returns a listener that records AdamW's arguments in `found`: {local shape of the parameter: [shape, dtype] of the gradient}."""
 
     def hear(op, shapes, dtypes):
-        if op == "adamw" and len(shapes) > 1:  # one: the sum of squares of the same op
+        if op == "adamw" and len(shapes) > 1:  # the call with one shape is the sum of squares
             found[tuple(shapes[3])] = [list(shapes[4]), str(dtypes[4]).lower().split("[")[-1].rstrip("]")]
 
     return hear
@@ -71,7 +72,7 @@ def _batch(config, dp):
 
 
 def generate_step(config, cfg, sharding):
-    """The prompt, and a token after it: batch_size rows of seq_len. Returns {params, cache: {path: [shape, dtype]}}."""
+    """Reads a prompt of batch_size rows of seq_len, and then one token. Returns {params, cache: {path: [shape, dtype]}}."""
     mesh, rows = sharding.mesh, config.train.batch_size // sharding.mesh.dp
     length, dtype = round_up(config.train.seq_len), cfg.param_dtype
     placed = place(sharding, param_specs(cfg))

@@ -1,7 +1,7 @@
-"""The layout of a run: its mesh from config.parallel, checked against the model and the batch before any process meets another.
+"""Builds the mesh of a run from config.parallel, and checks the layout against the model and the batch before any process starts.
 
-It does not import MindSpore, so that the launcher can check a layout in no time. What it says of a model, parallel/placement.py holds again
-to every parameter.
+It does not import MindSpore, so that the launcher checks a layout quickly. parallel/placement.py later checks that each parameter can be
+split.
 """
 
 from types import SimpleNamespace
@@ -14,7 +14,8 @@ from parallel.pipeline.schedule import stage_ranges
 
 
 def check(config, cfg, world=None):
-    """The sizes of the axes for a job of `world` ranks (None: as many as asked). Raises ValueError naming key, value and fix."""
+    """Returns {axis: size} for a job of `world` ranks; None: as many ranks as the layout has. Raises ValueError naming key, value and
+    fix."""
     parallel = config.parallel
     sizes = axis_sizes(parallel, world)
     if parallel.lowering == "shard":
@@ -23,23 +24,23 @@ def check(config, cfg, world=None):
         raise ValueError(f"parallel.zero={parallel.zero} must be 0, 1, 2 or 3")
     _check_model(cfg, config, sizes)
     _check_context(cfg, config, sizes)
-    of = mesh(cfg, {**parallel, **sizes})
-    _check_batch(config, sizes, of)
+    made = mesh(cfg, {**parallel, **sizes})
+    _check_batch(config, sizes, made)
     _check_pipeline(config, cfg, sizes)
-    of.size(("tp", "cp"))  # raises where the parts of an axis do not fit
+    made.size(("tp", "cp"))  # raises ValueError if the sub-axes of an axis do not fit
     return sizes
 
 
 def for_inference(asked, cfg, model, world):
-    """The sizes of the axes for a main that only computes with a model, on `world` ranks. asked: {axis: size or None}. model: its name.
-    Raises ValueError naming key, value and fix."""
+    """Returns {axis: size} for inference on `world` ranks. asked: {axis: size or None}. model: its name, for messages. Raises ValueError
+    naming key, value and fix."""
     sizes = axis_sizes({axis: asked.get(axis) or 1 for axis in AXES}, world)
     check_only_computes(sizes, cfg)
     of_tp = Mesh(**sizes).size(("tp/ep",))
     if of_tp > 1:
         raise ValueError(
-            f"parallel.ep={sizes['ep']} takes {of_tp} of the tp={sizes['tp']} ranks, which hold the same tokens when they generate;"
-            f" experts are then spread over data ranks alone, so use --dp={sizes['ep']}, or a smaller --ep"
+            f"parallel.ep={sizes['ep']} uses {of_tp} of the tp={sizes['tp']} ranks, which have the same tokens when they generate, so"
+            f" experts can only be sharded over data ranks; use --dp={sizes['ep']}, or a smaller --ep"
         )
     _check_model(cfg, SimpleNamespace(model=model, parallel=SimpleNamespace(seq_parallel=False)), sizes)
     sizes.update(cp_attention="ring", cp_ulysses=1)
@@ -48,9 +49,9 @@ def for_inference(asked, cfg, model, world):
 
 
 def check_only_computes(sizes, cfg):
-    """Raises ValueError for sizes of axes that train alone."""
+    """Raises ValueError for sizes of axes that only training supports."""
     if sizes["cp"] > 1:
-        raise ValueError(f"parallel.cp={sizes['cp']} splits rows, which is for training; use --cp=1, and --tp, --pp, --ep or --dp")
+        raise ValueError(f"parallel.cp={sizes['cp']} splits rows, which only training supports; use --cp=1, and --tp, --pp, --ep or --dp")
     if sizes["pp"] > cfg.num_layers:
         raise ValueError(
             f"parallel.pp={sizes['pp']} is more than the {cfg.num_layers} layers of the model; use --pp={cfg.num_layers} or less"
@@ -62,7 +63,7 @@ def _check_pipeline(config, cfg, sizes):
     if pp == 1:
         if parallel.virtual_stages > 1 or parallel.stage_layers:
             key = "virtual_stages" if parallel.virtual_stages > 1 else "stage_layers"
-            raise ValueError(f"parallel.{key}={parallel[key]} is of a pipeline, and parallel.pp=1; use --pp=2, or leave it out")
+            raise ValueError(f"parallel.{key}={parallel[key]} needs a pipeline, but parallel.pp=1; use --pp=2, or leave it out")
         return
     check_schedule(parallel.pp_schedule, pp, parallel.micro_batches, parallel.virtual_stages)
     stage_ranges(cfg.num_layers, pp, parallel.virtual_stages, tuple(parallel.stage_layers))
@@ -71,7 +72,7 @@ def _check_pipeline(config, cfg, sizes):
 
 
 def mesh(cfg, parallel, rank=0):
-    """The Mesh of a rank, for axes that check() has filled in."""
+    """Returns the Mesh of a rank. parallel: config.parallel, whose axes check() has filled in."""
     sizes = {axis: parallel[axis] for axis in AXES}
     ulysses = {"ring": 1, "ulysses": sizes["cp"], "hybrid": parallel["cp_ulysses"]}[parallel["cp_attention"]]
     return Mesh(**sizes, kv_repeat=max(1, sizes["tp"] // cfg.num_kv_heads), ulysses=ulysses, rank=rank)
@@ -80,9 +81,9 @@ def mesh(cfg, parallel, rank=0):
 def _check_model(cfg, config, sizes):
     tp, ep, model = sizes["tp"], sizes["ep"], f"model={config.model}"
 
-    def need(ok, axis, what, fix):
+    def need(ok, axis, rule, fix):
         if not ok:
-            raise ValueError(f"parallel.{axis}={sizes[axis]} {what} of {model}; use {fix}")
+            raise ValueError(f"parallel.{axis}={sizes[axis]} {rule} of {model}; use {fix}")
 
     heads, kv = cfg.num_heads, cfg.num_kv_heads
     need(heads % tp == 0, "tp", f"must divide num_heads={heads}", divisors(heads))
@@ -98,7 +99,7 @@ def _check_model(cfg, config, sizes):
     of_tp = Mesh(**sizes).size(("tp/ep",))
     if of_tp > 1 and not config.parallel.seq_parallel:
         raise ValueError(
-            f"parallel.ep={ep} takes {of_tp} of the tp={tp} ranks, which then must have tokens of their own; use --seq_parallel, or a"
+            f"parallel.ep={ep} uses {of_tp} of the tp={tp} ranks, which then must have different tokens; use --seq_parallel, or a"
             " larger --dp"
         )
     left = tp // of_tp
@@ -111,12 +112,12 @@ def _check_context(cfg, config, sizes):
     ulysses, how = parallel.cp_ulysses, f"parallel.cp_attention={parallel.cp_attention}"
     if parallel.cp_attention != "hybrid":
         if ulysses != 1:
-            raise ValueError(f"parallel.cp_ulysses={ulysses} is of parallel.cp_attention=hybrid, and {how}; leave it out")
+            raise ValueError(f"parallel.cp_ulysses={ulysses} needs parallel.cp_attention=hybrid, but {how}; leave it out")
         ulysses = cp if parallel.cp_attention == "ulysses" else 1
     elif cp % ulysses or ulysses in (1, cp):
         fits = [n for n in range(2, cp) if cp % n == 0]
-        fix = f"use {', '.join(map(str, fits))}" if fits else f"parallel.cp={cp} has no such; use parallel.cp_attention=ring or ulysses"
-        raise ValueError(f"parallel.cp_ulysses={ulysses} must divide parallel.cp={cp}, and be neither 1 nor {cp}, for {how}; {fix}")
+        fix = f"use {', '.join(map(str, fits))}" if fits else f"parallel.cp={cp} has none; use parallel.cp_attention=ring or ulysses"
+        raise ValueError(f"parallel.cp_ulysses={ulysses} must divide parallel.cp={cp}, and must not be 1 or {cp}, for {how}; {fix}")
     heads, kv = cfg.num_heads // tp, max(1, cfg.num_kv_heads // tp)
     if heads % ulysses or (kv % ulysses and ulysses % kv):
         fits = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0 and (kv % n == 0 or n % kv == 0))
@@ -127,16 +128,16 @@ def _check_context(cfg, config, sizes):
         )
 
 
-def _check_batch(config, sizes, of):
+def _check_batch(config, sizes, mesh):
     train, micro, dp, tp = config.train, config.parallel.micro_batches, sizes["dp"], sizes["tp"]
     if train.batch_size % (dp * micro):
         raise ValueError(
             f"train.batch_size={train.batch_size} must be a multiple of parallel.dp={dp} times parallel.micro_batches={micro};"
             f" use --config.train.batch_size={dp * micro * (train.batch_size // (dp * micro) + 1)}"
         )
-    rows = train.batch_size // (dp * micro) * context.padded(of, train.seq_len) // sizes["cp"]
+    rows = train.batch_size // (dp * micro) * context.padded(mesh, train.seq_len) // sizes["cp"]
     if config.parallel.seq_parallel and rows % tp:
         raise ValueError(
-            f"parallel.seq_parallel splits the {rows} tokens of a data rank's micro-batch over tp={tp} ranks, which does not divide them;"
+            f"parallel.seq_parallel splits the {rows} tokens of a data rank's micro-batch over tp={tp} ranks, which must divide them;"
             f" use --config.train.seq_len={sizes['cp'] * tp * -(-train.seq_len // (sizes['cp'] * tp))}"
         )

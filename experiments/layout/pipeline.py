@@ -1,4 +1,4 @@
-"""What a pipeline does to a model: the layers of each stage, the bytes of each rank, and the schedule as text, without any process."""
+"""Describes a pipeline as text without starting a process: the layers of each stage, the bytes of each rank, and the schedule."""
 
 import math
 
@@ -13,14 +13,14 @@ from qwen3.stages import carried_shapes
 HEADER = ("pp rank", "layers of its stages", "parameters", "gradients", "optimizer state", "live inputs", "their bytes", "sent in a step")
 
 NOTES = (
-    "Bytes of a rank. It keeps the input of a stage for each live micro-batch, and computes the forward again in the backward; that of the",
-    "first stage is tokens alone. Sent are inputs forward, and their gradients back. The collectives within a stage, which are those of",
-    "its layers without --pp, are not counted.",
+    "All sizes are bytes per rank. For each live micro-batch a rank keeps the input of the stage, from which the backward recomputes the",
+    "forward; the input of the first stage is only tokens. Sent: inputs to the next stage, and their gradients back. Collectives inside a",
+    "stage are not counted; they are those of the same layers without --pp.",
 )
 
 
 def lines(config, cfg, sharding):
-    """(rows of a table of the ranks along pp, each standing for all with its place; the drawn schedule)"""
+    """Returns (rows of a table with one row per pp rank, lines of the drawn schedule)."""
     parallel, pp = config.parallel, sharding.mesh.pp
     layers, stages, _ = stage_placements(cfg, config, sharding)
     lists = pipeline.schedule(parallel.pp_schedule, pp, parallel.micro_batches, parallel.virtual_stages)
@@ -30,8 +30,8 @@ def lines(config, cfg, sharding):
     moments = len(MOMENTS[config.optim.name])
     table = [HEADER, *(_row(sharding.mesh, rank, layers, stages, lists[rank], sizes, moments) for rank in range(pp))]
     bubble = pipeline.bubble_formula(pp, parallel.micro_batches, parallel.virtual_stages)
-    said = f"{parallel.pp_schedule}: were all stages alike, ranks would wait {bubble:.1%} of the time. F: forward, B: backward"
-    return table, [said, *pipeline.draw(lists)]
+    legend = f"{parallel.pp_schedule}: if all stages take equally long, ranks wait {bubble:.1%} of the time. F: forward, B: backward"
+    return table, [legend, *pipeline.draw(lists)]
 
 
 def _row(mesh, rank, layers, stages, actions, sizes, moments):
@@ -46,14 +46,14 @@ def _row(mesh, rank, layers, stages, actions, sizes, moments):
 
 
 def _layers(stage, layers):
-    """Such as "embedding 0-3", or "4-7 head"."""
+    """Returns the content of a stage, such as "embedding 0-3" or "4-7 head"."""
     own = layers[stage]
     numbers = [f"{own[0]}-{own[-1]}" if len(own) > 1 else str(own[0])] if own else []
     return " ".join(["embedding"] * (stage == 0) + numbers + ["head"] * (stage == len(layers) - 1))
 
 
 def _kept(actions, sizes):
-    """The most bytes of stage inputs that are kept at a time."""
+    """Returns the largest number of bytes of stage inputs that a rank keeps at the same time."""
     now = most = 0
     for action in actions:
         if isinstance(action, pipeline.Forward):

@@ -1,4 +1,4 @@
-"""What a layout does to a model: a table of every parameter's parts, and the bytes of a rank, without any process."""
+"""Describes a layout as text without starting a process: a table of every parameter's shards, and the bytes of a rank."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ COLUMNS = ("parameter", "global shape", "dims", "split over", "local shape", "by
 
 
 def describe(config):
-    """The table as text, of a config as experiments.flags.resolve gives it. Parameters of layers that are alike share a line."""
+    """Returns the table as text. config: from experiments.flags.resolve. Equal parameters of several layers share a line."""
     cfg = command_line.model_config(config, "any")
     mesh = layout.mesh(cfg, config.parallel)
     sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
@@ -38,12 +38,13 @@ def describe(config):
 
 
 def _totals(config):
-    """Of float32: what a rank keeps between steps, and the gradient as the optimizer takes it."""
+    """Returns (name, axes of a Placed, copies) of each kind of float32 memory: parameters and state between steps, and the gradients that
+    the optimizer reads."""
     return (("parameters", "stored", 1), ("gradients", "state", 1), ("optimizer state", "state", len(MOMENTS[config.optim.name])))
 
 
 def summary(config):
-    """The layout in one line."""
+    """Returns the layout as one line."""
     parallel = config.parallel
     sizes = {axis: parallel[axis] for axis in AXES}
     world = math.prod(n for axis, n in sizes.items() if axis != "ep")
@@ -72,11 +73,11 @@ def _rows(sharding, placed):
 def _axes(sharding, dim, atoms, p):
     own = "+".join(axis for axis in sharding.rules[dim] if sharding.mesh.size((axis,)) > 1)
     zero = "zero" if len(atoms) > len(sharding.atoms(dim)) else ""
-    return "+".join(part for part in (own, zero) if part) or "-"
+    return "+".join(axes for axes in (own, zero) if axes) or "-"
 
 
 def _numbers(paths):
-    """0-3,5 for layers 0, 1, 2, 3 and 5."""
+    """Returns the numbers of layers as text, for example 0-3,5 for layers 0, 1, 2, 3 and 5."""
     numbers = [int(path.split(".")[1]) for path in paths]
     runs = [list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
     return ",".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)

@@ -1,4 +1,4 @@
-"""What a layout sends in a training step: collectives by kind and axes, and the bytes of a rank, without any process."""
+"""Computes the communication of a training step without starting a process: collectives by kind and axes, and the bytes of a rank."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ SMALL.update(bos_id=None, eos_id=None, pad_id=None, rope_scaling=None)
 
 
 def table(config, cfg, sharding):
-    """Rows of text; bytes are those of ring algorithms, and as many are received."""
+    """Returns the rows of a table. Bytes are those that a rank sends with ring algorithms; it receives equally many."""
     mesh, grouped = sharding.mesh, {}
     for call, count in step_calls(config, cfg, sharding).items():
         axes = "+".join(dict.fromkeys(atom[:2] for atom in call.atoms))
@@ -43,20 +43,20 @@ def table(config, cfg, sharding):
 
 
 def notes(config, cfg):
-    """How to read it."""
-    yield "A ring passes on all parts of a tensor but one, and does so twice to sum it on every rank; a rank receives as much as it sends."
+    """Yields sentences that explain the table."""
+    yield "In a ring of n ranks, a rank sends (n - 1) / n of a tensor, twice that for an all-reduce, and receives as much."
     if uses_scan(cfg, config.train.layer_loop):
-        yield "The backward of looped layers makes their forward calls again, twice. All are counted; a few go unused and are left out."
+        yield "The backward of looped layers repeats their forward collectives twice. All are counted; the compiler drops some of them."
     elif config.train.recompute != "none":
-        yield "The backward makes the forward calls of what is recomputed again. All are counted; a few go unused and are left out."
+        yield "The backward repeats the forward collectives of recomputed layers. All are counted; the compiler drops some of them."
     if config.parallel.cp > 1 and config.parallel.cp_attention != "ulysses":
-        yield "What goes round a ring of ranks does so by gathers here, of which each rank keeps its neighbour's part."
+        yield "A ring of ranks passes tensors on by all-gathers, from which each rank keeps only the shard of its neighbour."
     if cfg.num_experts and cfg.moe_capacity_factor is None:
-        yield "AlltoAll sends buffers for the worst case, all tokens to one rank's experts; see model_args.moe_capacity_factor."
+        yield "AlltoAll sends buffers sized for the worst case, in which all tokens go to one rank; see model_args.moe_capacity_factor."
 
 
 def step_calls(config, cfg, sharding):
-    """Counter of traffic.Call for one optimizer step of the trainer."""
+    """Returns a Counter of traffic.Call for one optimizer step of the trainer."""
     micro, scan = config.parallel.micro_batches, uses_scan(cfg, config.train.layer_loop)
     rest, layers = model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
     layers = layers + recomputed_calls(config, cfg, sharding, layers, cfg.num_layers)
@@ -68,7 +68,7 @@ def step_calls(config, cfg, sharding):
 
 
 def recomputed_calls(config, cfg, sharding, layers, count):
-    """Counter of the calls that train.recompute makes again in one global micro-batch. layers: those of `count` layers."""
+    """Returns a Counter of the calls that train.recompute repeats in one global micro-batch. layers: the calls of `count` layers."""
     recompute = config.train.recompute
     if recompute == "full" and not uses_scan(cfg, config.train.layer_loop):
         return traffic.again(layers, 1)
@@ -79,8 +79,8 @@ def recomputed_calls(config, cfg, sharding, layers, count):
 
 
 def spare_calls(config, cfg, sharding):
-    """Those of step_calls, of unrolled layers, that a graph may leave out: of what is recomputed, whose last results nothing needs; and, of
-    MindSpore's ZeRO 3, of parameters that no backward needs."""
+    """Returns a Counter of those calls of step_calls that a compiled graph of unrolled layers may leave out: repeated calls of recomputed
+    layers whose results nothing reads, and, with MindSpore's ZeRO 3, gathers of parameters that the backward pass does not need."""
     micro = config.parallel.micro_batches
     _, layers = model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
     spare = recomputed_calls(config, cfg, sharding, layers, cfg.num_layers)
@@ -90,7 +90,7 @@ def spare_calls(config, cfg, sharding):
 
 
 def attention_calls(cfg, sharding, batch_size, seq_len):
-    """Counter of the forward calls of a layer's attention and the norm before it."""
+    """Returns a Counter of the forward calls of a layer's attention and the norm before it."""
     small, watched, batch = cfg.replace(**dict(SMALL, num_layers=1)), traffic.Watched(sharding), _batch()
     kernels = choose_kernels({}, small, sharding)
     p = tree_map(ms.Tensor, init_params({"attention": attention.specs(small), "attention_norm": norm.specs(small)}, 0))
@@ -102,8 +102,8 @@ def attention_calls(cfg, sharding, batch_size, seq_len):
 
 
 def model_calls(cfg, sharding, batch_size, seq_len):
-    """(Counter of the calls outside the layers, of those in them) for forward and backward of one global micro-batch. Where the first layer
-    makes fewer than the others, as where nothing before it trains, those outside are below 0."""
+    """Returns (Counter of the calls outside of layers, Counter of the calls in layers) for forward and backward of one global micro-batch.
+    If the first layer makes fewer calls than the others, because nothing before it trains, the first Counter has negative counts."""
     kinds = sorted({cfg.is_moe_layer(i) for i in range(cfg.num_layers)})
     of = partial(_watched, cfg, sharding, _sizes(cfg, sharding, batch_size, seq_len))
     each_once = of(kinds)
@@ -121,8 +121,8 @@ def model_calls(cfg, sharding, batch_size, seq_len):
 
 
 def _tables(cfg, sharding):
-    """Counter of the Calls for the matrices of the embedding and of the head. Of two gathers of one tied matrix MindSpore's compiler makes
-    one; the gradients of its two uses are scattered each by itself."""
+    """Returns a Counter of the calls for the matrices of the embedding and of the head. If they are tied, MindSpore's compiler merges the
+    two gathers into one; the gradients of the two uses are reduce-scattered separately."""
     once = _gathered(sharding, embed.specs(cfg))
     forward = Counter({call: count for call, count in once.items() if call.phase == "forward"})
     return traffic.times(once, 2) - (forward if cfg.tie_embeddings else Counter())
@@ -133,7 +133,7 @@ def _gathered(sharding, specs):
 
 
 def _watched(cfg, sharding, sizes, kinds):
-    """The calls of a model with these kinds of layers (True: of experts), as seen in a small one."""
+    """Returns the calls of a model with these kinds of layers (True: with experts), counted by running a small model."""
     small = dict(SMALL, num_layers=len(kinds), tie_embeddings=cfg.tie_embeddings)
     if cfg.num_experts:
         small.update(_moe_sizes(cfg, sharding, tuple(i for i, is_moe in enumerate(kinds) if not is_moe)))
@@ -142,16 +142,16 @@ def _watched(cfg, sharding, sizes, kinds):
 
 
 def _moe_sizes(cfg, sharding, dense):
-    """Sizes of a small mixture of experts. dense: the layers that have none."""
+    """Returns config changes for a small mixture of experts. dense: the numbers of the layers without experts."""
     experts = sharding.shards("experts") * cfg.experts_per_token
     return dict(num_experts=experts, moe_ffn_size=4, mlp_only_layers=dense, decoder_sparse_step=1)
 
 
-_runs = {}  # (small model, parts of each dim) -> what was seen: layouts that differ in their ranks' tasks alone share it
+_runs = {}  # (small model, number of shards of each dim): result of _run. Layouts that only place ranks differently share an entry.
 
 
 def _run(small, sharding):
-    """(the ops of a model, how often each ran), on one device."""
+    """Runs a model on one device. Returns (its ops, how often each ran)."""
     key = small, tuple(sharding.shards(dim) for dim in sharding.rules)
     if key not in _runs:
         watched, specs = traffic.Watched(sharding), param_specs(small)
@@ -181,7 +181,8 @@ def _batch():
 
 
 def _sizes(cfg, sharding, batch_size, seq_len):
-    """{dim: global size} of the dims of what travels, for a batch of all data ranks. Dims that mean several sizes are not here."""
+    """Returns {dim: global size} of the dims of communicated tensors, for a batch of all data ranks. Dims with several sizes are left
+    out."""
     seq_len = context.padded(sharding.mesh, seq_len)
     rows = batch_size * seq_len
     kv_heads = max(cfg.num_kv_heads, sharding.shards("kv_heads"), sharding.shards("span_kv_heads"))
@@ -194,15 +195,19 @@ def _sizes(cfg, sharding, batch_size, seq_len):
     if cfg.num_experts:
         shards, E, k = sharding.shards("experts"), cfg.num_experts, cfg.experts_per_token
         slots = shard_capacity(rows // sharding.shards("expert_rows"), k, E, shards, cfg.moe_capacity_factor)
-        sizes.update(experts=E, expert_ffn=cfg.moe_ffn_size)  # of adapters
+        sizes.update(experts=E, expert_ffn=cfg.moe_ffn_size)  # adapters have these dims
         sizes.update(router=E, choice=k, router_stats=2 * E + 2, to_shard=shards, shard=shards, sent=slots * sharding.shards("sent"))
         sizes.update(received=slots * shards * sharding.shards("received"))
     return sizes
 
 
 def pipeline_calls(config, cfg, sharding):
-    """(Counter of traffic.Call for one optimizer step of a rank of a pipeline, those of them that its graphs may leave out). Those are of
-    forwards that the backward of a stage makes again, for what it needs of them. What goes from stage to stage is a Send or Receive."""
+    """Returns (Counter of traffic.Call for one optimizer step of a rank of a pipeline, Counter of those calls that its graphs may leave
+    out).
+
+    Graphs may leave out repeated forward calls whose results the backward pass of a stage does not need. Transfers between stages are the
+    kinds Send and Receive.
+    """
     mesh, micro = sharding.mesh, config.parallel.micro_batches
     layers, stages, _ = stage_placements(cfg, config, sharding)
     mine = range(mesh.index(("pp",)), len(layers), mesh.pp)
@@ -217,7 +222,7 @@ def pipeline_calls(config, cfg, sharding):
     each = [tree_leaves(stages[s]) for s in mine]
     placed = [p for leaves in each for p in leaves]
     update = traffic.of_update(sharding, placed, micro)
-    if sharding.zero >= 2:  # a stage's gradients are summed by themselves
+    if sharding.zero >= 2:  # the gradients of each stage are summed separately
         update -= traffic.of_sums(sharding, placed, micro)
         update += sum((traffic.of_sums(sharding, leaves, micro) for leaves in each), Counter())
     if micro == 1 and sharding.data_atoms:
@@ -227,7 +232,7 @@ def pipeline_calls(config, cfg, sharding):
 
 
 def stage_calls(config, cfg, sharding, layers, first, last):
-    """Counter of the calls of a stage, forward and backward, in one global micro-batch."""
+    """Returns a Counter of the calls of a stage, forward and backward, in one global micro-batch."""
     moe = _moe_sizes(cfg, sharding, tuple(i for i in range(cfg.num_layers) if not cfg.is_moe_layer(i))) if cfg.num_experts else {}
     small, watched = cfg.replace(**dict(SMALL, **moe)), traffic.Watched(sharding)
     specs, rows = stage_specs(small, layers, first, last), 4
@@ -237,12 +242,12 @@ def stage_calls(config, cfg, sharding, layers, first, last):
     value_and_grad(_stage_value(build_stage(small, watched, None, layers, first, last), first, last))(inputs, _batch())
     sizes = _sizes(cfg, sharding, config.train.batch_size // config.parallel.micro_batches, config.train.seq_len)
     out = traffic.of_ops(sharding, watched.bound, watched.seen, sizes, BYTES[cfg.compute_dtype])
-    whole = [layer_specs(cfg, i) for i in layers] + [embed.specs(cfg)] * (first + last) + [norm.specs(cfg)] * last
-    return sum((_gathered(sharding, specs) for specs in whole), out)
+    stored = [layer_specs(cfg, i) for i in layers] + [embed.specs(cfg)] * (first + last) + [norm.specs(cfg)] * last
+    return sum((_gathered(sharding, specs) for specs in stored), out)
 
 
 def _stage_value(stage, first, last):
-    """A number that depends on all results of a stage."""
+    """Returns a function whose value is a number that depends on all results of a stage."""
 
     def value(inputs, batch):
         out = stage(inputs["params"], () if first else inputs["carried"], batch)
@@ -252,7 +257,8 @@ def _stage_value(stage, first, last):
 
 
 def _transfers(config, cfg, sharding, layers, placed):
-    """Counter of the calls between stages: inputs forward, their gradients back, and those of a matrix that two stages have."""
+    """Returns a Counter of the transfers between stages: inputs forward, their gradients back, and gradients of a matrix that two stages
+    share."""
     parallel, mesh, out = config.parallel, sharding.mesh, Counter()
     rows = config.train.batch_size // parallel.dp // parallel.micro_batches * config.train.seq_len
     lists = pipeline.schedule(parallel.pp_schedule, mesh.pp, parallel.micro_batches, parallel.virtual_stages)

@@ -1,4 +1,4 @@
-"""What a run measures and writes: FLOPs per token, MFU, metrics.jsonl, TensorBoard, the loss curve."""
+"""Computes and writes the metrics of a run: FLOPs per token, MFU, metrics.jsonl, TensorBoard and the plot of the loss."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from qwen3.model import param_specs
 
 
 def flops_per_token(cfg, seq_len):
-    """Training FLOPs per token, recompute not counted: 6 x (active non-embedding parameters + head) + causal attention; of frozen
-    parameters 4, as they have no gradients."""
+    """Returns the training FLOPs per token: 6 x (active non-embedding parameters + head) + causal attention. Frozen parameters count 4
+    instead of 6, because they have no gradients. Recomputation is not counted."""
     flops, head = 0, None
     for path, spec in tree_paths(param_specs(cfg)):
         each = 6 if spec.trains else 4
@@ -27,12 +27,12 @@ def flops_per_token(cfg, seq_len):
             continue
         share = cfg.experts_per_token / cfg.num_experts if "experts" in spec.dims else 1
         flops += each * math.prod(spec.shape) * share
-    attention = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len  # scores and mix, half of them masked
+    attention = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len  # scores and weighted sum of values; half of them are masked
     return flops + head + 6 * attention
 
 
 def peak_flops(size=1536, repeats=5):
-    """FLOP/s of the fastest float32 matmul that this device has: the best of a few."""
+    """Measures the FLOP/s of this device's fastest float32 matmul implementation. Returns the best of `repeats` runs."""
     a = ms.Tensor(np.ones((size, size), np.float32))
     matmul, best = pick(choose({}, ms.get_context("device_target"), "float32"), "matmul")(), 0.0
     for _ in range(repeats):
@@ -43,22 +43,23 @@ def peak_flops(size=1536, repeats=5):
 
 
 def mesh_peak_flops(mesh):
-    """The sum of peak_flops over all ranks, measured by all at once, as they share what they run on when they train."""
+    """Returns the sum of peak_flops over all ranks. They measure at the same time, because ranks that share a machine also train at the
+    same time."""
     return float(collectives.host_sum(mesh, tuple(mesh.sizes), [peak_flops()])[0])
 
 
 def held_out(nats, bytes_per_target=None):
-    """The metrics of a loss in nats per target: eval_loss, perplexity, and bits_per_byte where it is known how many bytes a target stands
-    for."""
-    values = {"eval_loss": nats, "perplexity": math.exp(min(nats, 700.0))}  # beyond, a float has no room
+    """Returns the metrics of an evaluation loss in nats per target: eval_loss, perplexity, and bits_per_byte if bytes_per_target is
+    given."""
+    values = {"eval_loss": nats, "perplexity": math.exp(min(nats, 700.0))}  # exp of more overflows a float
     return {**values, "bits_per_byte": nats / math.log(2) / bytes_per_target} if bytes_per_target else values
 
 
 class Writer:
-    """A run's metrics: one JSON object a line in `metrics.jsonl`, numbers also in `tensorboard/`, all of them in `records`.
+    """Writes the metrics of a run: one JSON object per line to `metrics.jsonl`, numbers also to `tensorboard/`. `records` has all of them.
 
-    Without a workdir, on ranks that do not write, only the last. begun: the step from which a run goes on; what an earlier process wrote of
-    later steps goes, as they are done again.
+    workdir: the run's folder; None, for ranks that do not write, keeps only `records`. begun: the step from which a resumed run continues.
+    Lines of later steps, which an earlier process wrote, are removed, because these steps run again.
     """
 
     def __init__(self, workdir, begun=0):
@@ -69,12 +70,12 @@ class Writer:
                 self.records = [record for record in read_records(path) if record["step"] <= begun]
                 write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
             self.file = open(path, "a", encoding="utf-8")
-            from tensorboardX import SummaryWriter  # here, as it brings all of torch with it where that is installed
+            from tensorboardX import SummaryWriter  # imported here because it imports torch where that is installed
 
             self.board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=begun + 1 if begun else None)
 
     def write(self, step, values):
-        """values: numbers, or lists of numbers (to the file only)."""
+        """Writes the metrics of a step. values: {name: number or list of numbers}; lists go to the file only."""
         self.records.append({"step": step, **values})
         if self.silent:
             return
@@ -85,7 +86,7 @@ class Writer:
                 self.board.add_scalar(name, value, step)
 
     def sync(self):
-        """What was written is on disk then."""
+        """Makes sure that everything written so far is on disk."""
         if not self.silent:
             os.fsync(self.file.fileno())
 
@@ -99,8 +100,9 @@ class Writer:
 
 
 def plot_losses(path, records, bigram=None):
-    """The loss curve as a PNG. records: dicts with step, and loss or eval_loss (nats per target)."""
-    from matplotlib.figure import Figure  # here, as the other ranks and the benchmarks draw nothing
+    """Draws the loss curves to a PNG file. records: dicts with step, and loss or eval_loss (nats per target). bigram: the loss of a bigram
+    model, drawn as a line."""
+    from matplotlib.figure import Figure  # imported here because other ranks and the benchmarks draw nothing
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="tight")
     axes = figure.subplots()

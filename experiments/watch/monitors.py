@@ -1,10 +1,9 @@
-"""What a step does to each layer: norms of gradients and weights, and how far an update moves a weight. What it finds there is
-experiments/watch/probe.py's.
+"""Measures for each layer the norms of gradients and weights, and the relative size of the update. experiments/watch/probe.py measures
+activations.
 
-Taken from the state before and after a step, on the host: what is compiled knows nothing of it, and a step that is not watched costs
-nothing. The gradient is what the optimizer's first moment took up of it, of AdamW m' = b1 m + (1 - b1) g: the sum over ranks and
-micro-batches, before clipping. A norm is that of global arrays: each rank adds the squares of the blocks that it would write into a
-checkpoint.
+All values come from the state before and after a step, on the host. So the compiled step is not changed, and a step that is not watched
+costs nothing. The gradient (summed over ranks and micro-batches, before clipping) is computed from the optimizer's first moment; for AdamW,
+m' = b1 m + (1 - b1) g. Norms are those of global arrays: each rank adds the squares of the blocks that it would write into a checkpoint.
 """
 
 from dataclasses import replace
@@ -17,10 +16,12 @@ from parallel.checkpoint.arrays import pieces, wanted
 
 
 class Monitor:
-    """every: steps between those that are watched. write(step, values) takes what was found: of each group of parameters weight_norm/GROUP
-    after the step, and of what the optimizer trains grad_norm/GROUP, and update_ratio/GROUP, the norm of what the step added over the norm
-    of what it added to. A group is a layer, or a parameter outside of layers. probe(state, batch) -> what else is written, of before the
-    step."""
+    """Runs the steps of a program, and watches every `every`-th of them.
+
+    write(step, values) is called after a watched step. values, for each group of parameters: weight_norm/GROUP, after the step; and if
+    AdamW trains the group, grad_norm/GROUP and update_ratio/GROUP, the norm of the change divided by the norm of the weights before it. A
+    group is a layer, or a parameter outside of layers. probe(state, batch) -> further values, measured before the step.
+    """
 
     def __init__(self, program, mesh, optim, every, write, probe=None):
         self.program, self.mesh, self.optim, self.every, self.write, self.probe = program, mesh, optim, every, write, probe
@@ -31,7 +32,7 @@ class Monitor:
         self.trained = {name: optim_rules.momentum(optim, _of_a_layer(h)) for h in trained for name in h.names}
 
     def step(self, state, batch, rate, at):
-        """Program.step, watched where it is time. All ranks call it together."""
+        """Runs Program.step, and watches it if it is due. All ranks must call it together."""
         if (at + 1) % self.every:
             return self.program.step(state, batch, rate, at)
         seen = self.probe(state, batch) if self.probe else {}
@@ -43,12 +44,12 @@ class Monitor:
         return new, metrics
 
     def _blocks(self, state):
-        """{(name, start): array} of this rank's share of the parameters and first moments."""
+        """Returns {(name, start): array}: this rank's blocks of the parameters and first moments."""
         held = [h for h in self.program.held(state) if not h.names[0].startswith("v/")]
         return {(piece.name, piece.start): piece.data for piece in pieces(self.mesh, held)}
 
     def _squares(self, before, after):
-        """[4, groups]: sums of squares over all ranks, of weights, of gradients, of updates, and of the weights that were updated."""
+        """Returns [4, groups], sums of squares over all ranks: weights, gradients, updates, and old values of the updated weights."""
         sums, place = np.zeros((4, len(self.groups))), {name: i for i, name in enumerate(self.groups)}
         for (name, start), new in after.items():
             kind, old, i = name.partition("/")[0], before[name, start], place[group(name)]
@@ -75,13 +76,13 @@ class Monitor:
 
 
 def group(name):
-    """params/layers.3.attention.wq -> layers.3, params/embed -> embed"""
-    parts = name.partition("/")[2].split(".")
-    return ".".join(parts[:2]) if parts[0] == "layers" else parts[0]
+    """Returns the group of a parameter: params/layers.3.attention.wq -> layers.3, params/embed -> embed."""
+    keys = name.partition("/")[2].split(".")
+    return ".".join(keys[:2]) if keys[0] == "layers" else keys[0]
 
 
 def _of_a_layer(held):
-    """Its spec, without the dim of stacked layers."""
+    """Returns the spec of one layer's array, without the dim of stacked layers."""
     return replace(held.spec, shape=held.spec.shape[1:], dims=held.spec.dims[1:], parts=()) if held.is_stacked else held.spec
 
 

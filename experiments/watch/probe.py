@@ -1,7 +1,7 @@
-"""What a step finds before it: of each layer its activations, attention logits and router, and the loss by source of data.
+"""Measures the model before a step: activations, attention logits and router of each layer, and the loss of each source of data.
 
-A forward of its own (qwen3/probe.py) over the step's batch, with the weights before the step and without dropout, of the micro-batches and
-pipeline stages of the layout. It is compiled when the first watched step comes, and what trains knows nothing of it.
+It runs a separate forward pass (qwen3/probe.py) over the step's batch, with the weights before the step and without dropout, in the
+micro-batches and pipeline stages of the layout. It is compiled at the first watched step, and the training step does not contain it.
 """
 
 from functools import partial
@@ -27,12 +27,13 @@ from qwen3.stages import carried_shapes, stage_specs
 
 
 class Probe:
-    """probe(state, batch) -> {name: value} of a global batch, of which `batch` has this data rank's rows; all ranks call it together.
+    """probe(state, batch) -> {name: value}, for the global batch. batch: this data rank's rows. All ranks must call it together.
 
-    activation_norm/layers.3: the root of the mean square of what the layer adds to the stream and passes on, over all tokens but padding;
-    attention_logit_max/layers.3: the largest scaled logit before the softmax, between tokens that see each other; router_entropy/layers.3:
-    the mean over tokens, in nats. sources: None, or a function -> (names, ids): of the sources of data, and for each row of the last batch
-    which one it is of; then also loss/NAME, the mean over the targets of those that the batch has.
+    activation_norm/layers.3: the root mean square of the residual stream after the layer, over all tokens except padding.
+    attention_logit_max/layers.3: the largest scaled attention logit before the softmax, without masked logits.
+    router_entropy/layers.3: the mean over tokens, in nats.
+    loss/NAME: the mean loss over the targets of the source NAME, for each source in the batch; only if `sources` is given.
+    sources: None, or a function -> (names, ids): the names of all sources, and the number of the source of each row in the last batch.
     """
 
     def __init__(self, cfg, config, sharding, program, sources=None):
@@ -62,7 +63,7 @@ class Probe:
         self.compiled = mesh.pp == 1
 
     def _params(self, state, stage):
-        """The stored parts of a stage's parameters."""
+        """Returns this rank's stored shards of a stage's parameters."""
         spread = self.program.spread(state)
         if self.scan:
             return tree_map(lambda leaf: leaf.tensor, {**spread, "layers": spread["layers"][0]})
@@ -71,16 +72,16 @@ class Probe:
         return unflatten(specs, [held[path] for path, _ in tree_paths(specs)])
 
     def _run(self, params, group, found):
-        """The forward of some micro-batches through all stages."""
-        self.rows, batches = group[0]["tokens"].size, [tensors(part) for part in group]
+        """Runs the forward pass of some micro-batches through all stages."""
+        self.rows, batches = group[0]["tokens"].size, [tensors(micro_batch) for micro_batch in group]
         forward = partial(self._forward, params, batches)
-        if not self.compiled:  # all at once: on CPU a receive gives up where the rank before compiles for long
+        if not self.compiled:  # all ranks compile first: on CPU a receive times out if the rank before it compiles for long
             for stage in self.stages:
                 forward(_Found(self.cfg), pipeline.Forward(0, stage), (ms.ops.zeros(*self._carried()),))
             self.compiled = True
         lists = pipeline.forward_only(self.mesh.pp, len(group), self.config.parallel.virtual_stages)
         self.executor.run(lists[self.mesh.index(("pp",))], partial(forward, found))
-        collectives.host_sum(self.mesh, ("pp",), [0])  # no rank is more than a group ahead
+        collectives.host_sum(self.mesh, ("pp",), [0])  # a barrier: no rank is more than one group ahead
 
     def _forward(self, params, batches, found, action, carried):
         stage, given = action.stage, names(self.layers[action.stage], action.stage == self.last, bool(self.sources))
@@ -92,7 +93,7 @@ class Probe:
         return (out["x"],) if "x" in out else ()
 
     def _carried(self):
-        """(shape, dtype) of what goes from a stage to the next."""
+        """Returns (shape, dtype) of the tensor that a stage sends to the next one."""
         return carried_shapes(self.cfg, self.sharding, range(0), self.rows)[0]
 
     def _send(self, message, rank):
@@ -117,14 +118,14 @@ class Probe:
             return {}
         known, rows = self.sources()
         sums = np.zeros((2, len(known)))
-        if found.rows:  # of the last stage
+        if found.rows:  # only ranks with the last stage have them
             np.add.at(sums.T, rows, np.concatenate(found.rows, 1).T)
         nats, weights = collectives.host_sum(self.mesh, ("pp", "dp"), sums.ravel()).reshape(sums.shape)
         return {f"loss/{name}": float(n / w) for name, n, w in zip(known, nats, weights) if w}
 
 
 class _Found:
-    """The numbers of some micro-batches, of the stages of this rank."""
+    """Sums of the statistics of some micro-batches, from the stages of this rank."""
 
     def __init__(self, cfg):
         self.sums, self.top, self.rows = np.zeros((cfg.num_layers, len(SEEN))), np.full(cfg.num_layers, -np.inf), []
@@ -138,6 +139,6 @@ class _Found:
             self.rows.append(np.stack([found["nats"], found["weights"]]))
 
     def layers(self):
-        """[layers * SEEN], zeros for those of other ranks."""
+        """Returns the statistics SEEN of all layers as one vector; zeros for the layers of other ranks."""
         self.sums[:, SEEN.index("logit_max")] = np.where(np.isfinite(self.top), self.top, 0)
         return self.sums.ravel()

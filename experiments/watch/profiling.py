@@ -1,7 +1,7 @@
 """A profile of some steps of a run: MindSpore's trace, and a table of the time of each op.
 
-MindSpore calls every C++ kernel of ours Custom. Which is which is in the compiled graph, so that is written out as it is compiled, read for
-the names, and removed. The trace is for chrome://tracing or Perfetto.
+MindSpore's profiler names each of our C++ kernels "Custom". The compiled graph has the real names, so MindSpore writes the graphs to files
+while it compiles, the names are read from them, and the files are removed. Open the trace with chrome://tracing or Perfetto.
 """
 
 import csv
@@ -15,15 +15,17 @@ import mindspore as ms
 from mindspore import profiler
 
 FOLDER, TRACE, TABLE = "profile", "trace_view.json", "ops.csv"
-PASS = "graph_build"  # the last one, whose names are those that run
+PASS = "graph_build"  # the last compiler pass, after which the names of ops are final
 NAMED = re.compile(r'reg_op_name: "(\w+)"')
 FULL_NAME = re.compile(r"Fullname with scope: \((.+)\)")
 HEAD = ("op", "calls a step", "ms a step", "share")
 
 
 class Profile:
-    """Of `steps`, "FIRST:LAST", counted from 1, both included, in the folder `workdir`/profile. Made before anything is compiled; used as a
-    context around the run, with `around` for its step function."""
+    """Profiles some steps of a run into the folder `workdir`/profile. steps: "FIRST:LAST", counted from 1, both included.
+
+    Create it before anything is compiled, use it as a context around the run, and wrap the step function in `around`.
+    """
 
     def __init__(self, workdir, steps):
         self.folder, (self.first, self.last) = os.path.join(workdir, FOLDER), map(int, steps.split(":"))
@@ -34,11 +36,11 @@ class Profile:
 
     def __enter__(self):
         os.environ["MS_DEV_DUMP_IR_PASSES"] = PASS
-        ms.set_context(save_graphs=1, save_graphs_path=self.graphs)  # the variable that is to replace this is read when MindSpore is loaded
+        ms.set_context(save_graphs=1, save_graphs_path=self.graphs)  # MS_DEV_SAVE_GRAPHS is read only when MindSpore is imported
         return self
 
     def around(self, step):
-        """step(state, batch, lr, step from 0), watched."""
+        """Returns step(state, batch, lr, number from 0), which also starts and stops the profiler."""
 
         def watched(state, batch, rate, at):
             if self.running is None and self.first <= at + 1 <= self.last and not self.steps:
@@ -79,7 +81,7 @@ class Profile:
             os.replace(path, os.path.join(self.folder, TRACE))
 
     def _details(self):
-        """[(type, full name, calls, ms)] of all ops on the host."""
+        """Returns [(type, full name, calls, ms)] of all ops that ran on the host."""
         out = []
         for path in glob.glob(os.path.join(self.raw, "**", "cpu_op_detail_info_*.csv"), recursive=True):
             with open(path, encoding="utf-8", newline="") as file:
@@ -97,7 +99,7 @@ class Profile:
 
 
 def kernel_names(folder):
-    """{full name in the graph: kernel} of our kernels, from the graphs that MindSpore has written there."""
+    """Returns {full name in the graph: kernel} of our kernels, from the graph files in a folder."""
     names = {}
     for path in glob.glob(os.path.join(folder, f"{PASS}*.ir")):
         kernel = None
@@ -111,7 +113,7 @@ def kernel_names(folder):
 
 
 def table(details, names, steps, seconds):
-    """[(op, calls a step, ms a step, share of the step's time)], the longest first; the last is what passed outside ops."""
+    """Returns [(op, calls a step, ms a step, share of the step's time)], the longest first. The last row is the time outside of ops."""
     totals = {}
     for kind, full_name, calls, took in details:
         total = totals.setdefault(names.get(full_name, kind), [0, 0.0])

@@ -1,7 +1,7 @@
-"""The metrics of a run as arrays, read from its metrics.jsonl. Without MindSpore, so that it takes no seconds to start.
+"""Reads the metrics of a run from its metrics.jsonl as arrays. It does not import MindSpore, so it starts fast.
 
-A run that still goes on, or was killed, may end in half a line, which is left out. One that went on from an earlier checkpoint may have
-written steps twice; the later ones count.
+The file of a run that still trains, or was killed, may end in an incomplete line, which is ignored. A run that continued from an earlier
+checkpoint may have written some steps twice; the later lines count.
 """
 
 import io
@@ -15,7 +15,8 @@ AXES = ("step", "tokens", "time")
 
 
 def read_records(path):
-    """The lines of a metrics.jsonl that are whole: the last one is not where the process was killed as it wrote."""
+    """Returns the records of a metrics.jsonl. Broken lines are left out, such as the last one if the process was killed while writing
+    it."""
     records = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
@@ -28,18 +29,18 @@ def read_records(path):
 
 
 def columns(path, names):
-    """{name: float array}, an element a line, NaN where the line has no such number. Raises ValueError for a file with no such line."""
-    import pyarrow as pa  # here, as training needs of this module what takes no memory
+    """Returns {name: float array} with one element per line of the file, NaN where the line has no such number."""
+    import pyarrow as pa  # imported here to save memory, because training does not need it
     from pyarrow import json as arrow_json
 
     with open(path, "rb") as file:
         data = file.read()
-    whole, schema = data[: data.rfind(b"\n") + 1], pa.schema([(name, pa.float64()) for name in names])
+    complete, schema = data[: data.rfind(b"\n") + 1], pa.schema([(name, pa.float64()) for name in names])
     options = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:
-        table = arrow_json.read_json(io.BytesIO(whole), parse_options=options)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # NaN, a list in place of a number, a broken line: slower
-        return _by_json(whole, names)
+        table = arrow_json.read_json(io.BytesIO(complete), parse_options=options)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # NaN, a list in place of a number, or a broken line
+        return _by_json(complete, names)  # slower
     return {name: table[name].to_numpy() for name in names}
 
 
@@ -57,9 +58,10 @@ def _by_json(data, names):
 
 
 def series(folder, metrics, axis="step"):
-    """{metric: (x, values)} of a run's folder, by step, by tokens seen, or by hours of training, those that the run has.
+    """Returns {metric: (x, values)} for the metrics that a run's folder has. axis: x is the step, the tokens seen, or the hours of
+    training.
 
-    Raises ValueError where the folder is none of a run.
+    Raises ValueError if the folder has no metrics.jsonl.
     """
     path = os.path.join(folder, METRICS)
     if not os.path.isfile(path):
@@ -76,13 +78,13 @@ def series(folder, metrics, axis="step"):
 
 
 def _last_of_each(steps):
-    """The places whose step is below all later ones: what an earlier process wrote of steps that were done again is left out."""
+    """Returns the indices of the lines whose step is below all later ones. This leaves out lines of steps that ran again later."""
     later = np.minimum.accumulate(np.append(steps, np.inf)[::-1])[::-1][1:]
     return np.flatnonzero(steps < later)
 
 
 def _along(table, axis):
-    """For each line where it lies; lines without a training step's figures lie at the step before."""
+    """Returns the x value of each line. A line without a training step's figures gets that of the step before."""
     step = table["step"]
     if axis == "step":
         return step
@@ -97,7 +99,7 @@ def _along(table, axis):
 
 
 def smoothed(values, count):
-    """The mean of the last `count` values, of fewer at the start."""
+    """Returns the running mean of the last `count` values; at the start, of fewer."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - count)
@@ -105,7 +107,7 @@ def smoothed(values, count):
 
 
 def thinned(x, values, most):
-    """At most that many points, evenly taken, with the first and the last."""
+    """Returns at most `most` of the points, evenly spaced, with the first and the last."""
     if len(x) <= most:
         return x, values
     kept = np.unique(np.linspace(0, len(x) - 1, most).round().astype(int))
@@ -113,7 +115,8 @@ def thinned(x, values, most):
 
 
 def config_differences(folders):
-    """{key: [value in each folder]} of the keys in which the runs' config.json differ; None where a run has no such key, or no config."""
+    """Returns {key: [value in each folder]} for the keys in which the runs' config.json differ; None for a run without the key or the
+    file."""
     every = [flat(_config(folder)) for folder in folders]
     keys = dict.fromkeys(key for config in every for key in config)
     values = {key: [config.get(key) for config in every] for key in keys}
@@ -130,7 +133,7 @@ def _config(folder):
 
 
 def flat(tree, path=""):
-    """{dotted key: value} of nested dicts."""
+    """Returns {dotted key: value} of nested dicts."""
     out = {}
     for key, value in tree.items():
         out.update(flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})

@@ -102,8 +102,8 @@ def test_a_rank_has_the_bytes_and_the_collectives_that_the_layout_says(fast):
 @needs_standin
 def test_what_is_planted_is_found(fast):
     found = "\n".join(fast[PLANTED]["problems"])
-    assert "params: layers.0.mlp.w_gate is 32 x 48 on this rank, and 32 x 24 in the layout" in found
-    assert "optimizer: m.layers.1.mlp.w_down is 24 x 32 on this rank, and 12 x 32 in the layout" in found
+    assert "params: layers.0.mlp.w_gate is 32 x 48 in the compiled step, but 32 x 24 in the layout" in found
+    assert "optimizer: m.layers.1.mlp.w_down is 24 x 32 in the compiled step, but 12 x 32 in the layout" in found
     assert "ReduceScatter" in found and "over ranks 1 3: 0 in a step, and 1 by the signatures" in found  # the gradients'
     assert "AllReduce of 1 elements of 4 bytes over ranks 1 3: 0 in a step, and 2 by the signatures" in found  # the loss'
 
@@ -111,7 +111,7 @@ def test_what_is_planted_is_found(fast):
 @needs_standin
 def test_a_report_reads_as_text_and_as_a_picture(fast, tmp_path):
     text = "\n".join(dryrun_report.text(fast[()]))
-    assert "fits: peak" in text and "every part and every collective is as the layout says" in text and "ReduceScatter" in text
+    assert "fits: peak" in text and "every shard and every collective is as the layout says" in text and "ReduceScatter" in text
     assert "WRONG at 2 layers: params: layers.0.mlp.w_gate" in "\n".join(dryrun_report.text(fast[PLANTED]))
     dryrun_plot.plot([fast[()]], 58.0, tmp_path / "memory.svg")
     assert "<svg" in (tmp_path / "memory.svg").read_text()
@@ -269,7 +269,7 @@ def test_mindspores_recompute_lowers_the_peak():
 
 def test_what_the_partitioner_is_not_given_is_refused_by_its_key():
     for option, step, message in (
-        ("--pp=2", "train", "parallel.pp=2 with parallel.lowering=shard: MindSpore's pipeline wants Cells"),
+        ("--pp=2", "train", "parallel.pp=2 with parallel.lowering=shard: MindSpore's pipeline needs Cells"),
         ("--cp=2", "train", "parallel.cp=2 with parallel.lowering=shard: MindSpore has no rule for a ring"),
         ("--config.optim.skip_spikes=2.0", "train", "optim.skip_spikes=2.0 with parallel.lowering=shard"),
         ("--config.lora.rank=4", "train", "parallel.lowering=shard trains every parameter; leave out lora.rank"),

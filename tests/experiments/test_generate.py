@@ -287,7 +287,7 @@ def test_a_conversation_goes_on_from_all_of_it(engine, tokenizer):
 
 WRONG = [
     (DENSE, dict(pp=3), "parallel.pp=3 is more than the 2 layers of the model; use --pp=2 or less"),
-    (DENSE, dict(cp=2), "parallel.cp=2 splits rows, which is for training; use --cp=1"),
+    (DENSE, dict(cp=2), "parallel.cp=2 splits rows, which only training supports; use --cp=1"),
     (DENSE, dict(tp=8), "parallel.tp=8 must divide num_heads=4"),
     (DENSE, dict(dp=2, ep=2), "parallel.ep=2 splits experts, and model=m is dense"),
     (MOE, dict(tp=2, ep=2), "parallel.ep=2 takes 2 of the tp=2 ranks.*use --dp=2"),

@@ -32,13 +32,13 @@ REFUSED = [
     ([TINY, "--config.model_args.ffn_size=99", "--tp=2"], "parallel.tp=2 must divide ffn_size=99 of model=tiny; use 1, 3, 9, 11, 33, 99"),
     ([TINY, "--dp=2", "--ep=2"], "parallel.ep=2 splits experts, and model=tiny is dense; use --ep=1"),
     ([MOE, "--dp=3", "--ep=3"], "parallel.ep=3 must divide num_experts=8 of model=tiny-moe; use 1, 2, 4, 8"),
-    ([MOE, "--tp=2", "--ep=2"], "parallel.ep=2 takes 2 of the tp=2 ranks, which then must have tokens of their own; use --seq_parallel"),
+    ([MOE, "--tp=2", "--ep=2"], "parallel.ep=2 uses 2 of the tp=2 ranks, which then must have different tokens; use --seq_parallel"),
     ([MOE, "--config.model_args.moe_ffn_size=99", "--tp=2"], "leaves 2 ranks beside ep=1, which must divide moe_ffn_size=99"),
     ([TINY, "--dp=3"], "train.batch_size=16 must be a multiple of parallel.dp=3 times parallel.micro_batches=1; use"),
     ([TINY, "--dp=8", "--micro_batches=4"], "use --config.train.batch_size=32"),
     (
         [TINY, "--dp=16", "--tp=2", "--seq_parallel", "--config.train.seq_len=33"],
-        "parallel.seq_parallel splits the 33 tokens of a data rank's micro-batch over tp=2 ranks, which does not divide them; use"
+        "parallel.seq_parallel splits the 33 tokens of a data rank's micro-batch over tp=2 ranks, which must divide them; use"
         " --config.train.seq_len=34",
     ),
     ([TINY, "--pp=7"], "parallel.pp=7 x virtual_stages=1: stage 5 of (0, 1, 1, 1, 1, 0, 0) has no layer"),
@@ -49,21 +49,21 @@ REFUSED = [
         "parallel.micro_batches=1 must be a multiple of parallel.pp=2 for pp_schedule=interleaved; use --micro_batches=2, or 1f1b",
     ),
     ([TINY, "--pp=2", "--config.parallel.pp_schedule=zigzag"], "parallel.pp_schedule='zigzag' is not one of gpipe, 1f1b, interleaved"),
-    ([TINY, "--config.parallel.stage_layers=(2,2)"], "parallel.stage_layers=(2, 2) is of a pipeline, and parallel.pp=1; use --pp=2"),
+    ([TINY, "--config.parallel.stage_layers=(2,2)"], "parallel.stage_layers=(2, 2) needs a pipeline, but parallel.pp=1; use --pp=2"),
     ([TINY, "--pp=2", "--config.train.layer_loop=scan"], "train.layer_loop=scan: the layers of a pipeline stage are unrolled"),
     (
         [TINY, "--cp=8", "--config.parallel.cp_attention=ulysses"],
         "parallel.cp_attention=ulysses shares 4 heads over 8 ranks of cp, which must divide them, and divide 2 kv heads or be a multiple"
         " (num_heads=4 and num_kv_heads=2 of model=tiny, tp=1); share them over 1, 2, 4, or use parallel.cp_attention=ring",
     ),
-    ([TINY, "--cp=2", "--config.parallel.cp_ulysses=2"], "parallel.cp_ulysses=2 is of parallel.cp_attention=hybrid, and"),
+    ([TINY, "--cp=2", "--config.parallel.cp_ulysses=2"], "parallel.cp_ulysses=2 needs parallel.cp_attention=hybrid, but"),
     (
         [TINY, "--cp=4", "--config.parallel.cp_attention=hybrid", "--config.parallel.cp_ulysses=4"],
-        "parallel.cp_ulysses=4 must divide parallel.cp=4, and be neither 1 nor 4, for parallel.cp_attention=hybrid; use 2",
+        "parallel.cp_ulysses=4 must divide parallel.cp=4, and must not be 1 or 4, for parallel.cp_attention=hybrid; use 2",
     ),
     (
         [TINY, "--cp=2", "--config.parallel.cp_attention=hybrid"],
-        "for parallel.cp_attention=hybrid; parallel.cp=2 has no such; use parallel.cp_attention=ring or ulysses",
+        "for parallel.cp_attention=hybrid; parallel.cp=2 has none; use parallel.cp_attention=ring or ulysses",
     ),
     (
         [TINY, "--dp=16", "--cp=2", "--tp=4", "--seq_parallel", "--config.train.seq_len=33"],
