@@ -76,6 +76,8 @@ def parse(argv, flag_values=flags.FLAGS):
     if "config" in flag_values:
         argv = _with_config(argv, flag_values["config"].default)
     rest = flag_values(argv)
+    if "verbosity" in flag_values and flag_values["verbosity"].using_default_value:
+        flag_values.verbosity = -1  # warnings; app.run would set 0, which shows the INFO lines of libraries such as matplotlib
     if rest[1:]:
         raise ValueError(f"unexpected argument {rest[1]!r}; write options as --name=value")
     return rest

@@ -268,6 +268,24 @@ def test_a_main_runs_and_its_mistakes_exit_with_status_2_and_one_line():
     assert shown.returncode == 1 and "in axis_sizes" in shown.stderr
 
 
+LOGGING = """
+import logging, sys
+from experiments import flags
+def main(_):
+    logging.getLogger("matplotlib").info("made a cache")
+    logging.getLogger("matplotlib").warning("no font")
+flags.run(main)
+"""
+
+
+def test_a_main_shows_warnings_of_libraries_and_not_their_notes():
+    quiet, asked = (
+        subprocess.run([sys.executable, "-c", LOGGING, *more], capture_output=True, text=True, timeout=60).stderr
+        for more in ((), ("--verbosity=0",))
+    )
+    assert "no font" in quiet and "made a cache" not in quiet and "made a cache" in asked
+
+
 def test_help_lists_the_layout_flags(tmp_path):
     main = tmp_path / "main.py"
     main.write_text(MAIN)
