@@ -122,11 +122,6 @@ def host_sum(mesh, axes, values):
     return psum(mesh, axes)(ms.Tensor(np.asarray(values, np.float32))).asnumpy()
 
 
-def axis_index(mesh, axes):
-    """Returns the index of this rank along the axes, a Python int."""
-    return mesh.index(axes)
-
-
 class _Cell(nn.Cell):
     """A Cell that computes forward(x), and backward(cotangent) as its gradient."""
 

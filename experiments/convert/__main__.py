@@ -86,7 +86,7 @@ def verify(_):
     wrong = look.verify_native(weights) if weights.checked else look.verify_hugging_face(weights.folder, FLAGS.sha256)
     for text in wrong:
         print(f"wrong      {text}")
-    print(f"{weights}: {f'{len(wrong)} errors' if wrong else 'no errors'}")
+    print(f"{weights}: {len(wrong) or 'no'} error{'s' * (len(wrong) != 1)}")
     return int(bool(wrong))
 
 

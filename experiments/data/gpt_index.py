@@ -271,12 +271,6 @@ def blend_exhaustive(counts, cache_dir=None):
     return cached(cache_dir, "blend", ("all", counts), [], ("dataset", "sample"), lambda: _greedy(weights, sum(counts), counts))
 
 
-def blend_sizes(weights, size):
-    """(samples to ask of each dataset, size of the blend), as Megatron-LM's builder does: rounded up, the first with 0.5 % to spare."""
-    shares = [math.ceil(size * w) for w in _normalised(weights).tolist()]
-    return [math.ceil(share * 1.005) for share in shares], sum(shares)
-
-
 def _normalised(weights):
     values = np.asarray(weights, np.float64)
     if values.ndim != 1 or not 1 <= len(values) < 2**15 or not np.isfinite(values).all() or values.min() <= 0:

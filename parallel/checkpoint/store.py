@@ -47,12 +47,6 @@ class Piece(NamedTuple):
     data: np.ndarray
 
 
-def piece_of(name, data):
-    """Returns the Piece that covers a complete array."""
-    data = np.asarray(data)
-    return Piece(name, data.shape, chunk_shape(data.shape, data.itemsize), (0,) * data.ndim, data)
-
-
 def chunk_shape(shape, itemsize):
     """Returns the shape of the chunks of an array that ranks write in blocks of `shape`: at most CHUNK_BYTES, if dims divide evenly.
 

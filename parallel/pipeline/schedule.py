@@ -275,15 +275,6 @@ def live(actions):
     return most
 
 
-def live_formula(name, rank, ranks, micro_batches, virtual_stages=1):
-    """Returns live() of a schedule in closed form."""
-    if name == "gpipe":
-        return micro_batches
-    if name == "1f1b":
-        return min(micro_batches, ranks - rank)
-    return min(micro_batches * virtual_stages, 2 * (ranks - 1 - rank) + (virtual_stages - 1) * ranks + 1)
-
-
 def bubble_formula(ranks, micro_batches, virtual_stages=1):
     """Returns the bubble for stages of equal cost. GPipe and 1F1B have equal bubbles; virtual stages make it smaller."""
     return (ranks - 1) / (micro_batches * virtual_stages + ranks - 1)

@@ -24,6 +24,7 @@ from parallel.mesh import ONE_DEVICE
 from parallel.trees import tree_paths
 from qwen3 import hf
 from qwen3.tokenizer import Tokenizer, train_bpe
+from tests.parallel.checkpoint_pieces import piece_of
 from tests.qwen3.hf_folders import GOLDEN, MODELS, ROOT, arrays, contents, edit_tensors
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -204,7 +205,7 @@ def test_verify_finds_a_bit_that_flipped_in_a_checkpoint(native, tmp_path):
         run("native-to-hf", folder, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     done = subprocess.run([*COMMAND, "verify", f"--input={folder}"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "wrong      " in done.stdout and "1 errors" in done.stdout
+    assert done.returncode == 1 and "wrong      " in done.stdout and ": 1 error\n" in done.stdout
 
 
 @pytest.fixture
@@ -267,13 +268,13 @@ def _cut(folder):
 
 
 def _no_model(folder):
-    checkpoint_store.save(str(folder / "bare"), iter([checkpoint_store.piece_of("params/x", np.ones(3, np.float32))]), {})
+    checkpoint_store.save(str(folder / "bare"), iter([piece_of("params/x", np.ones(3, np.float32))]), {})
     return folder / "bare"
 
 
 def _other_model(folder):
     cfg = hf.Reader(GOLDEN / "dense_tied").config
-    data = [checkpoint_store.piece_of("params/embed", np.ones((101, 40), np.float32))]
+    data = [piece_of("params/embed", np.ones((101, 40), np.float32))]
     checkpoint_store.save(str(folder / "less"), iter(data), {"model": cfg.to_hf()})
     return folder / "less"
 

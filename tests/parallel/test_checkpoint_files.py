@@ -18,7 +18,8 @@ from parallel.checkpoint import store as checkpoint_store
 from parallel.checkpoint.files import CheckpointError, clean, remove, step_folder, steps, superseded
 from parallel.checkpoint.read import Reader, find
 from parallel.checkpoint.save import Saver, Settings
-from parallel.checkpoint.store import Piece, chunk_shape, piece_of, save
+from parallel.checkpoint.store import Piece, chunk_shape, save
+from tests.parallel.checkpoint_pieces import piece_of
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(3)
@@ -155,7 +156,7 @@ FULL = """
 import json, sys
 import numpy as np
 from parallel.checkpoint.save import Saver, Settings
-from parallel.checkpoint.store import piece_of
+from tests.parallel.checkpoint_pieces import piece_of
 from parallel.checkpoint.files import steps
 run, said = sys.argv[1], []
 for on_error in ("stop", "continue"):

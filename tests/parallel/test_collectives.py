@@ -6,7 +6,7 @@ import pytest
 
 from parallel import collectives
 from parallel.mesh import Mesh
-from tests.parallel.collectives_worker import KINDS, LAYOUTS, MODES, cases, result_shape
+from tests.parallel.collectives_worker import KINDS, MODES, cases, result_shape
 from tests.processes import run
 
 
@@ -94,12 +94,6 @@ def test_results_are_numpys(results, case, mode):
 @pytest.mark.parametrize("case", [case for case in cases() if case.dtype == "float32"], ids=str)
 def test_gradients_are_numpys(results, case, mode):
     assert_ranks(results, f"{case}.{mode}.grad", case, BACKWARD, case.weights(result_shape(case)))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_axis_index_is_the_place_in_the_group(results, layout):
-    for group in LAYOUTS[layout][2]:
-        assert [results[rank][f"{layout}.index"] for rank in group] == list(range(len(group)))
 
 
 ONE_RANK = {

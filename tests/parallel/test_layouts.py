@@ -8,12 +8,13 @@ import pytest
 
 from experiments.train.optim_rules import MOMENTS
 from experiments.train.program import build_program
-from parallel.pipeline.schedule import live_formula, split_layers
+from parallel.pipeline.schedule import split_layers
 from parallel.placement import local_shape, place
 from parallel.trees import tree_leaves
 from qwen3.model import param_specs
 from tests import processes
 from tests.parallel import layouts
+from tests.parallel.formulas import live_formula
 from tests.parallel.layouts import LAYOUTS, LAYOUTS_RUN, MODELS, OVERFLOWING, RECOMPUTED, ROWS, SLOW
 from tests.tiny import error
 

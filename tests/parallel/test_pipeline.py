@@ -6,6 +6,7 @@ import pytest
 
 from parallel.pipeline import schedule as pipeline
 from parallel.pipeline.schedule import Backward, Forward, Recv, Send
+from tests.parallel.formulas import live_formula
 
 # name, ranks, micro-batches, virtual stages
 CASES = [("gpipe", p, m, 1) for p in (2, 3, 4) for m in (1, 2, 5, 8)]
@@ -40,7 +41,7 @@ def test_no_rank_waits_forever_and_the_bubble_is_the_formula(name, ranks, micro,
 @pytest.mark.parametrize("name, ranks, micro, virtual", CASES)
 def test_live_micro_batches_are_the_formula(name, ranks, micro, virtual):
     for rank, actions in enumerate(pipeline.schedule(name, ranks, micro, virtual)):
-        assert pipeline.live(actions) == pipeline.live_formula(name, rank, ranks, micro, virtual)
+        assert pipeline.live(actions) == live_formula(name, rank, ranks, micro, virtual)
 
 
 @pytest.mark.parametrize("name, ranks, micro, virtual", CASES)

@@ -9,6 +9,7 @@ import pytest
 
 from parallel.pipeline import schedule as pipeline
 from parallel.pipeline.run import Executor
+from tests.parallel.formulas import live_formula
 
 CASES = [
     ("gpipe", 2, 4, 1),
@@ -94,7 +95,7 @@ def test_gradients_are_those_of_the_whole_and_inputs_live_as_long_as_predicted(n
         for stage, grad in rank.grads.items():
             assert grad == pytest.approx(whole / weights[stage])
         assert sorted(rank.grads) == list(range(number, count * virtual, count))
-        predicted = pipeline.live_formula(name, number, count, micro, virtual)
+        predicted = live_formula(name, number, count, micro, virtual)
         assert rank.executor.live == predicted and rank.alive == predicted
 
 

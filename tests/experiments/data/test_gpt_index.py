@@ -13,7 +13,6 @@ from experiments.data.gpt_index import (
     GPTDataset,
     blend_exhaustive,
     blend_indices,
-    blend_sizes,
     gpt_indices,
     split_range,
     split_ranges,
@@ -185,11 +184,6 @@ def test_exhaustive_blend_takes_every_sample_once(counts):
     for i, d in enumerate(dataset):
         assert d == np.argmax(np.where(left > taken, weights * max(i, 1) - taken, -np.inf))
         taken[d] += 1
-
-
-def test_sizes_of_a_blend_are_the_builders():
-    assert blend_sizes([1, 2, 3], 200) == ([35, 68, 101], 201)
-    assert blend_sizes([0.3, 0.7], 0) == ([0, 0], 0)
 
 
 @pytest.mark.parametrize("weights", [[], [1, 0], [1, -1], [1, float("nan")], [[1]]])
