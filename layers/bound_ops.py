@@ -165,7 +165,7 @@ class BoundOps:
         return self.bound("is_token", dims)(segment_ids)
 
     def move(self, integers, dims):
-        """The same integers, moved from one sharding to another by the signature's collectives."""
+        """Moves integers from one sharding to another, by the collectives of the signature."""
         return self.bound("move", dims)(integers)
 
     def dropout(self, name, x, noise, layer, dims):

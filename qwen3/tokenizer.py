@@ -235,7 +235,7 @@ def _groups(texts, cut):
 
 
 def _pieces(text):
-    """Yields a text in pieces of about PIECE characters. It is cut only where CUT matches, so that the pieces have the tokens of the
+    """Yields a text in pieces of about PIECE characters, which end only where CUT matches, so that together they have the tokens of the
     text."""
     start = 0
     while found := CUT.search(text, start + PIECE):

@@ -1,5 +1,5 @@
-"""The decoding benchmark: greedy continuation of prompts by the model of experiments/bench/train.py, with `generate`, the engine and
-transformers in turns."""
+"""The decoding benchmark: `generate`, the engine and transformers take turns to continue prompts greedily, with the model of
+experiments/bench/train.py."""
 
 import os
 import tempfile
@@ -16,13 +16,15 @@ PEERS = ("transformers",)  # the peers that generate
 
 
 def bench_decode(options, model=None, prompt=PROMPT, new_tokens=NEW_TOKENS):
-    """Figures as a dict, those of qwen3.generate without a prefix: medians over `options.steps` generations. over_NAME are medians over
-    rounds of NAME's time over ours: of decoding, of prefill, and of both; engine_over_NAME of NAME's over the engine's.
+    """Returns figures as a dict, medians over `options.steps` generations; those of qwen3.generate have no prefix.
 
-    options: moe, batch (a list; of several, each one's figures begin with batchN_), steps, kernels, check, peer, peer_python. prefill_s:
-    from the prompts to the first new token. decode_tokens_per_s: new tokens but the first of each row, over the whole time less prefill_s.
-    same_ids: the fraction of NAME's tokens that are equal to ours. engine_grown_mib: how much the memory of the engine's process grew while
-    it served engine_requests short requests, after it had served a quarter as many.
+    options: moe, batch (a list; with several, the figures of each begin with batchN_), steps, kernels, check, peer, peer_python.
+    over_NAME: the median over rounds of NAME's decoding time divided by ours; prefill_over_NAME and total_over_NAME likewise, for the
+    prefill and for both together; engine_over_NAME: NAME's time divided by the engine's. prefill_s: seconds from the prompts to the first
+    new token.
+    decode_tokens_per_s: new tokens, without the first of each row, divided by (total time - prefill_s). same_ids: the fraction of NAME's
+    tokens that equal ours. engine_grown_mib: the growth of the engine process's memory while it served engine_requests short requests,
+    after a warm-up with a quarter as many.
     """
     if wrong := [peer for peer in options.peer if peer not in PEERS]:
         raise ValueError(f"--peer={wrong[0]} does not generate; use --peer={PEERS[0]}, or --what=train")

@@ -1,4 +1,4 @@
-"""Processes that save in a loop and are killed at random moments; see test_checkpoint_faults.py. Runs without MindSpore:
+"""Processes that save in a loop and are killed at random moments; see test_checkpoint_files.py. Runs without MindSpore:
 
     python -m tests.parallel.checkpoint_faults FOLDER ROUNDS SEED
 

@@ -57,8 +57,8 @@ def test_eager_gradients_of_containers_are_empty():
 def test_gradients_of_a_plain_tuple_in_a_graph_are_empty():
     value, grads = tuple_gradient((full(3),), full(1))
     assert float(value) == 18
-    still(grads == (), "step.jit needs no mutable")
-    assert first(tuple_gradient(mutable((full(3),)), full(1))[1][0]) == 6  # what step.jit does instead
+    still(grads == (), "parallel/graph/jit.py needs no mutable")
+    assert first(tuple_gradient(mutable((full(3),)), full(1))[1][0]) == 6  # what parallel/graph/jit.py does instead
 
 
 def test_a_plain_tuple_compiles_again_for_every_value():
@@ -73,7 +73,7 @@ def test_a_plain_tuple_compiles_again_for_every_value():
         return len(api.ms_compile_cache) - before
 
     assert compilations(mutable) == 0
-    still(compilations(tuple) == 2, "step.jit needs no mutable")
+    still(compilations(tuple) == 2, "parallel/graph/jit.py needs no mutable")
 
 
 def product_of_zip(leaves, x):
@@ -92,7 +92,7 @@ def test_a_dict_built_by_a_call_loses_gradients_unless_fullgraph_refuses_it():
 
     value, grads = gradient(mutable((full(2), full(3))), full(1))
     assert float(value) == 12
-    still([first(g) for g in grads] == [0, 0], "step.rebuild may build dicts with dict(zip())")
+    still([first(g) for g in grads] == [0, 0], "parallel/graph/nested.py may build dicts with dict(zip())")
     with pytest.raises(ValueError, match="nonconstant"):
         strict(mutable((full(2), full(3))), full(1))
 
@@ -118,7 +118,7 @@ def test_a_dict_read_in_a_while_loop_has_a_wrong_gradient_without_fullgraph():
 
     value, grads = gradient(mutable({"v": full(1), "w": full(10)}), full(1))
     assert float(value) == 2000
-    still(first(grads["w"]) == 100, "step.jit need not insist on fullgraph for loops over dicts")
+    still(first(grads["w"]) == 100, "parallel/graph/jit.py need not insist on fullgraph for loops over dicts")
     assert first(strict(mutable({"v": full(1), "w": full(10)}), full(1))[1][1]) == 300
 
 
@@ -389,7 +389,7 @@ def test_a_graph_with_a_loop_reads_a_slice_of_a_tensor_from_the_wrong_place():
         row = Tensor(np.arange(1, 2 * rows + 1, dtype=np.float32).reshape(-1, 2))[1]
         right.append(np.array_equal(product(full(1), row).asnumpy(), [3, 4]))
         assert product(full(1), row.contiguous()).asnumpy().tolist() == [3, 4]
-    still(not all(right), "step.jit need not call contiguous()")
+    still(not all(right), "parallel/graph/jit.py need not call contiguous()")
 
 
 def test_two_calls_of_a_kernel_on_the_same_inputs_are_one_array():

@@ -1,7 +1,7 @@
 """Qwen3 and Qwen3-MoE in JAX as a contestant of experiments.bench: one jitted training step on float32, its state donated.
 
-Run by bench_peers.py, in a process of its own, as a script; nothing imports this. Dims: B batch, S length, R = B * S rows, D model,
-N heads, K kv heads, H head dim, F ffn, E experts, V vocab. Source of the model: HF modeling_qwen3 and modeling_qwen3_moe.
+Run by experiments/bench/peers.py, in a process of its own, as a script; nothing imports this. Dims: B batch, S length, R = B * S rows, D
+model, N heads, K kv heads, H head dim, F ffn, E experts, V vocab. Source of the model: HF modeling_qwen3 and modeling_qwen3_moe.
 """
 
 import sys

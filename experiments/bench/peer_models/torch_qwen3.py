@@ -1,6 +1,6 @@
 """Hugging Face transformers on torch as a contestant of experiments.bench: trains and generates with the weights of a folder.
 
-Run by bench_peers.py, in a process of its own, as a script; nothing imports this.
+Run by experiments/bench/peers.py, in a process of its own, as a script; nothing imports this.
 """
 
 import sys
