@@ -163,7 +163,7 @@ class Qwen3Config:
         layers of equal configs are compiled once. The result must not change if at_layer is applied to it again, with any number: with
         `window_every`, an option that gives every second layer a window,
 
-            changes.update(window=self.window if (i + 1) % self.window_every == 0 else 0, window_every=1)
+            changes.update({"window_every": 1} if (i + 1) % self.window_every == 0 else {"window": 0})
         """
         if not self.num_experts:
             return self
