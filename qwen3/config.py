@@ -166,7 +166,7 @@ class Qwen3Config:
         of the layer, and layers with equal configs are compiled once. Applying at_layer to the result, with any number, must not change
         it. For example, with `window_every`, an option that gives every n-th layer an attention window:
 
-            changes.update(window=self.window if (i + 1) % self.window_every == 0 else 0, window_every=1)
+            changes.update({"window_every": 1} if (i + 1) % self.window_every == 0 else {"window": 0})
         """
         if not self.num_experts:
             return self
