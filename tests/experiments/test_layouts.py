@@ -164,7 +164,7 @@ def test_the_table_of_a_pipeline_has_each_ranks_layers_and_bytes_and_the_schedul
     first, second = tied + 2 * layer, tied + 2 * layer + 128 * 4
     assert table["0"][1] == "embedding 0-1" and numbers["0"] == [first, first, 2 * first, 2, 0, 4 * rows_of_input]
     assert table["1"][1] == "2-3 head" and numbers["1"] == [second, second, 2 * second, 1, rows_of_input, 4 * rows_of_input]
-    assert "ranks would wait 20.0% of the time" in text
+    assert "ranks wait 20.0% of the time" in text
     assert text.splitlines()[-1].startswith("rank 1      F0 B0--- F1 B1---")
 
 
