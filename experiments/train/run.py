@@ -5,7 +5,6 @@ import os
 from dataclasses import replace
 
 import mindspore as ms
-from absl import flags
 
 from experiments import flags as command_line
 from experiments.data import corpus, loader
@@ -23,23 +22,6 @@ from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.specs import count
 from qwen3.model import check_frozen, choose_kernels, param_specs
-
-FLAGS = flags.FLAGS
-flags.disclaim_key_flags()  # --help lists them under the main that calls define_flags()
-
-
-def define_flags(name):
-    """Defines the flags of a main that trains. name: a key of command_line.MAINS."""
-    command_line.define(command_line.MAINS[name])
-    flags.DEFINE_boolean("print_layout", False, "print how the layout shards every parameter, and its memory and traffic; do not train")
-
-
-def run_main(train_one):
-    """Calls train_one(config, workdir) with the values of the flags, or prints the layout for --print_layout."""
-    if FLAGS.print_layout:
-        print(layout_table.describe(command_line.resolve(FLAGS, world=0)))
-    else:
-        train_one(command_line.resolve(FLAGS), FLAGS.workdir)
 
 
 def train_in(workdir, config):

@@ -290,3 +290,10 @@ def test_another_vocabulary_drops_the_token_ids_of_the_released_one():
     config.model, config.model_args.vocab_size = "qwen3-0.6b", 512
     cfg = flags.model_config(config)
     assert (cfg.vocab_size, cfg.eos_id, cfg.pad_id) == (512, None, None)
+
+
+@pytest.mark.parametrize("main", ["pretrain", "finetune", "launch", "preprocess", "compare"])
+def test_a_main_checks_its_flags_before_it_imports_mindspore(main):
+    """The import takes seconds, which a wrong flag need not wait for."""
+    code = f"import sys, experiments.{main}; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
