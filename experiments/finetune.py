@@ -9,19 +9,19 @@ data.path; see docs/finetuning.md. For many ranks, see experiments.pretrain.
 from functools import partial
 
 from experiments import flags as command_line
-from experiments.train import run as training
+from experiments.train import command
 
 
 def main(_):
-    training.run_main(finetune)
+    command.run_main(finetune)
 
 
 def finetune(config, workdir):
     """Trains in the folder `workdir`, from the start or from its newest checkpoint. config: from experiments.flags.resolve."""
     if not (config.data.format or config.data.conversations):
         raise ValueError("data.format='' is no format of conversations; use alpaca, sharegpt or messages, or data.conversations=true")
-    training.train_in(workdir, config)
+    command.train_in(workdir, config)
 
 
 if __name__ == "__main__":
-    command_line.run(main, partial(training.define_flags, "experiments.finetune"))
+    command_line.run(main, partial(command.define_flags, "experiments.finetune"))

@@ -6,6 +6,7 @@ A main calls `define()` at import, `resolve(FLAGS)` in `main(argv)`, and ends wi
 import fnmatch
 import glob
 import json
+import math
 import os
 import re
 import runpy
@@ -368,3 +369,7 @@ def _check(config):
         value = config[section][name]
         if value is None or not ok(value):
             raise ValueError(f"{key}={value!r} {rule}")
+    for key in _keys(config):
+        value = config.get(key) if "." not in key else config[key.split(".")[0]][key.split(".")[1]]
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value} is not a finite number")

@@ -1,18 +1,18 @@
 """Builds the C++ kernels for CPU with g++ on first use. `python -m ops.build` builds all of them beforehand.
 
-Each source ops/cpu/NAME.cc becomes a shared library in the cache. Its file name has a digest of the source, the headers, the compiler, the
-flags and the CPU type of this machine. If several processes need a library at once, one builds it and the others wait.
+Each source ops/cpu/NAME.cc becomes a shared library in the cache (ops/cache.py). Its file name has a digest of the source, the headers, the
+compiler, the flags and the CPU type of this machine.
 """
 
-import fcntl
 import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+from ops import cache
 
 SOURCES = Path(__file__).parent / "cpu"
 # avoid-fma-max-bits=0: for some processors GCC replaces fused multiply-adds by a product and a sum in some loops only. Equal sums would
@@ -21,12 +21,6 @@ FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "--param=avoid-fma-max-bits=0"),
     *("-fPIC", "-shared", "-Wall", "-Wextra"),
 )
-
-
-def cache_folder():
-    """Returns the folder for files that can be made again: $XDG_CACHE_HOME/qwen3_mindspore, by default in ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(home, "qwen3_mindspore")
 
 
 def compiler():
@@ -46,30 +40,15 @@ def library(name):
     if cxx is None:
         raise RuntimeError(f"the CPU kernel {name!r} needs a C++ compiler, and there is no g++; install it, or use ops.*=reference")
     include, link = _blas() if _needs_blas(name) else ((), ())
-    path = Path(cache_folder()) / "kernels" / f"{name}-{_key(name, cxx, (*include, *link))}.so"
-    if path.exists():
-        return str(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            _compile(cxx, SOURCES / f"{name}.cc", include, link, path)
-    return str(path)
+    path = cache.folder("kernels") / f"{name}-{_key(name, cxx, (*include, *link))}.so"
+    return cache.library(path, lambda file: compile_library([cxx, *FLAGS, *include, str(SOURCES / f"{name}.cc"), "-o", str(file), *link]))
 
 
-def _compile(cxx, source, include, link, path):
-    handle, aside = tempfile.mkstemp(dir=path.parent, suffix=".new")
-    os.close(handle)
-    try:
-        command = [cxx, *FLAGS, *include, str(source), "-o", aside, *link]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\nfailed:\n{done.stderr[-4000:]}")
-        os.chmod(aside, 0o755)
-        os.replace(aside, path)
-    finally:
-        if os.path.exists(aside):
-            os.remove(aside)
+def compile_library(command):
+    """Runs a compiler. Raises RuntimeError with its complaint if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\nfailed:\n{done.stderr[-4000:]}")
 
 
 def _needs_blas(name):

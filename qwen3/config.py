@@ -2,6 +2,7 @@
 Hugging Face's config.json. Source of sizes and defaults: the config.json files of the released models."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from parallel.hints import divisors, nearest
@@ -10,6 +11,12 @@ MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2")
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 DTYPES = ("float32", "float16", "bfloat16")
 NORM_PLACEMENTS = ("pre", "post", "both")
+
+
+def _is_positive(value, or_zero=False):
+    """Whether `value` is a finite number above 0. or_zero: 0 will do."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return number and (value > 0 or or_zero and value == 0)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,17 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "truncate":
+                if not isinstance(value, bool):
+                    raise ValueError(f"YaRN: truncate={value!r} must be true or false")
+            elif value is not None and not _is_positive(value, or_zero=field.name.startswith("mscale")):
+                raise ValueError(f"YaRN: {field.name}={value!r} must be a finite number above 0")
+        if self.factor < 1:
+            raise ValueError(f"YaRN: factor={self.factor} must be 1 or more")
 
 
 # The weights that LoRA can adapt. Target: (path of the weight in a layer, or in the model for the embedding; Hugging Face's module name).
@@ -189,8 +207,17 @@ def _check(c):
         f"num_kv_heads={c.num_kv_heads} must divide num_heads={c.num_heads}; use {divisors(c.num_heads)}",
     )
     need(c.norm_placement in NORM_PLACEMENTS, f"norm_placement={c.norm_placement!r} is not one of {', '.join(NORM_PLACEMENTS)}")
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        if field.type is bool:
+            need(isinstance(value, bool), f"{field.name}={value!r} must be true or false")
+        if field.type is float:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            need(number, f"{field.name}={value!r} must be a finite number")
     need(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be above 0")
     need(c.rms_norm_eps > 0, f"rms_norm_eps={c.rms_norm_eps} must be above 0")
+    for key in ("initializer_range", "router_aux_coef", "router_z_coef"):
+        need(getattr(c, key) >= 0, f"{key}={getattr(c, key)} must be 0 or more")
     for key in ("param_dtype", "compute_dtype"):
         need(getattr(c, key) in DTYPES, f"{key}={getattr(c, key)!r} is not one of {', '.join(DTYPES)}")
     if c.model_type == "qwen3_moe":

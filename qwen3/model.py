@@ -22,6 +22,7 @@ from layers.bound_ops import BoundOps
 from layers.op_table import options_of
 from ops import registry
 from ops.rearrange import rearrange
+from parallel.hints import nearest
 from parallel.sharding import Sharding
 from parallel.trees import tree_paths, unflatten
 from qwen3 import run_layers
@@ -58,6 +59,16 @@ def with_frozen(cfg, tree, prefix=""):
         frozen = cfg.lora and ".lora." not in f".{path}" or matches(path, include) and not matches(path, exclude)
         leaves.append(replace(spec, optimizer="none") if frozen else spec)
     return unflatten(tree, leaves)
+
+
+def check_frozen(cfg):
+    """Raises ValueError if a pattern of cfg.frozen matches no parameter, as a misspelt one would freeze nothing without a word."""
+    paths = [path for path, _ in tree_paths(param_specs(cfg.base))]
+    for key, patterns in zip(("freeze_include", "freeze_exclude"), cfg.frozen):
+        for pattern in patterns:
+            if not any(matches(path, (pattern,)) for path in paths):
+                near = nearest(pattern, paths) or f"; parameters are {paths[0]}, {paths[1]}, ... {paths[-1]}"
+                raise ValueError(f"train.{key}: {pattern!r} matches no parameter{near}")
 
 
 def matches(path, patterns):

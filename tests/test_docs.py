@@ -22,7 +22,7 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 PACKAGES = ("experiments", "parallel", "layers", "qwen3", "ops", "tests")
 LAYOUT = ("dp", "tp", "pp", "cp", "ep", "micro_batches", "zero")  # flags whose names are made in a loop
 # Modules of experiments that define flags for a main that imports them
-WITH_FLAGS = {("experiments", "flags"), ("experiments.train", "run"), ("experiments.generate", "flags")}
+WITH_FLAGS = {("experiments", "flags"), ("experiments.train", "command"), ("experiments.generate", "flags")}
 TAKE_WORDS = ("experiments.compare", "experiments.convert", "experiments.preprocess")  # beside flags
 # Words of the commands that the slow test does not run, and why, or what runs them instead
 NOT_RUN = {

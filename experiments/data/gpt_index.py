@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 from array import array
+from functools import partial
 from operator import sub
 from pathlib import Path
 from typing import NamedTuple
@@ -225,7 +226,7 @@ def cached(folder, kind, settings, arrays, names, build):
     """build(), a tuple of arrays called names, kept as `.npy` files in folder and memory-mapped; just build() if folder is None.
 
     The files are named by kind and a hash of the settings and the contents of arrays. Each is written aside and renamed, so any number
-    of processes may ask at once, and one that was damaged is built again.
+    of processes may ask at once. A last file has their digests; if one is missing or another than was written, all are built again.
     """
     if folder is None:
         return build()
@@ -233,22 +234,40 @@ def cached(folder, kind, settings, arrays, names, build):
     for values in arrays:
         digest.update(np.ascontiguousarray(values))
     paths = [Path(folder) / f"{kind}-{digest.hexdigest()}.{name}.npy" for name in names]
+    sums = Path(folder) / f"{kind}-{digest.hexdigest()}.digests"
     try:
-        return tuple(np.load(path, mmap_mode="r") for path in paths)
-    except (FileNotFoundError, ValueError, EOFError):
+        if sums.read_text() == _digests(paths):
+            return tuple(np.load(path, mmap_mode="r") for path in paths)
+    except (OSError, ValueError):
         pass
     os.makedirs(folder, exist_ok=True)
     for path, values in zip(paths, build()):
-        aside = Path(f"{path}.{secrets.token_hex(8)}.partial")
-        try:
-            with open(aside, "xb") as file:
-                np.save(file, values)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        _replace(path, partial(np.save, arr=values))
+    found = _digests(paths).encode()
+    _replace(sums, lambda file: file.write(found))
     return tuple(np.load(path, mmap_mode="r") for path in paths)
+
+
+def _digests(paths):
+    """The digests of the contents of files, a line each."""
+    lines = []
+    for path in paths:
+        with open(path, "rb") as file:
+            lines.append(hashlib.file_digest(file, "blake2b").hexdigest())
+    return "\n".join(lines)
+
+
+def _replace(path, write):
+    """Writes a file aside by write(file), and puts it in the place of `path` when it is on the disk."""
+    aside = Path(f"{path}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(aside, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def blend_indices(weights, size, cache_dir=None):

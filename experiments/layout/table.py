@@ -13,7 +13,7 @@ from parallel.mesh import AXES
 from parallel.placement import local_shape, nbytes, place
 from parallel.sharding import Sharding
 from parallel.trees import tree_leaves
-from qwen3.model import param_specs
+from qwen3.model import check_frozen, param_specs
 
 COLUMNS = ("parameter", "global shape", "dims", "split over", "local shape", "bytes a rank")
 
@@ -21,6 +21,7 @@ COLUMNS = ("parameter", "global shape", "dims", "split over", "local shape", "by
 def describe(config):
     """Returns the table as text. config: from experiments.flags.resolve. Equal parameters of several layers share a line."""
     cfg = command_line.model_config(config, "any")
+    check_frozen(cfg)
     mesh = layout.mesh(cfg, config.parallel)
     sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
     placed = tree_leaves(place(sharding, param_specs(cfg)))

@@ -26,6 +26,9 @@ def start(workdir, cfg, config, mesh, program):
     if not own and not config.resume_from:
         return weights.initial(cfg, config)
     folder, partial_ = (step_folder(workdir, own), False) if own else (_other(config, mesh), config.partial)
+    done = Reader(folder).meta["step"]
+    if done > config.train.steps:
+        raise ValueError(f"{folder} is of step {done}, after the last of train.steps={config.train.steps}; ask for at least {done} steps")
     fresh = weights.initial_params(cfg, config)[0] if cfg.lora else weights.random(cfg, config)
     if cfg.lora:
         adapter.check_base(Reader(folder).meta.get("base"), adapter.base_of(cfg, config, fresh), folder)
@@ -102,7 +105,7 @@ class Saving:
         self.saver.save(self.done, partial(pieces, self.mesh, self.program.held(state)), meta)
 
     def end(self, state):
-        """Saves the last checkpoint, and waits until every checkpoint is written."""
+        """Saves the last checkpoint, and waits until every checkpoint is written. Returns whether the last one was."""
         if self.settings.on_exit and not self.stopped:
             self._save(state)
         safe = self.saver.wait()
@@ -111,3 +114,4 @@ class Saving:
                 f"saved in {step_folder(self.workdir, self.done)}; the same command goes on from there" if safe else "it could not be saved"
             )
             print(f"stopped    after step {self.done}, by SIGTERM; {how}", flush=True)
+        return safe

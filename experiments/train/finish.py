@@ -11,6 +11,7 @@ from experiments.train import adapter, run_folder
 from experiments.train import weights as weights_of
 from experiments.watch import metrics
 from layers.lora import without_dropout
+from parallel.checkpoint.files import CheckpointError
 from parallel.trees import tree_map, tree_paths
 from qwen3 import generate, hf, peft
 from qwen3.model import choose_kernels
@@ -18,8 +19,10 @@ from qwen3.model import choose_kernels
 ANSWERED_AT_ONCE = 50  # questions in a batch of generation
 
 
-def finish(program, state, cfg, config, data, writer, workdir, mesh):
+def finish(program, state, cfg, config, data, writer, workdir, mesh, saved=True):
     """Evaluates, gathers the weights, and on rank 0 writes and prints the results. All ranks call it.
+
+    saved: whether the last checkpoint was written. If not, the run does not count as finished, and CheckpointError ends it on rank 0.
 
     Weights are gathered one by one while rank 0 writes them. If a sample is to be made, all are gathered first, as it needs the full model.
     """
@@ -44,6 +47,11 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh):
         report(nats, cfg, config, data, writer, workdir)
     if config.train.sample_tokens:
         sample(params, cfg, config, data, workdir)
+    if not saved:
+        raise CheckpointError(
+            f"{workdir}: the results above are written, but the last checkpoint is not, and checkpoint.on_error=continue let the run go on;"
+            " the same command trains again from the newest checkpoint that is there"
+        )
     run_folder.finish(workdir, config.train.steps)
 
 

@@ -170,11 +170,13 @@ def norm_control(optim):
 
     def control(norm, mean, warm):
         scale = minimum(clip / (norm + 1e-6), 1.0) if clip else norm * 0 + 1
+        finite = cast(norm < float("inf"), ms.float32)
         if not limit:
-            return scale, cast(norm < float("inf"), ms.float32), mean
+            return scale, finite, mean
         spike = cast(norm > limit * mean, ms.float32) * cast(mean > 0, ms.float32) * warm
         seen = select(mean > 0, mean * NORM_MEMORY + norm * (1 - NORM_MEMORY), norm)
-        return scale, 1 - spike, select(spike > 0, mean, seen)  # select, because 0 * inf is NaN
+        keep = (1 - spike) * finite
+        return scale, keep, select(keep > 0, seen, mean)  # select, because 0 * inf is NaN
 
     return control
 

@@ -5,7 +5,6 @@ import os
 from dataclasses import replace
 
 import mindspore as ms
-from absl import flags
 
 from experiments import flags as command_line
 from experiments.data import corpus, loader
@@ -22,30 +21,14 @@ from ops import registry
 from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.specs import count
-from qwen3.model import choose_kernels, param_specs
-
-FLAGS = flags.FLAGS
-flags.disclaim_key_flags()  # --help lists them under the main that calls define_flags()
-
-
-def define_flags(name):
-    """Defines the flags of a main that trains. name: a key of command_line.MAINS."""
-    command_line.define(command_line.MAINS[name])
-    flags.DEFINE_boolean("print_layout", False, "print how the layout shards every parameter, and its memory and traffic; do not train")
-
-
-def run_main(train_one):
-    """Calls train_one(config, workdir) with the values of the flags, or prints the layout for --print_layout."""
-    if FLAGS.print_layout:
-        print(layout_table.describe(command_line.resolve(FLAGS, world=0)))
-    else:
-        train_one(command_line.resolve(FLAGS), FLAGS.workdir)
+from qwen3.model import check_frozen, choose_kernels, param_specs
 
 
 def train_in(workdir, config):
     """Trains in the folder `workdir`, from the start or from its newest checkpoint. config: from experiments.flags.resolve."""
     rank, _ = collectives.start()
     cfg, parallel = command_line.model_config(config), config.parallel
+    check_frozen(cfg)
     mesh = layout.mesh(cfg, parallel, rank)
     with run_folder.locked(workdir, mesh):
         data = corpus.load(config, cfg.vocab_size)
@@ -82,9 +65,9 @@ def run(config, cfg, data, workdir, mesh):
             profile = opened.enter_context(profiling.Profile(workdir, train_.profile_steps))
             program = replace(program, step=profile.around(program.step))
         state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, saving.after_step, of_bytes)
-        saving.end(state)
+        saved = saving.end(state)
         if not saving.stopped:
-            finish(program, state, cfg, config, data, writer, workdir, mesh)
+            finish(program, state, cfg, config, data, writer, workdir, mesh, saved)
 
 
 def announce(cfg, config, data, sharding, peak, start):

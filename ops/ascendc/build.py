@@ -9,7 +9,6 @@ tests/ops/test_ascendc_modes.py uses it.
 """
 
 import argparse
-import fcntl
 import functools
 import hashlib
 import os
@@ -21,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from ops import build as cpu
+from ops import cache
 
 HERE = Path(__file__).parent
 EMULATOR = HERE.parent / "emulator"
@@ -124,28 +124,15 @@ def _library(name, source, flags, sources=()):
     for used in sorted([*EMULATOR.rglob("*.h"), *EMULATOR.glob("*.cc"), *HOST.glob("*.h"), *KERNEL.glob("*.h"), *sources]):
         digest.update(used.read_bytes())
     digest.update("\0".join([str(source), *flags, *FLAGS, cpu.target(cxx)]).encode())
-    path = Path(cpu.cache_folder()) / "ascendc" / f"lib{name}-{digest.hexdigest()[:16]}.so"
-    if path.exists():
-        return str(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            _compile(cxx, source, flags, path)
-    return str(path)
+    path = cache.folder("ascendc") / f"lib{name}-{digest.hexdigest()[:16]}.so"
+    return cache.library(path, lambda file: _compile(cxx, source, flags, file))
 
 
-def _compile(cxx, source, flags, path):
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        if isinstance(source, str):
-            text, source = source, Path(folder) / "all.cc"
-            source.write_text(text)
-        aside = Path(folder) / "new.so"
-        command = [cxx, *FLAGS, str(source), "-o", str(aside), *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\nfailed:\n{done.stderr[-4000:]}")
-        os.replace(aside, path)
+def _compile(cxx, source, flags, file):
+    if isinstance(source, str):
+        text, source = source, file.with_name("all.cc")
+        source.write_text(text)
+    cpu.compile_library([cxx, *FLAGS, str(source), "-o", str(file), *flags])
 
 
 def home():

@@ -9,7 +9,7 @@ import linecache
 import os
 import tempfile
 
-from ops.build import cache_folder
+from ops import cache
 
 
 def function(head, lines, **names):
@@ -29,16 +29,15 @@ def function(head, lines, **names):
 
 def _file(name, text):
     """Writes a file with this text, which is never read back. Returns its path, or `<name>` if it cannot be written."""
-    folder = os.path.join(cache_folder(), "sources")
-    path = os.path.join(folder, name)
-    if os.path.exists(path):
-        return path
     try:
-        os.makedirs(folder, exist_ok=True)
+        folder = cache.folder("sources")
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return path
         handle, aside = tempfile.mkstemp(dir=folder, suffix=".new")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(aside, path)
-    except OSError:
+    except (OSError, RuntimeError):
         return f"<{name}>"
     return path

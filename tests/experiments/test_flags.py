@@ -65,6 +65,15 @@ BAD = [
     ("--config.train.layer_loop=loop", "train.layer_loop='loop' is not one of auto, unroll, scan"),
     ("--config.optim.lr=0", "optim.lr=0.0 must be above 0"),
     ("--config.optim.lr=nan", "optim.lr=nan must be above 0"),
+    ("--config.optim.lr=inf", "optim.lr=inf is not a finite number"),
+    ("--config.optim.eps=inf", "optim.eps=inf is not a finite number"),
+    ("--config.lora.alpha=inf", "lora.alpha=inf is not a finite number"),
+    ("--config.checkpoint.timeout_s=inf", "checkpoint.timeout_s=inf is not a finite number"),
+    ("--config.model_args.rms_norm_eps=inf", "model_args.rms_norm_eps=inf is not a finite number"),
+    ("--config.model_args.rope_theta=inf", "model_args.rope_theta=inf is not a finite number"),
+    ("--config.model_args.initializer_range=-0.1", "initializer_range=-0.1 must be 0 or more"),
+    ("--config.model_args.router_z_coef=-1.0", "router_z_coef=-1.0 must be 0 or more"),
+    ("--config.yarn.factor=-2.0", "yarn.factor=-2.0 must be 1 or more"),
     ("--config.optim.schedule=step", "optim.schedule='step' is not one of constant, linear, cosine, wsd"),
     ("--config.optim.decay_fraction=1.1", "optim.decay_fraction=1.1 must be from 0 to 1"),
     ("--config.optim.b2=1.0", "optim.b2=1.0 must be from 0 to below 1"),
@@ -299,3 +308,10 @@ def test_another_vocabulary_drops_the_token_ids_of_the_released_one():
     config.model, config.model_args.vocab_size = "qwen3-0.6b", 512
     cfg = flags.model_config(config)
     assert (cfg.vocab_size, cfg.eos_id, cfg.pad_id) == (512, None, None)
+
+
+@pytest.mark.parametrize("main", ["pretrain", "finetune", "launch", "preprocess", "compare"])
+def test_a_main_checks_its_flags_before_it_imports_mindspore(main):
+    """The import takes seconds, which a wrong flag need not wait for."""
+    code = f"import sys, experiments.{main}; sys.exit('mindspore' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from experiments import pretrain
+from experiments.layout import table
 from experiments.train import checkpoints, run_folder
-from parallel.checkpoint.files import step_folder, steps
+from parallel.checkpoint import save
+from parallel.checkpoint.files import CheckpointError, step_folder, steps
 from parallel.checkpoint.read import Reader
 from parallel.mesh import ONE_DEVICE
 from tests.experiments.test_pretrain import make_config, make_text
@@ -151,3 +153,50 @@ def test_a_run_that_was_killed_before_it_saved_begins_again(whole, text, tmp_pat
     assert (run / "metrics.before.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert not (run / "metrics.jsonl").exists() and os.listdir(run / "checkpoints") == []
     assert run_folder.own_step(str(whole), config_of(text, **{"train.steps": 8})) == 6
+
+
+def test_a_run_with_more_steps_behind_it_than_it_should_have_is_refused(whole, text, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stopping_after(3, patch)
+        pretrain.pretrain(config_of(text), str(run))
+    message = "is of step 3, after the last of train.steps=2; ask for at least 3 steps"
+    with pytest.raises(ValueError, match=message):
+        pretrain.pretrain(config_of(text, **{"train.steps": 2}), str(run))
+    with pytest.raises(ValueError, match="is of step 6, after the last of train.steps=4; ask for at least 6 steps"):
+        pretrain.pretrain(config_of(text, **{"train.steps": 4, "resume_from": str(whole)}), str(tmp_path / "other"))
+    assert not (run / "finished.json").exists()
+
+
+def test_a_run_whose_last_checkpoint_was_not_saved_is_not_finished(text, tmp_path, monkeypatch, capfd):
+    run, config = tmp_path / "run", config_of(text, **{"checkpoint.on_error": "continue", "checkpoint.every": 3})
+    with monkeypatch.context() as patch:
+        write = save.checkpoint_store.write_part
+
+        def full(folder, *args):
+            if "000006" in str(folder):
+                raise OSError(28, "No space left on device")
+            return write(folder, *args)
+
+        patch.setattr(save.checkpoint_store, "write_part", full)
+        with pytest.raises(CheckpointError, match="the last checkpoint is not, and checkpoint.on_error=continue let the run go on"):
+            pretrain.pretrain(config, str(run))
+    assert "No space left" in capfd.readouterr().err
+    assert steps(str(run)) == [3] and not (run / "finished.json").exists()
+    pretrain.pretrain(config, str(run))  # the same command
+    assert steps(str(run)) == [3, 6] and (run / "finished.json").exists()
+
+
+@pytest.mark.parametrize(
+    "key, pattern, said",
+    [
+        ("train.freeze_include", "embedd", "train.freeze_include: 'embedd' matches no parameter; did you mean 'embed'?"),
+        ("train.freeze_include", "embed,laeyrs.*", "train.freeze_include: 'laeyrs.*' matches no parameter"),
+        ("train.freeze_exclude", "layers.9.*", "train.freeze_exclude: 'layers.9.*' matches no parameter"),
+    ],
+)
+def test_a_pattern_that_freezes_nothing_is_an_error(key, pattern, said, text, tmp_path):
+    config = config_of(text, **{key: pattern})
+    for act in (lambda: pretrain.pretrain(config, str(tmp_path / "run")), lambda: table.describe(config)):
+        with pytest.raises(ValueError, match=said.replace("*", r"\*").replace("?", r"\?")):
+            act()

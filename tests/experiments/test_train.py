@@ -222,9 +222,9 @@ def test_a_norm_spike_is_skipped_and_nothing_of_it_is_kept(kernels):
         params, m, v = ([leaf[i] for leaf in new] for i in range(3))
         assert int(skipped) == 0
     before = [x[0].asnumpy().copy() for x in (params, m, v)]  # the update may work in place
-    for size in (100.0, float("inf")):
-        new, after, seen, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, 30))
-        assert int(skipped) == 1 and float(seen) > 100 and float(after) == float(norm)
+    for size, step in ((100.0, 30), (float("inf"), 30), (float("nan"), 30), (float("inf"), 0), (float("nan"), 0)):  # 0: of the warm-up
+        new, after, seen, skipped = update(params, g(size), m, v, norm, optim.scalars(o, 0.1, step))
+        assert int(skipped) == 1 and not float(seen) < 100 and float(after) == float(norm)
         for i, old in enumerate((params, m, v)):
             assert np.array_equal(new[0][i].asnumpy(), before[i]) and np.array_equal(old[0].asnumpy(), before[i])
     _, _, _, skipped = update(params, g(1.1), m, v, norm, optim.scalars(o, 0.1, 31))

@@ -308,7 +308,7 @@ def test_cache_gives_the_same_indices_and_is_named_by_all_that_makes_them(tmp_pa
             for key, value in dataset.indices._asdict().items():
                 same(value, golden[key])
                 assert isinstance(value, np.memmap)
-        files += 3
+        files += 4
         assert len(list(tmp_path.iterdir())) == files
     np.testing.assert_array_equal(plain.item(5).tokens, case("a_s64_one_more.train", tmp_path)[2].item(5).tokens)
 
@@ -321,6 +321,26 @@ def test_damaged_cache_is_built_again(tmp_path):
         _, golden, dataset = case("a_s64_none.train", tmp_path)
         for key, value in dataset.indices._asdict().items():
             same(value, golden[key])
+
+
+def changed_value(path):
+    """One number of an array is another, such as a bad disk or a copy that stopped would leave it."""
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x40
+    path.write_bytes(data)
+
+
+def test_a_cache_with_another_value_or_without_its_digests_is_built_again(tmp_path):
+    case("a_s64_none.train", tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 4 and names[0].endswith(".digests")
+    for name in names:
+        for harm in (changed_value, Path.unlink):
+            harm(tmp_path / name)
+            _, golden, dataset = case("a_s64_none.train", tmp_path)
+            for key, value in dataset.indices._asdict().items():
+                same(value, golden[key])
+            assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_empty_arrays_are_cached_too(tmp_path):
@@ -344,7 +364,7 @@ for i in range(30):
         child.stdin.flush()
     for child in children:
         assert not child.communicate()[1] and child.returncode == 0
-    assert len(list(tmp_path.glob("*/*"))) == 30 * 3
+    assert len(list(tmp_path.glob("*/*"))) == 30 * 4
 
 
 @pytest.mark.parametrize("seed", range(8))
