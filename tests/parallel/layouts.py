@@ -159,6 +159,11 @@ LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
 # Left out of the default tests: more of the same, at 20 seconds of two cores each.
 SLOW = (
     "dp2",
+    "tp2, sequence parallel",
+    "dp2, ZeRO 1, in place",
+    "dp2 ep2",
+    "cp2, Ulysses",
+    "dp2 tp2, sequence parallel, ZeRO 1",
     "dp2, scan, 2 micro-batches, ZeRO 2",
     "tp4 of 2 kv heads",
     "tp2 of 1 kv head, biases",
@@ -172,7 +177,8 @@ SLOW = (
     "adapters, dp2, ZeRO 1",
     "adapters, dp2, ZeRO 2",
     "adapters, dp2, ZeRO 3, scan, 2 micro-batches",
-    "moe, cp2 ep2",
+    "cp4, hybrid, packed",
+    "moe, dp2 tp2 ep4, sequence parallel, bias",
     "adapters, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan",
     "tp2",
     "tp4 of 1 kv head, sequence parallel, scan",
