@@ -33,6 +33,7 @@ def _adapted(cfg, dropout=0.0):
 
 MODELS = {
     "dense": DENSE,  # tied, vocabulary of 61, 4 heads on 2 kv heads
+    "one layer": DENSE.replace(num_layers=1),
     "untied": DENSE.replace(tie_embeddings=False),
     "qwen2": QWEN2,  # biases, 1 kv head
     "moe": MOE,  # 6 experts

@@ -152,7 +152,7 @@ def test_a_layout_restores_what_each_layout_saved(model, name, saved):
 
 
 GROUPS = {
-    2: ("dense", [dict(dp=2, zero=1), dict(tp=2)]),
+    2: ("one layer", [dict(dp=2, zero=1), dict(tp=2)]),
     4: ("dense", [dict(pp=2, dp=2, micro=2), dict(dp=2, tp=2, zero=1, micro=2)]),
     8: ("moe8", [dict(dp=4, tp=2, ep=4, seq=True, zero=2), dict(dp=8, zero=3), dict(dp=2, cp=2, tp=2, zero=1)]),
 }
