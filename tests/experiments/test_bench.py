@@ -166,6 +166,7 @@ def test_transformers_generates_the_same_tokens(name):
         assert found[f"{part}over_transformers"] > 0 and found[f"engine_{part}over_transformers"] > 0
 
 
+@pytest.mark.slow
 def test_decoding_with_default_and_reference_ops_gives_the_same_tokens():
     found = bench_decode(options(check=True), SMALL, 8, 8)
     assert found["reference_same_ids"] == found["engine_same_ids"] == 1.0

@@ -365,6 +365,7 @@ def test_killed_conversion_leaves_no_output_and_the_next_one_cleans_up(command, 
     assert look.diff(opened, convert.open_weights("input", GOLDEN / "dense_tied"))[0][0].absolute == 0
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_one_line_and_fails():
     done = subprocess.run([*COMMAND, "inspect", "a", "--top=3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "error: --top has no use with inspect; leave it out" in done.stderr and "Traceback" not in done.stderr

@@ -1,6 +1,7 @@
 """The preprocessing main: what its pairs hold, that workers change nothing, what a kill leaves, and the one line a mistake gets."""
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -10,8 +11,10 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -44,11 +47,37 @@ def tok(folder):
     return Tokenizer.load(folder)
 
 
+FORKS = """
+import json, os, runpy, sys
+from experiments import flags
+from experiments.data import encode, megatron, pairs, readers
+for line in sys.stdin:
+    args, folder = json.loads(line)
+    if not os.fork():
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
+        sys.argv = ["preprocess", *args]
+        runpy.run_module("experiments.preprocess", run_name="__main__", alter_sys=True)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+@functools.cache
+def forking():
+    """A process that has imported what the main imports, and runs the main in a fork of its own for each line that it reads."""
+    return subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def run(*args, status=0):
     """Output of the main, or of `error:` its line."""
-    done = subprocess.run([*MAIN, *map(str, args)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout if status == 0 else next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    process = forking()
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps([list(map(str, args)), folder]), file=process.stdin, flush=True)
+        code = process.stdout.readline()
+        out, err = (Path(folder, name).read_text() for name in ("out", "err"))
+    assert code == f"{status}\n", out + err
+    return out if status == 0 else next(line for line in err.splitlines() if line.startswith("error: "))
 
 
 def jsonl(path, rows):

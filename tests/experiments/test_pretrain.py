@@ -85,6 +85,7 @@ def losses(run):
     return np.array([line["loss"] for line in lines if "loss" in line])
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_run_uses_the_references_and_says_so(finished, tmp_path):
     """Nothing on PATH, and no kernel built before: the same losses."""
     config, run = finished
@@ -201,8 +202,8 @@ def test_bad_input_is_a_clear_error(changes, message, tmp_path):
     "arguments, message",
     [
         (["--config.train.stepz=3"], "there is no key 'train.stepz'; did you mean 'train.steps'?"),
-        (["--tp=2"], "start it with `python -m experiments.launch --nproc=2 -- ...`"),
-        ([], "--workdir is missing"),
+        pytest.param(["--tp=2"], "start it with `python -m experiments.launch --nproc=2 -- ...`", marks=pytest.mark.slow),
+        pytest.param([], "--workdir is missing", marks=pytest.mark.slow),
     ],
 )
 def test_the_command_line_prints_one_line_and_fails(arguments, message, tmp_path):

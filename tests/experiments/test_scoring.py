@@ -218,7 +218,7 @@ def test_a_missing_harness_is_named(model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "layouts", [scoring_worker.LAYOUTS, pytest.param(scoring_worker.PIPELINES, marks=pytest.mark.slow)], ids=" and ".join
+    "layouts", [scoring_worker.LAYOUTS, pytest.param(scoring_worker.SLOW_LAYOUTS, marks=pytest.mark.slow)], ids=" and ".join
 )
 def test_any_layout_scores_as_one_process(layouts):
     ranks = processes.run("tests.experiments.scoring_worker:main", 2, json.dumps(list(layouts)))

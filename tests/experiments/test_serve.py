@@ -96,6 +96,13 @@ def greedy(model, prompts, count):
     return [tokenizer.decode(new, skip_special=True) for new in generate(params, ids, cfg, count, stop_ids=stop)]
 
 
+@pytest.fixture(scope="module")
+def ids(model):
+    """The 150 ids that follow "def f" greedily."""
+    cfg, params, tokenizer = model
+    return generate(params, [tokenizer.encode("def f")], cfg, 150, stop_ids=[tokenizer.eos_id, tokenizer.eod_id])[0]
+
+
 def test_a_chat_is_what_the_model_says_whole_and_streamed(client, model):
     messages = [{"role": "user", "content": "def f"}]
     asked = {"model": "tiny", "messages": messages, "max_completion_tokens": 12, "temperature": 0}
@@ -128,7 +135,7 @@ def test_fifty_requests_at_once_are_each_answered_as_alone(many, model, server):
     until_idle(server)
 
 
-def test_a_client_that_goes_away_frees_its_place_and_harms_no_other(many, server, model):
+def test_a_client_that_goes_away_frees_its_place_and_harms_no_other(many, server, model, ids):
     asked = {"model": "tiny", "prompt": "def f", "temperature": 0}
 
     async def go():
@@ -143,7 +150,7 @@ def test_a_client_that_goes_away_frees_its_place_and_harms_no_other(many, server
         waits.cancel()
         return (await other).choices[0].text
 
-    assert asyncio.run(go()) == greedy(model, ["def f"], 100)[0]
+    assert asyncio.run(go()) == model[2].decode(ids[:100], skip_special=True)
     until_idle(server)
 
 
@@ -160,7 +167,7 @@ def test_more_than_may_wait_is_told_to_come_again(many, server):
     until_idle(server)
 
 
-def test_samples_seeds_stops_and_log_probabilities(client, model):
+def test_samples_seeds_stops_and_log_probabilities(client, model, ids):
     cfg, params, tokenizer = model
     asked = {
         "model": "tiny",
@@ -176,16 +183,15 @@ def test_samples_seeds_stops_and_log_probabilities(client, model):
     stop = free.text[2:4]
     cut = client.completions.create(model="tiny", prompt="def f", max_tokens=8, temperature=0, stop=[stop]).choices[0]
     assert cut.text == free.text[: free.text.find(stop)] and cut.finish_reason == "stop"
-    scorer, ids = scoring.build(params, cfg, tokenizer), tokenizer.encode("def f")
-    new = generate(params, [ids], cfg, 8)[0]
-    want = [scoring.loglikelihood_ids(scorer, [(ids + new[:i], [new[i]])])[0][0] for i in range(8)]
+    scorer, prompt, new = scoring.build(params, cfg, tokenizer), tokenizer.encode("def f"), ids[:8]
+    want = [scoring.loglikelihood_ids(scorer, [(prompt + new[:i], [new[i]])])[0][0] for i in range(8)]
     np.testing.assert_allclose(free.logprobs.token_logprobs, want, rtol=1e-5)
     assert all(max(top.values()) == pytest.approx(x, rel=1e-5) for top, x in zip(free.logprobs.top_logprobs, want))
     said = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=3, logprobs=True, top_logprobs=1, temperature=0
     )
     assert all(entry.logprob == entry.top_logprobs[0].logprob and entry.bytes for entry in said.choices[0].logprobs.content)
-    by_ids = client.completions.create(model="tiny", prompt=[ids, ids], max_tokens=8, temperature=0)
+    by_ids = client.completions.create(model="tiny", prompt=[prompt, prompt], max_tokens=8, temperature=0)
     assert [choice.text for choice in by_ids.choices] == [free.text] * 2
 
 
@@ -259,7 +265,7 @@ def test_bodies_that_are_no_requests_are_refused(server):
     assert health(server) == {"status": "ok", "requests": 0, "slots": 4, "most": MOST}
 
 
-def test_sigterm_lets_what_is_at_work_end(many, server, model):
+def test_sigterm_lets_what_is_at_work_end(many, server, model, ids):
     """The last test of this file: the server is gone then. Its log has no word of what clients sent."""
 
     async def go():
@@ -276,7 +282,7 @@ def test_sigterm_lets_what_is_at_work_end(many, server, model):
                         await many.completions.create(model="tiny", prompt="x", max_tokens=1)
         return text
 
-    assert asyncio.run(go()) == greedy(model, ["def f"], 150)[0]
+    assert asyncio.run(go()) == model[2].decode(ids, skip_special=True)
     assert server["process"].wait(timeout=20) == 0
     log = server["log"].read_text()
     assert SECRET.split()[0] not in log and "Traceback" not in log and "error" not in log, log

@@ -57,9 +57,9 @@ def make_batch(step, rows=4, seq_len=16, vocab=64):
     }
 
 
-def run(cfg, config, steps=5, params=None):
-    """(metrics of each step, final parameters as numpy)"""
-    program = train_program.build_program(cfg, config)
+def run(cfg, config, steps=5, params=None, program=None):
+    """(metrics of each step, final parameters as numpy). program: one that is built, and compiled, already"""
+    program = program or train_program.build_program(cfg, config)
     state = program.init(params or weights.random(cfg, config))
     rate, out = optim.learning_rate(config.optim, config.train.steps), []
     for at in range(steps):
@@ -72,17 +72,18 @@ def error(a, b):
     return max(float(np.abs(x - y).max() / max(np.abs(x).max(), 1e-30)) for x, y in zip(tree_leaves(a), tree_leaves(b)))
 
 
-@pytest.fixture(scope="module")
-def dense_run():
-    return run(DENSE, make_config())
-
-
 GENTLE = {"optim.eps": 1e-4}  # with less, Adam makes steps of the rounding of gradients that are nearly 0
 
 
 @pytest.fixture(scope="module")
-def gentle_run():
-    return run(DENSE, make_config(**GENTLE))
+def gentle():
+    """A program that several tests share, as each compiles for seconds."""
+    return train_program.build_program(DENSE, make_config(**GENTLE))
+
+
+@pytest.fixture(scope="module")
+def gentle_run(gentle):
+    return run(DENSE, make_config(**GENTLE), program=gentle)
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
@@ -96,13 +97,14 @@ def test_loss_follows_the_stored_curve(name, gentle_run):
     assert got[-1]["loss"] < got[0]["loss"] - 0.3
 
 
-def test_two_equal_runs_are_bitwise_equal(dense_run):
-    again = run(DENSE, make_config())
-    assert [m["objective"] for m in again[0]] == [m["objective"] for m in dense_run[0]]
-    assert all(np.array_equal(a, b) for a, b in zip(tree_leaves(again[1]), tree_leaves(dense_run[1])))
+@pytest.mark.parametrize("compiled_again", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_equal_runs_are_bitwise_equal(gentle, gentle_run, compiled_again):
+    again = run(DENSE, make_config(**GENTLE), program=None if compiled_again else gentle)
+    assert [m["objective"] for m in again[0]] == [m["objective"] for m in gentle_run[0]]
+    assert all(np.array_equal(a, b) for a, b in zip(tree_leaves(again[1]), tree_leaves(gentle_run[1])))
 
 
-@pytest.mark.parametrize("micro", [2, 4])
+@pytest.mark.parametrize("micro", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_equals_one_batch(micro, gentle_run):
     got = run(DENSE, make_config(**{"parallel.micro_batches": micro, **GENTLE}))
     assert error(gentle_run[1], got[1]) < 1e-5
@@ -111,34 +113,46 @@ def test_accumulation_equals_one_batch(micro, gentle_run):
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_scanned_layers_train_as_unrolled_ones(gentle_run):
     got = run(DENSE, make_config(**{"train.layer_loop": "scan", **GENTLE}))
     assert error(gentle_run[1], got[1]) < 1e-5
     assert got[0][-1]["loss"] == pytest.approx(gentle_run[0][-1]["loss"], rel=1e-5)
 
 
-def test_scanned_experts_train_as_unrolled_ones():
-    cfg = MOE.replace(num_layers=3, router_bias=True, router_z_coef=1e-3)
-    a, b = run(cfg, make_config(**GENTLE), 3), run(cfg, make_config(**{"train.layer_loop": "scan", **GENTLE}), 3)
+BIASED = MOE.replace(router_bias=True, router_z_coef=1e-3)
+BIAS_RATE = {"optim.router_bias_rate": 0.01}
+
+
+@pytest.fixture(scope="module")
+def biased():
+    return train_program.build_program(BIASED, make_config(**GENTLE, **BIAS_RATE))
+
+
+def test_scanned_experts_train_as_unrolled_ones(biased):
+    a = run(BIASED, make_config(**GENTLE, **BIAS_RATE), 3, program=biased)
+    b = run(BIASED, make_config(**{"train.layer_loop": "scan", **GENTLE, **BIAS_RATE}), 3)
     assert error(a[1], b[1]) < 1e-5
     np.testing.assert_allclose(a[0][-1]["expert_load"], b[0][-1]["expert_load"], rtol=1e-6)
     assert a[0][-1]["router_z_loss"] == pytest.approx(b[0][-1]["router_z_loss"], rel=1e-5)
 
 
-def test_nothing_compiles_again_from_step_to_step_or_for_a_new_learning_rate():
-    program, config = train_program.build_program(DENSE, make_config()), make_config()
-    state = program.init(weights.random(DENSE, config))
-    state, _ = program.step(state, make_batch(0), 1e-3, 0)
+def test_nothing_compiles_again_from_step_to_step_or_for_a_new_learning_rate(gentle):
+    state = gentle.init(weights.random(DENSE, make_config()))
+    state, _ = gentle.step(state, make_batch(0), 1e-3, 0)
     compiled = len(api.ms_compile_cache)
     for at in range(1, 4):
-        state, _ = program.step(state, make_batch(at), 1e-3 / at, at)
-    assert len(api.ms_compile_cache) == compiled
+        state, _ = gentle.step(state, make_batch(at), 1e-3 / at, at)
+    assert len(api.ms_compile_cache) == compiled > 0
 
 
-def test_a_model_of_64_layers_is_scanned_and_trains():
-    cfg = DENSE.replace(num_layers=64)
-    assert uses_scan(cfg, "auto")
-    got, _ = run(cfg, make_config(**{"train.layer_loop": "auto"}), steps=1)
+def test_a_model_of_many_layers_of_a_kind_is_scanned():
+    assert uses_scan(DENSE.replace(num_layers=64), "auto") and not uses_scan(DENSE, "auto")
+
+
+@pytest.mark.slow
+def test_a_model_of_64_layers_trains():
+    got, _ = run(DENSE.replace(num_layers=64), make_config(**{"train.layer_loop": "auto"}), steps=1)
     assert math.isfinite(got[0]["loss"])
 
 
@@ -149,10 +163,8 @@ def test_a_model_of_mixed_layers_is_unrolled_or_refused():
         train_program.build_program(mixed, make_config(**{"train.layer_loop": "scan"}))
 
 
-def test_router_bias_moves_against_the_load():
-    cfg = MOE.replace(router_bias=True)
-    config = make_config(**{"optim.router_bias_rate": 0.01})
-    got, params = run(cfg, config, steps=1)
+def test_router_bias_moves_against_the_load(biased):
+    got, params = run(BIASED, make_config(**GENTLE, **BIAS_RATE), steps=1, program=biased)
     for layer, load in zip(params["layers"], got[0]["expert_load"]):
         want = -0.01 * np.sign(np.array(load) - np.mean(load))
         np.testing.assert_allclose(layer["moe"]["router_bias"], want, atol=1e-6)
@@ -235,10 +247,10 @@ def values_of(tree):
     return [x.asnumpy().copy() for x in tree_leaves(tree)]
 
 
-@pytest.mark.parametrize("loop", ["unroll", "scan"])
-def test_steps_work_in_place_on_nothing_but_the_state(loop):
+@pytest.mark.parametrize("loop", ["unroll", pytest.param("scan", marks=pytest.mark.slow)])
+def test_steps_work_in_place_on_nothing_but_the_state(loop, gentle):
     start, config = random_params(DENSE), make_config(**{"train.layer_loop": loop})
-    program, given = train_program.build_program(DENSE, config), values_of(start)
+    program, given = gentle if loop == "unroll" else train_program.build_program(DENSE, config), values_of(start)
     state, _ = program.step(program.init(start), make_batch(0), 1e-2, 0)
     taken = program.params(state)
     held = values_of(taken)
@@ -251,11 +263,11 @@ def test_steps_work_in_place_on_nothing_but_the_state(loop):
 
 def test_the_update_of_ascend_gives_the_numbers_of_the_reference(monkeypatch):
     """On CPU, where its primitive works too: in place, after everything that reads the old values."""
-    found = {}
+    cfg, found = DENSE.replace(num_layers=1), {}
     for adamw in ("reference", "vendor"):
         monkeypatch.setattr(train_program, "choose_kernels", lambda *_, adamw=adamw: dataclasses.replace(REFERENCE, adamw=adamw))
-        program = train_program.build_program(DENSE, make_config())
-        state = program.init(random_params(DENSE))
+        program = train_program.build_program(cfg, make_config())
+        state = program.init(random_params(cfg))
         metrics = []
         for step in range(3):
             state, each = program.step(state, make_batch(step), 1e-2, step)
@@ -266,12 +278,11 @@ def test_the_update_of_ascend_gives_the_numbers_of_the_reference(monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    program = train_program.build_program(DENSE, make_config())
-    state, _ = program.step(program.init(random_params(DENSE)), make_batch(0), 1e-2, 0)
+def test_a_gradient_that_is_not_finite_changes_nothing(gentle):
+    state, _ = gentle.step(gentle.init(random_params(DENSE)), make_batch(0), 1e-2, 0)
     before = values_of(state)
     infinite = {**make_batch(1), "loss_weights": np.full((4, 16), np.inf, np.float32)}
-    after, metrics = program.step(state, infinite, 1e-2, 1)
+    after, metrics = gentle.step(state, infinite, 1e-2, 1)
     assert not np.isfinite(metrics["grad_norm"])
     for old, x in zip(before, tree_leaves(after)):
         np.testing.assert_array_equal(old, x.asnumpy())

@@ -9,6 +9,7 @@ import pytest
 from parallel.checkpoint import store as checkpoint_store
 from tests.qwen3.hf_folders import ROOT
 
+pytestmark = pytest.mark.slow
 MB = 1 << 20
 MEASURED = """
 import json, os, sys

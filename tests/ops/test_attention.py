@@ -127,8 +127,11 @@ SHAPES = [
 ]
 
 
+MORE = ((1, 300, 150, 7, 7, 31), (2, 130, 130, 8, 1, 32))  # of the same tiles and lanes as others
+
+
 @pytest.mark.parametrize("mask", [documents, anything])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [pytest.param(shape, marks=pytest.mark.slow if shape in MORE else ()) for shape in SHAPES], ids=str)
 def test_matches_the_reference(shape, mask):
     if mask is documents and shape[1] > shape[2]:
         pytest.skip("documents has the queries at the end of the keys")

@@ -37,7 +37,8 @@ def test_a_block_is_multiplied_by_the_matrix_of_its_group(implementation):
 def test_it_matches_the_reference(name, sizes):
     (group, groups, b), (i, o) = GROUPS[name], sizes
     inputs, group = [draw(len(group), b, i), draw(groups, i, o)], np.array(group, np.int32)
-    agree(grouped_matmul.reference(), grouped_matmul.cpu(), inputs, (group,))
+    ways = ("eager", "compiled") if i == 7 else ("eager",)
+    agree(grouped_matmul.reference(), grouped_matmul.cpu(), inputs, (group,), ways=ways)
     assert_close(formula(*(x.astype(np.float64) for x in inputs), group), call_forward(*inputs, group), 1e-5)
 
 

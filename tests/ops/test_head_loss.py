@@ -33,7 +33,8 @@ def of_lse(op):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_matches_the_reference_with_its_gradients(shape):
     x, w, ids = case(*shape)
-    agree(of_lse(head_loss.reference()), of_lse(head_loss.cpu()), (x, w), (np.minimum(ids, shape[2] - 1),))
+    ways = ("eager", "compiled") if shape == SHAPES[-1] else ("eager",)
+    agree(of_lse(head_loss.reference()), of_lse(head_loss.cpu()), (x, w), (np.minimum(ids, shape[2] - 1),), ways=ways)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

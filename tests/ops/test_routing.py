@@ -138,8 +138,9 @@ def test_take(implementation, index):
 def test_take_matches_the_reference(shape):
     rows = int(np.prod(shape[:-1]))
     index = np.random.default_rng(0).integers(0, rows + 1, (3, max(rows, 2))).astype(np.int32)
-    agree(routing.reference_take(), routing.cpu_take(), [draw(*shape)], (index,))
-    agree(routing.reference_take(), routing.cpu_take(), [draw(*shape)], (np.zeros(300, np.int32),))
+    ways = ("eager", "compiled") if shape == (2, 3, 5) else ("eager",)
+    agree(routing.reference_take(), routing.cpu_take(), [draw(*shape)], (index,), ways=ways)
+    agree(routing.reference_take(), routing.cpu_take(), [draw(*shape)], (np.zeros(300, np.int32),), ways=("eager",))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -186,7 +187,8 @@ def test_combine_matches_the_reference(shape):
     (R, k, D), rng = shape, np.random.default_rng(0)
     slot = rng.permutation(R * k + 3)[: R * k].astype(np.int32)
     slot[:: 10 if R > 1 else 2] = R * k + 3
-    agree(combine("reference"), combine("cpu"), [draw(R * k + 3, 1, D), draw(R, k)], (slot,))
+    ways = ("eager", "compiled") if R == 7 else ("eager",)
+    agree(combine("reference"), combine("cpu"), [draw(R * k + 3, 1, D), draw(R, k)], (slot,), ways=ways)
 
 
 def test_indices_that_are_no_row_are_refused():
@@ -237,7 +239,7 @@ def test_top_k_matches_the_reference(shape, normalise, biased):
     np.testing.assert_array_equal(*experts)
     assert experts[1].dtype == np.int32
     np.testing.assert_array_equal(experts[1], chosen(logits, *fixed, k=k)[1])
-    agree(*(probs_and_weight(op, biased) for op in each), [logits], fixed)
+    agree(*(probs_and_weight(op, biased) for op in each), [logits], fixed, ways=("eager", "compiled") if R == 263 else ("eager",))
 
 
 def test_top_k_of_one_expert():

@@ -33,6 +33,7 @@ def _adapted(cfg, dropout=0.0):
 
 MODELS = {
     "dense": DENSE,  # tied, vocabulary of 61, 4 heads on 2 kv heads
+    "one layer": DENSE.replace(num_layers=1),
     "untied": DENSE.replace(tie_embeddings=False),
     "qwen2": QWEN2,  # biases, 1 kv head
     "moe": MOE,  # 6 experts
@@ -156,9 +157,15 @@ RECOMPUTED = {
 OVERFLOWING = "moe, dp2 ep2, half the capacity"
 LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
 
-# Left out of the default tests: more of the same, at 20 seconds of two cores each.
+# Left out of the default tests: more of the same, at 10 seconds of a core for each process. The others have 2 processes and, between them,
+# each kind of parallelism, ZeRO, adapters and experts; test_manual.py has the ops on 4.
 SLOW = (
     "dp2",
+    "tp2, sequence parallel",
+    "moe, pp2 dp2 ep2, ZeRO 1",
+    "dp2 ep2",
+    "cp2, Ulysses",
+    "dp2 tp2, sequence parallel, ZeRO 1",
     "dp2, scan, 2 micro-batches, ZeRO 2",
     "tp4 of 2 kv heads",
     "tp2 of 1 kv head, biases",
@@ -172,7 +179,8 @@ SLOW = (
     "adapters, dp2, ZeRO 1",
     "adapters, dp2, ZeRO 2",
     "adapters, dp2, ZeRO 3, scan, 2 micro-batches",
-    "moe, cp2 ep2",
+    "cp4, hybrid, packed",
+    "moe, dp2 tp2 ep4, sequence parallel, bias",
     "adapters, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan",
     "tp2",
     "tp4 of 1 kv head, sequence parallel, scan",

@@ -31,6 +31,9 @@ LAYOUTS = {
     "ep_of_dp": (dict(dp=2, tp=2, ep=2), False, ("moe_biased",)),
     "ep_of_dp_and_tp_sp": (dict(dp=2, tp=2, ep=4), True, ("moe_biased",)),
     "ep_of_half_of_tp_sp": (dict(tp=4, ep=2), True, ("moe",)),
+    "cp_ring": (dict(cp=4), False, ("context",)),
+    "cp_ulysses": (dict(cp=4, ulysses=4), False, ("context",)),
+    "cp_hybrid": (dict(cp=4, ulysses=2), False, ("context",)),
 }
 
 
@@ -89,6 +92,9 @@ def checks(kv_repeat):
         "norm": Check(_norm, {**x, "y": y, "w": ((D,), ("embed",))}, {}, [y, y, y]),
         "mean": Check(_mean, {"x": one}, weights, [((), ()), ((), ())]),
         "attention": Check(_attention, {**x, **_of(attention)}, see, [y]),
+        "context": Check(
+            _context, {"x": ((B, S, D), ("batch", "seq", "embed")), **_of(attention)}, see, [((B, S, D), ("batch", "seq", "embed"))]
+        ),
         "moe": Check(_moe, {**x, **_of(moe, cfg=MOE)}, valid, [y, stats], MOE),
         "moe_biased": Check(_moe, {**x, **_of(moe, cfg=BIASED)}, valid, [y, stats], BIASED),
     }
@@ -145,6 +151,14 @@ def _attention(cfg, op, p, c):
     cos, sin = op.angles(c["positions"], "batch seq -> batch seq one half, batch seq one half")
     rows = {"cos": cos, "sin": sin, "segments": c["segments"], "order": c["order"]}
     return (attention.attention(cfg, op, p, p["x"], rows, None)[0],)
+
+
+def _context(cfg, op, p, c):
+    """Attention where ranks have parts of each document, in any order: the order of tokens is an input."""
+    if op.seq_shards > 1:
+        c = {**c, **{name: op.gather_seq(c[name], "batch seq>keys -> batch keys") for name in ("segments", "order")}}
+    (y,) = _attention(cfg, op, {**p, "x": p["x"].reshape(-1, p["x"].shape[-1])}, c)
+    return (y.reshape(p["x"].shape),)
 
 
 def _moe(cfg, op, p, c):

@@ -133,7 +133,7 @@ def restore_and_compare(folder, cfg, options, arrays):
     assert names == set(arrays)
 
 
-FEW = ("one", "dp2 tp2, ZeRO 3, scan", "dp2 tp4, ZeRO 1", "pp2 dp2, ZeRO 1", "cp2 tp2, ZeRO 3, scan")
+FEW = ("dp2 tp2, ZeRO 3, scan", "pp2 dp2, ZeRO 1")
 
 
 @pytest.mark.parametrize("model, name", CASES)
@@ -152,13 +152,13 @@ def test_a_layout_restores_what_each_layout_saved(model, name, saved):
 
 
 GROUPS = {
-    2: ("dense", [dict(pp=2, micro=2), dict(tp=2, micro=2)]),
-    4: ("dense", [dict(dp=2, tp=2, zero=1), dict(pp=2, dp=2)]),
+    2: ("one layer", [dict(dp=2, zero=1), dict(tp=2)]),
+    4: ("dense", [dict(pp=2, dp=2, micro=2), dict(dp=2, tp=2, zero=1, micro=2)]),
     8: ("moe8", [dict(dp=4, tp=2, ep=4, seq=True, zero=2), dict(dp=8, zero=3), dict(dp=2, cp=2, tp=2, zero=1)]),
 }
 
 
-@pytest.mark.parametrize("count", [4, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 8))])
+@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 8))])
 def test_processes_save_while_they_train_and_go_on_in_another_layout(count, tmp_path):
     model, layouts = GROUPS[count]
     (tmp_path / "checkpoints").mkdir()

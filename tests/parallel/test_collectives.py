@@ -6,7 +6,7 @@ import pytest
 
 from parallel import collectives
 from parallel.mesh import Mesh
-from tests.parallel.collectives_worker import KINDS, MODES, cases, result_shape
+from tests.parallel.collectives_worker import KINDS, MODES, cases, in_default_tests, result_shape
 from tests.processes import run
 
 
@@ -71,11 +71,24 @@ BACKWARD = {
 
 @pytest.fixture(scope="module")
 def results():
-    return run("tests.parallel.collectives_worker:main", 4)
+    return run("tests.parallel.collectives_worker:main", 4, "fast")
 
 
-def assert_ranks(results, key, case, rule, arrays):
-    """What each rank has at `key` is what `rule` makes of its group's arrays, to the bit."""
+@pytest.fixture(scope="module")
+def slow_results():
+    return run("tests.parallel.collectives_worker:main", 4, "slow")
+
+
+EVERY = [
+    pytest.param(case, mode, marks=() if in_default_tests(case, mode) else pytest.mark.slow, id=f"{case}-{mode}")
+    for case in cases()
+    for mode in MODES
+]
+
+
+def assert_ranks(request, case, mode, what, rule, arrays):
+    """What each rank has is what `rule` makes of its group's arrays, to the bit."""
+    results, key = request.getfixturevalue("results" if in_default_tests(case, mode) else "slow_results"), f"{case}.{mode}.{what}"
     for group in case.groups:
         expected = rule[KINDS[case.kind][0]]([arrays[rank] for rank in group], **case.options)
         for rank, reference in zip(group, expected):
@@ -84,16 +97,14 @@ def assert_ranks(results, key, case, rule, arrays):
             np.testing.assert_array_equal(found, reference, f"rank {rank}")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_results_are_numpys(results, case, mode):
-    assert_ranks(results, f"{case}.{mode}.value", case, FORWARD, case.inputs)
+@pytest.mark.parametrize("case, mode", EVERY)
+def test_results_are_numpys(request, case, mode):
+    assert_ranks(request, case, mode, "value", FORWARD, case.inputs)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", [case for case in cases() if case.dtype == "float32"], ids=str)
-def test_gradients_are_numpys(results, case, mode):
-    assert_ranks(results, f"{case}.{mode}.grad", case, BACKWARD, case.weights(result_shape(case)))
+@pytest.mark.parametrize("case, mode", [each for each in EVERY if each.values[0].dtype == "float32"])
+def test_gradients_are_numpys(request, case, mode):
+    assert_ranks(request, case, mode, "grad", BACKWARD, case.weights(result_shape(case)))
 
 
 ONE_RANK = {

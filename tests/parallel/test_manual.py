@@ -11,7 +11,12 @@ from tests.processes import run
 from tests.tiny import assert_close
 
 TOLERANCE = 2e-6  # float32 sums of dozens of terms, in another order
+OF_PARTS = 5e-6  # attention to the keys of each rank of a ring, joined with weights that are exponentials, as in test_context.py
 CASES = [(layout, name) for layout, (*_, names) in LAYOUTS.items() for name in names]
+
+
+def tolerance(name):
+    return OF_PARTS if name == "context" else TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def test_results_are_those_of_one_device(ranks, layout, name):
     check, (ys, _), shardings = expected(layout, name)
     for i, (y, (_, dims)) in enumerate(zip(ys, check.results)):
         for rank, sharding in enumerate(shardings):
-            assert_close(cut(sharding, y, dims), ranks[rank][f"{layout}.{name}.{i}"], TOLERANCE, f"result {i} on rank {rank}")
+            assert_close(cut(sharding, y, dims), ranks[rank][f"{layout}.{name}.{i}"], tolerance(name), f"result {i} on rank {rank}")
 
 
 @pytest.mark.parametrize("layout, name", CASES)
@@ -60,4 +65,4 @@ def test_gradients_are_those_of_one_device(ranks, layout, name):
         partial = [atom for atom in shardings[0].data_atoms if atom not in own]
         for rank, sharding in enumerate(shardings):
             found = sum(ranks[other][f"{layout}.{name}.{operand}"] for other in sharding.mesh.members(partial))
-            assert_close(cut(sharding, grads[operand], dims), found, TOLERANCE, f"{operand} on rank {rank}")
+            assert_close(cut(sharding, grads[operand], dims), found, tolerance(name), f"{operand} on rank {rank}")

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import os
 import mindspore as ms
@@ -38,6 +40,7 @@ def test_what_a_user_has_set_stays(tmp_path):
     assert out.split("\n") == ["[8.] pipeline:false", ""]
 
 
+@pytest.mark.slow
 def test_without_it_mindspore_announces_the_variable(tmp_path):
     """The trap that set_up() works around."""
     assert "[MS_DEV_RUNTIME_CONF]" in run(tmp_path, "", MS_DEV_RUNTIME_CONF="graph_pipeline:false")

@@ -37,7 +37,7 @@ def flat_gradients(fn, like, leaves, batch):
     return ms.value_and_grad(of_leaves, tuple(range(count)))(*leaves)
 
 
-@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("cfg", [pytest.param(DENSE, marks=pytest.mark.slow), MOE], ids=["dense", "moe"])
 def test_gradients_in_a_graph_equal_eager_ones_as_parameters_change(cfg):
     """Five SGD steps, each form on its own trajectory: arguments in a graph, closed-over Parameters in a graph, and the reference."""
     fn, like = build(cfg).loss_fn, random_params(cfg)

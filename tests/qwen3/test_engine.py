@@ -72,7 +72,7 @@ def test_continuations_come_from_their_script(name):
 
 
 @pytest.mark.parametrize("kind", ["dense", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "dense")])
-@pytest.mark.parametrize("kernels", [None, Kernels()], ids=["fused", "reference"])
+@pytest.mark.parametrize("kernels", [None, pytest.param(Kernels(), marks=pytest.mark.slow)], ids=["fused", "reference"])
 def test_samples_are_those_of_generate(kind, kernels):
     """Drawn, on the device and on the host: sample number b is row b of a batch of one prompt."""
     cfg, params = KINDS[kind], random_params(KINDS[kind])

@@ -9,10 +9,10 @@ from tests.processes import run
 from tests.qwen3.engine_layouts import LAYOUTS, tokens
 from tests.qwen3.test_engine import CONTINUATIONS
 
-USUAL = ("tp2", "dp2 ep2")
+USUAL = ("tp2",)
 GROUPS = [
     (2, USUAL),
-    pytest.param((2, ("tp2, drawn", "tp2, biases", "tp2, experts", "dp2")), marks=pytest.mark.slow),
+    pytest.param((2, ("dp2 ep2", "tp2, drawn", "tp2, biases", "tp2, experts", "dp2")), marks=pytest.mark.slow),
     pytest.param((2, ("pp2", "pp2, drawn", "pp2, mixed layers")), marks=pytest.mark.slow),
     pytest.param((4, ("tp4 of 2 kv heads", "dp2 tp2 ep2", "dp2 tp2")), marks=pytest.mark.slow),
     pytest.param((4, ("pp2 tp2", "pp2 dp2 ep2")), marks=pytest.mark.slow),

@@ -145,7 +145,7 @@ def test_loss_is_the_mean_over_weighted_targets(kind):
     assert_close(np.float32(expected), loss, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dense", "qwen2", "moe"])
+@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "qwen2", "moe"])
 def test_prefill_and_decode_equal_the_full_forward(kind):
     """Prompts of different lengths in one batch, teacher-forced from there on."""
     cfg, params = KINDS[kind], random_params(KINDS[kind])
@@ -169,7 +169,7 @@ def test_positions_past_the_end_of_the_cache_are_dropped():
     assert_trees_close(caches[0], caches[1], 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["dense", "mixed"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_a_step_in_few_ops_is_the_step_in_many(kind):
     """Bit for bit without experts, whose products are of as many rows as choose them. One row is past the end of the cache."""
     cfg, params, few = KINDS[kind], random_params(KINDS[kind]), FUSED
@@ -185,7 +185,7 @@ def test_a_step_in_few_ops_is_the_step_in_many(kind):
 LOOPED = {"dense": DENSE, "moe": MOE.replace(router_bias=True)}
 
 
-@pytest.mark.parametrize("kind", LOOPED)
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
 def test_the_layer_loop_equals_unrolled_layers(kind):
     cfg = LOOPED[kind].replace(num_layers=3)
     batch, names = packed_batch(cfg), metric_names(cfg)

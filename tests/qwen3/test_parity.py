@@ -16,6 +16,8 @@ from tests.tiny import assert_close
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 NAMES = sorted(p.name for p in GOLDEN.iterdir())
+IN_A_GRAPH = ("dense_tied", "qwen2_bias", "moe_mixed")  # which have every part of a layer between them
+USUAL = [pytest.param(name, marks=() if name in IN_A_GRAPH else pytest.mark.slow) for name in NAMES]
 LOGITS, LOSS, GRADIENT = 2e-5, 1e-5, 1e-4  # float32 sums in another order; gradients pass every layer twice
 
 
@@ -67,12 +69,12 @@ def test_golden_logits(name):
     check_logits(*golden(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", USUAL)
 def test_golden_losses_and_gradients(name):
     check_losses_and_gradients(*golden(name), compiled=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", USUAL)
 def test_golden_greedy_continuation(name):
     cfg, params, reference = golden(name)
     out = generate(params, reference["prompt"].tolist(), cfg, len(reference["greedy"]))
