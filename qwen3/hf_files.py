@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,8 @@ CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16)}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAPPED_BYTES = 64 << 20  # tensors of so many bytes are read before a file is closed and opened again
+MAX_JSON_BYTES = 256 << 20  # of a file that is read whole; a tokenizer.json has some 10 MB, the index of the largest models 10 MB
+MAX_DEPTH = 64  # of lists and objects in one another: files and requests have a few, tools' JSON schemas perhaps ten
 PACKAGE_BYTES = 16 << 20  # the largest file that the package writes, with all of its tensors in memory
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -150,11 +153,49 @@ def parse_json(path, text):
     return value
 
 
+def depth(value):
+    """How deep lists and objects are nested in a JSON value, counted without recursion; at most MAX_DEPTH + 1."""
+    level, values = 0, [value]
+    while values and level <= MAX_DEPTH:
+        inner = [list(v.values()) if isinstance(v, dict) else v for v in values if isinstance(v, dict | list)]
+        values = [v for group in inner for v in group]
+        level += bool(inner)
+    return level
+
+
+def read_bytes(path, most=MAX_JSON_BYTES):
+    """The bytes of a regular file, which a pipe or a device is not: reading those may never end. FileNotFoundError or ValueError, which
+    name the file, where it is none or has more than `most` bytes."""
+    path = Path(path)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} is missing; give the folder that holds it") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be opened ({error.strerror}); put the file itself there") from None
+    with os.fdopen(handle, "rb") as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} is no regular file; put the file itself there")
+        if found.st_size > most:
+            raise ValueError(f"{path} has {found.st_size:,} bytes, and such a file at most {most:,}; fetch it again")
+        return file.read(most + 1)
+
+
+def read_text(path, most=MAX_JSON_BYTES):
+    """The text of a regular file in UTF-8. Errors: see read_bytes; and ValueError for other bytes."""
+    try:
+        return read_bytes(path, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); fetch the file again") from None
+
+
 def read_json(path):
     """A JSON object from a file. FileNotFoundError or ValueError naming the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give the folder that holds it")
-    return parse_json(path, path.read_bytes())
+    value = parse_json(path, read_bytes(path))
+    if depth(value) > MAX_DEPTH:
+        raise ValueError(f"{path}: broken JSON (nested more than {MAX_DEPTH} deep); fetch the file again")
+    return value
 
 
 def open_weights(folder):

@@ -246,7 +246,7 @@ def test_template_without_generation_prompt_marks_by_what_stays_the_same(base):
 
 BAD = [
     ([user("x")], PLAIN, "no assistant turn"),
-    ([user("x"), bot(["a"])], PLAIN, "message 1: 'content' is list; give text"),
+    ([user("x"), bot(["a"])], PLAIN, "messages[1].content=['a'] must be text, or a list of text parts"),
     ([user("x"), bot("\udc00")], PLAIN, "half a surrogate pair"),
     ([bot("x")], STRICT, "chat template: roles must alternate"),
     ([user("x"), bot("y")], PLAIN.replace("{{- '<|im_end|>' }}", ""), "no special token closes the assistant turn"),
@@ -308,9 +308,13 @@ BAD_RECORDS = [
     (sharegpt, {"conversations": [{"from": "function_call", "value": "{"}]}, "'function_call' is not JSON"),
     (sharegpt, {"conversations": [{"from": "gpt", "value": "x"}], "tools": "{"}, "'tools' is not JSON"),
     (openai, {"messages": "hello"}, "'messages' is not JSON"),
-    (openai, {"messages": [{"role": "developer", "content": "x"}]}, "role='developer' is not known; use one of system, user"),
-    (openai, {"messages": [user([{"type": "image_url"}])]}, "'content' has the part {'type': 'image_url'}; only text"),
-    (openai, {"messages": [user(3)]}, "'content' is int; give text"),
+    (openai, {"messages": [{"role": "developer", "content": "x"}]}, "messages[0].role='developer' must be one of system, user"),
+    (
+        openai,
+        {"messages": [user([{"type": "image_url"}])]},
+        "messages[0].content=[{'type': 'image_url'}] must be text, or a list of text parts; only text",
+    ),
+    (openai, {"messages": [user(3)]}, "messages[0].content=3 must be text"),
     (openai, {"messages": [{"role": "user"}]}, "a message of role 'user' has neither content nor tool calls"),
 ]
 
