@@ -54,6 +54,7 @@ FUSED = {
     "w_up": (_LAYER + "mlp.experts.gate_up_proj", 2, 1),
     "w_down": (_LAYER + "mlp.experts.down_proj", 1, 0),
 }
+HEAD = NAMES["lm_head"][0]
 _SHOWN = 4  # names in an error
 
 
@@ -114,6 +115,8 @@ class Reader:
         self._sources = {path: source(path, spec.shape, self._files) for path, spec in self._specs.items()}
         self._check_names(config)
         self._check_entries()
+        if config.tie_embeddings and HEAD in self._files:
+            self._check_tied()
         self.config = config.replace(param_dtype=self.dtype("embed"))
 
     @property
@@ -187,12 +190,27 @@ class Reader:
                 raise ValueError(f"{self.folder}: {_some(origin.names)} have dtypes {', '.join(sorted(codes))}; convert them to one")
 
 
+    def _check_tied(self):
+        """Of a tied model, a head in the file has to be the embedding, as it is not read. transformers 5 keeps one that differs."""
+        embed, head = (self._files[name] for name in (NAMES["embed"][0], HEAD))
+        entry, (rows, columns) = head.entries[HEAD], self.shape("embed")
+        fix = "set tie_word_embeddings to false in config.json to keep that head, as transformers does, or remove the tensor"
+        if entry.shape != (rows, columns) or entry.code not in hf_files.DTYPES:
+            raise ValueError(f"{head.path}: tie_word_embeddings=true, and {HEAD} is {entry.code} {list(entry.shape)}, not the embedding; {fix}")
+        step = max(1, hf_files.MAPPED_BYTES // (4 * columns))
+        for start in range(0, rows, step):
+            index = (slice(start, min(start + step, rows)),)
+            a, b = embed.array(NAMES["embed"][0], index), head.array(HEAD, index)
+            if not np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True):
+                raise ValueError(f"{head.path}: tie_word_embeddings=true, and {HEAD} differs from the embedding; {fix}")
+
+
 def load(path, dtype=None):
-    """A Hugging Face folder -> (Qwen3Config, nested dict of mindspore Tensors). Errors: see Reader; none comes after data is read,
-    but for a value too large for float16.
+    """A Hugging Face folder -> (Qwen3Config, nested dict of mindspore Tensors). Errors: see Reader; none comes after the parameters are
+    read, but for a value too large for float16.
 
     dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own. config.param_dtype says which. A tied model's lm_head
-    in the file is not read.
+    in the file must be equal to the embedding.
     """
     reader = Reader(path, dtype)
     return reader.config, unflatten(reader.specs, [Tensor.from_numpy(reader.read(p)) for p in reader.paths])

@@ -182,6 +182,28 @@ def test_tied_model_has_no_lm_head_and_accepts_one(folder, tmp_path):
     assert_same(hf.load(folder)[1], params)
 
 
+def moved(tensors):
+    """The last row of the head is another."""
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    return {"lm_head.weight": head}
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_tied_model_with_a_head_of_its_own_is_refused(block, folder, monkeypatch):
+    """Not reading that head would compute another model, and lose it on saving."""
+    monkeypatch.setattr(hf.hf_files, "MAPPED_BYTES", block)
+    edit_tensors(folder, lambda t: t.update(moved(t)))
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding; set tie_word_embeddings to false in config.json"):
+        hf.load(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    assert hf.load(folder)[1]["lm_head"].shape == (101, 40)
+    edit_config(folder, tie_word_embeddings=True)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].copy()}))
+    with pytest.raises(ValueError, match=r"lm_head.weight is F32 \[5, 40\], not the embedding"):
+        hf.load(folder)
+
+
 def test_rotary_buffers_of_old_files_are_ignored(folder):
     before = hf.load(folder)[1]
     edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8)}))
