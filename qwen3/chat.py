@@ -73,6 +73,20 @@ def encode_chat(tokenizer, messages, tools=None, enable_thinking=None):
     return ids, mask
 
 
+def turn_ends(tokenizer):
+    """The ids that end an assistant's turn in the tokenizer's chat template, as a tuple: (the id of <|im_end|>,) for Qwen's. Without a
+    template, or with one that does not show where a turn ends, ()."""
+    if tokenizer.chat_template is None:
+        return ()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    try:
+        ids, mask = encode_chat(tokenizer, turns)
+    except ValueError:  # encode_chat says it again where such conversations are trained on
+        return ()
+    last = np.flatnonzero(np.diff(np.append(mask, 0).astype(int)) < 0)
+    return tuple(sorted({int(i) for i in ids[last] if tokenizer.is_added(i)}))
+
+
 def _unweighted(message):
     return {key: value for key, value in message.items() if key != "weight"}
 

@@ -143,6 +143,16 @@ class Qwen3Config:
         return dataclasses.replace(self, lora=None, frozen=((), ()))
 
     @property
+    def eos_ids(self):
+        """The ids at which generation may stop, as a tuple."""
+        return self.eos_id if isinstance(self.eos_id, tuple) else () if self.eos_id is None else (self.eos_id,)
+
+    def with_eos(self, ids):
+        """The same model with more ids that end a text, after its own; ids outside the vocabulary are left out."""
+        found = tuple(dict.fromkeys((*self.eos_ids, *(i for i in ids if i < self.vocab_size))))
+        return self.replace(eos_id=found if len(found) > 1 else found[0] if found else None)
+
+    @property
     def lora_targets(self):
         """The names of TARGETS that this model has."""
         kinds = {"moe" if self.is_moe_layer(i) else "mlp" for i in range(self.num_layers)}

@@ -19,6 +19,7 @@ from qwen3 import hf_files
 from qwen3.config import DTYPES, Qwen3Config, own_fields
 from qwen3.hf_files import CODES
 from qwen3.model import param_specs
+from qwen3.schema import GenerationJson, checked
 
 _LAYER = "model.layers.{layer}."
 # Our path: (Hugging Face's name, transposed). {expert}: one tensor an expert there, stacked on dim 0 here.
@@ -189,14 +190,14 @@ class Reader:
             if len(codes) > 1:
                 raise ValueError(f"{self.folder}: {_some(origin.names)} have dtypes {', '.join(sorted(codes))}; convert them to one")
 
-
     def _check_tied(self):
         """Of a tied model, a head in the file has to be the embedding, as it is not read. transformers 5 keeps one that differs."""
         embed, head = (self._files[name] for name in (NAMES["embed"][0], HEAD))
         entry, (rows, columns) = head.entries[HEAD], self.shape("embed")
         fix = "set tie_word_embeddings to false in config.json to keep that head, as transformers does, or remove the tensor"
         if entry.shape != (rows, columns) or entry.code not in hf_files.DTYPES:
-            raise ValueError(f"{head.path}: tie_word_embeddings=true, and {HEAD} is {entry.code} {list(entry.shape)}, not the embedding; {fix}")
+            what = f"{entry.code} {list(entry.shape)}"
+            raise ValueError(f"{head.path}: tie_word_embeddings=true, and {HEAD} is {what}, not the embedding; {fix}")
         step = max(1, hf_files.MAPPED_BYTES // (4 * columns))
         for start in range(0, rows, step):
             index = (slice(start, min(start + step, rows)),)
@@ -251,6 +252,7 @@ def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 10**9, dt
         _write_configs(new, cfg.replace(param_dtype=dtype or _dtype(leaves["embed"])))
         for file in carried:
             hf_files.copy_file(file, new)
+        _add_eos(new / hf_files.GENERATION, cfg.eos_ids)
         arrays = _arrays([part for parts in shards.values() for part in parts], leaves)
         for name, parts in shards.items():
             hf_files.write_tensors(new / name, [part[:3] for part in parts], islice(arrays, len(parts)))
@@ -340,6 +342,18 @@ def _write_configs(folder, cfg):
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
     if ids:
         hf_files.write_json(folder / hf_files.GENERATION, {"_from_model_config": True, **ids})
+
+
+def _add_eos(path, eos_ids):
+    """Adds the config's eos ids to those of a generation_config.json that came along: transformers reads only the latter."""
+    if not path.is_file():
+        return
+    given = hf_files.read_json(path)
+    found = checked(GenerationJson, given, path).eos_token_id
+    found = found if isinstance(found, list) else [] if found is None else [found]
+    if new := [i for i in eos_ids if i not in found]:
+        both = [*found, *new]
+        hf_files.write_json(path, {**given, "eos_token_id": both if len(both) > 1 else both[0]})
 
 
 def _check_dtype(dtype):

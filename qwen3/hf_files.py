@@ -182,6 +182,11 @@ def read_bytes(path, most=MAX_JSON_BYTES):
         return file.read(most + 1)
 
 
+def exists(path):
+    """Whether there is anything of that name, be it a pipe or a link to nothing; read_bytes() says then what is wrong with it."""
+    return os.path.lexists(path)
+
+
 def read_text(path, most=MAX_JSON_BYTES):
     """The text of a regular file in UTF-8. Errors: see read_bytes; and ValueError for other bytes."""
     try:

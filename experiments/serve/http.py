@@ -20,7 +20,8 @@ PARSERS = 2  # threads that check and tokenize requests
 class Settings:
     """The server's settings. model: the model's name in requests. length: the most tokens of a prompt and its answer together.
     stop_ids: token ids that end an answer. slots: rows of the engine. max_body: bytes. keys: the accepted API keys; empty needs none.
-    hosts: host names that requests may name, such as ("localhost",); None accepts any."""
+    hosts: host names that requests may name, such as ("localhost",); None accepts any. defaults: options that requests may leave out, see
+    experiments/generate/defaults.py."""
 
     model: str
     tokenizer: object
@@ -30,6 +31,7 @@ class Settings:
     max_body: int
     keys: tuple = ()
     hosts: tuple | None = None
+    defaults: dict = dataclasses.field(default_factory=dict)
 
 
 class Server:
@@ -144,7 +146,7 @@ class Server:
         except asyncio.TimeoutError as late:
             raise Refused(f"the body did not arrive within {BODY_S} s", status=408) from late
         s = self.settings
-        arguments = (data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most)
+        arguments = (data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults)
         return await asyncio.get_running_loop().run_in_executor(self.parsers, parse, *arguments)
 
     async def _pushed(self, jobs, choices, events):

@@ -104,9 +104,10 @@ class Asked:
         return sum(map(len, self.prompts))
 
 
-def parse(data, kind, tokenizer, model, length, stop_ids, most):
+def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None):
     """Returns the Asked of a body, which is JSON as bytes. kind: "chat" or "completion". length: the most tokens of a prompt and its answer
-    together. most: the most texts of one request. Raises Refused."""
+    together. most: the most texts of one request. defaults: options in place of OpenAI's defaults, which may include max_new_tokens. Raises
+    Refused."""
     body = _body(data, Chat if kind == "chat" else Completion)
     if body.model != model:
         raise Refused(f"the model {short(body.model)} does not exist; use {model!r}", "model", 404, "model_not_found")
@@ -117,11 +118,12 @@ def parse(data, kind, tokenizer, model, length, stop_ids, most):
     if body.stream_options and not body.stream:
         raise Refused("stream_options needs stream=true", "stream_options")
     prompts = [_ids(text, tokenizer, length, field) for text in texts]
-    options = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "repetition_penalty": 1.0}
+    options = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "repetition_penalty": 1.0, **(defaults or {})}
+    usual = options.pop("max_new_tokens", None)
     options.update({key: value for key in options if (value := getattr(body, key)) is not None})
     options["top_k"] = max(options["top_k"], 0)  # some clients send -1 for all
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
-    options["max_new_tokens"] = _max_tokens(body, kind, length - max(map(len, prompts)))
+    options["max_new_tokens"] = _max_tokens(body, kind, usual, length - max(map(len, prompts)))
     options["logprobs"], options["stop_ids"] = _logprobs(body, kind), tuple(stop_ids)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
@@ -160,12 +162,13 @@ def _logprobs(body, kind):
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _max_tokens(body, kind, room):
-    """Returns the most new tokens. The default is all the room that is left for a chat, and OpenAI's 16 for a completion."""
+def _max_tokens(body, kind, usual, room):
+    """Returns the most new tokens. The default is `usual`, as far as there is room; where it is None, all the room that is left for a chat,
+    and OpenAI's 16 for a completion."""
     field = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     asked = getattr(body, field)
     if asked is None:
-        return room if kind == "chat" else min(room, COMPLETION_TOKENS)
+        return min(room, usual or (room if kind == "chat" else COMPLETION_TOKENS))
     if asked > room:
         raise Refused(f"{field}={asked} must be at most {room}, the room that the prompt leaves", field, code="context_length_exceeded")
     return asked
