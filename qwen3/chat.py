@@ -18,6 +18,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
 }
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # before a call
+EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -32,13 +33,14 @@ def prompt_text(tokenizer, messages, tools=None, enable_thinking=None, strict=Fa
     return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True, enable_thinking=enable_thinking)
 
 
-def encode_chat(tokenizer, messages, tools=None, enable_thinking=None):
+def encode_chat(tokenizer, messages, tools=None, enable_thinking=None, train_empty_think=False):
     """(ids int32 [n], mask uint8 [n]) of a conversation in any form of qwen3/messages.py; the text is what the chat template makes of it.
 
     mask is 1 on the tokens that an assistant produces: what follows its generation prompt, up to and with the token that closes the
-    turn; 0 on turns of weight 0. So the empty think block is 1 where the model writes it, and 0 where enable_thinking=False puts it into
-    the prompt. A token that is part the assistant's counts as its own. Raises ValueError if the template fails or hides where a turn
-    starts or ends.
+    turn; 0 on turns of weight 0. A token that is part the assistant's counts as its own. An empty think block, which templates of thinking
+    models put before an answer without reasoning, is 0, so that learning such answers does not unlearn thinking; with train_empty_think it
+    is 1 where the model writes it, and still 0 where enable_thinking=False puts it into the prompt. Raises ValueError if the template
+    fails or hides where a turn starts or ends.
     """
     messages, tools = normal(messages, tools)
     trained = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
@@ -70,6 +72,9 @@ def encode_chat(tokenizer, messages, tools=None, enable_thinking=None):
             if k == len(ids) or start[k] != last or not tokenizer.is_added(ids[k]):
                 raise ValueError(f"chat template: no special token closes the assistant turn at character {last}; {_TAG}")
             mask[k] = weight
+        empty = None if train_empty_think else EMPTY_THINK.match(text, first, last)
+        if empty:
+            mask[(start >= first) & (end <= empty.end()) & (end > start)] = 0
     return ids, mask
 
 

@@ -147,6 +147,8 @@ def _data():
     # records are conversations, to be tokenised at the start: alpaca, sharegpt or messages (OpenAI's); "" = none. For experiments.finetune
     d.format = ""
     d.enable_thinking = "none"  # given to the chat template with those: none, true or false
+    # loss on the empty think block that a thinking model's template puts before answers without reasoning; false = none, as Qwen recommends
+    d.train_empty_think = False
     d.packing = "packed"  # those conversations: packed = several to a row, masked from each other; padded = one a row
     d.too_long = "truncate"  # conversations longer than a row: truncate, drop, or error
     d.stream = False  # read and tokenise while training

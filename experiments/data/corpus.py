@@ -23,6 +23,7 @@ ONLY_FOR = {
     "cache_dir": ("a .bin/.idx pair",),
     "too_long": (CONVERSATIONS, RECORDS),
     "enable_thinking": (RECORDS,),
+    "train_empty_think": (RECORDS,),
     "packing": (RECORDS,),
     "reset_at_eod": ("text", "a .bin/.idx pair", "a stream"),
     "json_key": ("a stream",),

@@ -163,7 +163,7 @@ IDS = [f"{name}, tools {bool(tools)}, thinking {thinking}" for name, tools, thin
 @pytest.mark.parametrize("name, tools, thinking", CASES, ids=IDS)
 def test_mask_is_what_transformers_marks_in_a_tagged_template(tok, peer, name, tools, thinking):
     messages = CONVERSATIONS[name]
-    ids, mask = encode_chat(tok, messages, tools, thinking)
+    ids, mask = encode_chat(tok, messages, tools, thinking, train_empty_think=True)
     wanted_ids, wanted = judge(peer, TAGGED, messages, tools, thinking)
     assert ids.tolist() == wanted_ids
     assert mask.tolist() == wanted, tok.decode(ids[mask != wanted])
@@ -186,7 +186,7 @@ def test_released_template_needs_no_tag(base, peer, name):
     said = "message.content + '<|im_end|>"
     tagged = CHAT_TEMPLATE.replace(f"{{{{- '<|im_start|>' + message.role + '\\n' + {said}\\n' }}}}", SPLIT_TURN)
     assert tagged != CHAT_TEMPLATE
-    ids, mask = encode_chat(with_template(base, CHAT_TEMPLATE), messages)
+    ids, mask = encode_chat(with_template(base, CHAT_TEMPLATE), messages, train_empty_think=True)
     wanted_ids, wanted = judge(peer, tagged, messages, None, None)
     assert ids.tolist() == wanted_ids and mask.tolist() == wanted
 
@@ -219,10 +219,27 @@ def test_prompt_that_opens_the_thinking_is_not_the_assistants(base):
 
 def test_empty_think_block_is_the_prompts_where_thinking_is_off(tok):
     messages = CONVERSATIONS["three turns"]
-    assert marked(tok, messages)[-1] == "<think>\n\n</think>\n\ng<|im_end|>"
+    assert marked(tok, messages, train_empty_think=True)[-1] == "<think>\n\n</think>\n\ng<|im_end|>"
     assert marked(tok, messages, enable_thinking=False) == ["b<|im_end|>", "d\n\ne<|im_end|>", "g<|im_end|>"]
     reasoned = CONVERSATIONS["reasoning"]
     assert marked(tok, reasoned, enable_thinking=False) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [PLAIN, TAGGED], ids=["plain", "tagged"])
+def test_empty_think_block_has_no_loss_unless_asked_for(base, template):
+    """So that answers without reasoning do not teach a thinking model to end its thought at once. The tokens stay where they are."""
+    tok = with_template(base, template)
+    three, edges = CONVERSATIONS["three turns"], CONVERSATIONS["edges"]
+    assert marked(tok, three) == ["b<|im_end|>", "d\n\ne<|im_end|>", "g<|im_end|>"]
+    assert marked(tok, [user("x"), bot("\n<b>\n")]) == ["<b>\n<|im_end|>"]
+    for messages in (three, edges, CONVERSATIONS["one tool"]):
+        (ids, mask), (all_ids, all_) = encode_chat(tok, messages), encode_chat(tok, messages, train_empty_think=True)
+        block = tok.decode(ids[(all_ == 1) & (mask == 0)])
+        assert np.array_equal(ids, all_ids) and (mask <= all_).all() and block == "<think>\n\n</think>\n\n"
+    thought = CONVERSATIONS["reasoning"]
+    assert marked(tok, thought) == marked(tok, thought, train_empty_think=True) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
+    own = [user("x"), bot("<think>\n\n</think>\n\nb"), user("y"), bot("c")]
+    assert marked(tok, own) == ["b<|im_end|>", "c<|im_end|>"]
 
 
 def test_closing_token_counts_whatever_the_eos_token_is(base):
