@@ -102,13 +102,11 @@ class Reader:
         if not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "is missing"
             raise FileNotFoundError(f"{self.folder} {what}; give a folder with config.json and model.safetensors")
-        hf = hf_files.read_json(self.folder / "config.json")
+        path = self.folder / "config.json"
         try:
-            config = Qwen3Config.from_hf(hf)
+            config = Qwen3Config.from_hf(hf_files.read_json(path), where=path)
         except ValueError as error:
-            raise ValueError(f"{self.folder}: {error}") from None
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"{self.folder}: config.json has a value of the wrong type ({error})") from None
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         self._files = hf_files.open_weights(self.folder)
         self._check_sizes(config)
         self.specs = param_specs(config)
@@ -163,9 +161,14 @@ class Reader:
     def _check_sizes(self, config):
         """Before anything is built from numbers in config.json that no weights stand behind."""
         experts = 0 if any(name.endswith(".experts.gate_up_proj") for name in self._files) else config.num_experts
-        for key, n in (("num_hidden_layers", config.num_layers), ("num_experts", experts)):
+        counts = {
+            f"num_hidden_layers={config.num_layers}": config.num_layers,
+            f"num_experts={experts}": experts,
+            f"num_experts={experts} in {len(config.moe_layers)} layers": experts * len(config.moe_layers),
+        }
+        for what, n in counts.items():
             if n > len(self._files):
-                raise ValueError(f"{self.folder}: config.json has {key}={n}, but there are {len(self._files)} tensors; are shards missing?")
+                raise ValueError(f"{self.folder}: config.json has {what}, but there are {len(self._files)} tensors; are shards missing?")
 
     def _check_names(self, config):
         wanted = {name for origin in self._sources.values() for name in origin.names}

@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +21,15 @@ from safetensors.numpy import save
 
 from parallel.checkpoint.files import sync_file
 from qwen3.config import MODEL_TYPES
+from qwen3.json_files import exists, open_regular, parse_json, read_json
+from qwen3.schema import IndexJson, checked, short
 
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16)}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAPPED_BYTES = 64 << 20  # tensors of so many bytes are read before a file is closed and opened again
-MAX_JSON_BYTES = 256 << 20  # of a file that is read whole; a tokenizer.json has some 10 MB, the index of the largest models 10 MB
-MAX_DEPTH = 64  # of lists and objects in one another: files and requests have a few, tools' JSON schemas perhaps ten
+MAX_NAME_BYTES = 255  # of a file, as Linux has it
 PACKAGE_BYTES = 16 << 20  # the largest file that the package writes, with all of its tensors in memory
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -107,8 +107,8 @@ class TensorFile:
 
 
 def _read_header(path):
-    size = path.stat().st_size
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size
         head = f.read(8)
         if head == b"version ":
             raise ValueError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
@@ -143,79 +143,17 @@ def _entry(path, name, item, base):
     return Entry(code, shape, base + start, base + stop)
 
 
-def parse_json(path, text):
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken JSON ({error}); fetch the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is needed, not {type(value).__name__}; fetch the file again")
-    return value
-
-
-def depth(value):
-    """How deep lists and objects are nested in a JSON value, counted without recursion; at most MAX_DEPTH + 1."""
-    level, values = 0, [value]
-    while values and level <= MAX_DEPTH:
-        inner = [list(v.values()) if isinstance(v, dict) else v for v in values if isinstance(v, dict | list)]
-        values = [v for group in inner for v in group]
-        level += bool(inner)
-    return level
-
-
-def read_bytes(path, most=MAX_JSON_BYTES):
-    """The bytes of a regular file, which a pipe or a device is not: reading those may never end. FileNotFoundError or ValueError, which
-    name the file, where it is none or has more than `most` bytes."""
-    path = Path(path)
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path} is missing; give the folder that holds it") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be opened ({error.strerror}); put the file itself there") from None
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path} is no regular file; put the file itself there")
-        if found.st_size > most:
-            raise ValueError(f"{path} has {found.st_size:,} bytes, and such a file at most {most:,}; fetch it again")
-        return file.read(most + 1)
-
-
-def exists(path):
-    """Whether there is anything of that name, be it a pipe or a link to nothing; read_bytes() says then what is wrong with it."""
-    return os.path.lexists(path)
-
-
-def read_text(path, most=MAX_JSON_BYTES):
-    """The text of a regular file in UTF-8. Errors: see read_bytes; and ValueError for other bytes."""
-    try:
-        return read_bytes(path, most).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); fetch the file again") from None
-
-
-def read_json(path):
-    """A JSON object from a file. FileNotFoundError or ValueError naming the file."""
-    value = parse_json(path, read_bytes(path))
-    if depth(value) > MAX_DEPTH:
-        raise ValueError(f"{path}: broken JSON (nested more than {MAX_DEPTH} deep); fetch the file again")
-    return value
-
-
 def open_weights(folder):
     """{tensor name: TensorFile} of a folder with one model.safetensors, or shards named by model.safetensors.index.json."""
-    if (folder / WEIGHTS).is_file():
+    if exists(folder / WEIGHTS):
         file = TensorFile(folder / WEIGHTS)
         return dict.fromkeys(file.entries, file)
     index = folder / INDEX
-    if not index.is_file():
+    if not exists(index):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         hint = f"; convert {pickles[0]} to safetensors: pickle files are not read" if pickles else "; is the download complete?"
         raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
-        raise ValueError(f"{index}: weight_map must map tensor names to file names; fetch the file again")
+    where = checked(IndexJson, read_json(index), index).weight_map
     files = {name: _open_shard(folder, name) for name in sorted(set(where.values()))}
     for tensor, name in where.items():
         if tensor not in files[name].entries:
@@ -224,6 +162,8 @@ def open_weights(folder):
 
 
 def _open_shard(folder, name):
+    if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+        raise ValueError(f"{folder / INDEX}: weight_map names the file {short(name)}, which is too long a name; fetch the file again")
     path = inside(folder, name)
     if not path.is_file():
         raise FileNotFoundError(f"{path}, named by {INDEX}, is missing; is the download complete?")
@@ -235,7 +175,11 @@ def inside(folder, name):
     real = folder.resolve()
     roots = [real] + ([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])
     path = folder / name
-    if os.path.isabs(name) or ".." in Path(name).parts or not any(path.resolve().is_relative_to(root) for root in roots):
+    try:
+        target = path.resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # links in a circle; a name that no file can have
+        raise ValueError(f"{path} leads nowhere ({error}); put the file itself into the folder") from None
+    if os.path.isabs(name) or ".." in Path(name).parts or not any(target.is_relative_to(root) for root in roots):
         raise ValueError(f"{path} leads outside of {folder}; put the file itself into the folder")
     return path
 
@@ -287,11 +231,12 @@ def write_json(path, value):
 
 def tokenizer_files(folder):
     """The tokenizer's files in a folder; ValueError for one that links outside."""
-    return [inside(folder, name) for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return [inside(folder, name) for name in TOKENIZER_FILES if os.path.islink(folder / name) or (folder / name).is_file()]
 
 
 def copy_file(source, folder):
-    shutil.copyfile(source, folder / source.name)
+    with open_regular(source) as file, open(folder / source.name, "wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def check_replaceable(folder):

@@ -87,7 +87,7 @@ def _told(kind, data, error, where):
     prefix = f"{where}: " if where else ""
     if error["type"] == "extra_forbidden":
         return FieldError(f"{prefix}there is no field {short(error['loc'][-1])}; leave it out", str(error["loc"][0])[:64])
-    if error["type"] == "missing":
+    if error["type"] == "missing" and len(path) == len(error["loc"]):
         return FieldError(f"{prefix}{key} is missing; give {words}", outer)
     if error["type"] == "value_error":  # raised by a validator of ours, in its own words
         return FieldError(f"{prefix}{key}: {error['msg'].removeprefix('Value error, ')}", outer)

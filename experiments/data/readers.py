@@ -69,6 +69,8 @@ def find_files(path, name="input"):
         raise FileNotFoundError(f"{name}={path} does not exist; give a file or a folder of files")
     if not path.is_dir():
         kind_of(path, name)
+        if not path.is_file():
+            raise ValueError(f"{name}={path} is no regular file; give a file or a folder of files")
         return [path]
     files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts))
     if not files:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from qwen3 import chat, hf_files
+from qwen3.json_files import exists, read_json
 from qwen3.schema import GenerationJson, Sampling, checked
 
 SAMPLING = tuple(Sampling.model_fields)
@@ -11,7 +12,7 @@ SAMPLING = tuple(Sampling.model_fields)
 def read(folder):
     """The checked fields of a folder's generation_config.json; none are set where it has no such file."""
     path = Path(folder) / hf_files.GENERATION
-    return checked(GenerationJson, hf_files.read_json(path) if hf_files.exists(path) else {}, path)
+    return checked(GenerationJson, read_json(path) if exists(path) else {}, path)
 
 
 def sampling(found):

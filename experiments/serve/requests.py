@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from qwen3 import chat
-from qwen3.hf_files import MAX_DEPTH, depth
+from qwen3.json_files import MAX_DEPTH, depth
 from qwen3.messages import normal_tools
 from qwen3.schema import LARGEST, FieldError, Fields, Sampling, Text, Yes, checked, short, told, whole
 

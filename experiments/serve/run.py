@@ -7,6 +7,7 @@ import threading
 
 from experiments.serve.engine import Worker
 from experiments.serve.http import Server, Settings, serve
+from qwen3.json_files import read_text
 
 __all__ = ["Settings", "names", "read_keys", "run"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -65,8 +66,8 @@ def read_keys(path):
     """Returns the API keys of a file, one a line; () without a file. Raises ValueError for a key that is short enough to guess."""
     if path is None:
         return ()
-    with open(os.path.expanduser(path), encoding="utf-8") as file:
-        keys = tuple(line.strip() for line in file if line.strip())
+    lines = read_text(os.path.expanduser(path)).splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip())
     if not keys or min(map(len, keys)) < KEY_CHARACTERS:
         raise ValueError(
             f"--api_key_file={path}: give keys of {KEY_CHARACTERS} characters or more, one a line, as `openssl rand -hex 32` makes"
