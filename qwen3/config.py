@@ -200,7 +200,7 @@ def _check(c):
         f"num_kv_heads={c.num_kv_heads} must divide num_heads={c.num_heads}; use {divisors(c.num_heads)}",
     )
     need(c.norm_placement in NORM_PLACEMENTS, f"norm_placement={c.norm_placement!r} is not one of {', '.join(NORM_PLACEMENTS)}")
-    need(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be above 0")
+    need(c.rope_theta > 1, f"rope_theta={c.rope_theta} must be above 1")
     need(c.rms_norm_eps > 0, f"rms_norm_eps={c.rms_norm_eps} must be above 0")
     for key in ("param_dtype", "compute_dtype"):
         need(getattr(c, key) in DTYPES, f"{key}={getattr(c, key)!r} is not one of {', '.join(DTYPES)}")

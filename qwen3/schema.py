@@ -128,13 +128,13 @@ Object = told(dict[str, Any], "an object")
 class Rope(Fields):
     """`rope_scaling` of transformers 4, `rope_parameters` of 5."""
 
-    rope_theta: real(0, 1e15, above=True) = None
+    rope_theta: real(1, 1e15, above=True) = None
     rope_type: Text = None
     type: Text = None
     factor: real(0, 1e6, above=True) = None
     original_max_position_embeddings: whole(1, LARGEST) = None
-    beta_fast: real(0, 1e6) = None
-    beta_slow: real(0, 1e6) = None
+    beta_fast: real(0, 1e6, above=True) = None
+    beta_slow: real(0, 1e6, above=True) = None
     attention_factor: real(0, 1e6, above=True) = None
     mscale: real(0, 1e6) = None
     mscale_all_dim: real(0, 1e6) = None
@@ -163,7 +163,7 @@ class ConfigJson(Fields):
     use_sliding_window: Yes = None
     layer_types: told(list[str], "a list of texts") = None
     quantization_config: Object = None
-    rope_theta: real(0, 1e15, above=True) = None
+    rope_theta: real(1, 1e15, above=True) = None
     rope_scaling: told(Rope, "an object") = None
     rope_parameters: told(Rope, "an object") = None
     num_experts: whole(1, LIMITS["num_experts"]) = None

@@ -14,6 +14,7 @@ import pytest
 
 from experiments.serve import requests as serve_requests
 from experiments.serve.engine import FAILURES, Full, Job, Worker
+from experiments.serve.replies import Choice, Reply
 from qwen3.engine import Event
 from qwen3.tokenizer import Tokenizer
 from tests.experiments import scoring_worker
@@ -141,6 +142,64 @@ def test_no_more_jobs_are_held_than_may_be(worker):
         worker.worker.submit([ask(worker.worker, [1])[0]])
     worker.worker.release(jobs)
     assert [event.token for event in finished(worker.worker, [4])] == [4]
+
+
+def replied(tokenizer, events, kind="completion", prompts=((1, 2, 3),), **asked):
+    """The whole answer to a request whose choices have these events of the engine."""
+    asked = serve_requests.Asked(
+        list(prompts), **{"n": 1, "options": {}, "stop": (), "logprobs": None, **asked}, stream=False, include_usage=False
+    )
+    choices = [Choice(tokenizer, asked) for _ in events]
+    for choice, of_choice in zip(choices, events):
+        for event in of_choice:
+            if choice.reason is None:
+                choice.push(event)
+    return Reply(kind, "m", asked).whole(choices)
+
+
+def said(tokenizer, text, last="length", stop=None):
+    """The engine's events of a text, one for each byte; stop: the id that ends it."""
+    single = {tokenizer.bytes_of(i): i for i in range(tokenizer.vocab_size) if len(tokenizer.bytes_of(i)) == 1}
+    ids = [single[bytes([b])] for b in text.encode()] + ([] if stop is None else [stop])
+    return [Event(0, i, -1.0, [(i, -1.0)], last if at == len(ids) - 1 else None) for at, i in enumerate(ids)]
+
+
+def test_usage_counts_the_token_that_ends_a_text_and_each_prompt_once(tokenizer):
+    """However many texts are asked for."""
+    stopped = said(tokenizer, "ab", "stop", tokenizer.eos_id)
+    usage = replied(tokenizer, [stopped] * 3, n=3)["usage"]
+    assert usage == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}
+    usage = replied(tokenizer, [stopped, said(tokenizer, "abc")], prompts=((1, 2, 3), (4,)))["usage"]
+    assert usage == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+    assert replied(tokenizer, [stopped])["choices"][0]["text"] == "ab"
+
+
+def test_text_offset_is_the_place_in_the_text_in_characters(tokenizer):
+    """A token that goes on with a character is at that character's place; what follows does not drift."""
+    choice = replied(tokenizer, [said(tokenizer, "a\u00e9\U0001f642b")], logprobs=1)["choices"][0]
+    assert choice["text"] == "a\u00e9\U0001f642b"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
+    special = [Event(0, tokenizer.eod_id, -1.0, []), *said(tokenizer, "xy")]  # a special token is no part of the text
+    choice = replied(tokenizer, [special], logprobs=0)["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("xy", [0, 0, 1])
+    chat = replied(tokenizer, [said(tokenizer, "\u00e9")], "chat", logprobs=1)["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in chat] == [[0xC3], [0xA9]] and "offset" not in chat[0]
+
+
+def test_a_stop_text_is_the_reason_also_where_the_limit_comes_with_it(tokenizer):
+    choice = replied(tokenizer, [said(tokenizer, "a END")], stop=("END",))["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("a ", "stop")
+    choice = replied(tokenizer, [said(tokenizer, "a EN")], stop=("END",))["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("a EN", "length")
+
+
+def test_without_a_limit_a_completion_has_16_tokens_and_a_chat_all_the_room(tokenizer):
+    completion = parse(tokenizer, "completion", prompt=[1, 2, 3])
+    assert completion.options["max_new_tokens"] == 16 and completion.prompt_tokens == 3
+    assert parse(tokenizer, "completion", prompt=[1] * 190).options["max_new_tokens"] == 10
+    chat = parse(tokenizer, messages=[{"role": "user", "content": "x"}])
+    assert chat.options["max_new_tokens"] == 200 - len(chat.prompts[0]) > 16
+    assert parse(tokenizer, "completion", prompt=[1, 2, 3], n=3).prompt_tokens == 3
 
 
 class Talker:

@@ -11,12 +11,14 @@ import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from experiments.data import readers
 from experiments.generate import defaults
 from experiments.serve import requests as serve_requests
 from experiments.serve.run import read_keys
+from layers import rope
 from qwen3 import hf, hf_files, peft
 from qwen3.chat import encode_chat, openai
 from qwen3.config import Qwen3Config
@@ -257,7 +259,8 @@ def spoilt(value, rng):
 
 def config_json(value, made, _):
     cfg = Qwen3Config.from_hf(value)
-    assert 0 < cfg.num_layers <= 4096 and 0 < cfg.num_heads <= 2**14 and cfg == Qwen3Config.from_hf(cfg.to_hf()) and repr(cfg)
+    assert 0 < cfg.num_layers <= 4096 and 0 < cfg.num_heads <= 2**14 and cfg == Qwen3Config.from_hf(cfg.to_hf())
+    assert all(np.isfinite(found).all() for found in rope.inv_freq(cfg))
 
 
 def generation_json(value, made, tokenizer):
