@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from qwen3 import chat
 from qwen3.chat import alpaca, encode_chat, openai, sharegpt
 from qwen3.tokenizer import CHAT_TEMPLATE, Tokenizer, train_bpe
 
+PEERS = Path(__file__).parents[1] / "golden" / "peers"
 # As Qwen3's: tools, reasoning dropped before the last question, an empty think block without reasoning, tool responses as a user's.
 QWEN3 = """\
 {%- if tools %}
@@ -123,11 +125,15 @@ CONVERSATIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def base():
+def make_tokenizer():
     tok = train_bpe(["hello there, it is done: two and two makes 4\n" * 20, "日本 नमस्ते é"], 400)
     tok._backend.add_tokens(ADDED)
     return tok
+
+
+@pytest.fixture(scope="module")
+def base():
+    return make_tokenizer()
 
 
 def with_template(tok, template):
@@ -156,8 +162,23 @@ def judge(peer, template, messages, tools, thinking):
     return out["input_ids"], out["assistant_masks"]
 
 
+def case_id(name, tools, thinking):
+    return f"{name}, tools {bool(tools)}, thinking {thinking}"
+
+
 CASES = list(itertools.product(CONVERSATIONS, (None, TOOLS), (None, True, False)))
-IDS = [f"{name}, tools {bool(tools)}, thinking {thinking}" for name, tools, thinking in CASES]
+IDS = [case_id(*case) for case in CASES]
+STORED = json.loads((PEERS / "chats.json").read_text())
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_text_and_mask_are_those_that_transformers_gave(tok, name):
+    """With a tagged template; stored, so that this is judged without the peer too."""
+    for tools, thinking in itertools.product((None, TOOLS), (None, True, False)):
+        text, runs = STORED[case_id(name, tools, thinking)]
+        ids, mask = encode_chat(tok, CONVERSATIONS[name], tools, thinking, train_empty_think=True)
+        assert ids.tolist() == tok.encode(text, allow_special=True)
+        assert mask.tolist() == [bit % 2 for bit, length in enumerate(runs) for _ in range(length)]
 
 
 @pytest.mark.parametrize("name, tools, thinking", CASES, ids=IDS)

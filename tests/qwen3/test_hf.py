@@ -225,6 +225,19 @@ def test_config_of_transformers_4_is_the_same_model(name, tmp_path):
     assert_same(params, hf.load(GOLDEN / name)[1])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_config_says_what_transformers_wrote(name, tmp_path):
+    """Of each key that both have; and the angles, which transformers 5 keeps in one place. So far the peer is not needed to see a slip."""
+    hf.save(tmp_path / "out", *hf.load(GOLDEN / name))
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", GOLDEN / name))
+    shared = sorted((ours.keys() & theirs.keys()) - {"architectures", "use_cache", "torch_dtype"})
+    assert {key: ours[key] for key in shared} == {key: theirs[key] for key in shared} and len(shared) > 15
+    rope = theirs["rope_parameters"]
+    assert ours["rope_theta"] == rope["rope_theta"] and ours["architectures"] == theirs["architectures"]
+    given = {**(ours["rope_scaling"] or {"rope_type": "default"}), "rope_theta": ours["rope_theta"]}
+    assert {key: given[key] for key in rope} == rope
+
+
 def test_router_bias_is_kept_and_warned_about(tmp_path):
     cfg = SIZES["tiny-moe"].replace(router_bias=True, num_layers=1, vocab_size=64)
     params = init_params(param_specs(cfg), seed=0)

@@ -12,7 +12,11 @@ from parallel.trees import tree_map, tree_paths
 from qwen3 import hf, hf_files, peft
 from qwen3.config import Lora
 from qwen3.model import build, param_specs
+from tests.golden.make_peers import ADAPTERS
+from tests.qwen3.hf_folders import GOLDEN
 from tests.tiny import DENSE, KINDS, MIXED, MOE, assert_close, random_params
+
+STORED = GOLDEN.parent / "peers" / "peft"
 
 
 def adapted(cfg, **changes):
@@ -71,6 +75,16 @@ def test_what_peft_saves_is_read(tmp_path):
     found, params = adapter.with_adapter(*hf.load(tmp_path / "base"), tmp_path / "theirs", merge=False)
     assert found.lora.targets == ("embed", "q", "o", "up") and (found.lora.rank, found.lora.alpha) == (4, 6.0)
     assert_close(want, build(found).forward(params, ms.Tensor(tokens))[0], 2e-5)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_with_adapters_are_those_that_peft_gave(name):
+    """Adapters that PEFT saved by itself, and its logits, stored, so that this is judged without the peer too."""
+    stored = np.load(STORED / name / "logits.npz")
+    base = hf.load(GOLDEN / ADAPTERS[name][0])
+    for merge in (False, True):
+        cfg, params = adapter.with_adapter(*base, STORED / name, merge=merge)
+        assert_close(stored["logits"], build(cfg).forward(params, ms.Tensor(stored["tokens"]))[0], 2e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
