@@ -5,7 +5,6 @@ A main calls `define()` at import, `resolve(FLAGS)` in `main(argv)`, and ends wi
 
 import fnmatch
 import glob
-import json
 import math
 import os
 import re
@@ -27,6 +26,7 @@ from parallel.mesh import AXES, world_size
 from parallel.pipeline.schedule import SCHEDULES
 from qwen3.chat import FORMATS
 from qwen3.config import SIZES, Lora, Qwen3Config, RopeScaling, check_compute_dtype
+from qwen3.json_files import read_json
 
 # Mains that train, on any number of ranks, and their default config
 MAINS = {"experiments.pretrain": "experiments/configs/tiny.py", "experiments.finetune": "experiments/configs/finetune_tiny.py"}
@@ -212,14 +212,9 @@ def _base_model(model):
     if not os.path.isdir(model):
         near = nearest(os.path.basename(model).lower(), SIZES)
         raise ValueError(f"model={model!r} is neither a size nor a folder{near}; the sizes are {', '.join(SIZES)}")
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"model={model!r}: the folder has no config.json; give a Hugging Face folder")
-    with open(path, encoding="utf-8") as file:
-        try:
-            hf = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-    return Qwen3Config.from_hf(hf)
+    return Qwen3Config.from_hf(read_json(path), where=path)
 
 
 def _saved_model(folder):

@@ -33,6 +33,7 @@ flags.DEFINE_boolean("per_line", False, "for .txt files: each line is a document
 flags.DEFINE_boolean("detokenize", False, "for WikiText: undo @-@, @,@, @.@ and the spaces around punctuation")
 flags.DEFINE_enum("format", None, list(FORMATS), "records are conversations of this format")
 flags.DEFINE_enum("enable_thinking", "none", list(encode.THINKING), "value of enable_thinking for the chat template; none = not set")
+flags.DEFINE_boolean("train_empty_think", False, "with --format: loss on the empty think block before answers without reasoning")
 flags.DEFINE_integer("document", 0, "the document that inspect shows")
 INSPECTED = []  # the prefix after `inspect` on the command line
 
@@ -50,7 +51,10 @@ def main(_):
         raise ValueError(f"--enable_thinking={FLAGS.enable_thinking} needs --format={'|'.join(FORMATS)}")
     if FLAGS.max_samples < 0:
         raise ValueError(f"--max_samples={FLAGS.max_samples} must be 0 or more")
-    job = encode.Job(folder, _keys(), FLAGS.append_eod, _mapping(), FLAGS.format, encode.THINKING[FLAGS.enable_thinking])
+    if not FLAGS.format and FLAGS.train_empty_think:
+        raise ValueError(f"--train_empty_think needs --format={'|'.join(FORMATS)}")
+    thinking = {"enable_thinking": encode.THINKING[FLAGS.enable_thinking], "train_empty_think": FLAGS.train_empty_think}
+    job = encode.Job(folder, _keys(), FLAGS.append_eod, _mapping(), FLAGS.format, **thinking)
     preprocess(FLAGS.input, os.path.expanduser(FLAGS.output_prefix), job)
 
 

@@ -7,7 +7,9 @@ from bisect import bisect_right
 
 import numpy as np
 
-ROLES = ("system", "user", "assistant", "tool")
+from qwen3.messages import ROLES, check_template, normal, parse_json
+from qwen3.schema import short
+
 SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
     "human": "user",
@@ -15,22 +17,38 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
     "observation": "tool",
 }
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)  # before a call
+EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-def encode_chat(tokenizer, messages, tools=None, enable_thinking=None):
-    """Renders a conversation with the chat template and returns (ids int32 [n], mask uint8 [n]).
+def prompt_text(tokenizer, messages, tools=None, enable_thinking=None, strict=False):
+    """The text of a conversation up to where the assistant's next turn begins. messages, tools: in any form of qwen3/messages.py.
 
-    mask is 1 on the tokens that an assistant produces: those after its generation prompt, up to and including the token that closes the
-    turn. So the empty think block has mask 1 where the model writes it, and mask 0 where enable_thinking=False puts it into the prompt. A
-    token that spans the start of the assistant's text has mask 1. Raises ValueError if the template fails, or if the start or end of a
-    turn cannot be found.
+    Raises ValueError for messages that are wrong or that the chat template refuses. strict: also for a key that nothing reads.
     """
-    for i, message in enumerate(messages):
-        if not isinstance(message.get("content", ""), str | None):
-            raise ValueError(f"message {i}: 'content' is {type(message['content']).__name__}; give text")
-    if not any(m.get("role") == "assistant" for m in messages):
-        raise ValueError("the conversation has no assistant turn, so there is nothing to learn; leave it out")
+    messages, tools = normal(messages, tools)
+    check_template(messages, tools, tokenizer.chat_template or "", strict)
+    messages = [_unweighted(message) for message in messages]
+    return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True, enable_thinking=enable_thinking)
+
+
+def encode_chat(tokenizer, messages, tools=None, enable_thinking=None, train_empty_think=False):
+    """(ids int32 [n], mask uint8 [n]) of a conversation in any form of qwen3/messages.py; the text is what the chat template makes of it.
+
+    mask is 1 on the tokens that an assistant produces: what follows its generation prompt, up to and with the token that closes the
+    turn; 0 on turns of weight 0. A token that is part the assistant's counts as its own. An empty think block, which templates of thinking
+    models put before an answer without reasoning, is 0, so that learning such answers does not unlearn thinking; with train_empty_think it
+    is 1 where the model writes it, and still 0 where enable_thinking=False puts it into the prompt. Raises ValueError if the template
+    fails or hides where a turn starts or ends.
+    """
+    messages, tools = normal(messages, tools)
+    trained = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
+    if not any(trained):
+        what = "no assistant turn" if not trained else "no assistant turn with loss"
+        raise ValueError(f"the conversation has {what}, so there is nothing to learn; leave it out")
+    check_template(messages, tools, tokenizer.chat_template or "", strict=False)
+    messages = [_unweighted(message) for message in messages]
     if tokenizer.chat_template and GENERATION.search(tokenizer.chat_template):
         text, spans = _tagged_spans(tokenizer, messages, tools, enable_thinking)
         closed = False
@@ -40,17 +58,42 @@ def encode_chat(tokenizer, messages, tools=None, enable_thinking=None):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as e:
-        raise ValueError("the conversation contains half a surrogate pair, which is not a character; repair or remove it") from e
+        raise ValueError("the conversation has half a surrogate pair, which is no character; mend or drop it") from e
+    if all(trained):
+        trained = [1] * len(spans)
+    elif len(spans) != len(trained):
+        raise ValueError(f"chat template: it tags {len(spans)} turns of {len(trained)} as the assistant's; {_TAG} once a turn")
     ids, start, end = tokenizer.encode_offsets(text)
     mask = np.zeros(len(ids), np.uint8)
-    for first, last in spans:
-        mask[(start < last) & (np.maximum(end, start + 1) > first)] = 1
+    for (first, last), weight in zip(spans, trained):
+        mask[(start < last) & (np.maximum(end, start + 1) > first)] = weight
         if closed:
             k = int(np.searchsorted(start, last))
             if k == len(ids) or start[k] != last or not tokenizer.is_added(ids[k]):
                 raise ValueError(f"chat template: no special token closes the assistant turn at character {last}; {_TAG}")
-            mask[k] = 1
+            mask[k] = weight
+        empty = None if train_empty_think else EMPTY_THINK.match(text, first, last)
+        if empty:
+            mask[(start >= first) & (end <= empty.end()) & (end > start)] = 0
     return ids, mask
+
+
+def turn_ends(tokenizer):
+    """The ids that end an assistant's turn in the tokenizer's chat template, as a tuple: (the id of <|im_end|>,) for Qwen's. Without a
+    template, or with one that does not show where a turn ends, ()."""
+    if tokenizer.chat_template is None:
+        return ()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    try:
+        ids, mask = encode_chat(tokenizer, turns)
+    except ValueError:  # encode_chat says it again where such conversations are trained on
+        return ()
+    last = np.flatnonzero(np.diff(np.append(mask, 0).astype(int)) < 0)
+    return tuple(sorted({int(i) for i in ids[last] if tokenizer.is_added(i)}))
+
+
+def _unweighted(message):
+    return {key: value for key, value in message.items() if key != "weight"}
 
 
 _TAG = "wrap what the assistant produces in {% generation %} ... {% endgeneration %}"
@@ -161,55 +204,48 @@ def alpaca(record):
     messages = [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
     for turn in _list(record, "history", (list, tuple)) if record.get("history") else []:
         if len(turn) != 2 or not all(isinstance(t, str) for t in turn):
-            raise ValueError(f"'history' has {_short(turn)}; give pairs of a question and an answer")
+            raise ValueError(f"'history' has {short(turn)}; give pairs of a question and an answer")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    texts = [_text(record, "instruction"), _text(record, "input") if record.get("input") else ""]
-    messages.append({"role": "user", "content": "\n".join(t for t in texts if t)})
-    return messages + [{"role": "assistant", "content": _text(record, "output")}], None
+    parts = [_text(record, "instruction"), _text(record, "input") if record.get("input") else ""]
+    messages.append({"role": "user", "content": "\n".join(p for p in parts if p)})
+    return normal([*messages, {"role": "assistant", "content": _text(record, "output")}])
 
 
 def sharegpt(record):
     """Returns (messages, tools) of a record with the key conversations, a list of {"from", "value"}, and optionally system and tools.
 
-    from: human, gpt, function_call (value: the JSON of {"name", "arguments"}, or of a list of them), observation or system. Raises
-    ValueError naming the key.
+    from: human, gpt, function_call (its value the JSON of {"name", "arguments"}, or a list of them, perhaps after a think block),
+    observation, system. Other keys of a turn, such as weight, are those of a message.
     """
     messages = [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
     for turn in _list(record, "conversations"):
         role = SHAREGPT_ROLES.get(str(turn.get("from")))
         if role is None:
             raise ValueError(f"from={turn.get('from')!r} is not known; use one of {', '.join(SHAREGPT_ROLES)}")
-        value = _text(turn, "value")
+        message = {**{key: value for key, value in turn.items() if key not in ("from", "value")}, "role": role}
+        message["content"] = value = _text(turn, "value")
         if turn["from"] == "function_call":
-            calls = _json("function_call", value)
-            calls = [{"type": "function", "function": c} for c in (calls if isinstance(calls, list) else [calls])]
-            messages.append({"role": role, "content": "", "tool_calls": calls})
-        else:
-            messages.append({"role": role, "content": value})
-    return messages, _tools(record)
+            if thought := THOUGHT.match(value):
+                message["reasoning_content"], value = thought[1].strip("\n"), value[thought.end() :]
+            calls = parse_json("function_call", value)
+            message.update(content="", tool_calls=calls if isinstance(calls, list) else [calls])
+        messages.append(message)
+    return _with_tools(messages, record)
 
 
 def openai(record):
-    """Returns (messages, tools) of a record with OpenAI's messages, and optionally tools. A content that is a list of texts is joined.
-    Raises ValueError naming the key."""
-    messages = []
-    for message in _list(record, "messages"):
-        if message.get("role") not in ROLES:
-            raise ValueError(f"role={message.get('role')!r} is not known; use one of {', '.join(ROLES)}")
-        content = message.get("content")
-        if isinstance(content, list):
-            if wrong := [p for p in content if not isinstance(p, dict) or not isinstance(p.get("text"), str)]:
-                raise ValueError(f"'content' has the item {_short(wrong[0])}; only text is supported")
-            content = "".join(p["text"] for p in content)
-        if content is not None and not isinstance(content, str):
-            raise ValueError(f"'content' is {type(content).__name__}; give text")
-        if content is None and not message.get("tool_calls"):
-            raise ValueError(f"a message of role {message['role']!r} has neither content nor tool calls; leave it out")
-        messages.append({**message, "content": content or ""})
-    return messages, _tools(record)
+    """(messages, tools) of a record with OpenAI's messages, and tools if it has them. The text parts of a content are joined."""
+    return _with_tools(_list(record, "messages"), record)
 
 
 FORMATS = {"alpaca": alpaca, "sharegpt": sharegpt, "messages": openai}
+
+
+def _with_tools(messages, record):
+    if record.get("chat_template_kwargs"):
+        given = short(record["chat_template_kwargs"])
+        raise ValueError(f"chat_template_kwargs={given} of a record is not supported; set enable_thinking for all of them")
+    return normal(messages, record.get("tools") or record.get("functions"))
 
 
 def _text(record, key):
@@ -225,25 +261,7 @@ def _list(record, key, kind=dict):
     """Returns record[key], which must be a list of at least one `kind`, or the JSON of such a list."""
     if key not in record:
         raise ValueError(f"key {key!r} is missing; the keys are {', '.join(map(str, record))}")
-    value = _json(key, record[key]) if isinstance(record[key], str) else record[key]
+    value = parse_json(key, record[key]) if isinstance(record[key], str) else record[key]
     if not isinstance(value, list) or not value or not all(isinstance(v, kind) for v in value):
-        raise ValueError(f"{key!r} is {_short(value)}; give a list of {'objects' if kind is dict else 'pairs'}, at least one")
+        raise ValueError(f"{key!r} is {short(value)}; give a list of {'objects' if kind is dict else 'pairs'}, at least one")
     return value
-
-
-def _tools(record):
-    """Returns the record's tools, a list of JSON schemas, or None. Some formats store the list as a JSON string."""
-    tools = record.get("tools")
-    return (_json("tools", tools) if isinstance(tools, str) else tools) or None
-
-
-def _json(key, text):
-    try:
-        return json.loads(text) if text.strip() else None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{key!r} is not JSON: {e}") from e
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."

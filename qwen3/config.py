@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from parallel.hints import divisors, nearest
+from qwen3.schema import LIMITS, ConfigJson, checked, short
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2")
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -142,9 +143,10 @@ class Qwen3Config:
         _check(self)
 
     @classmethod
-    def from_hf(cls, hf, **overrides):
-        """Returns the config of `hf`, the dict of a Hugging Face `config.json`. Raises ValueError naming the key that is not supported."""
-        return cls(**{**_from_hf(hf), **overrides})
+    def from_hf(cls, hf, *, where="config.json", **overrides):
+        """The config of a Hugging Face `config.json`, as a dict. Raises ValueError naming what is wrong or not supported; where: its path,
+        for such errors."""
+        return cls(**{**_from_hf(hf, where), **overrides})
 
     def to_hf(self):
         """Returns the dict of a `config.json` from which `transformers` builds the same model."""
@@ -162,6 +164,16 @@ class Qwen3Config:
     def base(self):
         """The config without adapters and with nothing frozen: the model as Hugging Face files store it."""
         return dataclasses.replace(self, lora=None, frozen=((), ()))
+
+    @property
+    def eos_ids(self):
+        """The ids at which generation may stop, as a tuple."""
+        return self.eos_id if isinstance(self.eos_id, tuple) else () if self.eos_id is None else (self.eos_id,)
+
+    def with_eos(self, ids):
+        """The same model with more ids that end a text, after its own; ids outside the vocabulary are left out."""
+        found = tuple(dict.fromkeys((*self.eos_ids, *(i for i in ids if i < self.vocab_size))))
+        return self.replace(eos_id=found if len(found) > 1 else found[0] if found else None)
 
     @property
     def lora_targets(self):
@@ -197,10 +209,12 @@ def _check(c):
             raise ValueError(f"model config: {message}")
 
     need(c.model_type in MODEL_TYPES, f"model_type={c.model_type!r} is not one of {', '.join(MODEL_TYPES)}")
-    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "max_position")
-    for key in sizes + ("decoder_sparse_step", "moe_block_size"):
+    experts = () if c.model_type != "qwen3_moe" else ("num_experts", "experts_per_token", "moe_ffn_size")
+    for key, most in LIMITS.items():
         value = getattr(c, key)
-        need(isinstance(value, int) and not isinstance(value, bool) and value > 0, f"{key}={value!r} must be a positive integer")
+        if key in experts or not key.startswith(("num_experts", "experts", "moe_ffn")):
+            right = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
+            need(right, f"{key}={short(value)} must be a whole number from 1 to {most}")
     need(c.head_dim % 2 == 0, f"head_dim={c.head_dim} must be even: rotary embedding turns pairs")
     need(
         c.num_heads % c.num_kv_heads == 0,
@@ -214,19 +228,17 @@ def _check(c):
         if field.type is float:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             need(number, f"{field.name}={value!r} must be a finite number")
-    need(c.rope_theta > 0, f"rope_theta={c.rope_theta} must be above 0")
+    need(c.rope_theta > 1, f"rope_theta={c.rope_theta} must be above 1")
     need(c.rms_norm_eps > 0, f"rms_norm_eps={c.rms_norm_eps} must be above 0")
     for key in ("initializer_range", "router_aux_coef", "router_z_coef"):
         need(getattr(c, key) >= 0, f"{key}={getattr(c, key)} must be 0 or more")
     for key in ("param_dtype", "compute_dtype"):
         need(getattr(c, key) in DTYPES, f"{key}={getattr(c, key)!r} is not one of {', '.join(DTYPES)}")
     if c.model_type == "qwen3_moe":
-        need(c.num_experts > 0, "num_experts must be above 0 for model_type=qwen3_moe")
         need(
-            0 < c.experts_per_token <= c.num_experts,
+            c.experts_per_token <= c.num_experts,
             f"experts_per_token={c.experts_per_token} must be from 1 to num_experts={c.num_experts}",
         )
-        need(c.moe_ffn_size > 0, f"moe_ffn_size={c.moe_ffn_size} must be above 0")
         factor = c.moe_capacity_factor
         need(factor is None or factor > 0, f"moe_capacity_factor={factor} must be above 0; leave it out for the worst case")
         outside = [i for i in c.mlp_only_layers if not 0 <= i < c.num_layers]
@@ -278,31 +290,35 @@ _HF_DEFAULTS = {
 }
 
 
-def _from_hf(hf):
-    kind = hf.get("model_type")
+def _from_hf(hf, where):
+    found = checked(ConfigJson, hf, where)
+    kind = found.model_type
     if kind not in MODEL_TYPES:
         names = ", ".join(MODEL_TYPES)
-        raise ValueError(f"config.json: model_type={kind!r} (architectures={hf.get('architectures')}) is not supported; use one of {names}")
-    _refuse_unsupported(hf)
-    out = {"model_type": kind, **{name: bool(hf.get(name, usual)) for name, usual in _usual_attention(kind).items()}}
+        raise ValueError(
+            f"{where}: model_type={short(kind)} (architectures={short(found.architectures)}) is not supported; use one of {names}"
+        )
+    _refuse_unsupported(found, where)
+    own = {name: getattr(found, name) for name in _usual_attention(kind)}
+    out = {"model_type": kind, **{name: usual if own[name] is None else own[name] for name, usual in _usual_attention(kind).items()}}
     for key, name in _HF_FIELDS.items():
-        out[name] = _get(hf, key)
-    out["num_kv_heads"] = hf.get("num_key_value_heads") or out["num_heads"]
-    out["head_dim"] = hf.get("head_dim") or (128 if kind == "qwen3" else out["hidden_size"] // out["num_heads"])
-    out["tie_embeddings"] = bool(hf.get("tie_word_embeddings", False))
-    out["initializer_range"] = hf.get("initializer_range", 0.02)
+        out[name] = _get(found, key, where)
+    out["num_kv_heads"] = found.num_key_value_heads or out["num_heads"]
+    out["head_dim"] = found.head_dim or (128 if kind == "qwen3" else out["hidden_size"] // out["num_heads"])
+    out["tie_embeddings"] = bool(found.tie_word_embeddings)
+    out["initializer_range"] = 0.02 if found.initializer_range is None else found.initializer_range
     out.update({name: hf[name] for name in _OWN_FIELDS if name in hf})
-    out["max_position"] = hf.get("max_position_embeddings", 32768)
-    out["rope_theta"], out["rope_scaling"] = _rope_from_hf(hf, out["max_position"])
+    out["max_position"] = found.max_position_embeddings or 32768
+    out["rope_theta"], out["rope_scaling"] = _rope_from_hf(found, out["max_position"], where)
     if kind == "qwen3_moe":
         for key, name in _HF_MOE_FIELDS.items():
-            out[name] = _get(hf, key)
-        out["num_experts"] = hf.get("num_experts", hf.get("num_local_experts", 128))
-        out["mlp_only_layers"] = tuple(hf.get("mlp_only_layers") or ())
-        out["router_bias"] = bool(hf.get("router_bias", False))
-        out["router_z_coef"] = hf.get("router_z_loss_coef", 0.0)
+            out[name] = _get(found, key, where)
+        out["num_experts"] = found.num_experts or found.num_local_experts or 128
+        out["mlp_only_layers"] = tuple(found.mlp_only_layers or ())
+        out["router_bias"] = bool(found.router_bias)
+        out["router_z_coef"] = found.router_z_loss_coef or 0.0
     for key, name in (("bos_token_id", "bos_id"), ("eos_token_id", "eos_id"), ("pad_token_id", "pad_id")):
-        out[name] = _ids(hf.get(key), several=name == "eos_id")
+        out[name] = _ids(getattr(found, key), several=name == "eos_id")
     return out
 
 
@@ -324,43 +340,45 @@ def _ids(value, several):
     return tuple(value) if several and len(value) > 1 else value[0] if value else None
 
 
-def _get(hf, key):
-    value = hf.get(key, _HF_DEFAULTS.get(key))
+def _get(found, key, where):
+    value = getattr(found, key)
+    value = _HF_DEFAULTS.get(key) if value is None else value
     if value is None:
-        raise ValueError(f"config.json: {key} is missing")
+        raise ValueError(f"{where}: {key} is missing")
     return value
 
 
-def _refuse_unsupported(hf):
-    if hf.get("use_sliding_window"):
-        raise ValueError("config.json: use_sliding_window=true is not supported; every layer here attends to the whole sequence")
-    if any(t != "full_attention" for t in hf.get("layer_types") or ()):
-        raise ValueError(f"config.json: layer_types={sorted(set(hf['layer_types']))} is not supported; only full_attention is")
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method")
-        raise ValueError(f"config.json: quantization_config (quant_method={method!r}) is not supported; use the unquantised weights")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json: hidden_act={hf['hidden_act']!r} is not supported; only 'silu' is")
-    if hf.get("attention_dropout"):
-        raise ValueError(f"config.json: attention_dropout={hf['attention_dropout']} is not supported; set it to 0")
-    if hf["model_type"] != "qwen2" and hf.get("attention_bias"):
-        raise ValueError("config.json: attention_bias=true adds a bias to o_proj, which is not supported")
+def _refuse_unsupported(found, where):
+    if found.use_sliding_window:
+        raise ValueError(f"{where}: use_sliding_window=true is not supported; every layer here attends to the whole sequence")
+    if other := sorted(set(found.layer_types or ()) - {"full_attention"}):
+        raise ValueError(f"{where}: layer_types={short(other)} is not supported; only full_attention is")
+    if found.quantization_config:
+        method = found.quantization_config.get("quant_method")
+        raise ValueError(f"{where}: quantization_config (quant_method={short(method)}) is not supported; use the unquantised weights")
+    if found.hidden_act not in (None, "silu"):
+        raise ValueError(f"{where}: hidden_act={short(found.hidden_act)} is not supported; only 'silu' is")
+    if found.attention_dropout:
+        raise ValueError(f"{where}: attention_dropout={found.attention_dropout} is not supported; set it to 0")
+    if found.model_type != "qwen2" and found.attention_bias:
+        raise ValueError(f"{where}: attention_bias=true adds a bias to o_proj, which is not supported")
 
 
-def _rope_from_hf(hf, max_position):
-    """Returns (rope_theta, RopeScaling or None), read from the top level (transformers 4) or from `rope_parameters` (transformers 5)."""
-    rope = dict(hf.get("rope_scaling") or {})
-    rope.update(hf.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
+def _rope_from_hf(found, max_position, where):
+    """rope_theta and scaling, from the top level (transformers 4) or from `rope_parameters` (transformers 5)."""
+    rope = {}
+    for given in (found.rope_scaling, found.rope_parameters):
+        rope.update({key: value for key in given.model_fields_set if (value := getattr(given, key)) is not None} if given else {})
+    theta = rope.pop("rope_theta", None) or found.rope_theta or 10000.0
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        raise ValueError(f"config.json: rope_type={kind!r} is not supported; use 'default' or 'yarn'")
+        raise ValueError(f"{where}: rope_type={short(kind)} is not supported; use 'default' or 'yarn'")
     if "factor" not in rope:
-        raise ValueError("config.json: rope_type='yarn' needs a factor")
+        raise ValueError(f"{where}: rope_type='yarn' needs a factor")
     keys = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-    options = {k: rope[k] for k in keys if rope.get(k) is not None}
+    options = {k: rope[k] for k in keys if k in rope}
     original = rope.get("original_max_position_embeddings") or max_position
     return theta, RopeScaling(factor=float(rope["factor"]), original_max_position=original, **options)
 

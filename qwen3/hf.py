@@ -20,6 +20,7 @@ from qwen3 import hf_files
 from qwen3.config import DTYPES, Qwen3Config, own_fields
 from qwen3.hf_files import CODES
 from qwen3.model import param_specs
+from qwen3.schema import GenerationJson, checked
 
 _LAYER = "model.layers.{layer}."
 # Our path: (Hugging Face's name, transposed). A name with {expert} is one tensor per expert in the file; we stack them on dim 0.
@@ -56,6 +57,7 @@ FUSED = {
     "w_up": (_LAYER + "mlp.experts.gate_up_proj", 2, 1),
     "w_down": (_LAYER + "mlp.experts.down_proj", 1, 0),
 }
+HEAD = NAMES["lm_head"][0]
 _SHOWN = 4  # names in an error
 
 
@@ -103,13 +105,11 @@ class Reader:
         if not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "is missing"
             raise FileNotFoundError(f"{self.folder} {what}; give a folder with config.json and model.safetensors")
-        hf = hf_files.read_json(self.folder / "config.json")
+        path = self.folder / "config.json"
         try:
-            config = Qwen3Config.from_hf(hf)
+            config = Qwen3Config.from_hf(hf_files.read_json(path), where=path)
         except ValueError as error:
-            raise ValueError(f"{self.folder}: {error}") from None
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"{self.folder}: config.json has a value of the wrong type ({error})") from None
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         self._files = hf_files.open_weights(self.folder)
         self._check_sizes(config)
         self.specs = param_specs(config)
@@ -117,6 +117,8 @@ class Reader:
         self._sources = {path: source(path, spec.shape, self._files) for path, spec in self._specs.items()}
         self._check_names(config)
         self._check_entries()
+        if config.tie_embeddings and HEAD in self._files:
+            self._check_tied()
         self.config = config.replace(param_dtype=self.dtype("embed"))
 
     @property
@@ -164,9 +166,14 @@ class Reader:
     def _check_sizes(self, config):
         """Raises ValueError if config.json has more layers or experts than the files have tensors, before specs of that size are built."""
         experts = 0 if any(name.endswith(".experts.gate_up_proj") for name in self._files) else config.num_experts
-        for key, n in (("num_hidden_layers", config.num_layers), ("num_experts", experts)):
+        counts = {
+            f"num_hidden_layers={config.num_layers}": config.num_layers,
+            f"num_experts={experts}": experts,
+            f"num_experts={experts} in {len(config.moe_layers)} layers": experts * len(config.moe_layers),
+        }
+        for what, n in counts.items():
             if n > len(self._files):
-                raise ValueError(f"{self.folder}: config.json has {key}={n}, but there are {len(self._files)} tensors; are shards missing?")
+                raise ValueError(f"{self.folder}: config.json has {what}, but there are {len(self._files)} tensors; are shards missing?")
 
     def _check_names(self, config):
         wanted = {name for origin in self._sources.values() for name in origin.names}
@@ -191,13 +198,28 @@ class Reader:
             if len(codes) > 1:
                 raise ValueError(f"{self.folder}: {_some(origin.names)} have dtypes {', '.join(sorted(codes))}; convert them to one")
 
+    def _check_tied(self):
+        """Of a tied model, a head in the file has to be the embedding, as it is not read. transformers 5 keeps one that differs."""
+        embed, head = (self._files[name] for name in (NAMES["embed"][0], HEAD))
+        entry, (rows, columns) = head.entries[HEAD], self.shape("embed")
+        fix = "set tie_word_embeddings to false in config.json to keep that head, as transformers does, or remove the tensor"
+        if entry.shape != (rows, columns) or entry.code not in hf_files.DTYPES:
+            what = f"{entry.code} {list(entry.shape)}"
+            raise ValueError(f"{head.path}: tie_word_embeddings=true, and {HEAD} is {what}, not the embedding; {fix}")
+        step = max(1, hf_files.MAPPED_BYTES // (4 * columns))
+        for start in range(0, rows, step):
+            index = (slice(start, min(start + step, rows)),)
+            a, b = embed.array(NAMES["embed"][0], index), head.array(HEAD, index)
+            if not np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True):
+                raise ValueError(f"{head.path}: tie_word_embeddings=true, and {HEAD} differs from the embedding; {fix}")
+
 
 def load(path, dtype=None):
-    """Reads a Hugging Face folder. Returns (Qwen3Config, nested dict of mindspore Tensors).
+    """A Hugging Face folder -> (Qwen3Config, nested dict of mindspore Tensors). Errors: see Reader; none comes after the parameters are
+    read, but for a value too large for float16.
 
-    dtype: "float32", "float16" or "bfloat16"; None keeps the dtype of each tensor. config.param_dtype is the dtype of the embedding. The
-    file's lm_head is not read if embeddings are tied. Raises the errors of Reader, before any data is read; only a value too large for
-    float16 is found later.
+    dtype: "float32", "float16" or "bfloat16"; None keeps each tensor's own. config.param_dtype says which. A tied model's lm_head
+    in the file must be equal to the embedding.
     """
     reader = Reader(path, dtype)
     return reader.config, unflatten(reader.specs, [Tensor.from_numpy(reader.read(p)) for p in reader.paths])
@@ -240,6 +262,7 @@ def save(path, cfg, params, *, tokenizer_dir=None, max_shard_bytes=5 * 10**9, dt
         _write_configs(new, cfg.replace(param_dtype=dtype or _dtype(leaves["embed"])))
         for file in carried:
             hf_files.copy_file(file, new)
+        _add_eos(new / hf_files.GENERATION, cfg.eos_ids)
         arrays = _arrays([tensor for tensors in shards.values() for tensor in tensors], leaves)
         for name, tensors in shards.items():
             hf_files.write_tensors(new / name, [tensor[:3] for tensor in tensors], islice(arrays, len(tensors)))
@@ -331,6 +354,18 @@ def _write_configs(folder, cfg):
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
     if ids:
         hf_files.write_json(folder / hf_files.GENERATION, {"_from_model_config": True, **ids})
+
+
+def _add_eos(path, eos_ids):
+    """Adds the config's eos ids to those of a generation_config.json that came along: transformers reads only the latter."""
+    if not path.is_file():
+        return
+    given = hf_files.read_json(path)
+    found = checked(GenerationJson, given, path).eos_token_id
+    found = found if isinstance(found, list) else [] if found is None else [found]
+    if new := [i for i in eos_ids if i not in found]:
+        both = [*found, *new]
+        hf_files.write_json(path, {**given, "eos_token_id": both if len(both) > 1 else both[0]})
 
 
 def _check_dtype(dtype):

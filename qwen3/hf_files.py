@@ -21,6 +21,8 @@ from safetensors.numpy import save
 
 from parallel.checkpoint.files import sync_file
 from qwen3.config import MODEL_TYPES
+from qwen3.json_files import exists, open_regular, parse_json, read_json
+from qwen3.schema import IndexJson, checked, short
 
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -28,6 +30,7 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAPPED_BYTES = 64 << 20  # after reading tensors of this size, the file is closed and opened again
 PACKAGE_BYTES = 16 << 20  # the largest file that the package writes; it needs all tensors of a file in memory
+MAX_NAME_BYTES = 255  # of a file, as Linux has it
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -106,8 +109,8 @@ class TensorFile:
 
 
 def _read_header(path):
-    size = path.stat().st_size
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size
         head = f.read(8)
         if head == b"version ":
             raise ValueError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
@@ -144,36 +147,17 @@ def _entry(path, name, item, base):
     return Entry(code, shape, base + start, base + stop)
 
 
-def parse_json(path, text):
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: broken JSON ({error}); fetch the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object is needed, not {type(value).__name__}; fetch the file again")
-    return value
-
-
-def read_json(path):
-    """Reads a JSON object from a file. Raises FileNotFoundError or ValueError naming the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give the folder that holds it")
-    return parse_json(path, path.read_bytes())
-
-
 def open_weights(folder):
-    """Returns {tensor name: TensorFile} of a folder that has model.safetensors, or the shards named in model.safetensors.index.json."""
-    if (folder / WEIGHTS).is_file():
+    """{tensor name: TensorFile} of a folder with one model.safetensors, or shards named by model.safetensors.index.json."""
+    if exists(folder / WEIGHTS):
         file = TensorFile(folder / WEIGHTS)
         return dict.fromkeys(file.entries, file)
     index = folder / INDEX
-    if not index.is_file():
+    if not exists(index):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         hint = f"; convert {pickles[0]} to safetensors: pickle files are not read" if pickles else "; is the download complete?"
         raise FileNotFoundError(f"{folder} has neither {WEIGHTS} nor {INDEX}{hint}")
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
-        raise ValueError(f"{index}: weight_map must map tensor names to file names; fetch the file again")
+    where = checked(IndexJson, read_json(index), index).weight_map
     files = {name: _open_shard(folder, name) for name in sorted(set(where.values()))}
     for tensor, name in where.items():
         if tensor not in files[name].entries:
@@ -182,6 +166,8 @@ def open_weights(folder):
 
 
 def _open_shard(folder, name):
+    if len(name.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+        raise ValueError(f"{folder / INDEX}: weight_map names the file {short(name)}, which is too long a name; fetch the file again")
     path = inside(folder, name)
     if not path.is_file():
         raise FileNotFoundError(f"{path}, named by {INDEX}, is missing; is the download complete?")
@@ -194,7 +180,11 @@ def inside(folder, name):
     real = folder.resolve()
     roots = [real] + ([real.parent.parent / "blobs"] if real.parent.name == "snapshots" else [])
     path = folder / name
-    if os.path.isabs(name) or ".." in Path(name).parts or not any(path.resolve().is_relative_to(root) for root in roots):
+    try:
+        target = path.resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # links in a circle; a name that no file can have
+        raise ValueError(f"{path} leads nowhere ({error}); put the file itself into the folder") from None
+    if os.path.isabs(name) or ".." in Path(name).parts or not any(target.is_relative_to(root) for root in roots):
         raise ValueError(f"{path} leads outside of {folder}; put the file itself into the folder")
     return path
 
@@ -246,12 +236,13 @@ def write_json(path, value):
 
 
 def tokenizer_files(folder):
-    """Returns the tokenizer's files in a folder. Raises ValueError for a file that links outside of the folder."""
-    return [inside(folder, name) for name in TOKENIZER_FILES if (folder / name).is_file()]
+    """The tokenizer's files in a folder; ValueError for one that links outside."""
+    return [inside(folder, name) for name in TOKENIZER_FILES if os.path.islink(folder / name) or (folder / name).is_file()]
 
 
 def copy_file(source, folder):
-    shutil.copyfile(source, folder / source.name)
+    with open_regular(source) as file, open(folder / source.name, "wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def check_replaceable(folder):

@@ -13,12 +13,17 @@ from parallel.trees import tree_paths
 from qwen3 import hf, hf_files
 from qwen3.config import TARGETS, Lora
 from qwen3.model import param_specs
+from qwen3.schema import AdapterJson, checked, short
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, FINGERPRINT = "base_model.model.", "base_fingerprint"
 INITS = {"kaiming": True, "gaussian": "gaussian"}
-READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "base_model_name_or_path")
-# Keys of adapter_config.json that may have any value, because they change nothing here. Other unknown keys must be empty.
+EMBEDDING = f"{PREFIX}model.embed_tokens.base_layer.weight"  # the base's, which PEFT saves beside an adapter of the embedding
+MERGE = (
+    "merge it into its base with PEFT (model.merge_and_unload().save_pretrained(FOLDER)) and give that folder as the model,"
+    " without an adapter"
+)
+# Keys of adapter_config.json whose value changes nothing here; of others only an empty value is taken.
 WITHOUT_EFFECT = (
     *("peft_type", "task_type", "target_modules", "inference_mode", "revision", "auto_mapping", "peft_version", "exclude_modules"),
     *("megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config", "ephemeral_gpu_offload"),
@@ -27,14 +32,15 @@ KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")  # values of in
 
 
 class Adapter(NamedTuple):
-    """An opened adapter. lora: its Lora. read(path, slices) -> float32 numpy array, a slice of a parameter of
-    param_specs(cfg.replace(lora)).
-    base: the path or name of its base model. fingerprint: of the base, see experiments/train/adapter.py; None if the file has none."""
+    """An opened adapter. lora: its Lora. read(path, slices) -> float32 numpy of a parameter of param_specs(cfg with that lora).
+    base: the path or name of its base. fingerprint: see experiments/train/adapter.py; None where nobody noted it. embedding(slices): of the
+    base's embedding that is saved beside it, float32; None where none is."""
 
     lora: Lora
     read: object
     base: str
     fingerprint: str | None
+    embedding: object = None
 
 
 def is_adapter(folder):
@@ -131,15 +137,14 @@ def open_adapter(folder, cfg):
     """Opens the Adapter in a folder for a base model with the config cfg. Raises ValueError or FileNotFoundError naming what does not
     fit."""
     folder = Path(folder)
-    config = hf_files.read_json(folder / CONFIG)
-    _check_config(folder / CONFIG, config)
-    if not (folder / WEIGHTS).is_file():
+    config = read_config(folder)
+    if not hf_files.exists(folder / WEIGHTS):
         raise FileNotFoundError(f"{folder / WEIGHTS} is missing; pickle files (adapter_model.bin) are not read, save it as safetensors")
     file = hf_files.TensorFile(folder / WEIGHTS)
     lora = _lora(folder, config, file, cfg)
     specs = adapters(cfg.base.replace(lora=lora))
     where = {path: names(path, spec.shape) for path, spec in specs.items()}
-    _check_tensors(folder, file, specs, where)
+    _check_tensors(folder, file, specs, where, (cfg.vocab_size, cfg.hidden_size))
 
     def read(path, slices):
         *experts, rows, columns = slices
@@ -147,21 +152,28 @@ def open_adapter(folder, cfg):
         each = [array.T.astype(np.float32) for array in file.arrays(picked, (columns, rows))]
         return np.ascontiguousarray(np.stack(each) if experts else each[0])
 
-    return Adapter(lora, read, str(config.get("base_model_name_or_path") or ""), file.metadata.get(FINGERPRINT))
+    def embedding(slices):
+        return file.array(EMBEDDING, slices).astype(np.float32)
+
+    noted = file.metadata.get(FINGERPRINT)
+    return Adapter(lora, read, config.base_model_name_or_path, noted, embedding if EMBEDDING in file.entries else None)
 
 
-def _check_config(path, config):
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type={config.get('peft_type')!r} is not supported; only LORA is")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias={config['bias']!r} is not supported; train the adapter with bias='none'")
-    if config.get("init_lora_weights", True) not in KEEP_BASE:
-        raise ValueError(
-            f"{path}: init_lora_weights={config['init_lora_weights']!r} changes the base's weights; convert it with PEFT first"
-        )
-    for key, value in config.items():
-        if key not in (*READ, *WITHOUT_EFFECT, "bias") and value not in (None, False, "", [], {}):
-            raise ValueError(f"{path}: {key}={value!r} is not supported; leave it out")
+def read_config(folder):
+    """The checked AdapterJson of an adapter's folder. Raises ValueError or FileNotFoundError naming what is not supported."""
+    path = Path(folder) / CONFIG
+    given = hf_files.read_json(path)
+    if given.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type={short(given.get('peft_type'))} is not supported; only LORA is; {MERGE}")
+    for key, value in given.items():
+        if key not in (*AdapterJson.model_fields, *WITHOUT_EFFECT) and value not in (None, False, "", [], {}):
+            raise ValueError(f"{path}: {key}={short(value)} is not supported; {MERGE}")
+    config = checked(AdapterJson, given, path)
+    if config.bias != "none":
+        raise ValueError(f"{path}: bias={short(config.bias)} is not supported; {MERGE}")
+    if config.init_lora_weights not in KEEP_BASE:
+        raise ValueError(f"{path}: init_lora_weights={short(config.init_lora_weights)} changes the base's weights; {MERGE}")
+    return config
 
 
 def _lora(folder, config, file, cfg):
@@ -171,29 +183,26 @@ def _lora(folder, config, file, cfg):
         kind = "experts" if name.startswith("experts.") else ""
         module[(kind, TARGETS[name][1])] = name
     found = set()
-    for name in file.entries:
+    for name in sorted(file.entries.keys() - {EMBEDDING}):
         match = re.fullmatch(rf"{re.escape(PREFIX)}model\.(.+)\.lora_(embedding_)?[AB](\.weight)?", name)
         words = match[1].split(".") if match else [""]
         target = module.get(("experts" if "experts" in words else "", words[-1]))
         if target is None:
             raise ValueError(
-                f"{folder}: tensor {name} adapts none of the modules that can be adapted in this model: {', '.join(cfg.lora_targets)}"
+                f"{folder}: tensor {name} is of no module that an adapter of this model has here: {', '.join(cfg.lora_targets)}; {MERGE}"
             )
         found.add(target)
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout") or 0.0
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{folder / CONFIG}: r={rank!r} must be an integer above 0")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < float("inf"):
-        raise ValueError(f"{folder / CONFIG}: lora_alpha={alpha!r} must be a number above 0")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"{folder / CONFIG}: lora_dropout={dropout!r} must be from 0 to below 1")
-    init = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"
     targets = tuple(name for name in cfg.lora_targets if name in found)
-    return Lora(rank, float(alpha), targets, float(dropout), init, bool(config.get("use_rslora")))
+    if not targets:
+        raise ValueError(f"{folder / WEIGHTS} has no tensors of an adapter; is the file complete?")
+    init = "gaussian" if config.init_lora_weights == "gaussian" else "kaiming"
+    return Lora(config.r, float(config.lora_alpha), targets, float(config.lora_dropout), init, config.use_rslora)
 
 
-def _check_tensors(folder, file, specs, where):
+def _check_tensors(folder, file, specs, where, embedding):
     wanted = {name: spec.shape[-2:][::-1] for (path, spec) in specs.items() for name in where[path]}
+    if EMBEDDING in file.entries:
+        wanted[EMBEDDING] = embedding
     missing, extra = sorted(wanted.keys() - file.entries.keys()), sorted(file.entries.keys() - wanted.keys())
     if missing or extra:
         what = "; ".join(f"{word} {', '.join(found[:3])}" for word, found in (("missing", missing), ("unexpected", extra)) if found)

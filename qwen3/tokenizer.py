@@ -16,10 +16,14 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from qwen3.json_files import exists, read_bytes, read_json, read_text
+from qwen3.schema import Token, TokenizerJson, checked, short
+
 EOD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUT = re.compile(r"\n(?=[!-~])")  # a place where SPLIT always splits, whatever the text around it
 PIECE, GROUP = 1 << 16, 1 << 22  # characters of a piece, and of a group of pieces that is encoded in one call
+HOLES = 1 << 16  # ids that a vocabulary may leave out, beside as many as it has: what is made for each id stays in proportion to the file
 CHAT_TEMPLATE = """\
 {%- if tools %}
     {{- raise_exception('this tokenizer was trained without tool tokens; use one of the released tokenizers') }}
@@ -56,6 +60,14 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend, self._config = backend, dict(config)
+        found = checked(TokenizerJson, config, "tokenizer_config.json")
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        if self.vocab_size > 2 * len(vocabulary) + HOLES:
+            raise ValueError(
+                f"tokenizer.json: the highest id is {self.vocab_size - 1:,} of {len(vocabulary):,} tokens; ids with such holes are not"
+                " supported, number the tokens anew"
+            )
         spec = json.loads(backend.to_str())
         if spec["model"]["type"] != "BPE" or (spec["decoder"] or {}).get("type") != "ByteLevel":
             raise ValueError(f"tokenizer.json: model type {spec['model']['type']!r} is not supported; only byte-level BPE is")
@@ -64,25 +76,24 @@ class Tokenizer:
         # `encode_special_tokens` would still match the added tokens not marked special, such as <think>.
         self._plain = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
         self._can_cut = json.dumps(SPLIT) in json.dumps(spec["pre_tokenizer"])
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self.eod_id = self._id("the end of a document", EOD)
-        self.eos_id = self._id("eos_token", _content(config.get("eos_token")))
-        pad = _content(config.get("pad_token"))
+        self.eos_id = self._id("eos_token", _content(found.eos_token))
+        pad = _content(found.pad_token)
         self.pad_id = self.eod_id if pad is None else self._id("pad_token", pad)
-        self.chat_template = config.get("chat_template")
+        self.chat_template = found.chat_template
         if not isinstance(self.chat_template, str | None):
             raise ValueError("tokenizer_config.json: chat_template must be one Jinja string; keep the one named 'default'")
-        for i, token in config.get("added_tokens_decoder", {}).items():
-            if backend.token_to_id(_content(token)) != int(i):
+        for i, token in found.added_tokens_decoder.items():
+            if backend.token_to_id(token.content) != int(i):
                 raise ValueError(
-                    f"tokenizer_config.json: added_tokens_decoder gives {_content(token)!r} the id {i}, tokenizer.json gives it "
-                    f"{backend.token_to_id(_content(token))}; save both again with transformers' AutoTokenizer"
+                    f"tokenizer_config.json: added_tokens_decoder gives {short(token.content)} the id {i}, tokenizer.json gives it "
+                    f"{backend.token_to_id(token.content)}; save both again with transformers' AutoTokenizer"
                 )
 
     def _id(self, key, token):
         i = None if token is None else self._backend.token_to_id(token)
         if i is None:
-            raise ValueError(f"tokenizer: {key}={token!r} is not in the vocabulary; correct it in tokenizer_config.json")
+            raise ValueError(f"tokenizer: {key}={short(token)} is not in the vocabulary; correct it in tokenizer_config.json")
         return i
 
     @classmethod
@@ -92,22 +103,19 @@ class Tokenizer:
         Raises FileNotFoundError for a missing file, ValueError for a file that cannot be read.
         """
         path = Path(path)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"{path / name} is missing; give a folder that holds tokenizer.json and tokenizer_config.json")
+        text, config = read_bytes(path / "tokenizer.json"), read_json(path / "tokenizer_config.json")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-        except Exception as e:  # the library raises no narrower type
-            raise ValueError(f"{path / 'tokenizer.json'} cannot be read: {e}; copy or save it again") from e
+            backend = tokenizers.Tokenizer.from_buffer(text)
+        except BaseException as e:  # the library raises no narrower type, and of its own panics none that is an Exception
+            if isinstance(e, KeyboardInterrupt | SystemExit):
+                raise
+            raise ValueError(f"{path / 'tokenizer.json'} cannot be read: {short(str(e), 200)}; copy or save it again") from e
+        if exists(path / "chat_template.jinja"):
+            config["chat_template"] = read_text(path / "chat_template.jinja")
         try:
-            config = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise ValueError(f"{path / 'tokenizer_config.json'} cannot be read: {e}; copy or save it again") from e
-        if not isinstance(config, dict):
-            raise ValueError(f"{path / 'tokenizer_config.json'} holds {type(config).__name__}, not an object; copy or save it again")
-        if (path / "chat_template.jinja").is_file():
-            config["chat_template"] = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        return cls(backend, config)
+            return cls(backend, config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def save(self, path):
         """Writes tokenizer.json and tokenizer_config.json. transformers opens them with the same ids and chat template."""
@@ -178,7 +186,7 @@ class Tokenizer:
             raise ValueError("messages=[] has nothing to render; give at least one message")
         # transformers also treats a key whose value is None as a missing key.
         messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
-        named = {k: _content(v) for k, v in self._config.items() if k.endswith("_token") and isinstance(v, str | dict)}
+        named = {k: text for k, v in self._config.items() if k.endswith("_token") and (text := _content(v)) is not None}
         context = {**named, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         if enable_thinking is not None:
             context["enable_thinking"] = enable_thinking
@@ -245,8 +253,9 @@ def _pieces(text):
 
 
 def _content(token):
-    """Returns the text of a token, which the config stores as a string or as a dict."""
-    return token["content"] if isinstance(token, dict) else token
+    """The text of a token that the config gives as a text or as an object; None where it gives none."""
+    token = token.content if isinstance(token, Token) else token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

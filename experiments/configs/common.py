@@ -153,6 +153,8 @@ def _data():
     # not conversations
     d.format = ""
     d.enable_thinking = "none"  # value for the chat template: none = not set, true or false
+    # loss on the empty think block that a thinking model's template puts before answers without reasoning; false = none, as Qwen recommends
+    d.train_empty_think = False
     d.packing = "packed"  # of conversations: packed = several per row, with a document mask; padded = one per row
     d.too_long = "truncate"  # conversations longer than a row: truncate, drop, or error
     d.stream = False  # read and tokenise while training

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.convert.weights import bar
 from qwen3 import hf, hf_files
+from qwen3.schema import IndexJson, checked
 
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", re.IGNORECASE)
 READ_BYTES = 1 << 24
@@ -119,7 +120,7 @@ def verify_hugging_face(folder, sums):
     wrong, files = [], hf_files.open_weights(folder)
     used = {file.path.name: file for file in files.values()}
     if (folder / hf_files.INDEX).is_file() and hf_files.WEIGHTS not in used:
-        total = (hf_files.read_json(folder / hf_files.INDEX).get("metadata") or {}).get("total_size")
+        total = checked(IndexJson, hf_files.read_json(folder / hf_files.INDEX), folder / hf_files.INDEX).metadata.get("total_size")
         found = sum(entry.stop - entry.start for file in used.values() for entry in file.entries.values())
         if total not in (None, found):
             wrong.append(f"{folder / hf_files.INDEX} gives total_size={total}, and the tensors have {found} bytes; fetch the folder again")

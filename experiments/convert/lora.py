@@ -5,7 +5,9 @@ import os
 from experiments.convert import weights as convert
 from experiments.train import adapter
 from parallel.trees import tree_paths
+from qwen3 import chat
 from qwen3.model import param_specs
+from qwen3.tokenizer import Tokenizer
 
 
 def merge(source, output, base, dtype):
@@ -20,6 +22,8 @@ def merge(source, output, base, dtype):
     base_weights = convert.open_weights("base", path)
     found = adapter.open_adapter(source, base_weights.config, base_weights.read, path)
     config, read = adapter.merged(base_weights.config, base_weights.read, found)
+    if base_weights.tokenizer and (base_weights.tokenizer / "tokenizer.json").is_file():  # an adapter of a base model may have learnt chats
+        config = config.with_eos(chat.turn_ends(Tokenizer.load(base_weights.tokenizer)))
     dtype = dtype or base_weights.config.param_dtype
     arrays = {name: (spec.shape, dtype) for name, spec in tree_paths(param_specs(config))}
 

@@ -81,7 +81,8 @@ def found_records(data):
 
 def load(data, tokenizer_folder):
     """The Conversations of data.path in the format and with the thinking that config.data names, by the tokenizer in that folder."""
-    job = encode.Job(tokenizer_folder, append_eod=False, format=data.format, enable_thinking=encode.THINKING[data.enable_thinking])
+    thinking = {"enable_thinking": encode.THINKING[data.enable_thinking], "train_empty_think": data.train_empty_think}
+    job = encode.Job(tokenizer_folder, append_eod=False, format=data.format, **thinking)
     bad, ids, masks, lengths = Skipped(data.skip_bad, "--config.data.skip_bad=true"), [], [], []
     for batch in encode.encode(found_records(data), job):
         for message in batch.bad:

@@ -11,6 +11,7 @@ from experiments.data import conversations, gpt_index, loader, packing, pairs, p
 from experiments.data.megatron import IndexedDataset
 from experiments.data.rows import Blend, ExampleRows, PackedRows, PairRows
 from experiments.data.stream import TextStream
+from qwen3 import chat
 from qwen3.tokenizer import Tokenizer, train_bpe
 
 HELD_ROWS = 512  # held-out rows kept of a pair or a stream, if train.eval_rows asks for no more
@@ -22,6 +23,7 @@ ONLY_FOR = {
     "cache_dir": ("a .bin/.idx pair",),
     "too_long": (CONVERSATIONS, RECORDS),
     "enable_thinking": (RECORDS,),
+    "train_empty_think": (RECORDS,),
     "packing": (RECORDS,),
     "reset_at_eod": ("text", "a .bin/.idx pair", "a stream"),
     "json_key": ("a stream",),
@@ -253,12 +255,17 @@ def _check_vocabulary(tokenizer, where, vocab_size):
         )
 
 
-def with_token_ids(cfg, tokenizer, trained):
-    """cfg with the tokenizer's end-of-document id as eos and pad: always of a tokenizer trained here, else where cfg has none."""
+def with_token_ids(cfg, tokenizer, trained, chats=False):
+    """cfg with the tokenizer's end-of-document id as eos and pad: always of a tokenizer trained here, else where cfg has none.
+
+    chats: the model learns conversations, so the ids that end a turn in the chat template are eos too. They go from here into the files of
+    the model: a base model's own eos, the end of a document, never comes after a turn.
+    """
     eod = tokenizer.eod_id
     if trained:
-        return cfg.replace(bos_id=None, eos_id=eod, pad_id=eod)
-    return cfg.replace(eos_id=eod if cfg.eos_id is None else cfg.eos_id, pad_id=eod if cfg.pad_id is None else cfg.pad_id)
+        cfg = cfg.replace(bos_id=None, eos_id=eod, pad_id=eod)
+    cfg = cfg.replace(eos_id=eod if cfg.eos_id is None else cfg.eos_id, pad_id=eod if cfg.pad_id is None else cfg.pad_id)
+    return cfg.with_eos(chat.turn_ends(tokenizer)) if chats else cfg
 
 
 def describe(corpus, seq_len):

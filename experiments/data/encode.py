@@ -33,6 +33,7 @@ class Job(NamedTuple):
     map_keys: dict = {}
     format: str | None = None
     enable_thinking: bool | None = None
+    train_empty_think: bool = False
 
     @property
     def outputs(self):
@@ -169,7 +170,7 @@ class _Encoder:
         for where, record in batch:
             try:
                 messages, tools = chat.FORMATS[self.job.format](record)
-                ids, mask = chat.encode_chat(self.tokenizer, messages, tools, self.job.enable_thinking)
+                ids, mask = chat.encode_chat(self.tokenizer, messages, tools, self.job.enable_thinking, self.job.train_empty_think)
             except (ValueError, RecursionError) as e:
                 bad.append(f"{where}: {e}")
                 continue

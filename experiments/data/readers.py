@@ -69,6 +69,8 @@ def find_files(path, name="input"):
         raise FileNotFoundError(f"{name}={path} does not exist; give a file or a folder of files")
     if not path.is_dir():
         kind_of(path, name)
+        if not path.is_file():
+            raise ValueError(f"{name}={path} is no regular file; give a file or a folder of files")
         return [path]
     files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts))
     if not files:
@@ -288,13 +290,24 @@ def _arrow(file):
 def _rows(batch):
     """(dict or None, what is wrong) of each row."""
     try:
-        yield from [(row, None) for row in batch.to_pylist()]
+        yield from [(_without_invented(row), None) for row in batch.to_pylist()]
     except UnicodeDecodeError:
         for i in range(batch.num_rows):
             try:
-                yield batch.slice(i, 1).to_pylist()[0], None
+                yield _without_invented(batch.slice(i, 1).to_pylist()[0]), None
             except UnicodeDecodeError as e:
                 yield None, _not_utf8(e)
+
+
+def _without_invented(row):
+    """A row without the nulls inside its objects: a struct column has every key of every row, so a null there is a missing key."""
+    return {key: _known(value) for key, value in row.items()}
+
+
+def _known(value):
+    if isinstance(value, dict):
+        return {key: _known(inner) for key, inner in value.items() if inner is not None}
+    return [_known(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ def generate_until(scorer, requests):
 
 def stop_ids(cfg, tokenizer):
     """Returns the set of token ids that end an answer: the tokenizer's eos_token and the config's eos_id."""
-    return {tokenizer.eos_id, *((cfg.eos_id,) if isinstance(cfg.eos_id, int) else cfg.eos_id or ())}
+    return {tokenizer.eos_id, *cfg.eos_ids}
 
 
 def _options(scorer, options):

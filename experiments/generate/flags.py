@@ -1,21 +1,18 @@
 """Command line flags for generation: the model, the layout, the KV cache and the sampling options."""
 
-from pathlib import Path
-
 from absl import flags
 
+from experiments.generate import defaults
 from experiments.layout import check as layout
 from experiments.train import weights
 from parallel import collectives
 from parallel.mesh import AXES, world_size
 from parallel.sharding import Sharding
-from qwen3 import hf_files
 from qwen3.engine import Request
 
 FLAGS = flags.FLAGS
 NEW_TOKENS = 128  # default of --max_new_tokens where generation_config.json has none
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def define():
@@ -38,6 +35,7 @@ def define():
     flags.DEFINE_integer(
         "max_new_tokens", None, "the most new tokens of a text; default: generation_config.json's, else 128", lower_bound=1
     )
+    define_generation_config()
     flags.DEFINE_float(
         "temperature", None, "0: the likeliest token. Default of this and the flags below: as in generation_config.json, else off"
     )
@@ -54,9 +52,19 @@ def define():
     flags.DEFINE_boolean("enable_thinking", None, "passed to the chat template; without the flag the template decides")
 
 
+def define_generation_config():
+    """Defines the flag that experiments.generate and experiments.serve share."""
+    flags.DEFINE_boolean(
+        "use_generation_config",
+        True,
+        "take the defaults of sampling and of max_new_tokens from the model's generation_config.json; its stop ids apply in any case",
+    )
+
+
 class Model:
-    """The model that the flags name, opened in their layout. Attributes: cfg, tokenizer, mesh, sharding (None on one rank), defaults (the
-    dict of generation_config.json), new_tokens (the limit where neither a flag nor the defaults have one)."""
+    """The model that the flags name, opened in their layout. Attributes: cfg, tokenizer, mesh, sharding (None on one rank), file (the
+    GenerationJson of its folder), defaults (the same, or an empty one with --nouse_generation_config), new_tokens (the limit where neither
+    a flag nor the defaults have one)."""
 
     def __init__(self):
         rank, _ = collectives.start()
@@ -68,45 +76,28 @@ class Model:
         self.mesh = layout.mesh(self.cfg, sizes, rank)
         self.sharding = Sharding(self.mesh) if self.mesh.world > 1 else None
         self.tokenizer = self.opened.load_tokenizer()
-        self.defaults = generation_config(self.opened.folder)
+        self.file = defaults.read(self.opened.folder)
+        self.defaults = self.file if FLAGS.use_generation_config else defaults.GenerationJson()
 
     def params(self):
         return self.opened.params(self.sharding or Sharding())
 
     @property
     def stop_ids(self):
-        """The sorted ids that end a text: --stop_ids and, without --ignore_eos, those of generation_config.json, else of config.json; for a
-        training run also the tokenizer's end of document and eos."""
-        own = self.defaults.get("eos_token_id", self.cfg.eos_id)
-        own = set(own if isinstance(own, (list, tuple)) else [] if own is None else [own])
-        if FLAGS.workdir or not own:
-            own |= {self.tokenizer.eod_id, self.tokenizer.eos_id}
-        return tuple(sorted((set() if FLAGS.ignore_eos else own) | {_id(i) for i in FLAGS.stop_ids}))
+        """The sorted ids that end a text: --stop_ids and, without --ignore_eos, those of defaults.stop_ids."""
+        own = set() if FLAGS.ignore_eos else defaults.stop_ids(self.file, self.cfg, self.tokenizer)
+        return tuple(sorted(own | {_id(i) for i in FLAGS.stop_ids}))
 
     def request(self, prompt, sample=0, logprobs=None):
         """Returns the Request of a prompt (token ids). Flags override generation_config.json."""
-        given = {name: FLAGS[name].value for name in SAMPLING if FLAGS[name].value is not None}
+        given = {name: FLAGS[name].value for name in defaults.SAMPLING if FLAGS[name].value is not None}
         more = {"stop_ids": self.stop_ids, "seed": FLAGS.seed, "sample": sample, "logprobs": logprobs}
-        return Request(prompt, self.max_new_tokens, **{**sampling_defaults(self.defaults), **given, **more})
+        return Request(prompt, self.max_new_tokens, **{**defaults.sampling(self.defaults), **given, **more})
 
     @property
     def max_new_tokens(self):
         given = FLAGS.max_new_tokens
-        return given if given is not None else self.defaults.get("max_new_tokens") or self.new_tokens
-
-
-def generation_config(folder):
-    """Returns a folder's generation_config.json, {} where it has none."""
-    path = Path(folder) / hf_files.GENERATION
-    return hf_files.read_json(path) if path.is_file() else {}
-
-
-def sampling_defaults(config):
-    """Returns the sampling options {name: value} of a generation_config.json. Without do_sample only repetition_penalty applies; with it,
-    a missing temperature is 1, as in transformers."""
-    names = SAMPLING if config.get("do_sample") else ("repetition_penalty",)
-    found = {name: config[name] for name in names if config.get(name) is not None}
-    return {"temperature": 1.0, **found} if config.get("do_sample") else found
+        return given if given is not None else self.defaults.max_new_tokens or self.new_tokens
 
 
 def _id(text):

@@ -5,6 +5,8 @@ import os
 
 import numpy as np
 
+from qwen3.chat import prompt_text
+
 
 def read(text=None, path=None):
     """Returns the prompts as a list; each is a text, or {"messages": [...], "tools": [...]}. text: a single prompt. path: a file with one
@@ -52,7 +54,7 @@ def encode(tokenizer, prompt, chat=False, enable_thinking=None):
         ids = tokenizer.encode(prompt)  # text that spells a special token stays text
     else:
         given = {"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(**given, add_generation_prompt=True, enable_thinking=enable_thinking)
+        text = prompt_text(tokenizer, **given, enable_thinking=enable_thinking)
         ids = tokenizer.encode(text, allow_special=True)
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no tokens; give some text")

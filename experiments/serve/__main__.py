@@ -12,7 +12,8 @@ import os
 from absl import flags
 
 from experiments import flags as command_line
-from experiments.evaluate import scoring
+from experiments.generate import defaults
+from experiments.generate import flags as inference_flags
 from experiments.train import weights
 from parallel import collectives
 from parallel.mesh import world_size
@@ -32,7 +33,12 @@ def define_flags():
     flags.DEFINE_integer("length", 2048, "the most tokens of a prompt and its answer together", lower_bound=2)
     flags.DEFINE_integer("max_waiting", 64, "the most texts that wait for a slot; a request beyond them gets status 429", lower_bound=0)
     flags.DEFINE_integer("max_body", 1 << 20, "the most bytes of a request's body; a larger one gets status 413", lower_bound=1)
+    flags.DEFINE_integer(
+        "max_connections", 1000, "the most open connections; fewer where the limit of open files is lower. More wait", lower_bound=1
+    )
+    flags.DEFINE_float("idle_s", 60, "seconds after which a connection without a request at work is closed", lower_bound=1)
     flags.DEFINE_string("api_key_file", None, "file with the API keys that are accepted, one a line; without it no key is needed")
+    inference_flags.define_generation_config()
     flags.DEFINE_float("drain_s", 30, "after SIGTERM, seconds that running requests have to end", lower_bound=0)
 
 
@@ -43,15 +49,16 @@ def main(_):
         from experiments.serve import run as serve_run
     except ImportError as error:
         raise ValueError(f"experiments.serve needs {error.name}: pip install -e '.[serve]'") from error
-    keys = serve_run.read_keys(FLAGS.api_key_file)
+    keys, connections = serve_run.read_keys(FLAGS.api_key_file), serve_run.connection_limit(FLAGS.max_connections)
     collectives.start()
     model = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
     tokenizer = model.load_tokenizer()
     params, length = model.params(Sharding()), min(FLAGS.length, model.cfg.max_position)
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
-    stop_ids = scoring.stop_ids(model.cfg, tokenizer) | {tokenizer.eod_id}
+    file = defaults.read(model.folder)
+    stop_ids, found = defaults.stop_ids(file, model.cfg, tokenizer), defaults.for_requests(file) if FLAGS.use_generation_config else {}
     settings = serve_run.Settings(
-        name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys, serve_run.names(FLAGS.host)
+        name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys, serve_run.names(FLAGS.host), found
     )
     print(f"weights    {model.text}", flush=True)
 
@@ -60,7 +67,7 @@ def main(_):
         engine.warm_up(by_host=True)
         return engine
 
-    serve_run.run(settings, make, FLAGS.slots + FLAGS.max_waiting, FLAGS.host, FLAGS.port, FLAGS.drain_s)
+    serve_run.run(settings, make, FLAGS.slots + FLAGS.max_waiting, FLAGS.host, FLAGS.port, FLAGS.drain_s, connections, FLAGS.idle_s)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 import asyncio
 import dataclasses
+import errno
 import hmac
+import resource
+import socket
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 from aiohttp import web
@@ -13,6 +17,9 @@ from experiments.serve.requests import Refused, parse
 from qwen3.engine import Request
 
 BODY_S = 30  # seconds that a request's body may take to arrive
+CONNECTIONS, IDLE_S = 1000, 60.0  # default limits of connections: their number, and seconds without a request at work
+LOOK_S, RETRY_S = 0.05, 0.2  # seconds between two looks at connections; after accept() failed
+SPARE_FILES = 64  # open files that are kept for the model, logs and libraries
 PARSERS = 2  # threads that check and tokenize requests
 
 
@@ -20,7 +27,8 @@ PARSERS = 2  # threads that check and tokenize requests
 class Settings:
     """The server's settings. model: the model's name in requests. length: the most tokens of a prompt and its answer together.
     stop_ids: token ids that end an answer. slots: rows of the engine. max_body: bytes. keys: the accepted API keys; empty needs none.
-    hosts: host names that requests may name, such as ("localhost",); None accepts any."""
+    hosts: host names that requests may name, such as ("localhost",); None accepts any. defaults: options that requests may leave out, see
+    experiments/generate/defaults.py."""
 
     model: str
     tokenizer: object
@@ -30,13 +38,17 @@ class Settings:
     max_body: int
     keys: tuple = ()
     hosts: tuple | None = None
+    defaults: dict = dataclasses.field(default_factory=dict)
 
 
 class Server:
-    """The request handlers. worker: an experiments.serve.engine.Worker, whose engine runs in another thread."""
+    """The request handlers. worker: an experiments.serve.engine.Worker, whose engine runs in another thread. most_connections, idle_s: see
+    Gate; idle_s is also how long a client may leave its stream unread."""
 
-    def __init__(self, settings, worker):
+    def __init__(self, settings, worker, most_connections=CONNECTIONS, idle_s=IDLE_S):
         self.settings, self.worker = settings, worker
+        self.most_connections, self.idle_s, self.working = most_connections, idle_s, set()  # transports of requests at work
+        self.last = weakref.WeakKeyDictionary()  # transport -> when its last request ended, or when it was accepted
         self.draining, self.idle = False, asyncio.Event()
         self.idle.set()
         self.parsers = ThreadPoolExecutor(PARSERS, "parse")
@@ -57,6 +69,8 @@ class Server:
     @web.middleware
     async def _as_json(self, request, handler):
         """Answers every error as OpenAI's JSON. Details of an internal error go to the log only."""
+        transport = request.transport
+        self.working.add(transport)
         try:
             return await handler(request)
         except Refused as refused:
@@ -70,6 +84,9 @@ class Server:
         except Exception as failed:
             report(failed)
             status, details = 500, ("the server failed; see its log", None, "internal_error")
+        finally:
+            self.working.discard(transport)
+            self.last[transport] = asyncio.get_running_loop().time()
         headers = {"Retry-After": "1"} if status in (429, 503) else None
         return web.json_response(error(*details, status), status=status, headers=headers)
 
@@ -144,7 +161,7 @@ class Server:
         except asyncio.TimeoutError as late:
             raise Refused(f"the body did not arrive within {BODY_S} s", status=408) from late
         s = self.settings
-        arguments = (data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most)
+        arguments = (data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults)
         return await asyncio.get_running_loop().run_in_executor(self.parsers, parse, *arguments)
 
     async def _pushed(self, jobs, choices, events):
@@ -163,21 +180,97 @@ class Server:
     async def _streamed(self, request, jobs, choices, events, reply):
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)
+
+        async def write(data):
+            """A client that does not read fills its buffer, and would keep its slot for ever."""
+            try:
+                await asyncio.wait_for(response.write(data), self.idle_s)
+            except asyncio.TimeoutError:
+                request.transport.abort()
+                raise ConnectionError("the client does not read") from None
+
         try:
             for index in range(len(choices)):
                 if opening := reply.opening(index):
-                    await response.write(event(opening))
+                    await write(event(opening))
             async for index, text, entries in self._pushed(jobs, choices, events):
                 if text or entries or choices[index].reason:
-                    await response.write(event(reply.chunk(index, text, entries, choices[index].reason)))
+                    await write(event(reply.chunk(index, text, entries, choices[index].reason)))
             if reply.asked.include_usage:
-                await response.write(event(reply.last(choices)))
-            await response.write(b"data: [DONE]\n\n")
+                await write(event(reply.last(choices)))
+            await write(b"data: [DONE]\n\n")
         except Refused as refused:
-            await response.write(event(error(str(refused), refused.param, refused.code, refused.status)))
+            await write(event(error(str(refused), refused.param, refused.code, refused.status)))
         except ConnectionError:  # the client disconnected
             pass
         return response
+
+
+def connection_limit(asked):
+    """The most connections: `asked`, or fewer where the process's limit of open files leaves room for fewer. Raises ValueError for none."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    room = files - SPARE_FILES if files != resource.RLIM_INFINITY else asked
+    if room < 1:
+        raise ValueError(f"the limit of open files, {files}, leaves no room for connections; raise it with `ulimit -n 1024`")
+    return min(asked, room)
+
+
+async def listen(host, port):
+    """Sockets that listen on all addresses of the host."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets = []
+    for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+        sockets.append(socket.create_server(address, family=family, backlog=128))
+        sockets[-1].setblocking(False)
+    return sockets
+
+
+class Gate:
+    """Accepts connections, as many as server.most_connections at a time; further ones wait until one closes. Connections without a request
+    at work for server.idle_s seconds are closed: idle ones, and those whose request's head does not arrive.
+
+    connect: the protocol factory of aiohttp, which also lists the open connections.
+    """
+
+    def __init__(self, connect, server):
+        self.connect, self.server, self.full = connect, server, False
+
+    async def accept(self, sock):
+        loop = asyncio.get_running_loop()
+        while True:
+            while len(self.connect.connections) >= self.server.most_connections:
+                self._tell(f"all {self.server.most_connections} connections are in use")
+                await asyncio.sleep(LOOK_S)
+            try:
+                new, _ = await loop.sock_accept(sock)
+            except OSError as error:  # the process or the system is at its limit of open files, or the client has gone
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._tell(f"no connection can be accepted ({error.strerror})")
+                await asyncio.sleep(RETRY_S)
+                continue
+            self.full = False
+            try:
+                transport, _ = await loop.connect_accepted_socket(self.connect, new)
+            except OSError:  # the client has gone
+                new.close()
+            else:
+                self.server.last[transport] = loop.time()
+
+    def _tell(self, what):
+        """Says it once, until a connection is accepted again."""
+        if not self.full:
+            print(f"full       {what}; new ones wait until one closes", flush=True)
+        self.full = True
+
+    async def close_idle(self):
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(min(1.0, self.server.idle_s / 4))
+            now = loop.time()
+            for transport, since in list(self.server.last.items()):
+                if transport not in self.server.working and now - since > self.server.idle_s:
+                    transport.abort()
 
 
 async def serve(server, host, port, ready, stop, drain_s):
@@ -185,12 +278,14 @@ async def serve(server, host, port, ready, stop, drain_s):
 
     ready(port) is called once the server listens. Raises OSError where it cannot listen.
     """
-    runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1)
+    runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1, keepalive_timeout=server.idle_s)
     await runner.setup()
+    sockets, tasks = await listen(host, port), []
     try:
-        site = web.TCPSite(runner, host, port)
-        await site.start()
-        ready(runner.addresses[0][1])
+        gate = Gate(runner.server, server)
+        tasks += [asyncio.create_task(gate.accept(sock)) for sock in sockets]
+        tasks.append(asyncio.create_task(gate.close_idle()))
+        ready(sockets[0].getsockname()[1])
         await stop.wait()
         server.draining = True
         try:
@@ -198,5 +293,10 @@ async def serve(server, host, port, ready, stop, drain_s):
         except asyncio.TimeoutError:
             print(f"stopping   requests that still run after {drain_s:g} s are dropped", flush=True)
     finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for sock in sockets:
+            sock.close()
         await runner.cleanup()
         server.parsers.shutdown(wait=False, cancel_futures=True)

@@ -10,12 +10,14 @@ NAMES = {"chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"), "comp
 
 
 class Choice:
-    """One generated text, while it grows. reason: the finish reason, None until it has ended. entries: its logprobs entries."""
+    """One generated text, while it grows. reason: the finish reason, None until it has ended. entries: its logprobs entries, each with the
+    token's offset: the number of whole characters of the text before its first byte."""
 
     def __init__(self, tokenizer, asked):
         self.tokenizer, self.asked = tokenizer, asked
         self.stream, self.text, self.entries, self.reason = TextStream(tokenizer, asked.stop), "", [], None
-        self.tokens, self.offset = 0, 0  # offset: characters of all tokens so far
+        self.tokens, self.offset = 0, 0
+        self.whole = TextStream(tokenizer)  # the text of all tokens so far, for their places in it
 
     def push(self, event):
         """Adds an event of the engine. Returns (new text, its logprobs entries)."""
@@ -33,7 +35,7 @@ class Choice:
     def _entry(self, event):
         top = [self._token(token, logprob) for token, logprob in event.top_logprobs]
         entry = {**self._token(event.token, event.logprob), "top_logprobs": top, "offset": self.offset}
-        self.offset += len(entry["token"])
+        self.offset += len(self.whole.push(event.token))  # whole characters: one that tokens share counts where its last byte comes
         return entry
 
     def _token(self, token, logprob):

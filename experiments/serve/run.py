@@ -6,22 +6,23 @@ import signal
 import threading
 
 from experiments.serve.engine import Worker
-from experiments.serve.http import Server, Settings, serve
+from experiments.serve.http import Server, Settings, connection_limit, serve
+from qwen3.json_files import read_text
 
-__all__ = ["Settings", "names", "read_keys", "run"]
+__all__ = ["Settings", "connection_limit", "names", "read_keys", "run"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY_CHARACTERS = 16
 
 
-def run(settings, make, most, host, port, drain_s):
+def run(settings, make, most, host, port, drain_s, connections, idle_s):
     """Serves until SIGTERM or SIGINT; a second signal drops the requests that still run.
 
-    make() -> a warmed-up Engine. most: the limit of running and waiting texts together. Raises the error of the engine or the server where
-    one fails.
+    make() -> a warmed-up Engine. most: the limit of running and waiting texts together. connections, idle_s: see http.Gate. Raises the
+    error of the engine or the server where one fails.
     """
     loop, stop, signals, failed = asyncio.new_event_loop(), asyncio.Event(), [], []
     worker = Worker(make, most, loop.call_soon_threadsafe)
-    server = Server(settings, worker)
+    server = Server(settings, worker, connections, idle_s)
 
     def ready(bound):
         print(f"serving    {settings.model} on http://{host}:{bound}/v1{'' if settings.keys else ', without API keys'}", flush=True)
@@ -65,8 +66,8 @@ def read_keys(path):
     """Returns the API keys of a file, one a line; () without a file. Raises ValueError for a key that is short enough to guess."""
     if path is None:
         return ()
-    with open(os.path.expanduser(path), encoding="utf-8") as file:
-        keys = tuple(line.strip() for line in file if line.strip())
+    lines = read_text(os.path.expanduser(path)).splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip())
     if not keys or min(map(len, keys)) < KEY_CHARACTERS:
         raise ValueError(
             f"--api_key_file={path}: give keys of {KEY_CHARACTERS} characters or more, one a line, as `openssl rand -hex 32` makes"

@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -10,10 +9,11 @@ import numpy as np
 from parallel.checkpoint.arrays import match
 from parallel.checkpoint.read import Reader, find
 from parallel.trees import tree_paths, unflatten
-from qwen3 import hf_files, peft
+from qwen3 import peft
 from qwen3.config import Lora
 from qwen3.model import param_specs
 
+ROWS = 4096  # of an embedding, compared at a time
 PROBED, PROBE = 16, 64  # a fingerprint reads at most 16 parameters, and of each at most 64 elements along every dim
 
 
@@ -54,9 +54,20 @@ def open_adapter(folder, cfg, read, path="the base that was given"):
         found = _of_checkpoint(native, cfg)
     else:
         raise FileNotFoundError(f"{folder} holds no adapter: neither {peft.CONFIG} nor a checkpoint; give the folder of an adapter")
+    check_embedding(found, cfg, read, folder)
     noted = {"path": found.base, "fingerprint": found.fingerprint}
     check_base(noted, {"path": path, "fingerprint": fingerprint(cfg, read)}, folder)
     return found
+
+
+def check_embedding(found, cfg, read, folder):
+    """Raises ValueError if the embedding that PEFT saved beside an adapter of the embedding is not that of the base."""
+    for start in range(0, cfg.vocab_size if found.embedding else 0, ROWS):
+        slices = (slice(start, min(start + ROWS, cfg.vocab_size)), slice(0, cfg.hidden_size))
+        if not np.array_equal(found.embedding(slices), np.asarray(read("embed", slices), np.float32), equal_nan=True):
+            raise ValueError(
+                f"{folder}: the embedding saved beside the adapter is not that of the base, so it was trained too; {peft.MERGE}"
+            )
 
 
 def lora_of(settings, folder):
@@ -91,7 +102,7 @@ def check_same(found, cfg, folder):
 def base_name(folder):
     """Returns the path of the base model that an adapter names, "" if it names none."""
     if peft.is_adapter(folder):
-        return str(hf_files.read_json(Path(folder) / peft.CONFIG).get("base_model_name_or_path") or "")
+        return peft.read_config(folder).base_model_name_or_path
     native = find(folder)
     return (Reader(native).meta.get("base") or {}).get("path", "") if native else ""
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -13,7 +14,7 @@ from experiments.watch import metrics
 from layers.lora import without_dropout
 from parallel.checkpoint.files import CheckpointError
 from parallel.trees import tree_map, tree_paths
-from qwen3 import generate, hf, peft
+from qwen3 import generate, hf, hf_files, peft
 from qwen3.model import choose_kernels
 
 ANSWERED_AT_ONCE = 50  # questions in a batch of generation
@@ -38,7 +39,7 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh, saved=True)
     if config.train.save_hf and cfg.lora:
         save_adapter(os.path.join(workdir, "adapter"), cfg, weights, config)
     elif config.train.save_hf:
-        save(os.path.join(workdir, "hf"), cfg.base, weights, data.tokenizer)
+        save(os.path.join(workdir, "hf"), cfg.base, weights, data.tokenizer, config.init_from)
     cfg = without_dropout(cfg)
     params = tree_map(ms.Tensor.from_numpy, weights) if config.train.sample_tokens else None
     if data.held_questions:
@@ -90,9 +91,15 @@ def answers(params, cfg, questions, kernels):
     return out
 
 
-def save(folder, cfg, weights, tokenizer):
+def save(folder, cfg, weights, tokenizer, init_from=""):
+    """Writes a Hugging Face folder. The generation_config.json of the model that training began from comes along."""
     with tempfile.TemporaryDirectory() as files:
         tokenizer.save(files)
+        before = Path(os.path.expanduser(init_from)) if init_from else None
+        if before and before.is_dir():
+            for file in hf.carried_files(before):
+                if file.name == hf_files.GENERATION:
+                    hf_files.copy_file(file, Path(files))
         hf.save(folder, cfg, weights, tokenizer_dir=files)
     print(f"saved      {folder}, which transformers opens")
 
@@ -119,7 +126,7 @@ def sample(params, cfg, config, data, workdir):
     prompt = tokenizer.encode(config.train.sample_prompt) or asked
     with open(os.path.join(workdir, "sample.txt"), "w", encoding="utf-8") as file:
         for name, options in (("greedy", {}), ("temperature 0.8, top_p 0.95", {"temperature": 0.8, "top_p": 0.95})):
-            options = {"stop_ids": (tokenizer.eod_id, tokenizer.eos_id), "kernels": kernels, **options}
+            options = {"stop_ids": (tokenizer.eod_id, tokenizer.eos_id, *cfg.eos_ids), "kernels": kernels, **options}
             new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, **options)[0]
             text = f"--- sample, {name}\n{tokenizer.decode(prompt)}|{tokenizer.decode(new)}\n"
             print(text, end="", flush=True)

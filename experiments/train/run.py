@@ -32,7 +32,7 @@ def train_in(workdir, config):
     mesh = layout.mesh(cfg, parallel, rank)
     with run_folder.locked(workdir, mesh):
         data = corpus.load(config, cfg.vocab_size)
-        cfg = corpus.with_token_ids(cfg, data.tokenizer, trained=not config.data.tokenizer)
+        cfg = corpus.with_token_ids(cfg, data.tokenizer, not config.data.tokenizer, bool(config.data.format or config.data.conversations))
         run(config, cfg, data, workdir, mesh)
 
 

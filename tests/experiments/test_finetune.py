@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import mindspore as ms
 import numpy as np
@@ -11,7 +12,7 @@ from experiments import finetune
 from experiments import flags as command_line
 from experiments.convert import lora as convert_lora
 from experiments.data import conversations, corpus
-from experiments.train import adapter
+from experiments.train import adapter, finish
 from experiments.train import program as train_program
 from experiments.train.weights import initial_params
 from parallel.checkpoint.files import step_folder
@@ -19,6 +20,7 @@ from parallel.checkpoint.read import Reader
 from parallel.trees import tree_paths
 from qwen3 import hf
 from qwen3.model import build
+from qwen3.tokenizer import Tokenizer
 from tests.experiments.test_pretrain import make_config
 from tests.experiments.test_resume import stopping_after
 from tests.tiny import assert_close
@@ -63,6 +65,28 @@ def test_full_fine_tuning_lowers_the_loss_and_leaves_a_model_and_the_share_of_ri
     lines = records(base)
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.5 and 0 <= lines[-1]["exact_match"] <= 1
     assert hf.load(base / "hf")[0].num_layers == 2 and "<|im_start|>user" in (base / "sample.txt").read_text()
+
+
+def test_a_base_model_that_learns_conversations_stops_where_a_turn_ends(base, lora_run, tmp_path):
+    """Its own eos is the end of a document, which never comes after a turn. In the files of the model, of a checkpoint and of a merged
+    adapter; the sampling defaults of the model that training began from come along."""
+    tokenizer = Tokenizer.load(base / "hf")
+    end = tokenizer.encode("<|im_end|>", allow_special=True)[0]
+    assert json.loads((base / "hf" / "generation_config.json").read_text())["eos_token_id"] == [tokenizer.eod_id, end]
+    folder = shutil.copytree(base / "hf", tmp_path / "base")
+    for name in ("config.json", "generation_config.json"):
+        values = {**json.loads((folder / name).read_text()), "eos_token_id": tokenizer.eod_id}
+        values.pop("_from_model_config", None)
+        (folder / name).write_text(json.dumps({**values, "do_sample": True} if name.startswith("gen") else values))
+    cfg = corpus.with_token_ids(hf.load(folder)[0], tokenizer, trained=False, chats=True)
+    assert cfg.eos_id == (tokenizer.eod_id, end) and corpus.with_token_ids(cfg, tokenizer, False, chats=True) == cfg
+    finish.save(tmp_path / "out", cfg, hf.load(folder)[1], tokenizer, str(folder))
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [tokenizer.eod_id, end] and saved["do_sample"] is True
+    assert Reader(step_folder(str(base), 4)).meta["model"]["eos_token_id"] == [tokenizer.eod_id, end]
+    peft_only = shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
+    list(convert_lora.merge(str(peft_only), str(tmp_path / "merged"), str(folder), None))
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [tokenizer.eod_id, end]
 
 
 @pytest.fixture(scope="module")

@@ -258,7 +258,7 @@ def test_a_bad_model_folder_is_named(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="the folder has no config.json"):
         read(monkeypatch, *arguments)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not JSON"):
+    with pytest.raises(ValueError, match="config.json: broken JSON"):
         read(monkeypatch, *arguments)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="model_type='llama'"):

@@ -15,9 +15,9 @@ import pytest
 from experiments.convert import weights as convert_weights
 from experiments.generate import batch as generate_batch
 from experiments.generate import chat as generate_chat
-from experiments.generate import prompts
-from experiments.generate.flags import sampling_defaults
+from experiments.generate import defaults, prompts
 from experiments.layout import check as layout
+from experiments.serve import requests as serve_requests
 from experiments.train import adapter, weights
 from parallel.checkpoint import store as checkpoint_store
 from parallel.checkpoint.files import step_folder
@@ -29,7 +29,7 @@ from qwen3 import hf, peft
 from qwen3.engine import Engine, Request
 from qwen3.generate import generate
 from qwen3.model import param_specs
-from qwen3.tokenizer import train_bpe
+from qwen3.tokenizer import Tokenizer, train_bpe
 from tests.parallel.test_launch import free_port
 from tests.qwen3.test_peft import saved
 from tests.tiny import DENSE, MOE, assert_close, random_params
@@ -86,7 +86,7 @@ def written(path):
 def expected(folder, tokenizer, count, lines=LINES):
     """The greedy text of each line, on one line."""
     cfg, params = hf.load(folder)
-    ids = [generate(params, [tokenizer.encode(line)], cfg, count, stop_ids=(cfg.eos_id,))[0] for line in lines]
+    ids = [generate(params, [tokenizer.encode(line)], cfg, count, stop_ids=(cfg.eos_id, tokenizer.eod_id))[0] for line in lines]
     return [generate_batch.line(SimpleNamespace(text=tokenizer.decode(row, skip_special=True))) for row in ids]
 
 
@@ -259,11 +259,48 @@ def test_prompts_of_every_kind_of_line(tokenizer, tmp_path):
         prompts.read(path=str(tmp_path / "none"))
 
 
-def test_defaults_are_those_of_generation_config():
+def test_defaults_are_those_of_generation_config(tmp_path):
     file = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "eos_token_id": [1, 2]}
-    assert sampling_defaults(file) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
-    assert sampling_defaults({**file, "do_sample": False}) == {"repetition_penalty": 1.05}  # then transformers is greedy
-    assert sampling_defaults({"do_sample": True}) == {"temperature": 1.0} and sampling_defaults({}) == {}
+
+    def sampling(**changes):
+        (tmp_path / "generation_config.json").write_text(json.dumps({**file, **changes}))
+        return defaults.sampling(defaults.read(tmp_path))
+
+    assert sampling() == {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
+    assert sampling(do_sample=False) == {"temperature": 0.0, "repetition_penalty": 1.05}  # then transformers is greedy
+    assert sampling(do_sample=None) == {"repetition_penalty": 1.05} and sampling(top_k=-1)["top_k"] == 0
+    assert sampling(temperature=None, top_k=None, top_p=None, repetition_penalty=None) == {"temperature": 1.0}
+    (tmp_path / "generation_config.json").unlink()
+    assert defaults.sampling(defaults.read(tmp_path)) == {}
+
+
+def test_requests_have_the_defaults_of_generation_config_too(tokenizer, tmp_path):
+    """The server's rule is that of experiments.generate; a request wins over the file."""
+    file = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "max_new_tokens": 7}
+    (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    found = defaults.for_requests(defaults.read(tmp_path))
+
+    def options(given=found, **body):
+        body = json.dumps({"model": "m", "prompt": "the fox", **body}).encode()
+        return serve_requests.parse(body, "completion", tokenizer, "m", 200, (1,), 10, given).options
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    assert [options()[name] for name in names] == [0.6, 20, 0.95, 0.0, 1.05, 7]
+    assert options(temperature=0, max_tokens=30)["temperature"] == 0 and options(max_tokens=30)["max_new_tokens"] == 30
+    assert [options({})[name] for name in names] == [1.0, 0, 1.0, 0.0, 1.0, 16]  # OpenAI's
+
+
+def test_a_text_ends_at_the_ids_of_the_files_and_of_the_chat_template(tokenizer, tmp_path):
+    """Of a base model, whose own eos is the end of a document, a turn ends at <|im_end|>."""
+    base = Tokenizer(tokenizer._backend, {**tokenizer._config, "eos_token": "<|endoftext|>"})
+    cfg = DENSE.replace(vocab_size=tokenizer.vocab_size, eos_id=3)
+    end = tokenizer.encode("<|im_end|>", allow_special=True)[0]
+    assert defaults.stop_ids(defaults.read(tmp_path), cfg, base) == {3, base.eod_id, end}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert defaults.stop_ids(defaults.read(tmp_path), cfg, base) == {5, 6, base.eod_id, end}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 999}')
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id=999 is outside the vocabulary of"):
+        defaults.stop_ids(defaults.read(tmp_path), cfg, base)
 
 
 def test_a_conversation_goes_on_from_all_of_it(engine, tokenizer):

@@ -313,7 +313,7 @@ def test_conversations_become_tokens_and_their_loss_masks(tmp_path, folder, tok,
 
 
 def test_conversation_that_cannot_be_used_is_named_by_file_and_line(tmp_path, folder):
-    path = jsonl(tmp_path / "in.jsonl", [{"messages": [{"role": "assistant", "content": "a"}], "tools": [{}]}])
+    path = jsonl(tmp_path / "in.jsonl", [{"messages": [{"role": "assistant", "content": "a"}], "tools": [{"name": "f"}]}])
     common = (f"--input={path}", f"--output_prefix={tmp_path}/p", f"--tokenizer={folder}", "--format=messages")
     assert run(*common, status=2).startswith(f"error: {path}, line 1: chat template: this tokenizer was trained without tool tokens")
     path.write_text('{"text": "a"}')

@@ -235,7 +235,8 @@ BAD = [
     ({**CHAT, "messages": [1]}, 400, "messages"),
     ({**CHAT, "messages": [{"role": "boss", "content": "x"}]}, 400, "messages"),
     ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
-    ({**CHAT, "tools": [{"type": "function"}]}, 400, "messages"),  # this tokenizer's template has none
+    ({**CHAT, "tools": [{"type": "function"}]}, 400, "tools"),
+    ({**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "messages"),  # this tokenizer's template has none
     ({**CHAT, "tool_choice": "required"}, 400, "tool_choice"),
     ({**CHAT, "chat_template_kwargs": {"x": 1}}, 400, "chat_template_kwargs"),
     ({**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),

@@ -1,14 +1,20 @@
 """Parts of experiments.serve alone: templates, keys, and an engine that fails."""
 
 import asyncio
+import contextlib
+import errno
+import http.client as http_client
 import json
+import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from experiments.serve import requests as serve_requests
 from experiments.serve.engine import FAILURES, Full, Job, Worker
+from experiments.serve.replies import Choice, Reply
 from qwen3.engine import Event
 from qwen3.tokenizer import Tokenizer
 from tests.experiments import scoring_worker
@@ -136,6 +142,227 @@ def test_no_more_jobs_are_held_than_may_be(worker):
         worker.worker.submit([ask(worker.worker, [1])[0]])
     worker.worker.release(jobs)
     assert [event.token for event in finished(worker.worker, [4])] == [4]
+
+
+def replied(tokenizer, events, kind="completion", prompts=((1, 2, 3),), **asked):
+    """The whole answer to a request whose choices have these events of the engine."""
+    asked = serve_requests.Asked(
+        list(prompts), **{"n": 1, "options": {}, "stop": (), "logprobs": None, **asked}, stream=False, include_usage=False
+    )
+    choices = [Choice(tokenizer, asked) for _ in events]
+    for choice, of_choice in zip(choices, events):
+        for event in of_choice:
+            if choice.reason is None:
+                choice.push(event)
+    return Reply(kind, "m", asked).whole(choices)
+
+
+def said(tokenizer, text, last="length", stop=None):
+    """The engine's events of a text, one for each byte; stop: the id that ends it."""
+    single = {tokenizer.bytes_of(i): i for i in range(tokenizer.vocab_size) if len(tokenizer.bytes_of(i)) == 1}
+    ids = [single[bytes([b])] for b in text.encode()] + ([] if stop is None else [stop])
+    return [Event(0, i, -1.0, [(i, -1.0)], last if at == len(ids) - 1 else None) for at, i in enumerate(ids)]
+
+
+def test_usage_counts_the_token_that_ends_a_text_and_each_prompt_once(tokenizer):
+    """However many texts are asked for."""
+    stopped = said(tokenizer, "ab", "stop", tokenizer.eos_id)
+    usage = replied(tokenizer, [stopped] * 3, n=3)["usage"]
+    assert usage == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}
+    usage = replied(tokenizer, [stopped, said(tokenizer, "abc")], prompts=((1, 2, 3), (4,)))["usage"]
+    assert usage == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+    assert replied(tokenizer, [stopped])["choices"][0]["text"] == "ab"
+
+
+def test_text_offset_is_the_place_in_the_text_in_characters(tokenizer):
+    """A token that goes on with a character is at that character's place; what follows does not drift."""
+    choice = replied(tokenizer, [said(tokenizer, "a\u00e9\U0001f642b")], logprobs=1)["choices"][0]
+    assert choice["text"] == "a\u00e9\U0001f642b"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2, 2, 2, 2, 3]
+    special = [Event(0, tokenizer.eod_id, -1.0, []), *said(tokenizer, "xy")]  # a special token is no part of the text
+    choice = replied(tokenizer, [special], logprobs=0)["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("xy", [0, 0, 1])
+    chat = replied(tokenizer, [said(tokenizer, "\u00e9")], "chat", logprobs=1)["choices"][0]["logprobs"]["content"]
+    assert [entry["bytes"] for entry in chat] == [[0xC3], [0xA9]] and "offset" not in chat[0]
+
+
+def test_a_stop_text_is_the_reason_also_where_the_limit_comes_with_it(tokenizer):
+    choice = replied(tokenizer, [said(tokenizer, "a END")], stop=("END",))["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("a ", "stop")
+    choice = replied(tokenizer, [said(tokenizer, "a EN")], stop=("END",))["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("a EN", "length")
+
+
+def test_without_a_limit_a_completion_has_16_tokens_and_a_chat_all_the_room(tokenizer):
+    completion = parse(tokenizer, "completion", prompt=[1, 2, 3])
+    assert completion.options["max_new_tokens"] == 16 and completion.prompt_tokens == 3
+    assert parse(tokenizer, "completion", prompt=[1] * 190).options["max_new_tokens"] == 10
+    chat = parse(tokenizer, messages=[{"role": "user", "content": "x"}])
+    assert chat.options["max_new_tokens"] == 200 - len(chat.prompts[0]) > 16
+    assert parse(tokenizer, "completion", prompt=[1, 2, 3], n=3).prompt_tokens == 3
+
+
+class Talker:
+    """An engine that says 20 tokens a step to each request until its limit, with much about each."""
+
+    def __init__(self):
+        self.left, self.next = {}, 0
+
+    def submit(self, request):
+        self.next += 1
+        self.left[self.next] = request.max_new_tokens
+        return self.next
+
+    def cancel(self, number):
+        self.left.pop(number, None)
+
+    def step(self, most):
+        time.sleep(0.002)
+        events = []
+        for number in list(self.left):
+            count = min(20, self.left[number])
+            self.left[number] -= count
+            events += [Event(number, 65, -1.0, [(i, -1.0) for i in range(20)]) for _ in range(count)]
+            if not self.left[number]:
+                del self.left[number]
+                events[-1] = Event(number, 65, -1.0, [], "length")
+        return events
+
+
+@contextlib.contextmanager
+def listening(tokenizer, **limits):
+    """(port, the Worker) of a server with a Talker, in threads of their own."""
+    pytest.importorskip("aiohttp")
+    from experiments.serve import http
+
+    loop, stop, ports, ready = asyncio.new_event_loop(), asyncio.Event(), [], threading.Event()
+    worker = Worker(Talker, 4, loop.call_soon_threadsafe)
+    server = http.Server(http.Settings("m", tokenizer, 1 << 20, (7,), 2, 1 << 20), worker, **limits)
+
+    def bound(port):
+        ports.append(port)
+        ready.set()
+
+    threads = [
+        threading.Thread(target=lambda: loop.run_until_complete(http.serve(server, "127.0.0.1", 0, bound, stop, 0.1))),
+        threading.Thread(target=worker.run),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        assert ready.wait(10)
+        yield ports[0], worker
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        worker.stop()
+        for thread in threads:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in threads)
+        loop.close()
+
+
+def asks(port, body=None, timeout_s=10):
+    """The status and JSON of a request on a connection of its own."""
+    connection = http_client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        if body is None:
+            connection.request("GET", "/health", headers={"Connection": "close"})
+        else:
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json", "Connection": "close"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def test_connections_are_bounded_and_idle_ones_and_slow_heads_are_closed(tokenizer, capfd):
+    """Others are served again as soon as some have gone; that the server is full is said once."""
+    with listening(tokenizer, most_connections=6, idle_s=0.6) as (port, _):
+        held = [socket.create_connection(("127.0.0.1", port)) for _ in range(12)]
+        for number, one in enumerate(held):
+            if number % 3:
+                one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        end = time.monotonic() + 20
+
+        def trickle():
+            while time.monotonic() < end and not done.is_set():
+                for one in held[1::3]:
+                    with contextlib.suppress(OSError):
+                        one.sendall(b"a")
+                time.sleep(0.05)
+
+        done = threading.Event()
+        sender = threading.Thread(target=trickle)
+        sender.start()
+        assert asks(port, timeout_s=15)[0] == 200
+        done.set()
+        sender.join()
+        for one in held:
+            one.close()
+        keep = http_client.HTTPConnection("127.0.0.1", port, timeout=5)  # one that asks now and then stays open
+        for _ in range(8):
+            keep.request("GET", "/health")
+            assert keep.getresponse().read()
+            time.sleep(0.2)
+        keep.close()
+    out, err = capfd.readouterr()
+    assert 1 <= out.count("full       all 6 connections are in use; new ones wait until one closes") <= 3 and "Traceback" not in err
+
+
+def test_at_the_limit_of_open_files_it_is_said_once_and_goes_on(tokenizer, capfd, monkeypatch):
+    import asyncio.selector_events as events
+
+    accept, tries = events.BaseSelectorEventLoop.sock_accept, []
+
+    async def refused(self, sock):
+        found = await accept(self, sock)
+        tries.append(1)
+        if len(tries) < 4:
+            found[0].close()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return found
+
+    monkeypatch.setattr(events.BaseSelectorEventLoop, "sock_accept", refused)
+    with listening(tokenizer) as (port, _):
+        statuses = []
+        while not statuses:
+            with contextlib.suppress(OSError, http_client.HTTPException):
+                statuses.append(asks(port)[0])
+    out, err = capfd.readouterr()
+    assert statuses == [200] and len(tries) >= 4 and out.count("no connection can be accepted (Too many open files)") == 1
+    assert "Traceback" not in err and "Too many" not in err
+
+
+def test_a_client_that_never_reads_its_stream_loses_its_place(tokenizer):
+    asked = {"model": "m", "messages": [{"role": "user", "content": "a"}], "stream": True, "max_tokens": 500_000}
+    body = json.dumps({**asked, "logprobs": True, "top_logprobs": 20}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with listening(tokenizer, idle_s=0.5) as (port, worker):
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.sendall(head.encode() + body)
+            end = time.monotonic() + 5
+            while not worker.held and time.monotonic() < end:
+                time.sleep(0.01)
+            assert worker.held
+            end = time.monotonic() + 30
+            while worker.held:
+                assert time.monotonic() < end, "its slot is never free"
+                time.sleep(0.05)
+        assert asks(port, {"model": "m", "prompt": "a", "max_tokens": 3})[1]["usage"]["completion_tokens"] == 3
+
+
+def test_connections_leave_files_for_the_rest(monkeypatch):
+    pytest.importorskip("aiohttp")
+    from experiments.serve import http
+
+    for files, asked, most in ((1024, 5000, 960), (1024, 10, 10), (http.resource.RLIM_INFINITY, 5000, 5000)):
+        monkeypatch.setattr(http.resource, "getrlimit", lambda _, files=files: (files, files))
+        assert http.connection_limit(asked) == most
+    monkeypatch.setattr(http.resource, "getrlimit", lambda _: (64, 64))
+    with pytest.raises(ValueError, match="the limit of open files, 64, leaves no room for connections"):
+        http.connection_limit(5)
 
 
 def test_a_server_with_keys_wants_one_of_them(tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from qwen3 import chat
 from qwen3.chat import alpaca, encode_chat, openai, sharegpt
 from qwen3.tokenizer import CHAT_TEMPLATE, Tokenizer, train_bpe
 
+PEERS = Path(__file__).parents[1] / "golden" / "peers"
 # As Qwen3's: tools, reasoning dropped before the last question, an empty think block without reasoning, tool responses as a user's.
 QWEN3 = """\
 {%- if tools %}
@@ -123,11 +125,15 @@ CONVERSATIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def base():
+def make_tokenizer():
     tok = train_bpe(["hello there, it is done: two and two makes 4\n" * 20, "日本 नमस्ते é"], 400)
     tok._backend.add_tokens(ADDED)
     return tok
+
+
+@pytest.fixture(scope="module")
+def base():
+    return make_tokenizer()
 
 
 def with_template(tok, template):
@@ -156,14 +162,29 @@ def judge(peer, template, messages, tools, thinking):
     return out["input_ids"], out["assistant_masks"]
 
 
+def case_id(name, tools, thinking):
+    return f"{name}, tools {bool(tools)}, thinking {thinking}"
+
+
 CASES = list(itertools.product(CONVERSATIONS, (None, TOOLS), (None, True, False)))
-IDS = [f"{name}, tools {bool(tools)}, thinking {thinking}" for name, tools, thinking in CASES]
+IDS = [case_id(*case) for case in CASES]
+STORED = json.loads((PEERS / "chats.json").read_text())
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_text_and_mask_are_those_that_transformers_gave(tok, name):
+    """With a tagged template; stored, so that this is judged without the peer too."""
+    for tools, thinking in itertools.product((None, TOOLS), (None, True, False)):
+        text, runs = STORED[case_id(name, tools, thinking)]
+        ids, mask = encode_chat(tok, CONVERSATIONS[name], tools, thinking, train_empty_think=True)
+        assert ids.tolist() == tok.encode(text, allow_special=True)
+        assert mask.tolist() == [bit % 2 for bit, length in enumerate(runs) for _ in range(length)]
 
 
 @pytest.mark.parametrize("name, tools, thinking", CASES, ids=IDS)
 def test_mask_is_what_transformers_marks_in_a_tagged_template(tok, peer, name, tools, thinking):
     messages = CONVERSATIONS[name]
-    ids, mask = encode_chat(tok, messages, tools, thinking)
+    ids, mask = encode_chat(tok, messages, tools, thinking, train_empty_think=True)
     wanted_ids, wanted = judge(peer, TAGGED, messages, tools, thinking)
     assert ids.tolist() == wanted_ids
     assert mask.tolist() == wanted, tok.decode(ids[mask != wanted])
@@ -186,7 +207,7 @@ def test_released_template_needs_no_tag(base, peer, name):
     said = "message.content + '<|im_end|>"
     tagged = CHAT_TEMPLATE.replace(f"{{{{- '<|im_start|>' + message.role + '\\n' + {said}\\n' }}}}", SPLIT_TURN)
     assert tagged != CHAT_TEMPLATE
-    ids, mask = encode_chat(with_template(base, CHAT_TEMPLATE), messages)
+    ids, mask = encode_chat(with_template(base, CHAT_TEMPLATE), messages, train_empty_think=True)
     wanted_ids, wanted = judge(peer, tagged, messages, None, None)
     assert ids.tolist() == wanted_ids and mask.tolist() == wanted
 
@@ -219,10 +240,27 @@ def test_prompt_that_opens_the_thinking_is_not_the_assistants(base):
 
 def test_empty_think_block_is_the_prompts_where_thinking_is_off(tok):
     messages = CONVERSATIONS["three turns"]
-    assert marked(tok, messages)[-1] == "<think>\n\n</think>\n\ng<|im_end|>"
+    assert marked(tok, messages, train_empty_think=True)[-1] == "<think>\n\n</think>\n\ng<|im_end|>"
     assert marked(tok, messages, enable_thinking=False) == ["b<|im_end|>", "d\n\ne<|im_end|>", "g<|im_end|>"]
     reasoned = CONVERSATIONS["reasoning"]
     assert marked(tok, reasoned, enable_thinking=False) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [PLAIN, TAGGED], ids=["plain", "tagged"])
+def test_empty_think_block_has_no_loss_unless_asked_for(base, template):
+    """So that answers without reasoning do not teach a thinking model to end its thought at once. The tokens stay where they are."""
+    tok = with_template(base, template)
+    three, edges = CONVERSATIONS["three turns"], CONVERSATIONS["edges"]
+    assert marked(tok, three) == ["b<|im_end|>", "d\n\ne<|im_end|>", "g<|im_end|>"]
+    assert marked(tok, [user("x"), bot("\n<b>\n")]) == ["<b>\n<|im_end|>"]
+    for messages in (three, edges, CONVERSATIONS["one tool"]):
+        (ids, mask), (all_ids, all_) = encode_chat(tok, messages), encode_chat(tok, messages, train_empty_think=True)
+        block = tok.decode(ids[(all_ == 1) & (mask == 0)])
+        assert np.array_equal(ids, all_ids) and (mask <= all_).all() and block == "<think>\n\n</think>\n\n"
+    thought = CONVERSATIONS["reasoning"]
+    assert marked(tok, thought) == marked(tok, thought, train_empty_think=True) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
+    own = [user("x"), bot("<think>\n\n</think>\n\nb"), user("y"), bot("c")]
+    assert marked(tok, own) == ["b<|im_end|>", "c<|im_end|>"]
 
 
 def test_closing_token_counts_whatever_the_eos_token_is(base):
@@ -246,7 +284,7 @@ def test_template_without_generation_prompt_marks_by_what_stays_the_same(base):
 
 BAD = [
     ([user("x")], PLAIN, "no assistant turn"),
-    ([user("x"), bot(["a"])], PLAIN, "message 1: 'content' is list; give text"),
+    ([user("x"), bot(["a"])], PLAIN, "messages[1].content=['a'] must be text, or a list of text parts"),
     ([user("x"), bot("\udc00")], PLAIN, "half a surrogate pair"),
     ([bot("x")], STRICT, "chat template: roles must alternate"),
     ([user("x"), bot("y")], PLAIN.replace("{{- '<|im_end|>' }}", ""), "no special token closes the assistant turn"),
@@ -308,9 +346,13 @@ BAD_RECORDS = [
     (sharegpt, {"conversations": [{"from": "function_call", "value": "{"}]}, "'function_call' is not JSON"),
     (sharegpt, {"conversations": [{"from": "gpt", "value": "x"}], "tools": "{"}, "'tools' is not JSON"),
     (openai, {"messages": "hello"}, "'messages' is not JSON"),
-    (openai, {"messages": [{"role": "developer", "content": "x"}]}, "role='developer' is not known; use one of system, user"),
-    (openai, {"messages": [user([{"type": "image_url"}])]}, "'content' has the item {'type': 'image_url'}; only text"),
-    (openai, {"messages": [user(3)]}, "'content' is int; give text"),
+    (openai, {"messages": [{"role": "developer", "content": "x"}]}, "messages[0].role='developer' must be one of system, user"),
+    (
+        openai,
+        {"messages": [user([{"type": "image_url"}])]},
+        "messages[0].content=[{'type': 'image_url'}] must be text, or a list of text parts; only text",
+    ),
+    (openai, {"messages": [user(3)]}, "messages[0].content=3 must be text"),
     (openai, {"messages": [{"role": "user"}]}, "a message of role 'user' has neither content nor tool calls"),
 ]
 

@@ -124,6 +124,29 @@ def test_stops_end_a_row_and_let_the_next_one_in(params):
         assert [e.finish_reason for e in events] == [None] * upto + ["stop"]
 
 
+@pytest.mark.parametrize("by_host", [False, True])
+def test_a_row_that_stops_lets_the_next_one_in_before_the_others_are_done(params, by_host):
+    """Where others wait, a round of decoding ends with the first row that stops; else it goes on until the last one has."""
+    more = {"logprobs": 0} if by_host else {}
+    first, second, third = prompts(DENSE)[:3]
+    (plain,) = tokens(serve(engine(params), [Request(second, 30)]))
+    at = next(i for i in range(2, 9) if plain[i] not in plain[:i])
+    for waiting, stays in ((True, True), (False, False)):
+        e = engine(params, slots=2)
+        long = e.submit(Request(first, 40, **more))
+        short = e.submit(Request(second, 30, stop_ids=(plain[at],), **more))
+        while len(e._decoding()) < 2:  # both prompts are read
+            e.step(1)
+        third_id = e.submit(Request(third, 3, **more)) if waiting else None
+        events = e.step(32)
+        ended = [event.id for event in events].index(short) if waiting else 0
+        assert [event.finish_reason for event in events if event.id == short][-1] == "stop" and ended >= 0
+        after_stop = sum(event.id == long for event in events[[i for i, x in enumerate(events) if x.id == short][-1] :])
+        assert (after_stop <= 1) == stays, after_stop
+        if waiting:
+            assert third_id in [event.id for event in e.step(1)]
+
+
 def test_a_row_ends_where_the_cache_does(params):
     long, full = prompts(DENSE, (60, 64))
     served = serve(engine(params), [Request(long, 100), Request(full, 100)])

@@ -182,6 +182,28 @@ def test_tied_model_has_no_lm_head_and_accepts_one(folder, tmp_path):
     assert_same(hf.load(folder)[1], params)
 
 
+def moved(tensors):
+    """The last row of the head is another."""
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    return {"lm_head.weight": head}
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_tied_model_with_a_head_of_its_own_is_refused(block, folder, monkeypatch):
+    """Not reading that head would compute another model, and lose it on saving."""
+    monkeypatch.setattr(hf.hf_files, "MAPPED_BYTES", block)
+    edit_tensors(folder, lambda t: t.update(moved(t)))
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding; set tie_word_embeddings to false in config.json"):
+        hf.load(folder)
+    edit_config(folder, tie_word_embeddings=False)
+    assert hf.load(folder)[1]["lm_head"].shape == (101, 40)
+    edit_config(folder, tie_word_embeddings=True)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].copy()}))
+    with pytest.raises(ValueError, match=r"lm_head.weight is F32 \[5, 40\], not the embedding"):
+        hf.load(folder)
+
+
 def test_rotary_buffers_of_old_files_are_ignored(folder):
     before = hf.load(folder)[1]
     edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8)}))
@@ -201,6 +223,19 @@ def test_config_of_transformers_4_is_the_same_model(name, tmp_path):
     cfg, params = hf.load(folder)
     assert cfg == hf.load(GOLDEN / name)[0]
     assert_same(params, hf.load(GOLDEN / name)[1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_config_says_what_transformers_wrote(name, tmp_path):
+    """Of each key that both have; and the angles, which transformers 5 keeps in one place. So far the peer is not needed to see a slip."""
+    hf.save(tmp_path / "out", *hf.load(GOLDEN / name))
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", GOLDEN / name))
+    shared = sorted((ours.keys() & theirs.keys()) - {"architectures", "use_cache", "torch_dtype"})
+    assert {key: ours[key] for key in shared} == {key: theirs[key] for key in shared} and len(shared) > 15
+    rope = theirs["rope_parameters"]
+    assert ours["rope_theta"] == rope["rope_theta"] and ours["architectures"] == theirs["architectures"]
+    given = {**(ours["rope_scaling"] or {"rope_type": "default"}), "rope_theta": ours["rope_theta"]}
+    assert {key: given[key] for key in rope} == rope
 
 
 def test_router_bias_is_kept_and_warned_about(tmp_path):

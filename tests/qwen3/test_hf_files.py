@@ -71,9 +71,14 @@ BAD = {
     "other_model": (_config(model_type="llama"), ValueError, "model_type='llama'.*not supported"),
     "sliding_window": (_config(use_sliding_window=True), ValueError, "use_sliding_window=true is not supported"),
     "quantised": (_config(quantization_config={"quant_method": "fp8"}), ValueError, "quant_method='fp8'.*not supported"),
-    "string_size": (_config(hidden_size="40"), ValueError, "hidden_size='40' must be a positive integer"),
+    "string_size": (_config(hidden_size="40"), ValueError, "config.json: hidden_size='40' must be a whole number from 1 to"),
     "wrong_type": (_config(rope_parameters=[1]), ValueError, "config.json"),
-    "huge_depth": (_config(num_hidden_layers=10**9, layer_types=None), ValueError, "num_hidden_layers=1000000000, but.* 24 tensors"),
+    "huge_depth": (
+        _config(num_hidden_layers=10**9, layer_types=None),
+        ValueError,
+        "num_hidden_layers=1000000000 must be a whole number",
+    ),
+    "great_depth": (_config(num_hidden_layers=4000, layer_types=None), ValueError, "num_hidden_layers=4000, but.* 24 tensors"),
     "no_weights": (lambda f: (f / "model.safetensors").unlink(), FileNotFoundError, "neither model.safetensors nor"),
     "pickle": (_only_pickle, FileNotFoundError, "convert pytorch_model.bin to safetensors: pickle files are not read"),
     "missing": (lambda f: edit_tensors(f, lambda t: t.pop(NORM)), ValueError, f"missing tensors {NORM}"),
@@ -132,8 +137,8 @@ BAD_INDEX = {
     "no_shard": (lambda f: next(f.glob("model-00002*")).unlink(), FileNotFoundError, "model-00002-of-.*, named by .* is missing"),
     "folder": (_weight_map(lambda m, f: {**m, NORM: "."}), FileNotFoundError, "is missing"),
     "wrong_shard": (_weight_map(lambda m, f: {**m, NORM: min(m.values())}), ValueError, f"{NORM} should be in model-00001.* lacks it"),
-    "list": (_weight_map(lambda m, f: list(m)), ValueError, "weight_map must map"),
-    "numbers": (_weight_map(lambda m, f: {NORM: 1}), ValueError, "weight_map must map"),
+    "list": (_weight_map(lambda m, f: list(m)), ValueError, "weight_map=.* must be an object that maps tensor names"),
+    "numbers": (_weight_map(lambda m, f: {NORM: 1}), ValueError, "weight_map=.* must be an object that maps tensor names"),
     "broken": (lambda f: (f / "model.safetensors.index.json").write_text("{"), ValueError, "index.json: broken JSON"),
 }
 

@@ -12,7 +12,11 @@ from parallel.trees import tree_map, tree_paths
 from qwen3 import hf, hf_files, peft
 from qwen3.config import Lora
 from qwen3.model import build, param_specs
+from tests.golden.make_peers import ADAPTERS
+from tests.qwen3.hf_folders import GOLDEN
 from tests.tiny import DENSE, KINDS, MIXED, MOE, assert_close, random_params
+
+STORED = GOLDEN.parent / "peers" / "peft"
 
 
 def adapted(cfg, **changes):
@@ -64,7 +68,7 @@ def test_what_peft_saves_is_read(tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager", dtype=torch.float32)
     options = {"target_modules": ["q_proj", "o_proj", "up_proj", "embed_tokens"], "init_lora_weights": False, "lora_dropout": 0.1}
     model = theirs.get_peft_model(base, theirs.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options)).eval()
-    model.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
+    model.save_pretrained(str(tmp_path / "theirs"))  # the base's embedding is beside it
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9)).astype(np.int32)
     with torch.no_grad():
         want = model(torch.from_numpy(tokens).long()).logits.numpy()
@@ -73,9 +77,19 @@ def test_what_peft_saves_is_read(tmp_path):
     assert_close(want, build(found).forward(params, ms.Tensor(tokens))[0], 2e-5)
 
 
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_with_adapters_are_those_that_peft_gave(name):
+    """Adapters that PEFT saved by itself, and its logits, stored, so that this is judged without the peer too."""
+    stored = np.load(STORED / name / "logits.npz")
+    base = hf.load(GOLDEN / ADAPTERS[name][0])
+    for merge in (False, True):
+        cfg, params = adapter.with_adapter(*base, STORED / name, merge=merge)
+        assert_close(stored["logits"], build(cfg).forward(params, ms.Tensor(stored["tokens"]))[0], 2e-5)
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_an_adapter_comes_back_bit_for_bit(kind, tmp_path):
-    cfg, params = saved(tmp_path, KINDS[kind], rslora=False)
+    cfg, params = saved(tmp_path, KINDS[kind], rslora=kind == "dense")
     found = peft.open_adapter(tmp_path / "adapter", cfg.base)
     assert found.lora == cfg.lora and found.base == str(tmp_path / "base")
     leaves = dict(tree_paths(params))
@@ -85,15 +99,15 @@ def test_an_adapter_comes_back_bit_for_bit(kind, tmp_path):
 
 
 REFUSED = {
-    "use_dora=True is not supported": {"use_dora": True},
+    "use_dora=True is not supported; merge it into its base with PEFT": {"use_dora": True},
     "bias='all' is not supported": {"bias": "all"},
     r"modules_to_save=\['lm_head'\] is not supported": {"modules_to_save": ["lm_head"]},
     r"rank_pattern=\{'q_proj': 4\} is not supported": {"rank_pattern": {"q_proj": 4}},
     "peft_type='IA3' is not supported": {"peft_type": "IA3"},
     "init_lora_weights='pissa' changes the base's weights": {"init_lora_weights": "pissa"},
-    "r=0 must be an integer above 0": {"r": 0},
-    "lora_alpha=None must be a number above 0": {"lora_alpha": None},
-    r"lora_A.weight has shape \[3, 24\], but the base needs \[5, 24\]": {"r": 5},
+    "adapter_config.json: r=0 must be a whole number from 1 to 65536": {"r": 0},
+    "lora_alpha is missing; give a number above 0": {"lora_alpha": None},
+    r"lora_A.weight has shape \[3, 24\], and the base makes it \[5, 24\]": {"r": 5},
 }
 
 
@@ -115,6 +129,32 @@ def test_tensors_that_are_missing_or_of_another_module_are_named(tmp_path):
     hf_files.write_tensors(tmp_path / "adapter" / peft.WEIGHTS, entries, list(file.arrays(file.entries)))
     with pytest.raises(ValueError, match="c_proj.lora_A.weight adapts none of the modules that can be adapted in this model: embed, q, k"):
         peft.open_adapter(tmp_path / "adapter", cfg.base)
+
+
+def beside(folder, name, array):
+    """Adds a tensor to a saved adapter's file."""
+    file = hf_files.TensorFile(folder / peft.WEIGHTS)
+    entries = [(name_, entry.code, entry.shape) for name_, entry in file.entries.items()] + [(name, "F32", array.shape)]
+    hf_files.write_tensors(folder / peft.WEIGHTS, entries, [*file.arrays(file.entries), array], file.metadata)
+
+
+def test_the_embedding_that_peft_saves_beside_its_adapter_has_to_be_the_bases(tmp_path):
+    """PEFT does so by default where embed_tokens is among the modules."""
+    cfg, _ = saved(tmp_path, DENSE, targets=("embed", "q"))
+    base_cfg, base = hf.load(tmp_path / "base")
+    before = adapter.with_adapter(base_cfg, base, tmp_path / "adapter")[1]
+    beside(tmp_path / "adapter", peft.EMBEDDING, base["embed"].asnumpy())
+    after = adapter.with_adapter(base_cfg, base, tmp_path / "adapter")[1]
+    assert all(np.array_equal(a.asnumpy(), b.asnumpy()) for (_, a), (_, b) in zip(tree_paths(before), tree_paths(after)))
+    for name, array, said in (
+        (peft.EMBEDDING, base["embed"].asnumpy() + 1e-3, "the embedding saved beside the adapter is not that of the base.*merge it into"),
+        (peft.EMBEDDING, np.zeros((7, 24), np.float32), r"base_layer.weight has shape \[7, 24\], and the base makes it \[61, 24\]"),
+        (f"{peft.PREFIX}lm_head.lora_A.weight", np.zeros((3, 24), np.float32), "lm_head.lora_A.weight is of no module.*merge it into"),
+    ):
+        peft.save(tmp_path / "adapter", cfg, {p: np.zeros(s.shape) for p, s in peft.adapters(cfg).items()}, "", "")
+        beside(tmp_path / "adapter", name, array)
+        with pytest.raises(ValueError, match=said):
+            adapter.with_adapter(base_cfg, base, tmp_path / "adapter")
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(tmp_path):

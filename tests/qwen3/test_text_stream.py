@@ -1,6 +1,7 @@
 """Text as its tokens come: what decode gives of all of them, whole characters only, cut before a stop string wherever tokens cut it."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,6 +63,18 @@ def test_a_stop_string_ends_the_text_however_tokens_cut_it(tok, text, stop, kept
         shown += piece
         rest = text.encode()[: i + 1].decode(errors="ignore")[len(shown) :]
         assert len(shown) == len(kept) or any(s.startswith(rest) for s in stop)
+
+
+@pytest.mark.parametrize("cuts", [[5], [1, 4], [2, 3], [1, 1, 1, 1, 1]])
+def test_the_stop_string_that_is_complete_first_counts_however_a_token_holds_both(cuts):
+    """ "abcd" begins first, and "c" is complete first; with one token of both as with one token a character."""
+    text, pieces = "xabcd", []
+    for size in cuts:
+        pieces.append(text[:size].encode())
+        text = text[size:]
+    tok = SimpleNamespace(bytes_of=lambda i, skip: pieces[i])
+    shown, stream = streamed(tok, range(len(pieces)), stop=("abcd", "c"))
+    assert "".join(shown) == "xab" and stream.stopped
 
 
 def test_nothing_comes_after_a_stop_string(tok):

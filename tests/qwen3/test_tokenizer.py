@@ -1,8 +1,10 @@
 """The tokenizer: round trips, special tokens, chat templates, training, and agreement with transformers."""
 
+import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +59,26 @@ MESSAGES = [
     {"role": "assistant", "content": None},
 ]
 TOOLS = [{"type": "function", "function": {"name": "f<é>", "parameters": {"z": 1, "a": None}}}]
+
+
+PEERS = Path(__file__).parents[1] / "golden" / "peers"
+RENDERED = ([None, TOOLS], [False, True], [{}, {"enable_thinking": False}, {"enable_thinking": True, "flavour": "sweet"}])
+TURNS = [{"role": "user", "content": "日本?\n"}, {"role": "assistant", "content": " <yes> "}]
+
+
+def make_tokenizer():
+    return train_bpe(ODD_TEXTS, 300)
+
+
+def test_texts_of_templates_are_those_that_transformers_gave():
+    """Stored, so that this is judged without the peer too."""
+    tok, stored = make_tokenizer(), json.loads((PEERS / "renderings.json").read_text())
+    for text, (tools, prompt, more) in zip(stored["plain"], itertools.product(*RENDERED), strict=True):
+        loaded = Tokenizer(tok._backend, {**tok._config, "chat_template": TEMPLATE})
+        assert loaded.apply_chat_template(MESSAGES, tools=tools, add_generation_prompt=prompt, **more) == text
+    for text, (template, prompt) in zip(stored["tagged"], itertools.product(TAGGED, (False, True)), strict=True):
+        loaded = Tokenizer(tok._backend, {**tok._config, "chat_template": template})
+        assert loaded.apply_chat_template(TURNS, add_generation_prompt=prompt) == text
 
 
 @pytest.fixture(scope="module")
@@ -364,10 +386,9 @@ def test_transformers_renders_tagged_templates_the_same(tok, tmp_path, template)
     transformers = pytest.importorskip("transformers")
     path = with_config(tok, tmp_path, chat_template=template)
     peer, loaded = transformers.AutoTokenizer.from_pretrained(path), Tokenizer.load(path)
-    messages = [{"role": "user", "content": "日本?\n"}, {"role": "assistant", "content": " <yes> "}]
     for prompt in (False, True):
-        text = loaded.apply_chat_template(messages, add_generation_prompt=prompt)
-        assert text == peer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        text = loaded.apply_chat_template(TURNS, add_generation_prompt=prompt)
+        assert text == peer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=prompt)
 
 
 def test_what_a_template_tags_can_be_marked(tok, tmp_path):

@@ -23,7 +23,9 @@ def tokenizer(tmp_path_factory):
 
 
 def settings(path="", format="messages", **changes):
-    return SimpleNamespace(**{"path": str(path), "format": format, "enable_thinking": "none", "skip_bad": False, **changes})
+    return SimpleNamespace(
+        **{"path": str(path), "format": format, "enable_thinking": "none", "train_empty_think": False, "skip_bad": False, **changes}
+    )
 
 
 def written(folder, records, kind):
