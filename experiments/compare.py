@@ -21,7 +21,7 @@ POINTS = 1000  # most points drawn of a run
 def define_flags():
     flags.DEFINE_multi_string("metric", ["loss", "eval_loss"], "a name in metrics.jsonl; repeat the flag for several")
     flags.DEFINE_enum("x", "step", list(records.AXES), "the horizontal axis: steps, tokens seen, or hours of training")
-    flags.DEFINE_integer("smooth", 1, "draw the mean of this many values at each point", lower_bound=1)
+    flags.DEFINE_integer("smooth", 1, "draw the mean of this many values at each point, but not of evaluations", lower_bound=1)
     flags.DEFINE_string("output", "compare", "folder for the page and the pictures; made if missing")
 
 
@@ -31,13 +31,19 @@ def main(argv):
         raise ValueError("nothing to compare; give folders of runs, such as runs/a runs/b")
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda folder: records.series(folder, FLAGS.metric, FLAGS.x), folders))
+        trained = list(pool.map(lambda folder: records.of_training_steps(folder, FLAGS.metric), folders))
     names = short_names(folders)
     for metric in FLAGS.metric:
         if not any(metric in run for run in found):
             raise ValueError(f"--metric={metric}: none of the runs has it")
     differences = records.config_differences(folders)
     curves = {
-        metric: {name: drawn(*run[metric], FLAGS.smooth) for name, run in zip(names, found) if metric in run} for metric in FLAGS.metric
+        metric: {
+            name: drawn(*run[metric], FLAGS.smooth if metric in each_step else 1)
+            for name, run, each_step in zip(names, found, trained)
+            if metric in run
+        }
+        for metric in FLAGS.metric
     }
     os.makedirs(FLAGS.output, exist_ok=True)
     for metric, lines in curves.items():

@@ -31,8 +31,8 @@ def get_config():
     c.train.batch_size = 16  # rows per optimizer step, over all ranks
     c.train.seq_len = 1024  # tokens per row
     c.train.log_every = 10  # steps between lines of metrics
-    c.train.eval_every = 0  # steps between evaluations on held-out rows; 0 = only at the end
-    c.train.eval_rows = 64  # most held-out rows per evaluation during training; 0 = all
+    c.train.eval_every = 0  # steps between evaluations on held-out rows; 0 = only before the first step and after the last
+    c.train.eval_rows = 64  # most held-out rows per evaluation; 0 = all. At the end final_loss is that of all
     c.train.seed = 0  # of the initial weights and of the order of the data
     # unroll = every layer is compiled; scan = one is, looped over and recomputed in the backward; auto = scan above 8 layers of a kind
     c.train.layer_loop = "auto"

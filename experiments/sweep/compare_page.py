@@ -15,7 +15,7 @@ def page(curves, differences, names, axis, smooth):
     lines = {metric: {name: [_numbers(x), _numbers(values)] for name, (x, values) in runs.items()} for metric, runs in curves.items()}
     data = {"curves": lines, "names": names, "axis": axis}
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # so that no text in it can close the <script>
-    note = f"Each point is the mean of {smooth}. " if smooth > 1 else ""
+    note = f"Each point of a metric of training steps is the mean of {smooth}. " if smooth > 1 else ""
     parts = {"NOTE": note, "TABLE": _table(differences, names), "DATA": text}
     return re.sub("@(NOTE|TABLE|DATA)@", lambda match: parts[match[1]], PAGE)
 

@@ -75,6 +75,13 @@ def series(folder, metrics, axis="step"):
     return out
 
 
+def of_training_steps(folder, metrics):
+    """Returns those of `metrics` whose values come with a training step's time. The others, such as those of evaluations, are too few for
+    a mean of several."""
+    table = columns(os.path.join(folder, METRICS), ["step_time_s", *metrics])
+    return {m for m in metrics if 2 * np.sum(~np.isnan(table[m]) & ~np.isnan(table["step_time_s"])) > np.sum(~np.isnan(table[m]))}
+
+
 def _last_of_each(steps):
     """The places whose step is below all later ones: what an earlier process wrote of steps that were done again is left out."""
     later = np.minimum.accumulate(np.append(steps, np.inf)[::-1])[::-1][1:]

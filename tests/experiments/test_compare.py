@@ -63,6 +63,26 @@ def test_smoothing_is_the_mean_of_the_last_ones_and_thinning_keeps_the_ends():
     assert len(x) == 7 and x[0] == 0 and x[-1] == 999 and (x == kept).all()
 
 
+def test_smoothing_leaves_evaluations_as_they_are(tmp_path):
+    """There are few of them, and the mean of the last five would lie far above the last."""
+    lines = [{"step": 0, "eval_loss": 9.0}]
+    for n in range(1, 11):
+        lines += [step(n, 10.0 - n)] + [{"step": n, "eval_loss": 10.0 - n}] * (n % 5 == 0)
+    run, out = write(tmp_path / "a", lines), tmp_path / "out"
+    command = [sys.executable, "-m", "experiments.compare", run, "--smooth=5", f"--output={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    curves = data_of((out / "compare.html").read_text())["curves"]
+    assert curves["eval_loss"]["a"] == [[0, 5, 10], [9, 5, 0]] and curves["loss"]["a"][1][-1] == 2
+    assert done.stdout.splitlines()[1].split() == ["a", "0.0000", "0.0000"]
+
+
+def data_of(page):
+    """The data that the script of a page draws."""
+    start = page.index("const data = ") + len("const data = ")
+    return json.loads(page[start : page.index(";\n", start)])
+
+
 def test_a_page_and_pictures_are_written(tmp_path):
     a = write(tmp_path / "sweep" / "lr=1", [step(1, 2.0), step(2, 1.0)], {"optim": {"lr": 1}, "train": {"seed": 0}})
     b = write(
@@ -83,8 +103,7 @@ def test_a_page_and_pictures_are_written(tmp_path):
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in out.glob("*.png"))
     page = (out / "compare.html").read_text()
     assert page.count("</script>") == 1 and "<b>" not in page and "&lt;b&gt;&amp;" in page and "http" not in page
-    start = page.index("const data = ") + len("const data = ")
-    data = json.loads(page[start : page.index(";\n", start)])
+    data = data_of(page)
     assert data["curves"]["loss"] == {"lr=1": [[1, 2], [2, 1]], "<b>&": [[1], [3]]} and data["names"] == ["lr=1", "<b>&"]
 
 

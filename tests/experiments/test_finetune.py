@@ -61,7 +61,7 @@ def records(run):
 
 def test_full_fine_tuning_lowers_the_loss_and_leaves_a_model_and_the_share_of_right_answers(base):
     lines = records(base)
-    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.5 and 0 <= lines[-1]["exact_match"] <= 1
+    assert lines[-1]["final_loss"] < lines[0]["eval_loss"] - 0.5 and 0 <= lines[-1]["exact_match"] <= 1
     assert hf.load(base / "hf")[0].num_layers == 2 and "<|im_start|>user" in (base / "sample.txt").read_text()
 
 

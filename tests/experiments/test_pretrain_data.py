@@ -65,7 +65,7 @@ def test_a_run_on_every_kind_of_data_leaves_its_metrics(path, changes, folder, t
     pretrain.pretrain(make_config(folder, path, **changes), str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
-    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] and {"bits_per_byte", "bigram_loss"} <= set(lines[-1])
+    assert lines[-1]["final_loss"] < lines[0]["eval_loss"] and {"final_bits_per_byte", "bigram_loss"} <= set(lines[-1])
 
 
 @pytest.mark.parametrize("too_long", ["truncate", "drop"])

@@ -328,11 +328,14 @@ def test_tokens_that_no_expert_had_room_for_stop_the_run():
 def test_lines_are_logged_and_held_out_text_evaluated_as_often_as_asked():
     config = make_config(**{"train.log_every": 3, "train.eval_every": 4, "train.batch_size": 4})
     writer = Records()
-    state = train.train(fake_program([1.0] * 8), 0, map(make_batch, itertools.count()), [make_batch(1)], config, writer, float)
+    program, held, seen = fake_program([1.0] * 8), [make_batch(1), make_batch(2)], []
+    program = dataclasses.replace(program, evaluate=lambda state, batches: seen.append((state, batches)) or 0.5)
+    state = train.train(program, 0, map(make_batch, itertools.count()), held, config, writer, float)
     assert state == 8
+    assert seen == [(0, held), (4, held), (8, held)]  # the same rows each time, so that the points are of one curve
     assert [step for step, values in writer.records if "loss" in values] == [1, 3, 6, 8]
-    assert [step for step, values in writer.records if "eval_loss" in values] == [0, 4]
-    assert writer.records[-1][1]["tokens_seen"] == 8
+    assert [step for step, values in writer.records if "eval_loss" in values] == [0, 4, 8]
+    assert [values["tokens_seen"] for _, values in writer.records if "loss" in values][-1] == 8
 
 
 def test_flops_count_the_active_parameters_the_head_and_causal_attention():
