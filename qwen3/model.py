@@ -71,6 +71,8 @@ def forward(params, tokens, cfg, *, positions=None, segment_ids=None):
 
     positions_BS default to 0..S-1. segment_ids_BS separate documents, 0 is padding; the default is one document a row.
     """
+    if not isinstance(tokens, ms.Tensor):
+        raise ValueError("forward: tokens must be a mindspore.Tensor of int32, [B, S]; use mindspore.Tensor(tokens, mindspore.int32)")
     return logits(cfg, build(cfg).op, params, tokens, positions, segment_ids)
 
 

@@ -76,7 +76,7 @@ def found_records(data):
         return (readers.Record(value, f"instruction {i}", 0) for i, value in made)
     if not isinstance(data.path, str):
         raise ValueError(f"data.path={data.path!r} must be one file or folder of conversations; blend pairs made by experiments.preprocess")
-    return readers.records(os.path.expanduser(data.path), bad=Skipped(data.skip_bad, "--config.data.skip_bad=true"))
+    return readers.records(os.path.expanduser(data.path), name="data.path", bad=Skipped(data.skip_bad, "--config.data.skip_bad=true"))
 
 
 def load(data, tokenizer_folder):

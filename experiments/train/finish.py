@@ -91,7 +91,7 @@ def save(folder, cfg, weights, tokenizer):
     with tempfile.TemporaryDirectory() as files:
         tokenizer.save(files)
         hf.save(folder, cfg, weights, tokenizer_dir=files)
-    print(f"saved      {folder}, which transformers opens")
+    print(f"saved      {folder}, {hf.who_opens(cfg)}")
 
 
 def save_adapter(folder, cfg, weights, config):

@@ -22,6 +22,7 @@ from ops import registry
 from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.specs import count
+from qwen3 import hf
 from qwen3.model import choose_kernels, param_specs
 
 FLAGS = flags.FLAGS
@@ -54,6 +55,8 @@ def train_in(workdir, config):
 
 
 def run(config, cfg, data, workdir, mesh):
+    if config.train.save_hf and not cfg.lora:
+        _check_names(cfg)
     sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
     program = build_program(cfg, config, sharding)
     start = checkpoints.start(workdir, cfg, config, mesh, program)
@@ -85,6 +88,14 @@ def run(config, cfg, data, workdir, mesh):
         saving.end(state)
         if not saving.stopped:
             finish(program, state, cfg, config, data, writer, workdir, mesh)
+
+
+def _check_names(cfg):
+    """Raises ValueError for a model that could not be saved at the end of the run."""
+    try:
+        hf.check_names(cfg)
+    except ValueError as error:
+        raise ValueError(f"train.save_hf=true: {error}, or use --config.train.save_hf=false") from error
 
 
 def announce(cfg, config, data, sharding, peak, start):

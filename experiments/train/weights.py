@@ -104,15 +104,26 @@ def _base(cfg, config, fresh):
         return fresh, f"random weights of train.seed={config.train.seed}", ""
     if native := find(path):
         return _native(native, cfg, config.partial, fresh)
-    return _hugging_face(path, cfg, config), f"the weights of {path}", ""
+    read, other = _hugging_face(path, cfg, config, fresh)
+    return read, f"the weights of {path}", other
 
 
-def _hugging_face(path, cfg, config):
-    """Returns read(path, slices) of a Hugging Face folder; a rank reads only the slices that it asks for."""
-    weights = hf.Reader(path, cfg.param_dtype)
-    if param_specs(cfg) != weights.specs:
-        raise ValueError(f"init_from={path} holds another model than model={config.model}; use --config.model={path}")
-    return weights.read
+def _hugging_face(folder, cfg, config, fresh):
+    """Returns (read(path, slices), parameters not loaded) of a Hugging Face folder; a rank reads only the slices that it asks for."""
+    try:
+        weights = hf.Reader(folder, cfg.param_dtype, cfg, config.partial)
+    except ValueError as error:
+        if config.partial:
+            raise
+        own = "" if config.model == folder else f"use --config.model={folder} for the folder's own model, or "
+        fix = f"{own}--partial to load what matches and start the rest fresh"
+        raise ValueError(f"init_from={folder}, model={config.model}: {error}; {fix}") from error
+    found = set(weights.paths)
+
+    def read(path, slices):
+        return weights.read(path, slices) if path in found else fresh(path, slices)
+
+    return read, weights.left_out
 
 
 def _native(folder, cfg, partial, fresh):

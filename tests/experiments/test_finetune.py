@@ -191,7 +191,7 @@ def test_frozen_parameters_of_full_fine_tuning_are_saved_without_state(base, tmp
         ({"lora.rank": 2, "lora.targets": "q,gates"}, "lora.targets: 'gates' matches none of embed, q, k"),
         ({"lora.rank": 2, "train.freeze_include": "embed"}, "freezes all parameters but the adapters; leave it out"),
         ({"train.freeze_include": "*"}, "leaves nothing to train"),
-        ({"data.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"data.path": "nowhere.jsonl"}, "^data.path=nowhere.jsonl does not exist"),
     ],
 )
 def test_mistakes_are_told(changes, said, tmp_path):

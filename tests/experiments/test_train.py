@@ -16,14 +16,19 @@ from experiments.configs import common
 from experiments.train import loop as train
 from experiments.train import optim, weights
 from experiments.train import program as train_program
+from experiments.train import run as training
+from experiments.train import state as train_state
 from experiments.train.state import Program, uses_scan
 from experiments.watch import metrics
+from layers.bound_ops import BoundOps
 from parallel.graph.jit import jit
 from parallel.graph.nested import to_tuple
+from parallel.mesh import ONE_DEVICE
 from parallel.random import hash_uniform
-from parallel.specs import ParamSpec, count, init_params, normal
+from parallel.sharding import Sharding
+from parallel.specs import ParamSpec, count, init_array, init_params, normal
 from parallel.trees import tree_leaves, tree_map, tree_paths
-from qwen3 import hf
+from qwen3 import hf, run_layers
 from qwen3.config import SIZES
 from qwen3.model import param_specs
 from tests.tiny import FUSED, REFERENCE, random_params
@@ -356,8 +361,75 @@ def test_weights_of_another_model_are_refused(tmp_path):
     same = weights.initial_params(DENSE, config)[0]
     for path, w in tree_paths(init_params(param_specs(DENSE), 3)):
         np.testing.assert_array_equal(same(path, tuple(slice(0, n) for n in w.shape)), w)
-    with pytest.raises(ValueError, match="holds another model than"):
+    message = (
+        r"init_from=.*hf, model=tiny: .*hf holds another model: 11 missing: layers.3.attention_norm, .*; use --config.model=.*--partial to"
+    )
+    with pytest.raises(ValueError, match=message):
         weights.initial_params(DENSE.replace(num_layers=4), config)
+
+
+def test_a_model_with_more_parameters_starts_from_a_hugging_face_folder(tmp_path, monkeypatch):
+    """partial loads what matches, and starts the rest fresh: an option's parameter, one without a name in files, one of another shape."""
+    path = str(tmp_path / "hf")
+    saved = init_params(param_specs(DENSE), 3)
+    hf.save(path, DENSE, tree_map(ms.Tensor, saved))
+    config, cfg = make_config(init_from=path, model=path), DENSE.replace(norm_placement="both", vocab_size=DENSE.vocab_size + 8)
+
+    def with_a_scale(cfg):
+        specs = param_specs(cfg)
+        specs["layers"][0] = {**specs["layers"][0], "scale": ParamSpec((cfg.hidden_size,), ("embed",), normal(1.0))}
+        return specs
+
+    for module in (hf, weights):
+        monkeypatch.setattr(module, "param_specs", with_a_scale)
+    message = r"missing: layers.0.attention_out_norm, .*; 1 of another shape: embed \[64, 32\] instead of \[72, 32\] .*; --partial to load"
+    with pytest.raises(ValueError, match=message) as error:
+        weights.initial_params(cfg, config)
+    assert "use --config.model" not in str(error.value)  # which it is already
+    config.partial = True
+    read, _, left_out = weights.initial_params(cfg, config)
+    assert "7 missing: " in left_out and "layers.0.scale" in left_out
+    have = dict(tree_paths(saved))
+    for name, spec in tree_paths(with_a_scale(cfg)):
+        found = read(name, tuple(slice(0, n) for n in spec.shape))
+        if name in have and have[name].shape == spec.shape:
+            np.testing.assert_array_equal(found, have[name])
+        else:
+            np.testing.assert_array_equal(found, init_array(spec, name, config.train.seed))
+
+
+def test_a_parameter_without_a_name_in_the_files_is_an_error_before_the_run(monkeypatch, tmp_path):
+    def with_a_scale(cfg):
+        return {**param_specs(cfg), "scale": ParamSpec((1,), ("one",), normal(1.0))}
+
+    monkeypatch.setattr(hf, "param_specs", with_a_scale)
+    config = make_config(**{"train.save_hf": True})
+    with pytest.raises(
+        ValueError, match=r"train.save_hf=true: the parameter scale has no name .*; add 'scale' to NAMES in qwen3/hf.py, or"
+    ):
+        training.run(config, DENSE, None, str(tmp_path), ONE_DEVICE)
+
+
+def test_layers_that_differ_are_unrolled_or_named(monkeypatch):
+    """An edit of the specs may give one layer a parameter that the others lack."""
+    deep = DENSE.replace(num_layers=12)
+
+    def with_a_scale(cfg, at=3):
+        specs = param_specs(cfg)
+        specs["layers"][at] = {**specs["layers"][at], "scale": ParamSpec((1,), ("one",), normal(1.0))}
+        return specs
+
+    assert uses_scan(deep, "auto")
+    monkeypatch.setattr(train_state, "param_specs", with_a_scale)
+    assert not uses_scan(deep, "auto")
+    op = BoundOps(deep, Sharding(), FUSED)
+    with pytest.raises(
+        ValueError, match="scan needs layers with the same parameters, and layer 3 has scale, which layer 0 lacks; use unroll"
+    ):
+        run_layers.bind(deep, op, (None, None, None), with_a_scale(deep)["layers"], True)
+    with pytest.raises(ValueError, match="train.freeze_include and freeze_exclude tell .*w_up.* of layers 0 and 2 apart; use unroll"):
+        frozen = deep.replace(frozen=(("layers.2.mlp.w_up",), ()))
+        run_layers.bind(frozen, op, (None, None, None), param_specs(frozen)["layers"], True)
 
 
 def test_config_is_a_locked_dict():

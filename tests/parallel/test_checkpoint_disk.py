@@ -91,7 +91,7 @@ class Disk:
         return call
 
     def rmtree(self, path, ignore_errors=False):
-        for place, folders, names in os.walk(path, topdown=False):
+        for place, _, names in os.walk(path, topdown=False):
             for name in names:
                 os.remove(os.path.join(place, name))
             os.rmdir(place)
