@@ -26,6 +26,7 @@ from parallel.mesh import AXES, world_size
 from parallel.pipeline.schedule import SCHEDULES
 from qwen3.chat import FORMATS
 from qwen3.config import SIZES, Lora, Qwen3Config, RopeScaling, check_compute_dtype
+from qwen3.tokenizer import Tokenizer
 
 # Mains that train, on any number of ranks, and their default config
 MAINS = {"experiments.pretrain": "experiments/configs/tiny.py", "experiments.finetune": "experiments/configs/finetune_tiny.py"}
@@ -101,6 +102,7 @@ def resolve(flag_values, world=None, cfg=None):
     if flag_values.hf_dir is not None:
         _start_from(config, flag_values.hf_dir)
     _check(config)
+    _fit_vocabulary(config)
     sizes = layout.check(config, cfg or model_config(config, "any"), world_size() if world is None else world or None)
     config.parallel.update(sizes)
     return FrozenConfigDict(config)
@@ -111,6 +113,17 @@ def _start_from(config, folder):
     config.model = config.init_from = folder
     own = os.path.join(folder, "tokenizer")  # where a run keeps it
     config.data.tokenizer = config.data.tokenizer or (own if os.path.isdir(own) else folder)
+
+
+def _fit_vocabulary(config):
+    """Sets model_args.vocab_size to the size of data.tokenizer, where that is more than a model that starts fresh has and the key is not
+    given."""
+    folder = os.path.expanduser(config.data.tokenizer)
+    fresh = config.model in SIZES and not config.init_from and config.model_args.vocab_size is None
+    if fresh and config.data.tokenizer and os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        size = Tokenizer.load(folder).vocab_size
+        if size > SIZES[config.model].vocab_size:
+            config.model_args.vocab_size = size
 
 
 def check_layout(argv, world):
