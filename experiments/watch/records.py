@@ -15,15 +15,20 @@ AXES = ("step", "tokens", "time")
 
 
 def read_records(path):
-    """The lines of a metrics.jsonl that are whole: the last one is not where the process was killed as it wrote."""
+    """The lines of a metrics.jsonl that are objects with a step: the last one is not where the process was killed as it wrote. Raises
+    ValueError for a line that is not text."""
     records = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
                 try:
-                    records.append(json.loads(line))
-                except ValueError:
+                    record = json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError:
+                    raise ValueError(f"{path}, line {number} is not text; remove the line, or move the file away") from None
+                except (ValueError, RecursionError):
                     continue
+                if isinstance(record, dict) and isinstance(record.get("step"), int | float):
+                    records.append(record)
     return records
 
 
