@@ -1,4 +1,4 @@
-"""Compares runs: python -m experiments.compare RUN... [--metric=loss --metric=eval_loss] [--x=step|tokens|time] [--smooth=50]
+"""Compares runs: python -m experiments.compare RUN_OR_SWEEP... [--metric=loss --metric=eval_loss] [--x=step|tokens|time] [--smooth=50]
 
 Writes compare.html, a page that needs no other file, and a PNG for each metric to the folder --output. Prints the last values and the
 config keys in which the runs differ. The runs may still be training.
@@ -26,9 +26,7 @@ def define_flags():
 
 
 def main(argv):
-    folders = [os.path.normpath(folder) for folder in argv[1:]]
-    if not folders:
-        raise ValueError("nothing to compare; give folders of runs, such as runs/a runs/b")
+    folders = runs_in([os.path.normpath(folder) for folder in argv[1:]])
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda folder: records.series(folder, FLAGS.metric, FLAGS.x), folders))
         trained = list(pool.map(lambda folder: records.of_training_steps(folder, FLAGS.metric), folders))
@@ -54,6 +52,27 @@ def main(argv):
     for key, values in differences.items():
         print(f"{key}: {values_of(values)}")
     print(f"wrote {page}")
+
+
+def runs_in(paths):
+    """Returns the folders of runs among the paths and, of a sweep's folder, those in it. Prints which paths are left out."""
+    if not paths:
+        raise ValueError("nothing to compare; give folders of runs, such as runs/a runs/b, or of a sweep")
+    found, other = [], []
+    for path in paths:
+        inside = sorted(os.path.join(path, name) for name in os.listdir(path)) if os.path.isdir(path) else []
+        runs = [path] if is_run(path) else [folder for folder in inside if is_run(folder)]
+        found += runs
+        other += [path] * (not runs)
+    if not found:
+        raise ValueError(f"{paths[0]} has no {records.METRICS}; give the folder of a run, its --workdir, or of a sweep")
+    if other:
+        print(f"left out {', '.join(other)}: no folder of a run or of a sweep has this name")
+    return found
+
+
+def is_run(path):
+    return os.path.isfile(os.path.join(path, records.METRICS))
 
 
 def drawn(x, values, smooth):

@@ -112,11 +112,33 @@ def test_what_is_not_a_number_is_a_gap():
     assert '{"loss":{"a":[[1.0,2.0],[null,0.333333]]}}' in page and "<td>@DATA@</td>" in page and "the mean of 5" in page
 
 
+def test_all_that_a_sweep_writes_may_be_given(tmp_path):
+    """As `runs/lr/*`, with its logs and tables, or as the sweep's folder."""
+    sweep = tmp_path / "lr"
+    for name in ("lr=1", "lr=2"):
+        write(sweep / name, [step(1, 2.0)], {"optim": {"lr": name}})
+    (sweep / "lr=3").mkdir()  # not begun
+    (sweep / "logs").mkdir()
+    (sweep / "table.md").write_text("")
+    every = sorted(map(str, sweep.iterdir()))
+    for given, left_out in ((every, ["logs", "lr=3", "table.md"]), ([str(sweep)], [])):
+        command = [sys.executable, "-m", "experiments.compare", *given, f"--output={tmp_path / 'out'}", "--metric=loss"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        if left_out:
+            assert (
+                lines.pop(0)
+                == f"left out {', '.join(str(sweep / name) for name in left_out)}: no folder of a run or of a sweep has this name"
+            )
+        assert [line.split() for line in lines[:3]] == [["run", "loss"], ["lr=1", "2.0000"], ["lr=2", "2.0000"]]
+
+
 def test_mistakes_are_named(tmp_path):
     a = write(tmp_path / "a", [step(1, 2.0)])
     for arguments, message in (
         ([], "nothing to compare"),
-        ([str(tmp_path)], "has no metrics.jsonl"),
+        ([str(tmp_path / "none")], "has no metrics.jsonl; give the folder of a run, its --workdir, or of a sweep"),
         ([a, "--metric=lss"], "--metric=lss: none of the runs has it"),
         ([a, a], "is given twice"),
     ):
