@@ -236,6 +236,33 @@ def test_a_norm_spike_is_skipped_and_nothing_of_it_is_kept(kernels):
     assert int(skipped) == 0
 
 
+def test_the_first_step_that_may_be_skipped_follows_the_warm_up():
+    """The spike itself is skipped, not the step after it."""
+    o, specs = optim_config(skip_spikes=3.0), {"w": ParamSpec((2,), ("embed",), normal(1.0))}
+    clip = optim.build_clip(specs, o, REFERENCE)
+
+    def skipped(norm, mean, at):
+        grads = (ms.Tensor(np.array([0.6 * norm, 0.8 * norm], np.float32)),)
+        found, _, keep, seen = clip(grads, ms.Tensor(mean, ms.float32), optim.scalars(o, 0.1, at), ())
+        assert float(found) == pytest.approx(norm, rel=1e-6)
+        return 1 - int(keep), float(seen)
+
+    warm = optim.SPIKE_WARMUP_STEPS
+    assert skipped(10.0, 1.0, warm - 1) == (0, pytest.approx(0.95 + 0.5))
+    assert skipped(10.0, 1.0, warm) == (1, 1.0)
+    assert skipped(2.9, 1.0, warm)[0] == 0 and skipped(3.1, 1.0, warm)[0] == 1
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, FUSED], ids=["reference", "fused"])
+def test_the_bias_of_the_router_is_not_in_the_gradient_norm(kernels):
+    """Its gradient is the load of the experts, which says nothing of the size of a step."""
+    tree = {"w": ParamSpec((2,), ("embed",), normal(1.0)), "bias": ParamSpec((2,), ("router",), normal(1.0), optimizer="sign")}
+    grads = ms.Tensor(np.array([3.0, 4.0], np.float32)), ms.Tensor(np.array([500.0, -700.0], np.float32))
+    clip = optim.build_clip(tree, optim_config(clip_norm=1.0), kernels)
+    norm, factor, _, _ = clip(grads, ms.Tensor(0.0, ms.float32), optim.scalars(optim_config(), 0.1, 0), ())
+    assert float(norm) == pytest.approx(5.0) and float(factor) == pytest.approx(0.2, rel=1e-5)
+
+
 def values_of(tree):
     return [x.asnumpy().copy() for x in tree_leaves(tree)]
 
