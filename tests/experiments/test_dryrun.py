@@ -440,3 +440,13 @@ def test_what_stays_in_a_node_is_sent_at_the_rate_of_a_node():
     assert dryrun_search.INSIDE > dryrun_search.BETWEEN
     for ranks, rate in (((0, 7), "INSIDE"), ((8, 9), "INSIDE"), ((7, 8), "BETWEEN"), ((0, 8), "BETWEEN")):
         assert dryrun_search._rate(ranks) == getattr(dryrun_search, rate)
+
+
+def test_the_plot_of_two_depths_shows_the_peak_of_all_layers():
+    """Where that of the compiled layers is below the limit, it must not look as if the layout fits."""
+    figures = {"with_fragments_bytes": 104 * GIB, "margin_bytes": 2 * GIB}
+    report = {"rank": 3, "layers": 16, "compiled": [(1, {}), (2, {})], "figures": figures, "fits": False}
+    axes = dryrun_plot.draw([{**report, "timeline": [(0, 0), (1, 37 * GIB), (2, 0)]}], 58.0).axes[0]
+    lines = {line.get_label(): max(line.get_ydata()) for line in axes.lines}
+    assert lines == {"rank 3, 2 of 16 layers": 37, "rank 3, all 16 layers with margin: 106.0, DOES NOT FIT": 106, "limit: 58": 58}
+    assert axes.get_ylim()[1] > 106
