@@ -20,7 +20,8 @@ from ops import sampling as sampling_op
 from parallel.graph.jit import jit
 from parallel.random import hash_uniform
 from qwen3.cache import init_cache, round_up
-from qwen3.model import build, choose_kernels
+from qwen3.fused import build_to_decode
+from qwen3.model import choose_kernels
 
 CHUNK = 32  # tokens a row between two looks at them by the host
 
@@ -122,7 +123,7 @@ def extended(params, cache, tokens, positions, last, cfg, kernels=None, sharding
 @functools.lru_cache(maxsize=8)
 def _extend(cfg, kernels, sharding):
     """The model's extend, compiled. Where it writes into the cache, only the logits are returned: a graph copies what it returns."""
-    extend = build(cfg, sharding, kernels=kernels).extend
+    extend = build_to_decode(cfg, sharding, kernels).extend
 
     def logits_alone(params, cache, tokens, positions, last):
         return extend(params, cache, tokens, positions, last)[0]
@@ -138,7 +139,7 @@ def decode_loop(cfg, kernels, sharding=None):
     It takes `steps` steps, or fewer where after one of them less than `least` rows run: running_B is 1 for rows that have not come upon a
     stop id of theirs. Needs the C++ kernels of cache_write and sampling.
     """
-    extend = build(cfg, sharding, kernels=kernels).extend
+    extend = build_to_decode(cfg, sharding, kernels).extend
     choose, write = registry.pick(kernels, "sampling")(), registry.pick(kernels, "cache_write")()
     reshape, gather, zeros_like, different, enough = ops.Reshape(), ops.Gather(), ops.ZerosLike(), ops.NotEqual(), ops.GreaterEqual()
     cast, lowest, total = ops.Cast(), ops.ReduceMin(), ops.ReduceSum()
