@@ -35,6 +35,7 @@ def main(argv):
         if not any(metric in run for run in found):
             raise ValueError(f"--metric={metric}: none of the runs has it")
     differences = records.config_differences(folders)
+    groups = compare_page.groups(differences, names)
     curves = {
         metric: {
             name: drawn(*run[metric], FLAGS.smooth if metric in each_step else 1)
@@ -45,9 +46,9 @@ def main(argv):
     }
     os.makedirs(FLAGS.output, exist_ok=True)
     for metric, lines in curves.items():
-        compare_page.plot(os.path.join(FLAGS.output, f"{safe(metric)}.png"), lines, metric, FLAGS.x)
+        compare_page.plot(os.path.join(FLAGS.output, f"{safe(metric)}.png"), lines, metric, FLAGS.x, groups, FLAGS.smooth)
     page = os.path.join(FLAGS.output, "compare.html")
-    write_text(page, compare_page.page(curves, differences, names, FLAGS.x, FLAGS.smooth))
+    write_text(page, compare_page.page(curves, differences, names, FLAGS.x, FLAGS.smooth, groups))
     print(table(names, found, FLAGS.metric))
     for key, values in differences.items():
         print(f"{key}: {values_of(values)}")
