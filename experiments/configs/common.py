@@ -38,6 +38,7 @@ def get_config():
     c.train.layer_loop = "auto"
     # what of each layer the backward computes again instead of keeping: none, attention, or full = all of it, as scan does in any case
     c.train.recompute = "none"
+    c.train.save_hf_every = 0  # steps between Hugging Face folders of the weights, hf_steps/step_N; 0 = none. LoRA: its adapters
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text the sample continues; empty = the model's start of text
     # steps between those of which each layer's norms of weights, gradients and activations are written, how far weights moved, the largest
@@ -103,6 +104,7 @@ def _optim():
     o.lr = 3e-4  # highest learning rate
     o.schedule = "cosine"  # constant, linear, cosine, or wsd (warm up, stay, decay)
     o.warmup_steps = 100  # steps from 0 to lr, in a straight line
+    o.warmup_ratio = 0.0  # instead of warmup_steps, the fraction of train.steps; 0 = warmup_steps
     o.decay_fraction = 0.2  # wsd: the last fraction of the steps, in which lr decays
     o.min_lr_ratio = 0.1  # last learning rate over lr
     o.b1 = 0.9  # decay of the first moment, or momentum
@@ -140,7 +142,8 @@ def _data():
     d.vocab_size = 512  # tokens of the trained BPE
     d.held_out = 0.05  # fraction of the text, or of a stream's records, kept for evaluation
     d.split = "95,5,0"  # weights of train, valid and test in a pair
-    d.max_bytes = 0  # most bytes of text to read; 0 = all
+    d.max_bytes = 0  # most bytes of text, or of conversations as JSON, to read; 0 = all
+    d.max_samples = 0  # most conversations to read, the first ones; 0 = all
     d.reset_at_eod = True  # each document of a row has its own attention and positions; false = a row is read as one text
     # a pair is of conversations, as preprocess --format makes them: whole in a row, loss where the pair of loss masks beside it says
     d.conversations = False

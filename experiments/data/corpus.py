@@ -28,7 +28,8 @@ ONLY_FOR = {
     "shuffle_buffer": ("a stream",),
     "skip_bad": ("a stream", RECORDS),
     "held_out": ("text", "a stream", RECORDS),
-    "max_bytes": ("text",),
+    "max_bytes": ("text", RECORDS),
+    "max_samples": (RECORDS,),
 }
 TABLES = ("jsonl", "json", "csv", "parquet", "arrow")
 

@@ -57,6 +57,18 @@ def report(nats, cfg, config, data, writer, workdir):
     print(f"           (the bigram model counted {int(seen['loss_weights'].sum()):,} targets, of the first rows of the run)")
 
 
+def save_at(step, program, state, cfg, config, tokenizer, workdir, mesh):
+    """Writes the weights after a step to hf_steps/step_N, or of LoRA the adapters, as at the end of the run. All ranks call it."""
+    weights, folder = program.spread(state), os.path.join(workdir, "hf_steps", f"step_{step:06}")
+    if mesh.rank == 0:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        save_adapter(folder, cfg, weights, config) if cfg.lora else save(folder, cfg.base, weights, tokenizer)
+        return
+    for path, leaf in tree_paths(weights):
+        if not cfg.lora or weights_of.is_adapter(path):
+            leaf.asnumpy()  # takes part in the gather, in the order in which rank 0 asks
+
+
 def _final(found):
     """Renames the metrics of all held-out rows: eval_loss and so on are those of the first train.eval_rows of them."""
     return {f"final_{name.removeprefix('eval_')}": value for name, value in found.items()}

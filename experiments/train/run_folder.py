@@ -17,7 +17,7 @@ from parallel.checkpoint.files import FOLDER, clean, steps, sync_file, sync_fold
 LOCK, FINISHED, TOKENIZER = ".lock", "finished.json", "tokenizer"
 # Keys, and prefixes of keys, that may change when a run is restarted: how it is computed, monitored and saved, and its length.
 MAY_CHANGE = ("parallel.", "ops.", "checkpoint.", "init_from", "resume_from", "partial", "data.cache_dir", "data.skip_bad")
-MAY_CHANGE += tuple(f"train.{key}" for key in ("steps", "log_every", "eval_every", "eval_rows", "layer_loop", "save_hf"))
+MAY_CHANGE += tuple(f"train.{key}" for key in ("steps", "log_every", "eval_every", "eval_rows", "layer_loop", "save_hf", "save_hf_every"))
 MAY_CHANGE += ("train.monitor_every", "train.profile_steps", "train.sample_tokens", "train.sample_prompt", "train.exact_match_rows")
 MAY_CHANGE_ELSEWHERE = (*MAY_CHANGE, "optim.", "train.batch_size")  # for --resume_from: a new run that continues another one
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import mindspore as ms
 
+from experiments import hub
 from experiments.convert.weights import open_weights
 from experiments.train import adapter
 from experiments.train.run_folder import TOKENIZER
@@ -99,9 +100,9 @@ def is_adapter(path):
 
 def _base(cfg, config, fresh):
     """initial_params for a model without adapters."""
-    path = config.init_from
-    if not path:
+    if not config.init_from:
         return fresh, f"random weights of train.seed={config.train.seed}", ""
+    path = hub.folder_of("init_from", config.init_from)
     if native := find(path):
         return _native(native, cfg, config.partial, fresh)
     read, other = _hugging_face(path, cfg, config, fresh)
@@ -166,17 +167,17 @@ class Inference(NamedTuple):
         return tokenizer
 
 
-def inference(hf_dir=None, workdir=None, adapter_dir=None):
+def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
     """Returns the Inference of a Hugging Face folder, or of a run: its newest checkpoint, saved in any layout, else the model in its hf/.
 
     The dtype is float32 on CPU, elsewhere that of the embedding in the files. adapter_dir: an adapter in PEFT's format or a LoRA run, which
     is merged into the weights as they are read. If workdir itself is a LoRA run, its base is the one that its checkpoint names.
-    Raises ValueError or FileNotFoundError that name the flag.
+    hf_dir may be a model's id on a hub, see experiments.hub. Raises ValueError or FileNotFoundError that name the flag.
     """
     if bool(hf_dir) == bool(workdir):
         raise ValueError("give --hf_dir=FOLDER, a Hugging Face folder, or --workdir=RUN, the folder of a training run; one of them")
     key, path = ("hf_dir", hf_dir) if hf_dir else ("workdir", workdir)
-    path = os.path.expanduser(path)
+    path = hub.folder_of("--hf_dir", path, download) if hf_dir else os.path.expanduser(path)
     beside, final = Path(path, TOKENIZER), os.path.join(path, "hf")
     if workdir and not adapter_dir and (base := adapter.base_name(path)):
         adapter_dir, path = path, _noted_base(workdir, base)

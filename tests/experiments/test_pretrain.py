@@ -14,6 +14,8 @@ import pytest
 from experiments import pretrain
 from experiments.configs import common
 from experiments.train import finish
+from parallel.checkpoint.read import Reader
+from parallel.trees import tree_paths
 from qwen3 import generate, hf
 from qwen3.model import forward
 from qwen3.tokenizer import Tokenizer
@@ -47,9 +49,19 @@ def make_config(path, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    config = make_config(make_text(folder / "text"))
+    config = make_config(make_text(folder / "text"), **{"train.save_hf_every": 3, "checkpoint.every": 3})
     pretrain.pretrain(config, str(folder / "run"))
     return config, folder / "run"
+
+
+def test_weights_are_also_written_on_the_way(finished):
+    _, run = finished
+    assert os.listdir(run / "hf_steps") == ["step_000003"] and Tokenizer.load(str(run / "hf_steps" / "step_000003"))
+    saved, (_, params) = Reader(str(run / "checkpoints" / "step_000003")), hf.load(str(run / "hf_steps" / "step_000003"))
+    last = dict(tree_paths(hf.load(str(run / "hf"))[1]))
+    for path, w in tree_paths(params):
+        np.testing.assert_array_equal(w.asnumpy(), saved.read(f"params/{path}"))
+        assert (w.asnumpy() != last[path].asnumpy()).any()
 
 
 def test_a_run_leaves_its_config_metrics_curve_weights_and_sample(finished):

@@ -463,3 +463,10 @@ def test_config_is_a_locked_dict():
     assert isinstance(make_config(), ConfigDict)
     with pytest.raises((AttributeError, KeyError)):
         make_config(**{"train.stepz": 1})
+
+
+def test_a_warm_up_may_be_a_fraction_of_the_steps():
+    o = optim_config(schedule="constant", warmup_steps=7, warmup_ratio=0.25, lr=1.0)
+    assert [optim.learning_rate(o, 10)(step) for step in range(5)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
+    o.warmup_ratio = 0.0
+    assert [optim.learning_rate(o, 10)(step) for step in (0, 6)] == pytest.approx([1 / 7, 1])
