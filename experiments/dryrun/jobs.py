@@ -1,6 +1,7 @@
 """The processes of a dry run: which ranks at which depths, and a report of each rank."""
 
 import math
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -113,9 +114,12 @@ def lowered(config, lowering):
 
 
 def _at_depth(config, layers=None):
-    """The config of the same model with so many layers, of a pipeline in each stage; unrolled, as in simulation a loop does not end."""
+    """The config of the same model with so many layers, of a pipeline in each stage; unrolled, as in simulation a loop does not end. Its
+    model's folder is absolute, as the process that compiles runs in a folder of its own."""
     config = ConfigDict(config.to_dict(), convert_dict=True)
     config.train.layer_loop = "unroll"
+    if os.path.isdir(config.model):
+        config.model = os.path.abspath(config.model)
     if layers:
         config.model_args.num_layers, config.parallel.stage_layers = layers * config.parallel.pp * config.parallel.virtual_stages, ()
     return FrozenConfigDict(config)

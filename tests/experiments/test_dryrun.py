@@ -3,6 +3,7 @@
 The default suite compiles two, side by side: one as it is, and one with three mistakes planted.
 """
 
+import json
 import math
 import re
 import subprocess
@@ -26,6 +27,7 @@ from parallel.placement import nbytes, place
 from parallel.sharding import Sharding
 from parallel.simulation import dryrun
 from parallel.trees import tree_leaves
+from qwen3.config import SIZES
 from qwen3.model import param_specs
 from qwen3.stages import stage_specs
 from tests.experiments.test_layouts import read
@@ -440,6 +442,15 @@ def test_what_stays_in_a_node_is_sent_at_the_rate_of_a_node():
     assert dryrun_search.INSIDE > dryrun_search.BETWEEN
     for ranks, rate in (((0, 7), "INSIDE"), ((8, 9), "INSIDE"), ((7, 8), "BETWEEN"), ((0, 8), "BETWEEN")):
         assert dryrun_search._rate(ranks) == getattr(dryrun_search, rate)
+
+
+def test_the_folder_of_a_model_is_found_from_the_process_that_compiles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(SIZES["tiny"].to_hf()))
+    config = dryrun_jobs._at_depth(read(f"--config={ROOT}/experiments/configs/tiny.py", "--config.model=model"), 2)
+    monkeypatch.chdir(ROOT)
+    assert command_line.model_config(config, "any").num_layers == 2
 
 
 def test_the_plot_of_two_depths_shows_the_peak_of_all_layers():
