@@ -1,4 +1,4 @@
-"""Compares runs: python -m experiments.compare RUN... [--metric=loss --metric=eval_loss] [--x=step|tokens|time] [--smooth=50]
+"""Compares runs: python -m experiments.compare RUN_OR_SWEEP... [--metric=loss --metric=eval_loss] [--x=step|tokens|time] [--smooth=50]
 
 Writes compare.html, a page that needs no other file, and a PNG for each metric to the folder --output. Prints the last values and the
 config keys in which the runs differ. The runs may still be training.
@@ -21,33 +21,59 @@ POINTS = 1000  # most points drawn of a run
 def define_flags():
     flags.DEFINE_multi_string("metric", ["loss", "eval_loss"], "a name in metrics.jsonl; repeat the flag for several")
     flags.DEFINE_enum("x", "step", list(records.AXES), "the horizontal axis: steps, tokens seen, or hours of training")
-    flags.DEFINE_integer("smooth", 1, "draw the mean of this many values at each point", lower_bound=1)
+    flags.DEFINE_integer("smooth", 1, "draw the mean of this many values at each point, but not of evaluations", lower_bound=1)
     flags.DEFINE_string("output", "compare", "folder for the page and the pictures; made if missing")
 
 
 def main(argv):
-    folders = [os.path.normpath(folder) for folder in argv[1:]]
-    if not folders:
-        raise ValueError("nothing to compare; give folders of runs, such as runs/a runs/b")
+    folders = runs_in([os.path.normpath(folder) for folder in argv[1:]])
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda folder: records.series(folder, FLAGS.metric, FLAGS.x), folders))
+        trained = list(pool.map(lambda folder: records.of_training_steps(folder, FLAGS.metric), folders))
     names = short_names(folders)
     for metric in FLAGS.metric:
         if not any(metric in run for run in found):
             raise ValueError(f"--metric={metric}: none of the runs has it")
     differences = records.config_differences(folders)
+    groups = compare_page.groups(differences, names)
     curves = {
-        metric: {name: drawn(*run[metric], FLAGS.smooth) for name, run in zip(names, found) if metric in run} for metric in FLAGS.metric
+        metric: {
+            name: drawn(*run[metric], FLAGS.smooth if metric in each_step else 1)
+            for name, run, each_step in zip(names, found, trained)
+            if metric in run
+        }
+        for metric in FLAGS.metric
     }
     os.makedirs(FLAGS.output, exist_ok=True)
     for metric, lines in curves.items():
-        compare_page.plot(os.path.join(FLAGS.output, f"{safe(metric)}.png"), lines, metric, FLAGS.x)
+        compare_page.plot(os.path.join(FLAGS.output, f"{safe(metric)}.png"), lines, metric, FLAGS.x, groups, FLAGS.smooth)
     page = os.path.join(FLAGS.output, "compare.html")
-    write_text(page, compare_page.page(curves, differences, names, FLAGS.x, FLAGS.smooth))
+    write_text(page, compare_page.page(curves, differences, names, FLAGS.x, FLAGS.smooth, groups))
     print(table(names, found, FLAGS.metric))
     for key, values in differences.items():
         print(f"{key}: {values_of(values)}")
     print(f"wrote {page}")
+
+
+def runs_in(paths):
+    """Returns the folders of runs among the paths and, of a sweep's folder, those in it. Prints which paths are left out."""
+    if not paths:
+        raise ValueError("nothing to compare; give folders of runs, such as runs/a runs/b, or of a sweep")
+    found, other = [], []
+    for path in paths:
+        inside = sorted(os.path.join(path, name) for name in os.listdir(path)) if os.path.isdir(path) else []
+        runs = [path] if is_run(path) else [folder for folder in inside if is_run(folder)]
+        found += runs
+        other += [path] * (not runs)
+    if not found:
+        raise ValueError(f"{paths[0]} has no {records.METRICS}; give the folder of a run, its --workdir, or of a sweep")
+    if other:
+        print(f"left out {', '.join(other)}: no folder of a run or of a sweep has this name")
+    return found
+
+
+def is_run(path):
+    return os.path.isfile(os.path.join(path, records.METRICS))
 
 
 def drawn(x, values, smooth):

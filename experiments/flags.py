@@ -3,6 +3,7 @@
 A main calls `define()` at import, `resolve(FLAGS)` in `main(argv)`, and ends with `flags.run(main)`.
 """
 
+import contextlib
 import fnmatch
 import glob
 import math
@@ -15,6 +16,7 @@ import traceback
 from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from experiments import hub
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
@@ -27,6 +29,7 @@ from parallel.pipeline.schedule import SCHEDULES
 from qwen3.chat import FORMATS
 from qwen3.config import SIZES, Lora, Qwen3Config, RopeScaling, check_compute_dtype
 from qwen3.json_files import read_json
+from qwen3.tokenizer import Tokenizer
 
 # Mains that train, on any number of ranks, and their default config
 MAINS = {"experiments.pretrain": "experiments/configs/tiny.py", "experiments.finetune": "experiments/configs/finetune_tiny.py"}
@@ -47,8 +50,9 @@ def define(default_config=None, flag_values=flags.FLAGS):
     flags.DEFINE_string("resume_from", None, "overrides config.resume_from: the run to continue", flag_values=flag_values)
     flags.DEFINE_string("init_from", None, "overrides config.init_from: the initial weights", flag_values=flag_values)
     flags.DEFINE_string(
-        "hf_dir", None, "folder of a Hugging Face model or of a run: gives sizes, weights and tokenizer", flag_values=flag_values
+        "hf_dir", None, "a Hugging Face model, its folder or id, or the folder of a run: sizes, weights, tokenizer", flag_values=flag_values
     )
+    flags.DEFINE_boolean("download", False, "download a model that is named by its id and is in no cache", flag_values=flag_values)
     flags.DEFINE_boolean("partial", None, "overrides config.partial: load what matches by name and shape", flag_values=flag_values)
 
 
@@ -102,8 +106,14 @@ def resolve(flag_values, world=None, cfg=None):
     if flag_values.profile_steps is not None:
         config.train.profile_steps = flag_values.profile_steps
     if flag_values.hf_dir is not None:
-        _start_from(config, flag_values.hf_dir)
+        _start_from(config, hub.folder_of("--hf_dir", flag_values.hf_dir, flag_values.download))
+    config.model = hub.folder_of("model", config.model, flag_values.download)
+    with contextlib.nullcontext() if flag_values.download else contextlib.suppress(ValueError):  # a run that goes on may do without it
+        config.init_from = hub.folder_of("init_from", config.init_from, flag_values.download)
+    if config.data.tokenizer:
+        config.data.tokenizer = hub.folder_of("data.tokenizer", config.data.tokenizer, flag_values.download)
     _check(config)
+    _fit_vocabulary(config)
     sizes = layout.check(config, cfg or model_config(config, "any"), world_size() if world is None else world or None)
     config.parallel.update(sizes)
     return FrozenConfigDict(config)
@@ -114,6 +124,17 @@ def _start_from(config, folder):
     config.model = config.init_from = folder
     own = os.path.join(folder, "tokenizer")  # where a run keeps it
     config.data.tokenizer = config.data.tokenizer or (own if os.path.isdir(own) else folder)
+
+
+def _fit_vocabulary(config):
+    """Sets model_args.vocab_size to the size of data.tokenizer, where that is more than a model that starts fresh has and the key is not
+    given."""
+    folder = os.path.expanduser(config.data.tokenizer)
+    fresh = config.model in SIZES and not config.init_from and config.model_args.vocab_size is None
+    if fresh and config.data.tokenizer and os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        size = Tokenizer.load(folder).vocab_size
+        if size > SIZES[config.model].vocab_size:
+            config.model_args.vocab_size = size
 
 
 def check_layout(argv, world):
@@ -319,7 +340,9 @@ CHECKS = {
             "train.sample_tokens",
             "train.exact_match_rows",
             "train.monitor_every",
+            "train.save_hf_every",
             "data.max_bytes",
+            "data.max_samples",
         ),
         NOT_NEGATIVE,
     ),
@@ -342,7 +365,7 @@ CHECKS = {
     **dict.fromkeys(("optim.lr", "optim.eps", "data.vocab_size"), POSITIVE),
     **dict.fromkeys(("optim.warmup_steps", "optim.weight_decay", "optim.clip_norm", "optim.router_bias_rate"), NOT_NEGATIVE),
     **dict.fromkeys(("optim.decay_fraction", "optim.min_lr_ratio"), FRACTION),
-    **dict.fromkeys(("optim.b1", "optim.b2", "optim.muon_momentum", "data.held_out"), BELOW_ONE),
+    **dict.fromkeys(("optim.b1", "optim.b2", "optim.muon_momentum", "data.held_out", "optim.warmup_ratio"), BELOW_ONE),
     "optim.skip_spikes": ((lambda value: value == 0 or value > 1), "must be above 1, or 0 for off"),
     "train.profile_steps": (_is_steps, "must be FIRST:LAST, steps counted from 1, such as 10:15"),
     "data.path": ((lambda value: isinstance(value, str | tuple | list)), "must be text, or a list [weight, prefix, ...]"),

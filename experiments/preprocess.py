@@ -20,7 +20,9 @@ from qwen3.chat import FORMATS
 from qwen3.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("input", None, "a file or a folder of files: jsonl, json, csv, parquet, arrow, txt, WikiText; .gz and .zst of them")
+flags.DEFINE_string(
+    "input", None, "a file or a folder of files: jsonl, json, csv, parquet, arrow, txt, WikiText, .gz and .zst of them, or other text files"
+)
 flags.DEFINE_string("output_prefix", None, "start of the names of the files that are written")
 flags.DEFINE_string("tokenizer", None, "folder with tokenizer.json and tokenizer_config.json")
 flags.DEFINE_list("json_keys", "text", "keys of a record whose texts are tokenized; each key gets its own pair of files")
@@ -63,8 +65,9 @@ def preprocess(path, prefix, job):
     bad = pairs.Skipped(FLAGS.skip_bad)
     back = {to: name for name, to in job.map_keys.items()}
     columns = [back.get(key, key) for key in job.keys] if job.format is None else None
-    total = sum(os.path.getsize(f) for f in readers.find_files(path))
-    records = readers.records(path, per_line=FLAGS.per_line, detokenize=FLAGS.detokenize, columns=columns, bad=bad)
+    any_text = not (job.format or FLAGS.per_line or FLAGS.detokenize)
+    total = sum(os.path.getsize(f) for f in readers.find_files(path, any_text=any_text))
+    records = readers.records(path, per_line=FLAGS.per_line, detokenize=FLAGS.detokenize, columns=columns, bad=bad, any_text=any_text)
     records = (r for _, r in zip(range(FLAGS.max_samples), records)) if FLAGS.max_samples else records
     ids = best_dtype(Tokenizer.load(job.tokenizer).vocab_size)
     dtypes = {output: np.uint8 if output == "loss" and job.format else ids for output in job.outputs}

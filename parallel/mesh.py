@@ -167,6 +167,20 @@ def axis_sizes(parallel, world=None):
     return sizes
 
 
+# (a launcher, the variable that holds the number of processes that it started together)
+STARTED_BY = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE"))
+
+
 def world_size():
-    """Returns the number of ranks of the job of this process: 1 unless a launcher started it."""
-    return int(os.environ.get("MS_WORKER_NUM", "1"))
+    """Returns the number of ranks of the job of this process: 1 unless experiments.launch started it. Raises ValueError in one of several
+    processes that another launcher started, each of which would be a job of its own."""
+    if "MS_WORKER_NUM" in os.environ:
+        return int(os.environ["MS_WORKER_NUM"])
+    for launcher, name in STARTED_BY:
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            raise ValueError(
+                f"{launcher} started {count} of these processes ({name}={count}), and each would be a job of its own; let it start one a"
+                " node, `python -m experiments.launch --nproc=N --nnodes=M --node_rank=I --master_addr=HOST -- ...`"
+            )
+    return 1

@@ -13,10 +13,15 @@ def value_and_grad(fn, aux=None, compiled=False):
 
     params: a tree of tensors, or a tree of Parameters. Parameters are closed over instead of passed, as MindSpore's semi-auto parallel
         needs them. Raises ValueError for a mixture or for no leaves.
-    aux: names in the dict that fn returns after its value. g then returns ((value, {name: tensor}), grads). Without aux, MindSpore
-        differentiates the sum of everything that fn returns (docs/mindspore.md).
+    aux: names in the dict that fn returns after its value, such as qwen3.model.metric_names(cfg) for qwen3.model.loss_fn. g then returns
+        ((value, {name: tensor}), grads).
     compiled: compiles one graph for each structure of the arguments; else g runs eagerly.
+
+    g raises ValueError where the value is not one number, or where fn returns more than its value and aux does not name it: MindSpore would
+    differentiate the sum of everything that fn returns.
     """
+    if isinstance(aux, str):
+        raise ValueError(f"value_and_grad: aux={aux!r} must be a tuple of names; use aux=({aux!r},)")
     graphs = {}
 
     def g(params, *args):
@@ -34,10 +39,22 @@ def value_and_grad(fn, aux=None, compiled=False):
                 inside = _closed_over(fn, params, aux) if bound else grad_in_graph(fn, params, aux)
                 graphs[key] = jit(inside)
             out, grads = graphs[key](*args) if bound else graphs[key](to_tuple(params), *args)
+        _check_value(out if aux is None else out[0])
         grads = from_tuple(params, grads)
         return (out, grads) if aux is None else ((out[0], dict(zip(aux, out[1]))), grads)
 
     return g
+
+
+def _check_value(value):
+    """Raises ValueError unless `value` is a tensor of one number."""
+    if isinstance(value, (tuple, list, dict)):
+        raise ValueError(
+            f"value_and_grad: the function returns a {type(value).__name__} of {len(value)}, whose sum would be differentiated; return one"
+            " number, or (number, dict) with the names of the dict in aux, such as aux=qwen3.model.metric_names(cfg) for loss_fn"
+        )
+    if value.size != 1:
+        raise ValueError(f"value_and_grad: the function returns a value of shape {list(value.shape)}; return one number, such as its sum")
 
 
 def grad_in_graph(fn, like, aux=None):

@@ -20,7 +20,8 @@ from ops import sampling as sampling_op
 from parallel.graph.jit import jit
 from parallel.random import hash_uniform
 from qwen3.cache import init_cache, round_up
-from qwen3.model import build, choose_kernels
+from qwen3.fused import build_to_decode
+from qwen3.model import choose_kernels
 
 CHUNK = 32  # decode steps in one compiled loop; the host sees the tokens after them
 
@@ -128,7 +129,7 @@ def extended(params, cache, tokens, positions, last, cfg, kernels=None, sharding
 def _extend(cfg, kernels, sharding):
     """Returns Model.extend, compiled. If the kernels write into the cache, the graph returns only the logits, because returning the cache
     would copy it."""
-    extend = build(cfg, sharding, kernels=kernels).extend
+    extend = build_to_decode(cfg, sharding, kernels).extend
 
     def logits_alone(params, cache, tokens, positions, last):
         return extend(params, cache, tokens, positions, last)[0]
@@ -145,7 +146,7 @@ def decode_loop(cfg, kernels, sharding=None):
     than `least` rows run. running_B is 1 for a row that has not produced one of its stop ids, else 0. The loop needs the C++ kernels of
     cache_write and sampling.
     """
-    extend = build(cfg, sharding, kernels=kernels).extend
+    extend = build_to_decode(cfg, sharding, kernels).extend
     choose, write = registry.pick(kernels, "sampling")(), registry.pick(kernels, "cache_write")()
     reshape, gather, zeros_like, different, enough = ops.Reshape(), ops.Gather(), ops.ZerosLike(), ops.NotEqual(), ops.GreaterEqual()
     cast, lowest, total = ops.Cast(), ops.ReduceMin(), ops.ReduceSum()

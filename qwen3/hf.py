@@ -27,8 +27,8 @@ _LAYER = "model.layers.{layer}."
 NAMES = {
     "embed": ("model.embed_tokens.weight", False),
     "layers.{layer}.attention_norm": (_LAYER + "input_layernorm.weight", False),
-    "layers.{layer}.attention_out_norm": (_LAYER + "self_attn.out_norm.weight", False),  # not in transformers
-    "layers.{layer}.mlp_out_norm": (_LAYER + "mlp.out_norm.weight", False),  # not in transformers
+    "layers.{layer}.attention_out_norm": (_LAYER + "self_attn.out_norm.weight", False),
+    "layers.{layer}.mlp_out_norm": (_LAYER + "mlp.out_norm.weight", False),
     "layers.{layer}.attention.wq": (_LAYER + "self_attn.q_proj.weight", True),
     "layers.{layer}.attention.wk": (_LAYER + "self_attn.k_proj.weight", True),
     "layers.{layer}.attention.wv": (_LAYER + "self_attn.v_proj.weight", True),
@@ -43,13 +43,15 @@ NAMES = {
     "layers.{layer}.mlp.w_up": (_LAYER + "mlp.up_proj.weight", True),
     "layers.{layer}.mlp.w_down": (_LAYER + "mlp.down_proj.weight", True),
     "layers.{layer}.moe.router": (_LAYER + "mlp.gate.weight", True),
-    "layers.{layer}.moe.router_bias": (_LAYER + "mlp.gate.e_score_correction_bias", False),  # not in transformers
+    "layers.{layer}.moe.router_bias": (_LAYER + "mlp.gate.e_score_correction_bias", False),
     "layers.{layer}.moe.w_gate": (_LAYER + "mlp.experts.{expert}.gate_proj.weight", True),
     "layers.{layer}.moe.w_up": (_LAYER + "mlp.experts.{expert}.up_proj.weight", True),
     "layers.{layer}.moe.w_down": (_LAYER + "mlp.experts.{expert}.down_proj.weight", True),
     "final_norm": ("model.norm.weight", False),
     "lm_head": ("lm_head.weight", False),
 }
+OF_OURS = {"attention_out_norm", "mlp_out_norm", "moe.router_bias"}  # the ends of the paths that transformers does not know
+IN_TRANSFORMERS = {path for path in NAMES if path.removeprefix("layers.{layer}.") not in OF_OURS}
 # Fused experts, as transformers 5 has them in memory: gate_up_proj [E, 2F, D], in which the rows of the gate precede those of the up
 # projection, and down_proj [E, D, F]. They are read, never written. Our key: (name, matrices fused into the tensor, number of ours in it).
 FUSED = {
@@ -76,11 +78,12 @@ class Source(NamedTuple):
 
 
 def source(path, shape, present=()):
-    """Returns the Source of our parameter `path` of `shape`. present: the tensor names in a file, which show whether experts are fused."""
-    layer = re.match(r"layers\.(\d+)\.", path)
-    pattern = path if layer is None else f"layers.{{layer}}.{path[layer.end() :]}"
+    """Returns the Source of our parameter `path` of `shape`. present: the tensor names in a file, which show whether experts are fused.
+    Raises ValueError for a parameter that NAMES lacks."""
+    pattern, number = _pattern(path)
+    if pattern not in NAMES:
+        raise ValueError(f"the parameter {path} has no name in Hugging Face's files; add {pattern!r} to NAMES in qwen3/hf.py")
     name, transposed = NAMES[pattern]
-    number = layer and layer[1]
     if "{expert}" not in name:
         return Source([name.format(layer=number)], shape[::-1] if transposed else shape, transposed, False)
     experts, rows, columns = shape
@@ -91,15 +94,36 @@ def source(path, shape, present=()):
     return Source([name.format(layer=number, expert=e) for e in range(experts)], (columns, rows), True, True)
 
 
+def _pattern(path):
+    """(the key of NAMES, the layer's number as text or None) of a parameter."""
+    layer = re.match(r"layers\.(\d+)\.", path)
+    return (path, None) if layer is None else (f"layers.{{layer}}.{path[layer.end() :]}", layer[1])
+
+
+def check_names(cfg):
+    """Raises ValueError for a model with a parameter that NAMES lacks, which save() could not write."""
+    for path, spec in tree_paths(param_specs(cfg)):
+        source(path, spec.shape)
+
+
+def who_opens(cfg):
+    """Words on a saved folder: whether transformers computes the same model from it."""
+    return "which transformers opens" if not list(_unknown_elsewhere(cfg)) else "which transformers opens as another model; see the warning"
+
+
 class Reader:
     """An opened Hugging Face folder. Opening reads config.json and the headers, and checks names, shapes and dtypes.
 
     dtype: the dtype that read() returns, "float32", "float16" or "bfloat16"; None keeps the dtype of each tensor. config: the Qwen3Config;
     its param_dtype is the dtype of the embedding. specs: the tree of ParamSpecs. paths: our path of every parameter. Raises
     FileNotFoundError or ValueError naming the file, the tensor and the fix.
+
+    like: a Qwen3Config, for a reader of that model's parameters, which may be another one than the folder's config.json describes. A
+    ValueError then names the parameters that differ; with partial=True they are left out of `paths`, and `left_out` is the text that lists
+    them.
     """
 
-    def __init__(self, path, dtype=None):
+    def __init__(self, path, dtype=None, like=None, partial=False):
         _check_dtype(dtype)
         self.folder, self._dtype = Path(path), dtype
         if not self.folder.is_dir():
@@ -112,14 +136,15 @@ class Reader:
             raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         self._files = hf_files.open_weights(self.folder)
         self._check_sizes(config)
-        self.specs = param_specs(config)
+        self.specs, self.left_out = param_specs(like or config), ""
         self._specs = dict(tree_paths(self.specs))
+        if like is not None:
+            self.left_out = self._keep_what_matches(like, partial)
         self._sources = {path: source(path, spec.shape, self._files) for path, spec in self._specs.items()}
-        self._check_names(config)
+        if like is None:
+            self._check_names(config)
         self._check_entries()
-        if config.tie_embeddings and HEAD in self._files:
-            self._check_tied()
-        self.config = config.replace(param_dtype=self.dtype("embed"))
+        self.config = config.replace(param_dtype=self.dtype("embed")) if "embed" in self._specs else config
 
     @property
     def paths(self):
@@ -174,6 +199,33 @@ class Reader:
         for what, n in counts.items():
             if n > len(self._files):
                 raise ValueError(f"{self.folder}: config.json has {what}, but there are {len(self._files)} tensors; are shards missing?")
+
+    def _keep_what_matches(self, like, partial):
+        """Removes from _specs what the files do not have in this shape. Returns the text that lists it, and what only the files have."""
+        missing, other, wanted = [], [], {"lm_head.weight"} if like.tie_embeddings else set()
+        for path, spec in list(self._specs.items()):
+            known = _pattern(path)[0] in NAMES
+            origin = source(path, spec.shape, self._files) if known else None
+            if not known or any(name not in self._files for name in origin.names):
+                missing.append(path)
+            elif shape := next((s for s in map(self._shape, origin.names) if s != origin.shape), None):
+                other.append(f"{path} {list(shape)} instead of {list(origin.shape)} (in the file's order of dims)")
+            else:
+                wanted.update(origin.names)
+                continue
+            wanted.update(origin.names if known else ())
+            del self._specs[path]
+        extra = [n for n in self._files.keys() - wanted if not n.endswith("rotary_emb.inv_freq")]
+        lists = {"missing": missing, "of another shape": other, "unknown": sorted(extra)}
+        text = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in lists.items() if names)
+        if text and not partial:
+            raise ValueError(f"{self.folder} holds another model: {text}")
+        if not self._specs:
+            raise ValueError(f"{self.folder} has none of the model's parameters; give the folder of a model like it")
+        return text
+
+    def _shape(self, name):
+        return self._files[name].entries[name][1]
 
     def _check_names(self, config):
         wanted = {name for origin in self._sources.values() for name in origin.names}
@@ -278,6 +330,10 @@ def _unknown_elsewhere(cfg):
         yield f"transformers does not know {' and '.join(own)} of model_type={cfg.model_type}; its attention will differ"
     if cfg.router_bias:
         yield "transformers does not know mlp.gate.e_score_correction_bias and ignores it; its choice of experts will differ"
+    dropped = dict.fromkeys(_pattern(path)[0] for path, _ in tree_paths(param_specs(cfg)))
+    named = [NAMES[p][0].removeprefix(_LAYER) for p in dropped if p in NAMES and p not in IN_TRANSFORMERS and "router_bias" not in p]
+    if named and not own_fields(cfg):
+        yield f"transformers does not know {_some(named)} and ignores it; it computes another model"
     for name, value in own_fields(cfg).items():
         yield f"transformers does not know {name}={value} and ignores it; it computes another model"
 

@@ -84,6 +84,8 @@ def forward(params, tokens, cfg, *, positions=None, segment_ids=None):
 
     positions_BS: default 0..S-1. segment_ids_BS: the number of each token's document, 0 for padding; default: one document per row.
     """
+    if not isinstance(tokens, ms.Tensor):
+        raise ValueError("forward: tokens must be a mindspore.Tensor of int32, [B, S]; use mindspore.Tensor(tokens, mindspore.int32)")
     return logits(cfg, build(cfg).op, params, tokens, positions, segment_ids)
 
 

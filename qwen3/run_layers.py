@@ -12,7 +12,7 @@ from layers.attention import attention
 from parallel import zero
 from parallel.graph.recompute import recomputed
 from parallel.graph.scan import scan
-from parallel.trees import tree_leaves
+from parallel.trees import tree_paths
 
 RECOMPUTE = ("none", "full", "attention")  # attention: the layer's attention and the norm before it
 OF_ATTENTION = ("cos", "sin", "segments", "order")  # the entries of `rows` that attention reads
@@ -31,7 +31,7 @@ def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=()
     recompute: the activations that the backward pass computes again, one of RECOMPUTE. For op.watch: more_rows, names of further entries of
     `rows`, and stats_size, the size of a layer's statistics.
     """
-    kinds = [(cfg.at_layer(i), tuple(spec.optimizer for spec in tree_leaves(specs[i]))) for i in range(cfg.num_layers)]
+    kinds = [(cfg.at_layer(i), parameters_of(specs[i])) for i in range(cfg.num_layers)]
     names, made, own_ops = row_names(cfg, op) + more_rows, {}, {}
     if looped and recompute == "full":
         recompute = "none"  # the loop recomputes each layer in any case
@@ -43,6 +43,11 @@ def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=()
     op.of_layer, op.gathered, op.run = (tuple(made[kind][which] for kind in kinds) for which in range(3))
     size = stats_size or (moe.stats_size(cfg) if cfg.moe_layers else 1)
     op.layers = in_a_loop(cfg, op, kinds, specs[0], names, size) if looped else unrolled(cfg, op)
+
+
+def parameters_of(specs):
+    """((path, shape, optimizer), ...) of a layer's parameters: layers that are equal in this can share a function and a stack of arrays."""
+    return tuple((path, spec.shape, spec.optimizer) for path, spec in tree_paths(specs))
 
 
 def row_names(cfg, op):
@@ -126,8 +131,8 @@ def in_a_loop(cfg, op, kinds, specs, names, stats_size):
         raise ValueError("train.layer_loop=scan needs layers of one kind, and this model mixes dense and MoE layers; use unroll")
     if differing := [field.name for field in fields(cfg) if len({getattr(config, field.name) for config, _ in kinds}) > 1]:
         raise ValueError(f"train.layer_loop=scan needs layers of one kind, and {', '.join(differing)} differs between layers; use unroll")
-    if len(set(kinds)) > 1:
-        raise ValueError("train.layer_loop=scan needs layers that train alike, and train.freeze_include tells them apart; use unroll")
+    if differing := [i for i, kind in enumerate(kinds) if kind != kinds[0]]:
+        raise ValueError(f"train.layer_loop=scan needs {_how_layers_differ(cfg, kinds, differing[0])}; use unroll")
 
     def body(p, x, entries):
         return op.run[0](p, x, named(names, entries))
@@ -138,6 +143,19 @@ def in_a_loop(cfg, op, kinds, specs, names, stats_size):
         return loop(x, params, in_order(names, rows))
 
     return layers
+
+
+def _how_layers_differ(cfg, kinds, i):
+    """Words on layer i, whose parameters are not those of layer 0."""
+    first, other = ({path: (shape, optimizer) for path, shape, optimizer in kinds[k][1]} for k in (0, i))
+    path = next(path for path in (*first, *other) if first.get(path) != other.get(path))
+    if path not in first or path not in other:
+        having, lacking = (i, 0) if path in other else (0, i)
+        return f"layers with the same parameters, and layer {having} has {path}, which layer {lacking} lacks"
+    if first[path][0] != other[path][0]:
+        return f"layers with the same parameters, and {path} is {list(first[path][0])} in layer 0 and {list(other[path][0])} in layer {i}"
+    why = "train.freeze_include and freeze_exclude tell" if any(cfg.frozen) else "their specs tell"
+    return f"layers that train alike, and {why} {path} of layers 0 and {i} apart"
 
 
 def stack_stats(sharding, count):

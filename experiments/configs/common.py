@@ -32,14 +32,15 @@ def get_config():
     c.train.batch_size = 16  # rows per optimizer step, over all ranks
     c.train.seq_len = 1024  # tokens per row
     c.train.log_every = 10  # steps between lines of metrics
-    c.train.eval_every = 0  # steps between evaluations on held-out rows; 0 = only at the end
-    c.train.eval_rows = 64  # the most held-out rows of an evaluation during training; 0 = all
+    c.train.eval_every = 0  # steps between evaluations on held-out rows; 0 = only before the first step and after the last
+    c.train.eval_rows = 64  # the most held-out rows of an evaluation; 0 = all. At the end final_loss is that of all rows
     c.train.seed = 0  # seed of the initial weights and of the order of the data
     # unroll = all layers are compiled; scan = one layer is compiled, run in a loop, and recomputed in the backward pass; auto = scan for
     # more than 8 layers of one kind
     c.train.layer_loop = "auto"
     # which part of a layer the backward pass computes again, to save memory: none, attention, or full (scan always recomputes in full)
     c.train.recompute = "none"
+    c.train.save_hf_every = 0  # steps between Hugging Face folders of the weights, hf_steps/step_N; 0 = none. LoRA: its adapters
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text that the sample continues; empty = the start of a document
     # steps between monitored steps, of which these are written for each layer: norms of weights, gradients and activations, relative size
@@ -106,6 +107,7 @@ def _optim():
     o.lr = 3e-4  # the highest learning rate
     o.schedule = "cosine"  # constant, linear, cosine, or wsd (warm up, stay, decay)
     o.warmup_steps = 100  # steps in which the learning rate rises linearly from 0 to lr
+    o.warmup_ratio = 0.0  # instead of warmup_steps, as a fraction of train.steps; 0 = warmup_steps
     o.decay_fraction = 0.2  # wsd: fraction of the steps, at the end, in which the learning rate decays
     o.min_lr_ratio = 0.1  # last learning rate / lr
     o.b1 = 0.9  # decay of the first moment, or momentum
@@ -145,7 +147,8 @@ def _data():
     d.vocab_size = 512  # tokens of the trained BPE
     d.held_out = 0.05  # fraction of the text, or of a stream's records, kept for evaluation
     d.split = "95,5,0"  # relative sizes of the train, valid and test splits of a pair
-    d.max_bytes = 0  # the most bytes of text to read; 0 = all
+    d.max_bytes = 0  # the most bytes of text, or of conversations as JSON, to read; 0 = all
+    d.max_samples = 0  # the most conversations to read, the first ones; 0 = all
     d.reset_at_eod = True  # tokens attend only within their document, and positions start at 0 in each; False = a row is one text
     # the pair contains conversations, written by preprocess --format: no conversation is split, and the loss mask beside the pair is used
     d.conversations = False

@@ -16,6 +16,8 @@ def merge(source, output, base, dtype):
     if not source:
         raise ValueError("--input is missing; give the folder of an adapter in PEFT's format, or of a run of LoRA")
     source, folder = os.path.expanduser(source), convert.check_output(output)
+    if not os.path.isdir(source):
+        raise ValueError(f"--input={source} is not a folder; give the folder of an adapter in PEFT's format, or of a run of LoRA")
     path = base or adapter.base_name(source)
     if not path or not os.path.isdir(os.path.expanduser(path)):
         raise ValueError(f"--input={source} names the base {path!r}, which is not a folder; give the base as --base=DIR")
@@ -33,4 +35,4 @@ def merge(source, output, base, dtype):
     merged = convert.Weights("base and adapter", base_weights.folder, arrays, read_all, config, base_weights.tokenizer)
     convert.to_hugging_face(merged, folder, dtype)
     yield f"read       {base_weights}, and the adapter of {source}: rank {found.lora.rank}, on {', '.join(found.lora.targets)}"
-    yield f"wrote      {folder}, which transformers opens; {base_weights.describe_tokenizer()}"
+    yield f"wrote      {folder}, {convert.hf.who_opens(config)}; {base_weights.describe_tokenizer()}"

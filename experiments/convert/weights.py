@@ -167,7 +167,7 @@ def write(command, source, output, dtype):
     else:
         to_native(weights, folder)
     yield f"read       {weights}"
-    yield f"wrote      {folder}, {'which transformers opens' if native else f'for --init_from={folder}'}; {weights.describe_tokenizer()}"
+    yield f"wrote      {folder}, {hf.who_opens(weights.config) if native else f'for --init_from={folder}'}; {weights.describe_tokenizer()}"
 
 
 def to_native(weights, output):

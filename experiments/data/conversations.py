@@ -1,6 +1,8 @@
 """Conversations for fine-tuning, straight from files of records: tokens with a loss mask, packed into rows or one a row."""
 
 import hashlib
+import itertools
+import json
 import os
 from dataclasses import dataclass
 
@@ -76,7 +78,19 @@ def found_records(data):
         return (readers.Record(value, f"instruction {i}", 0) for i, value in made)
     if not isinstance(data.path, str):
         raise ValueError(f"data.path={data.path!r} must be one file or folder of conversations; blend pairs made by experiments.preprocess")
-    return readers.records(os.path.expanduser(data.path), bad=Skipped(data.skip_bad, "--config.data.skip_bad=true"))
+    found = readers.records(os.path.expanduser(data.path), name="data.path", bad=Skipped(data.skip_bad, "--config.data.skip_bad=true"))
+    return _first(found, data.max_samples, data.max_bytes)
+
+
+def _first(records, most, most_bytes):
+    """The first records: at most `most`, and as many as have `most_bytes` as JSON together, but one at least; 0 = no limit."""
+    size = 0
+    for number, record in enumerate(itertools.islice(records, most or None)):
+        if most_bytes:
+            size += len(json.dumps(record.value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass"))
+        if number and size > most_bytes > 0:
+            return
+        yield record
 
 
 def load(data, tokenizer_folder):

@@ -30,7 +30,8 @@ ONLY_FOR = {
     "shuffle_buffer": ("a stream",),
     "skip_bad": ("a stream", RECORDS),
     "held_out": ("text", "a stream", RECORDS),
-    "max_bytes": ("text",),
+    "max_bytes": ("text", RECORDS),
+    "max_samples": (RECORDS,),
 }
 TABLES = ("jsonl", "json", "csv", "parquet", "arrow")
 
@@ -151,18 +152,34 @@ def _refuse_table(path):
 def _pairs(config, vocab_size, prefixes):
     data = config.data
     tokenizer = _loaded(data, vocab_size)
-    splits = {}
-    for name in ("train", "valid"):
-        found = []
-        for _, prefix in prefixes:
-            indexed = IndexedDataset(prefix)
-            span = gpt_index.split_range(data.split, len(indexed), name)
-            found.append(_pair_rows(indexed, span, name, config, tokenizer))
-        splits[name] = _blended(found, prefixes)
-    train, valid = splits.values()
+    every = [IndexedDataset(prefix) for _, prefix in prefixes]
+    spans = [_spans(indexed, config) for indexed in every]
+    train, valid = (
+        _blended([_pair_rows(indexed, span[name], name, config, tokenizer) for indexed, span in zip(every, spans)], prefixes)
+        for name in ("train", "valid")
+    )
     held = loader.first_rows(valid, min(len(valid), _held_rows(config)), config.train.seed)
     first = held["tokens"][0][held["segment_ids"][0] == 1]
     return Corpus(tokenizer, train, held, tokenizer.decode(first))
+
+
+def _spans(indexed, config):
+    """{"train" and "valid": (start, stop) of the sequences} of a pair. Where the default data.split leaves a part without a row, as few
+    sequences as make a row are held out, or none if that leaves none to train on; a line says so."""
+    split, n = config.data.split, len(indexed)
+    if split != common.get_config().data.split:
+        return {name: gpt_index.split_range(split, n, name) for name in ("train", "valid")}
+    needed = 2 if config.data.conversations else config.train.seq_len + 1
+    ranges, tokens = gpt_index.split_ranges(split, n), np.concatenate([[0], np.cumsum(indexed.lengths, dtype=np.int64)])
+    if all(tokens[stop] - tokens[start] >= needed for start, stop in (ranges["train"], ranges["valid"])):
+        return {name: ranges[name] for name in ("train", "valid")}
+    first = int(np.searchsorted(tokens, tokens[-1] - needed, side="right")) - 1  # of the fewest last sequences with so many tokens
+    few = f"data       {indexed.prefix}: {n} sequences are too few for data.split={split};"
+    if first > 0 and tokens[first] >= needed:
+        print(f"{few} held out are the last {n - first}", flush=True)
+        return {"train": (0, first), "valid": (first, n)}
+    print(f"{few} none is held out, and eval_loss is of training data", flush=True)
+    return {"train": (0, n), "valid": (0, n)}
 
 
 def _blended(found, prefixes):

@@ -27,6 +27,7 @@ KINDS = {
 }
 PACKED = (".gz", ".zst")
 BROKEN = (OSError, EOFError, ValueError, NotImplementedError, zlib.error, csv.Error)  # pyarrow's own errors are of these types
+NO_TEXT = "no text"  # what is wrong with a file that is left out without an error
 BOM = b"\xef\xbb\xbf"
 csv.field_size_limit(2**31 - 1)
 
@@ -39,7 +40,7 @@ class Record(NamedTuple):
     size: int
 
 
-def records(path, *, per_line=False, detokenize=False, columns=None, bad=None):
+def records(path, *, per_line=False, detokenize=False, columns=None, bad=None, name="--input", any_text=False):
     """An iterator over the Records of a file, or of a folder's files in the order of their paths, all of one kind.
 
     Kinds: jsonl, json, csv, parquet, arrow (IPC file or stream), txt, WikiText (.tokens, .raw), each also as .gz or .zst. Text becomes
@@ -47,10 +48,13 @@ def records(path, *, per_line=False, detokenize=False, columns=None, bad=None):
     there Windows line ends become "\\n".
     columns: the keys that matter, so that of parquet others are not read. bad(message): called for what cannot be read, which is then
     left out; without it that is a ValueError. Only jsonl, csv and text go on after it; of the others, it ends the file. What the system
-    fails to read, such as a file without permission, is always a ValueError. FileNotFoundError for a missing path.
+    fails to read, such as a file without permission, is always a ValueError. FileNotFoundError for a missing path. name: of the option
+    that gives the path, for messages. any_text: files of other names, such as .py, are read as .txt files are, as data.path of pre-training
+    reads them: binary and blank ones are left out, and their number is printed.
     """
-    files = find_files(path)
-    kind = kind_of(files[0])
+    files = find_files(path, name, any_text)
+    kinds = {kind_of(file, name, any_text) for file in files}
+    kind = "text" if "text" in kinds else kinds.pop()
     if per_line and kind != "txt":
         raise ValueError(f"per_line=True needs .txt files, and {files[0]} is {kind}; leave it out")
     if detokenize and kind != "wikitext":
@@ -59,34 +63,36 @@ def records(path, *, per_line=False, detokenize=False, columns=None, bad=None):
     return _records(files, kind, options.get(kind, {}), bad or _refuse)
 
 
-def find_files(path, name="input"):
+def find_files(path, name="--input", any_text=False):
     """The files of a folder and those below it, hidden ones left out; of a file, itself. ValueError unless all are of one kind.
 
-    name: of the option that gives the path, for messages.
+    name: of the option that gives the path, for messages. any_text: see records.
     """
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{name}={path} does not exist; give a file or a folder of files")
     if not path.is_dir():
-        kind_of(path, name)
+        kind_of(path, name, any_text)
         if not path.is_file():
             raise ValueError(f"{name}={path} is no regular file; give a file or a folder of files")
         return [path]
     files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.relative_to(path).parts))
     if not files:
         raise ValueError(f"{name}={path} has no files; give a file or a folder of files")
-    kinds = {kind_of(file, name): file for file in reversed(files)}
-    if len(kinds) > 1:
+    kinds = {kind_of(file, name, any_text): file for file in reversed(files)}
+    if len(kinds) > 1 and kinds.keys() != {"txt", "text"}:
         (one, a), (other, b) = sorted(kinds.items())[:2]
         raise ValueError(f"{name}={path} mixes kinds: {a} is {one}, {b} is {other}; give a folder of one kind")
     return files
 
 
-def kind_of(path, name="input"):
-    """One of KINDS, by the end of the file's name. ValueError if there is none."""
+def kind_of(path, name="--input", any_text=False):
+    """One of KINDS, by the end of the file's name. If there is none, "text" with any_text, else a ValueError."""
     suffixes = [s.lower() for s in path.suffixes]
     while suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
+    if any_text and (not suffixes or suffixes[-1] not in KINDS):
+        return "text"
     if not suffixes or suffixes[-1] not in KINDS:
         raise ValueError(
             f"{name}={path}: its name tells no kind of file; rename it to end in {', '.join(KINDS)}, or in one plus .gz or .zst"
@@ -100,18 +106,24 @@ def _refuse(message):
 
 def _records(files, kind, options, bad):
     unit = "row" if kind in ("parquet", "arrow") else "line"
-    done = 0
+    done, left_out = 0, 0
     for file in files:
         try:
             for number, value, wrong, size in _guarded(READERS[kind](file, **options)):
                 where = f"{file}, {unit} {number}"
-                if wrong:
+                if wrong == NO_TEXT:
+                    left_out += 1
+                elif wrong:
                     bad(f"{where}: {wrong}")
                 else:
                     yield Record(value, where, done + size)
         except OSError as e:  # of the system, and so perhaps gone on another try
             raise ValueError(f"{file} cannot be read: {e}; mend that, nothing of it is left out") from e
         done += os.path.getsize(file)
+    if left_out == len(files):
+        raise ValueError(f"{files[0]} {'and the other files are' if left_out > 1 else 'is'} binary or blank; give files with UTF-8 text")
+    if left_out:
+        print(f"left out {left_out} of {len(files)} files, which are binary or blank", flush=True)
 
 
 def _guarded(items):
@@ -237,6 +249,17 @@ def _txt(file, per_line):
             yield 1, {"text": text}, None, tell()
 
 
+def _text(file):
+    """As sources.find_documents reads the files of a folder."""
+    with _opened(file) as (stream, tell):
+        data = stream.read()
+        try:
+            text = None if b"\0" in data else data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = None
+        yield 1, {"text": text}, None if text and text.strip() else NO_TEXT, tell()
+
+
 def _wikitext(file, detokenize):
     start, lines, size = 1, [], 0
 
@@ -329,5 +352,6 @@ READERS = {
     "parquet": _parquet,
     "arrow": _arrow,
     "txt": _txt,
+    "text": _text,
     "wikitext": _wikitext,
 }

@@ -58,19 +58,29 @@ class TextStream:
             epoch, place = epoch + 1, (0, 0, 0, 0)
 
     def held_rows(self, count):
-        """(the first `count` held-out rows, or all if there are fewer, as of packing.pack; the first held-out text)."""
+        """(the first `count` held-out rows, or all if there are fewer, as of packing.pack; the first held-out text). Of records too few for
+        one to be held out, rows of the first ones; a line says so."""
+        documents, tokens, first = self._held_documents(count, held=True) if self.held_out else ([], 0, None)
+        nothing = f"data.held_out={self.held_out} holds out no text of {self.parts.title}"
+        if tokens < 2 and self.held_out:
+            documents, tokens, first = self._held_documents(count, held=False)
+            if tokens >= 2:
+                print(f"data       {nothing}; eval_loss is of training data", flush=True)
+        if tokens < 2:
+            raise ValueError(f"{nothing}; raise it, or give more records")
+        rows = packing.pack(documents, self.seq_len, self.tokenizer.eod_id, self.reset)
+        return {key: value[:count] for key, value in rows.items()}, first
+
+    def _held_documents(self, count, held):
+        """(ids of documents for `count` rows, their tokens, the first text) of the records that are held out or of the others."""
         documents, tokens, first = [], 0, None
-        order = range(len(self.parts.names) if self.held_out else 0)
-        for texts in _groups((text, None) for text, *_ in self._records(order, held=True)):
+        for texts in _groups((text, None) for text, *_ in self._records(range(len(self.parts.names)), held=held)):
             first = texts[0][0] if first is None else first
             documents += self.tokenizer.encode_batch([text for text, _ in texts])
             tokens += sum(len(d) + 1 for d in documents[-len(texts) :])
             if tokens > count * self.seq_len:
                 break
-        if tokens < 2:
-            raise ValueError(f"data.held_out={self.held_out} holds out no text of {self.parts.title}; raise it, or give more records")
-        rows = packing.pack(documents, self.seq_len, self.tokenizer.eod_id, self.reset)
-        return {key: value[:count] for key, value in rows.items()}, first
+        return documents, tokens, first
 
     def _epoch(self, seed, epoch, place):
         """(row, where the next one starts) from a place to the end of the data."""

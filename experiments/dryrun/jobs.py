@@ -1,6 +1,7 @@
 """Runs the processes of a dry run, one for each rank and depth, and makes a report of each rank."""
 
 import math
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -116,9 +117,12 @@ def lowered(config, lowering):
 
 
 def _at_depth(config, layers=None):
-    """Returns the config with this many layers (under a pipeline: in each stage), unrolled, because a loop never ends in simulation."""
+    """Returns the config with this many layers (under a pipeline: in each stage), unrolled, because a loop never ends in simulation. Its
+    model's folder is absolute, as the process that compiles runs in a folder of its own."""
     config = ConfigDict(config.to_dict(), convert_dict=True)
     config.train.layer_loop = "unroll"
+    if os.path.isdir(config.model):
+        config.model = os.path.abspath(config.model)
     if layers:
         config.model_args.num_layers, config.parallel.stage_layers = layers * config.parallel.pp * config.parallel.virtual_stages, ()
     return FrozenConfigDict(config)

@@ -38,7 +38,7 @@ def main(_):
         if FLAGS[name].present:
             raise ValueError(f"--{name} has no use here; leave it out")
     rank, _ = collectives.start()
-    model = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
+    model = weights.inference(FLAGS.hf_dir, FLAGS.workdir, download=FLAGS.download)
     tokenizer = model.load_tokenizer()
     files, names = evaluation.split_tasks(FLAGS.tasks, FLAGS.task_folder)
     data, part = FLAGS.data, FLAGS.part

@@ -1,7 +1,6 @@
 """Helpers of experiments.evaluate: load a model in a layout, compute the loss of a data set, run tasks, and print a table of results."""
 
 import itertools
-import json
 import os
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from experiments.data import corpus, loader
 from experiments.evaluate import harness, scoring, tasks
 from experiments.layout import check as layout
-from experiments.train.run_folder import CONFIG
+from experiments.train.run_folder import CONFIG, saved_config
 from experiments.watch.metrics import held_out
 from parallel.sharding import Sharding
 from qwen3.model import choose_kernels
@@ -20,13 +19,11 @@ def own_data(config, workdir):
     not known."""
     if not workdir:
         raise ValueError("--data and --tasks are missing; give one of them, or --workdir for a run's own held-out rows")
-    path = os.path.join(os.path.expanduser(workdir), CONFIG)
-    if not os.path.isfile(path):
+    saved = saved_config(os.path.expanduser(workdir))
+    if saved is None:
         raise ValueError(f"--workdir={workdir} has no {CONFIG}, which names a run's data; give --data")
-    with open(path, encoding="utf-8") as file:
-        saved = json.load(file)
     config.data.update({key: value for key, value in saved["data"].items() if key in config.data and key != "tokenizer"})
-    config.train.update({key: saved["train"][key] for key in ("seq_len", "seed", "eval_rows")})
+    config.train.update({key: saved["train"][key] for key in ("seq_len", "seed", "eval_rows") if key in saved["train"]})
     return config.data.path
 
 

@@ -17,7 +17,8 @@ flags.disclaim_key_flags()  # --help lists them under the main that calls define
 
 def define():
     """Defines the flags."""
-    flags.DEFINE_string("hf_dir", None, "a Hugging Face folder: config.json, safetensors and the tokenizer's files")
+    flags.DEFINE_string("hf_dir", None, "a Hugging Face folder: config.json, safetensors and the tokenizer's files; or a model's id")
+    flags.DEFINE_boolean("download", False, "download a model that is named by its id and is in no cache")
     flags.DEFINE_string("workdir", None, "instead of --hf_dir: the folder of a training run, for its newest checkpoint and its tokenizer")
     flags.DEFINE_string("adapter", None, "a LoRA adapter to merge into the weights: a folder in PEFT's format, or of a finetune run")
     for axis in AXES:
@@ -69,7 +70,7 @@ class Model:
     def __init__(self):
         rank, _ = collectives.start()
         self.new_tokens = NEW_TOKENS
-        self.opened = weights.inference(FLAGS.hf_dir, FLAGS.workdir, FLAGS.adapter)
+        self.opened = weights.inference(FLAGS.hf_dir, FLAGS.workdir, FLAGS.adapter, FLAGS.download)
         self.cfg = self.opened.cfg
         asked = {axis: FLAGS[axis].value for axis in AXES}
         sizes = layout.for_inference(asked, self.cfg, FLAGS.hf_dir or FLAGS.workdir, world_size())

@@ -24,7 +24,7 @@ def define_flags():
     flags.DEFINE_enum("main", "experiments.pretrain", list(command_line.MAINS), "the module that each run executes")
     flags.DEFINE_integer("parallel_jobs", 1, "runs at a time, which share this machine's cores", lower_bound=1)
     flags.DEFINE_integer("nproc", 1, "processes of each run, started by experiments.launch", lower_bound=1)
-    flags.DEFINE_list("metrics", ["eval_loss", "loss"], "columns of the tables: the last value of each in metrics.jsonl")
+    flags.DEFINE_list("metrics", ["final_loss", "eval_loss", "loss"], "columns of the tables: the last value of each in metrics.jsonl")
     flags.DEFINE_list("over", ["train.seed"], "config keys, such as seeds, over which the summary takes mean and spread")
     flags.DEFINE_boolean("list", False, "print the runs; start none")
     flags.DEFINE_boolean("table", False, "write the tables; start nothing")

@@ -60,15 +60,32 @@ def report(nats, cfg, config, data, writer, workdir):
     seen = corpus.rows_seen(data.train, config)
     baseline = bigram.held_out_nats(seen, data.held_out, cfg.vocab_size, None)
     found = metrics.held_out(nats, corpus.bytes_per_target(data.tokenizer, data.held_out))
-    writer.write(config.train.steps, {**found, "bigram_loss": baseline})
+    writer.write(config.train.steps, {**_final(found), "bigram_loss": baseline})
     metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records, baseline)
     print(f"held out   {nats:.3f} nats a token, {found['bits_per_byte']:.3f} bits a byte; a bigram model: {baseline:.3f} nats")
     print(f"           (the bigram model counted {int(seen['loss_weights'].sum()):,} targets, of the first rows of the run)")
 
 
+def save_at(step, program, state, cfg, config, tokenizer, workdir, mesh):
+    """Writes the weights after a step to hf_steps/step_N, or of LoRA the adapters, as at the end of the run. All ranks call it."""
+    weights, folder = program.spread(state), os.path.join(workdir, "hf_steps", f"step_{step:06}")
+    if mesh.rank == 0:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        save_adapter(folder, cfg, weights, config) if cfg.lora else save(folder, cfg.base, weights, tokenizer)
+        return
+    for path, leaf in tree_paths(weights):
+        if not cfg.lora or weights_of.is_adapter(path):
+            leaf.asnumpy()  # takes part in the gather, in the order in which rank 0 asks
+
+
+def _final(found):
+    """Renames the metrics of all held-out rows: eval_loss and so on are those of the first train.eval_rows of them."""
+    return {f"final_{name.removeprefix('eval_')}": value for name, value in found.items()}
+
+
 def report_answers(nats, params, cfg, config, data, writer, workdir):
     """Writes the held-out loss, and exact_match: the share of held-out questions that greedy decoding answers right in every token."""
-    found = {"eval_loss": nats}
+    found = _final(metrics.held_out(nats))
     asked = data.held_questions[: config.train.exact_match_rows]
     if params is not None and asked:
         right = answers(params, cfg, asked, choose_kernels(config.ops, cfg))
@@ -101,7 +118,7 @@ def save(folder, cfg, weights, tokenizer, init_from=""):
                 if file.name == hf_files.GENERATION:
                     hf_files.copy_file(file, Path(files))
         hf.save(folder, cfg, weights, tokenizer_dir=files)
-    print(f"saved      {folder}, which transformers opens")
+    print(f"saved      {folder}, {hf.who_opens(cfg)}")
 
 
 def save_adapter(folder, cfg, weights, config):

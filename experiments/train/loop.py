@@ -13,7 +13,8 @@ from experiments.watch.metrics import held_out
 def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(0, 0.0), after_step=None, bytes_per_target=None):
     """Trains up to train.steps steps, logs to `writer`, and returns the last state.
 
-    batches: an iterator over dicts of [rows, S], this data rank's rows of each global batch; eval_batches: a list of such dicts.
+    batches: an iterator over dicts of [rows, S], this data rank's rows of each global batch; eval_batches: a list of such dicts, on which
+    it evaluates before the first step, every train.eval_every steps and after the last step, so that the losses can be compared.
     mfu_of(tokens per second) -> MFU. begun: (steps done, targets seen) at the start. after_step(state, steps done, targets seen) -> whether
     to stop. bytes_per_target: mean bytes of a held-out target, for bits_per_byte.
 
@@ -40,7 +41,7 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(
                 speed = config.train.batch_size * config.train.seq_len / step_time_s
                 times = {"step_time_s": step_time_s, "tokens_per_s": speed, "mfu": mfu_of(speed)}
                 writer.write(done, {**metrics, "tokens_seen": targets, **times})
-            if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
+            if done == steps or (config.train.eval_every and done % config.train.eval_every == 0):
                 with timer.paused():
                     writer.write(done, held_out(program.evaluate(state, eval_batches), bytes_per_target))
             if after_step and after_step(state, done, targets):

@@ -26,7 +26,8 @@ SPIKE_WARMUP_STEPS = 20  # no update is skipped before the running mean has seen
 def learning_rate(optim, steps):
     """Returns f(step, from 0) -> learning rate, for a run of `steps` steps. optim: the config's section."""
     shapes = {"constant": _constant, "linear": _linear, "cosine": _cosine, "wsd": _wsd}
-    shape, low, warmup = shapes[optim.schedule], optim.min_lr_ratio, optim.warmup_steps
+    shape, low = shapes[optim.schedule], optim.min_lr_ratio
+    warmup = math.ceil(optim.warmup_ratio * steps) if optim.warmup_ratio else optim.warmup_steps
 
     def rate(step):
         if step < warmup:

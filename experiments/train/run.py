@@ -11,7 +11,7 @@ from experiments.data import corpus, loader
 from experiments.layout import check as layout
 from experiments.layout import table as layout_table
 from experiments.train import checkpoints, run_folder
-from experiments.train.finish import finish
+from experiments.train.finish import finish, save_at
 from experiments.train.loop import train
 from experiments.train.program import build_program
 from experiments.train.state import uses_scan
@@ -21,6 +21,7 @@ from ops import registry
 from parallel import collectives
 from parallel.sharding import Sharding
 from parallel.specs import count
+from qwen3 import hf
 from qwen3.model import check_frozen, choose_kernels, param_specs
 
 
@@ -37,6 +38,8 @@ def train_in(workdir, config):
 
 
 def run(config, cfg, data, workdir, mesh):
+    if (config.train.save_hf or config.train.save_hf_every) and not cfg.lora:
+        _check_names(cfg)
     sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
     program = build_program(cfg, config, sharding)
     start = checkpoints.start(workdir, cfg, config, mesh, program)
@@ -64,10 +67,24 @@ def run(config, cfg, data, workdir, mesh):
         if train_.profile_steps and mesh.rank == 0:
             profile = opened.enter_context(profiling.Profile(workdir, train_.profile_steps))
             program = replace(program, step=profile.around(program.step))
-        state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, saving.after_step, of_bytes)
+
+        def after_step(state, done, tokens):
+            if train_.save_hf_every and done % train_.save_hf_every == 0 and done < train_.steps:
+                save_at(done, program, state, cfg, config, data.tokenizer, workdir, mesh)
+            return saving.after_step(state, done, tokens)
+
+        state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, after_step, of_bytes)
         saved = saving.end(state)
         if not saving.stopped:
             finish(program, state, cfg, config, data, writer, workdir, mesh, saved)
+
+
+def _check_names(cfg):
+    """Raises ValueError for a model that could not be saved at the end of the run."""
+    try:
+        hf.check_names(cfg)
+    except ValueError as error:
+        raise ValueError(f"train.save_hf=true: {error}, or use --config.train.save_hf=false and save_hf_every=0") from error
 
 
 def announce(cfg, config, data, sharding, peak, start):

@@ -12,12 +12,12 @@ import subprocess
 
 from experiments.watch.records import CONFIG, METRICS, flat
 from parallel import collectives
-from parallel.checkpoint.files import FOLDER, clean, steps, write_json
+from parallel.checkpoint.files import FOLDER, clean, steps, sync_file, sync_folder, write_json
 
 LOCK, FINISHED, TOKENIZER = ".lock", "finished.json", "tokenizer"
 # Keys, and prefixes of keys, that may change when a run is restarted: how it is computed, monitored and saved, and its length.
 MAY_CHANGE = ("parallel.", "ops.", "checkpoint.", "init_from", "resume_from", "partial", "data.cache_dir", "data.skip_bad")
-MAY_CHANGE += tuple(f"train.{key}" for key in ("steps", "log_every", "eval_every", "eval_rows", "layer_loop", "save_hf"))
+MAY_CHANGE += tuple(f"train.{key}" for key in ("steps", "log_every", "eval_every", "eval_rows", "layer_loop", "save_hf", "save_hf_every"))
 MAY_CHANGE += ("train.monitor_every", "train.profile_steps", "train.sample_tokens", "train.sample_prompt", "train.exact_match_rows")
 MAY_CHANGE_ELSEWHERE = (*MAY_CHANGE, "optim.", "train.batch_size")  # for --resume_from: a new run that continues another one
 
@@ -91,9 +91,14 @@ def _lock(path):
 def own_step(path, config):
     """Returns the step of the newest checkpoint in a run's folder; 0 if there is none and the run starts from its first step. For rank 0.
 
-    Raises ValueError for the folder of a finished run, or of one with another config.
+    Raises ValueError for the folder of a finished run, or of one with another config, and for checkpoints without the config of their run.
     """
-    saved = _read(os.path.join(path, CONFIG))
+    saved, found = saved_config(path), steps(path)
+    if saved is None and found:
+        raise ValueError(
+            f"--workdir={path} holds checkpoints, and no {CONFIG}, which says of which run; put it back, or use another folder with"
+            f" --resume_from={path} or --init_from={path}"
+        )
     if saved is None:
         return 0
     if changed := differences(saved, to_dict(config), MAY_CHANGE):
@@ -101,10 +106,10 @@ def own_step(path, config):
             f"--workdir={path} already holds a run with {changed[0]}; give another folder, or the run's own config. To continue it"
             f" with other optim keys, use another folder and --resume_from={path}"
         )
-    found, finished = steps(path), _read(os.path.join(path, FINISHED))
-    if finished and (config.train.steps <= finished["step"] or not found):
+    finished = finished_step(path)
+    if finished is not None and (config.train.steps <= finished or not found):
         raise ValueError(
-            f"--workdir={path} already holds a finished run of {finished['step']} steps; give another folder,"
+            f"--workdir={path} already holds a finished run of {finished} steps; give another folder,"
             " or more --config.train.steps to continue from its checkpoint"
         )
     if not found:
@@ -114,24 +119,36 @@ def own_step(path, config):
 
 
 def saved_config(workdir):
-    """Returns the config that begin() wrote, as a dict; None if the folder has no run."""
-    return _read(os.path.join(workdir, CONFIG))
+    """Returns the config that begin() wrote, as a dict; None if there is none. Raises ValueError for a file that is no such config."""
+    path = os.path.join(workdir, CONFIG)
+    saved = _read(path)
+    if saved is not None and not all(isinstance(saved.get(section), dict) for section in ("data", "optim", "train")):
+        raise ValueError(f"{path} is not the config of a run; put back the one that the run wrote, or give another folder")
+    return saved
 
 
 def finished_step(workdir):
-    """Returns the steps of a finished run, None if the run is not finished."""
-    done = _read(os.path.join(workdir, FINISHED))
-    return done["step"] if done else None
+    """Returns the steps of a finished run, None if the run is not finished. Raises ValueError for a file that does not say it."""
+    path = os.path.join(workdir, FINISHED)
+    done = _read(path)
+    step = done.get("step") if done is not None else None
+    if done is not None and (type(step) is not int or step < 0):
+        raise ValueError(f'{path} must be {{"step": N}} with a whole number; remove it, and the run goes on from its checkpoint')
+    return step
 
 
 def _read(path):
+    """Returns the JSON object in a file; None if there is no file."""
     if not os.path.exists(path):
         return None
     with open(path, encoding="utf-8") as file:
         try:
-            return json.load(file)
-        except ValueError as error:
+            found = json.load(file)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}); is this the folder of a run?") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {json.dumps(found)[:20]}, not a JSON object; is this the folder of a run?")
+    return found
 
 
 def to_dict(config):
@@ -151,6 +168,9 @@ def begin(workdir, config, tokenizer):
     if not os.path.isdir(os.path.join(workdir, TOKENIZER)):
         aside = os.path.join(workdir, f".{TOKENIZER}.new")
         tokenizer.save(aside)
+        for name in os.listdir(aside):
+            sync_file(os.path.join(aside, name))
+        sync_folder(aside)
         os.rename(aside, os.path.join(workdir, TOKENIZER))
     write_json(os.path.join(workdir, CONFIG), {**to_dict(config), "git_hash": _git_hash()})
     with contextlib.suppress(FileNotFoundError):

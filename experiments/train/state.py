@@ -20,6 +20,7 @@ from parallel.pipeline import schedule as pipeline
 from parallel.placement import Held, Spread, load, local_shape, place, stacked
 from parallel.trees import merge, select, shallow, tree_leaves, tree_map
 from qwen3.model import param_specs
+from qwen3.run_layers import parameters_of
 from qwen3.stages import stage_specs
 
 SCAN_ABOVE_LAYERS = 8  # scan compiles one layer and takes less memory; unrolled layers compute no forward twice
@@ -49,14 +50,13 @@ def check_dtype(cfg):
 
 def uses_scan(cfg, layer_loop):
     """Whether train.layer_loop means a loop over one compiled layer (scan) instead of unrolled layers."""
-    one_kind = len({cfg.at_layer(i) for i in range(cfg.num_layers)}) == 1 and _layers_train_alike(cfg)
+    one_kind = len({cfg.at_layer(i) for i in range(cfg.num_layers)}) == 1 and _layers_are_alike(cfg)
     return layer_loop == "scan" or (layer_loop == "auto" and one_kind and cfg.num_layers > SCAN_ABOVE_LAYERS)
 
 
-def _layers_train_alike(cfg):
-    """Whether all layers freeze the same parameters."""
-    layers = param_specs(cfg)["layers"]
-    return len({tuple(spec.trains for spec in tree_leaves(layer)) for layer in layers}) == 1
+def _layers_are_alike(cfg):
+    """Whether all layers have the same parameters, and freeze the same ones."""
+    return len({parameters_of(layer) for layer in param_specs(cfg)["layers"]}) == 1
 
 
 def placements(cfg, sharding, scan):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import mindspore as ms
 
+from experiments import hub
 from experiments.convert.weights import open_weights
 from experiments.train import adapter
 from experiments.train.run_folder import TOKENIZER
@@ -99,20 +100,31 @@ def is_adapter(path):
 
 def _base(cfg, config, fresh):
     """initial_params for a model without adapters."""
-    path = config.init_from
-    if not path:
+    if not config.init_from:
         return fresh, f"random weights of train.seed={config.train.seed}", ""
+    path = hub.folder_of("init_from", config.init_from)
     if native := find(path):
         return _native(native, cfg, config.partial, fresh)
-    return _hugging_face(path, cfg, config), f"the weights of {path}", ""
+    read, other = _hugging_face(path, cfg, config, fresh)
+    return read, f"the weights of {path}", other
 
 
-def _hugging_face(path, cfg, config):
-    """Returns read(path, slices) of a Hugging Face folder; a rank reads only the slices that it asks for."""
-    weights = hf.Reader(path, cfg.param_dtype)
-    if param_specs(cfg) != weights.specs:
-        raise ValueError(f"init_from={path} holds another model than model={config.model}; use --config.model={path}")
-    return weights.read
+def _hugging_face(folder, cfg, config, fresh):
+    """Returns (read(path, slices), parameters not loaded) of a Hugging Face folder; a rank reads only the slices that it asks for."""
+    try:
+        weights = hf.Reader(folder, cfg.param_dtype, cfg, config.partial)
+    except ValueError as error:
+        if config.partial:
+            raise
+        own = "" if config.model == folder else f"use --config.model={folder} for the folder's own model, or "
+        fix = f"{own}--partial to load what matches and start the rest fresh"
+        raise ValueError(f"init_from={folder}, model={config.model}: {error}; {fix}") from error
+    found = set(weights.paths)
+
+    def read(path, slices):
+        return weights.read(path, slices) if path in found else fresh(path, slices)
+
+    return read, weights.left_out
 
 
 def _native(folder, cfg, partial, fresh):
@@ -155,17 +167,17 @@ class Inference(NamedTuple):
         return tokenizer
 
 
-def inference(hf_dir=None, workdir=None, adapter_dir=None):
+def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
     """Returns the Inference of a Hugging Face folder, or of a run: its newest checkpoint, saved in any layout, else the model in its hf/.
 
     The dtype is float32 on CPU, elsewhere that of the embedding in the files. adapter_dir: an adapter in PEFT's format or a LoRA run, which
     is merged into the weights as they are read. If workdir itself is a LoRA run, its base is the one that its checkpoint names.
-    Raises ValueError or FileNotFoundError that name the flag.
+    hf_dir may be a model's id on a hub, see experiments.hub. Raises ValueError or FileNotFoundError that name the flag.
     """
     if bool(hf_dir) == bool(workdir):
         raise ValueError("give --hf_dir=FOLDER, a Hugging Face folder, or --workdir=RUN, the folder of a training run; one of them")
     key, path = ("hf_dir", hf_dir) if hf_dir else ("workdir", workdir)
-    path = os.path.expanduser(path)
+    path = hub.folder_of("--hf_dir", path, download) if hf_dir else os.path.expanduser(path)
     beside, final = Path(path, TOKENIZER), os.path.join(path, "hf")
     if workdir and not adapter_dir and (base := adapter.base_name(path)):
         adapter_dir, path = path, _noted_base(workdir, base)

@@ -100,16 +100,16 @@ class Writer:
 
 
 def plot_losses(path, records, bigram=None):
-    """Draws the loss curves to a PNG file. records: dicts with step, and loss or eval_loss (nats per target). bigram: the loss of a bigram
-    model, drawn as a line."""
+    """Draws the loss curves to a PNG file. records: dicts with step, and loss, eval_loss or final_loss (nats per target). bigram: the loss
+    of a bigram model, drawn as a line."""
     from matplotlib.figure import Figure  # imported here because other ranks and the benchmarks draw nothing
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="tight")
     axes = figure.subplots()
-    for name, label in (("loss", "training"), ("eval_loss", "held out")):
+    for name, label, marker in (("loss", "training", None), ("eval_loss", "held out", "o"), ("final_loss", "held out, all rows", "x")):
         points = [(r["step"], r[name]) for r in records if name in r]
         if points:
-            axes.plot(*zip(*points), label=label, marker="o" if name == "eval_loss" else None, linewidth=1)
+            axes.plot(*zip(*points), label=label, marker=marker, linewidth=1)
     if bigram is not None:
         axes.axhline(bigram, linestyle="--", color="gray", label="bigram model, held out")
     axes.set_xlabel("step")

@@ -15,16 +15,20 @@ AXES = ("step", "tokens", "time")
 
 
 def read_records(path):
-    """Returns the records of a metrics.jsonl. Broken lines are left out, such as the last one if the process was killed while writing
-    it."""
+    """Returns the records of a metrics.jsonl, objects with a step. Broken lines are left out, such as the last one if the process was
+    killed while writing it. Raises ValueError for a line that is not text."""
     records = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
                 try:
-                    records.append(json.loads(line))
-                except ValueError:
+                    record = json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError:
+                    raise ValueError(f"{path}, line {number} is not text; remove the line, or move the file away") from None
+                except (ValueError, RecursionError):
                     continue
+                if isinstance(record, dict) and isinstance(record.get("step"), int | float):
+                    records.append(record)
     return records
 
 
@@ -75,6 +79,13 @@ def series(folder, metrics, axis="step"):
         if len(rows):
             out[metric] = x[rows], table[metric][rows]
     return out
+
+
+def of_training_steps(folder, metrics):
+    """Returns those of `metrics` whose values come with a training step's time. The others, such as those of evaluations, are too few for
+    a mean of several."""
+    table = columns(os.path.join(folder, METRICS), ["step_time_s", *metrics])
+    return {m for m in metrics if 2 * np.sum(~np.isnan(table[m]) & ~np.isnan(table["step_time_s"])) > np.sum(~np.isnan(table[m]))}
 
 
 def _last_of_each(steps):

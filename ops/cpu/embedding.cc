@@ -1,6 +1,8 @@
 // Takes rows of a matrix by id, and sums their gradients.
 #include "common.h"
 
+#include <cstdio>
+
 enum : int { ID_OUT_OF_RANGE = 3 };
 
 // An id outside [0, V) gives a row of zeros if PART, else an error.
@@ -14,7 +16,11 @@ static int take(const Args &a) {
   float *out = a.get(2);
   if (!PART)
     for (int64_t r = 0; r < R; r++)
-      if (ids[r] < 0 || ids[r] >= V) return ID_OUT_OF_RANGE;
+      if (ids[r] < 0 || ids[r] >= V) {
+        std::fprintf(stderr, "embedding: token id %d is outside the vocabulary of %lld; is the tokenizer that of the model?\n", ids[r],
+                     static_cast<long long>(V));
+        return ID_OUT_OF_RANGE;
+      }
 #pragma omp parallel for schedule(static) if (R * D >= THREADS_FROM)
   for (int64_t r = 0; r < R; r++) {
     float *to = out + r * D;

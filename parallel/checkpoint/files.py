@@ -72,6 +72,7 @@ def remove(folder):
     parent, name = os.path.split(os.path.abspath(folder))
     old = os.path.join(parent, f".{name}.{secrets.token_hex(4)}.old")
     os.rename(folder, old)
+    sync_folder(parent)  # else the disk may have the loss of a file and still the old name
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.configs import common
-from experiments.convert import look
+from experiments.convert import look, lora
 from experiments.convert import weights as convert
 from experiments.train import program as train_program
 from experiments.train import weights
@@ -376,3 +376,8 @@ def test_the_command_line_compares_two_folders(native, tmp_path):
     command = [*COMMAND, "diff", native, tmp_path / "half", "--max_diff=1e-6", "--top=2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 3 and "24 of 24 arrays differ" in done.stdout, done.stderr
+
+
+def test_merging_an_adapter_that_is_missing_names_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="^--input=.*nowhere is not a folder; give the folder of an adapter in PEFT's format, or of a run"):
+        list(lora.merge(str(tmp_path / "nowhere"), str(tmp_path / "merged"), None, None))

@@ -63,7 +63,7 @@ def records(run):
 
 def test_full_fine_tuning_lowers_the_loss_and_leaves_a_model_and_the_share_of_right_answers(base):
     lines = records(base)
-    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.5 and 0 <= lines[-1]["exact_match"] <= 1
+    assert lines[-1]["final_loss"] < lines[0]["eval_loss"] - 0.5 and 0 <= lines[-1]["exact_match"] <= 1
     assert hf.load(base / "hf")[0].num_layers == 2 and "<|im_start|>user" in (base / "sample.txt").read_text()
 
 
@@ -215,7 +215,7 @@ def test_frozen_parameters_of_full_fine_tuning_are_saved_without_state(base, tmp
         ({"lora.rank": 2, "lora.targets": "q,gates"}, "lora.targets: 'gates' matches none of embed, q, k"),
         ({"lora.rank": 2, "train.freeze_include": "embed"}, "freezes all parameters but the adapters; leave it out"),
         ({"train.freeze_include": "*"}, "leaves nothing to train"),
-        ({"data.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"data.path": "nowhere.jsonl"}, "^data.path=nowhere.jsonl does not exist"),
     ],
 )
 def test_mistakes_are_told(changes, said, tmp_path):

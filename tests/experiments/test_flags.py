@@ -15,6 +15,7 @@ from absl import flags as absl_flags
 from experiments import flags
 from experiments.configs import common
 from qwen3.config import SIZES, Qwen3Config, RopeScaling
+from qwen3.tokenizer import train_bpe
 
 TINY = "--config=experiments/configs/tiny.py"
 FILES = sorted(set(glob.glob("experiments/configs/*.py")) - {f"experiments/configs/{n}.py" for n in ("__init__", "common")})
@@ -315,3 +316,16 @@ def test_a_main_checks_its_flags_before_it_imports_mindspore(main):
     """The import takes seconds, which a wrong flag need not wait for."""
     code = f"import sys, experiments.{main}; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_fresh_model_gets_as_many_ids_as_its_tokenizer_needs(monkeypatch, tmp_path):
+    small, large = (train_bpe(["".join(map(chr, range(200, 2000)))] * 3, size) for size in (300, 700))
+    for name, tokenizer in (("small", small), ("large", large)):
+        tokenizer.save(tmp_path / name)
+    assert small.vocab_size < 512 < large.vocab_size
+    given = [TINY, f"--config.data.tokenizer={tmp_path}/large"]
+    config = read(monkeypatch, *given)
+    assert config.model_args.vocab_size == flags.model_config(config).vocab_size == large.vocab_size
+    assert read(monkeypatch, *given, "--config.model_args.vocab_size=600").model_args.vocab_size == 600  # an error once the data are read
+    for more in (f"--config.data.tokenizer={tmp_path}/small", "--config.data.tokenizer=nowhere"):
+        assert read(monkeypatch, TINY, more).model_args.vocab_size is None

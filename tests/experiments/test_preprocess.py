@@ -341,7 +341,7 @@ MISTAKES = [
     ((), "--input is missing; a file or a folder"),
     (("--input=no.jsonl",), "--output_prefix is missing"),
     (("--input=no.jsonl", "--output_prefix=p", "--tokenizer=none"), "input=no.jsonl does not exist"),
-    (("--input=setup.cfg", "--output_prefix=p", "--tokenizer=none"), "setup.cfg: its name tells no kind of file"),
+    (("--input=setup.cfg", "--output_prefix=p", "--tokenizer=none", "--format=alpaca"), "setup.cfg: its name tells no kind of file"),
     (("--input=a", "--output_prefix=p", "--tokenizer=t", "--format=messages", "--json_keys=a"), "--json_keys=a has no use with"),
     (("--input=a", "--output_prefix=p", "--tokenizer=t", "--enable_thinking=true"), "--enable_thinking=true needs --format"),
     (("--input=a", "--output_prefix=p", "--tokenizer=t", "--max_samples=-1"), "--max_samples=-1 must be 0 or more"),

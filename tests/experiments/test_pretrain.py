@@ -14,6 +14,8 @@ import pytest
 from experiments import pretrain
 from experiments.configs import common
 from experiments.train import finish
+from parallel.checkpoint.read import Reader
+from parallel.trees import tree_paths
 from qwen3 import generate, hf
 from qwen3.model import forward
 from qwen3.tokenizer import Tokenizer
@@ -47,9 +49,19 @@ def make_config(path, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    config = make_config(make_text(folder / "text"))
+    config = make_config(make_text(folder / "text"), **{"train.save_hf_every": 3, "checkpoint.every": 3})
     pretrain.pretrain(config, str(folder / "run"))
     return config, folder / "run"
+
+
+def test_weights_are_also_written_on_the_way(finished):
+    _, run = finished
+    assert os.listdir(run / "hf_steps") == ["step_000003"] and Tokenizer.load(str(run / "hf_steps" / "step_000003"))
+    saved, (_, params) = Reader(str(run / "checkpoints" / "step_000003")), hf.load(str(run / "hf_steps" / "step_000003"))
+    last = dict(tree_paths(hf.load(str(run / "hf"))[1]))
+    for path, w in tree_paths(params):
+        np.testing.assert_array_equal(w.asnumpy(), saved.read(f"params/{path}"))
+        assert (w.asnumpy() != last[path].asnumpy()).any()
 
 
 def test_a_run_leaves_its_config_metrics_curve_weights_and_sample(finished):
@@ -59,7 +71,10 @@ def test_a_run_leaves_its_config_metrics_curve_weights_and_sample(finished):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6]
     assert {"loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_time_s", "mfu"} <= set(lines[1])
-    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] and {"bits_per_byte", "bigram_loss"} <= set(lines[-1])
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 3, 6]
+    assert "eval_loss" not in lines[-1] and {"final_bits_per_byte", "bigram_loss"} <= set(lines[-1])
+    assert lines[-1]["final_loss"] < lines[0]["eval_loss"]
+    assert lines[-1]["final_perplexity"] == pytest.approx(np.exp(lines[-1]["final_loss"]))
     assert all(
         line["perplexity"] == pytest.approx(np.exp(line["eval_loss"])) and line["bits_per_byte"] > 0
         for line in lines
@@ -139,7 +154,7 @@ def test_a_run_starts_from_saved_weights(finished, tmp_path):
     pretrain.pretrain(again, str(tmp_path / "run"))
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    assert abs(first["eval_loss"] - last["eval_loss"]) < 1e-4
+    assert abs(first["eval_loss"] - last["final_loss"]) < 1e-4
 
 
 def test_the_folder_of_another_run_is_not_written_over(finished):
@@ -218,7 +233,7 @@ def test_a_shipped_config_beats_the_bigram_model(name, steps, margin, tmp_path):
     command = [sys.executable, "-m", "experiments.pretrain", f"--config=experiments/configs/{name}.py", f"--workdir={tmp_path}/run"]
     subprocess.run([*command, f"--config.train.steps={steps}"], cwd=ROOT, check=True, capture_output=True)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["eval_loss"] < last["bigram_loss"] - margin
+    assert last["final_loss"] < last["bigram_loss"] - margin
 
 
 def test_evaluating_a_run_gives_the_held_out_loss_that_it_ended_with(finished, tmp_path):
@@ -228,6 +243,6 @@ def test_evaluating_a_run_gives_the_held_out_loss_that_it_ended_with(finished, t
     assert done.returncode == 0, done.stderr[-2000:]
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     found = json.loads((tmp_path / "out.json").read_text())["results"]["data"]
-    names = {"loss": "eval_loss", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte"}
+    names = {"loss": "final_loss", "perplexity": "final_perplexity", "bits_per_byte": "final_bits_per_byte"}
     assert found["values"] == {ours: pytest.approx(last[theirs], rel=1e-5) for ours, theirs in names.items()}
     assert "data  bits_per_byte" in done.stdout and "held out" in done.stdout

@@ -10,7 +10,7 @@ from experiments import pretrain
 from experiments.configs import common
 from experiments.data import corpus, encode, pairs, readers
 from experiments.data.loader import Loader, first_rows
-from experiments.data.megatron import best_dtype
+from experiments.data.megatron import Writer, best_dtype
 from qwen3.chat import alpaca, encode_chat
 from qwen3.tokenizer import train_bpe
 from tests.experiments.test_resume import stopping_after
@@ -65,7 +65,7 @@ def test_a_run_on_every_kind_of_data_leaves_its_metrics(path, changes, folder, t
     pretrain.pretrain(make_config(folder, path, **changes), str(tmp_path / "run"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
-    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] and {"bits_per_byte", "bigram_loss"} <= set(lines[-1])
+    assert lines[-1]["final_loss"] < lines[0]["eval_loss"] and {"final_bits_per_byte", "bigram_loss"} <= set(lines[-1])
 
 
 @pytest.mark.parametrize("too_long", ["truncate", "drop"])
@@ -142,6 +142,26 @@ def test_held_out_rows_of_a_pair_are_of_its_valid_split(folder):
         "".join(data.tokenizer.decode(r) for r in rows["tokens"]) for rows in (first_rows(data.train, len(data.train), 0), data.held_out)
     ]
     assert "one_59(" in seen[0] and "one_60(" not in seen[0] and "one_60(" in seen[1] and "one_59(" not in seen[1]
+
+
+@pytest.mark.parametrize("lengths, split", [([60] * 10, ((0, 9), (9, 10))), ([20] * 10, ((0, 8), (8, 10))), ([50], ((0, 1), (0, 1)))])
+def test_of_a_small_pair_few_sequences_are_held_out_or_none_and_a_line_says_so(lengths, split, folder, tmp_path, capsys):
+    """The default split would leave the valid part without a row, and a first try should run."""
+    with Writer(str(tmp_path / "small"), np.uint16) as writer:
+        for n in lengths:
+            writer.add_document([np.full(n, 5)])
+    config = make_config(folder, f"{tmp_path}/small")
+    data = corpus.load(config, 320)
+    out = capsys.readouterr().out
+    assert data.train.span == split[0] and len(data.held_out["tokens"]) >= 1
+    said = (
+        "none is held out, and eval_loss is of training data"
+        if split[0] == split[1]
+        else f"held out are the last {split[1][1] - split[1][0]}"
+    )
+    assert f"{len(lengths)} sequences are too few for data.split=95,5,0; {said}" in out
+    with pytest.raises(ValueError, match="leaves the valid split without one of the"):  # which the user chose
+        corpus.load(make_config(folder, f"{tmp_path}/small", **{"data.split": "98,1,1"}), 320)
 
 
 def test_the_bigram_baseline_counts_the_rows_that_the_run_saw(folder, monkeypatch):

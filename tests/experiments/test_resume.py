@@ -133,7 +133,7 @@ def test_a_run_goes_on_elsewhere_with_all_or_with_the_weights_alone(whole, text,
     out = capsys.readouterr().out
     assert "step_000006; left out: 6 of another shape: params/layers.0.mlp.w_gate [32, 48] instead of [32, 64]" in out
     first, last = records(tmp_path / "part")[0], records(whole)[-1]
-    assert first["step"] == 0 and first["eval_loss"] != last["eval_loss"]
+    assert first["step"] == 0 and first["eval_loss"] != last["final_loss"]
 
 
 def test_only_one_run_at_a_time_uses_a_folder(whole, text):

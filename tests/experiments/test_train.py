@@ -16,14 +16,19 @@ from experiments.configs import common
 from experiments.train import loop as train
 from experiments.train import optim, weights
 from experiments.train import program as train_program
+from experiments.train import run as training
+from experiments.train import state as train_state
 from experiments.train.state import Program, uses_scan
 from experiments.watch import metrics
+from layers.bound_ops import BoundOps
 from parallel.graph.jit import jit
 from parallel.graph.nested import to_tuple
+from parallel.mesh import ONE_DEVICE
 from parallel.random import hash_uniform
-from parallel.specs import ParamSpec, count, init_params, normal
+from parallel.sharding import Sharding
+from parallel.specs import ParamSpec, count, init_array, init_params, normal
 from parallel.trees import tree_leaves, tree_map, tree_paths
-from qwen3 import hf
+from qwen3 import hf, run_layers
 from qwen3.config import SIZES
 from qwen3.model import param_specs
 from tests.tiny import FUSED, REFERENCE, random_params
@@ -243,6 +248,33 @@ def test_a_norm_spike_is_skipped_and_nothing_of_it_is_kept(kernels):
     assert int(skipped) == 0
 
 
+def test_the_first_step_that_may_be_skipped_follows_the_warm_up():
+    """The spike itself is skipped, not the step after it."""
+    o, specs = optim_config(skip_spikes=3.0), {"w": ParamSpec((2,), ("embed",), normal(1.0))}
+    clip = optim.build_clip(specs, o, REFERENCE)
+
+    def skipped(norm, mean, at):
+        grads = (ms.Tensor(np.array([0.6 * norm, 0.8 * norm], np.float32)),)
+        found, _, keep, seen = clip(grads, ms.Tensor(mean, ms.float32), optim.scalars(o, 0.1, at), ())
+        assert float(found) == pytest.approx(norm, rel=1e-6)
+        return 1 - int(keep), float(seen)
+
+    warm = optim.SPIKE_WARMUP_STEPS
+    assert skipped(10.0, 1.0, warm - 1) == (0, pytest.approx(0.95 + 0.5))
+    assert skipped(10.0, 1.0, warm) == (1, 1.0)
+    assert skipped(2.9, 1.0, warm)[0] == 0 and skipped(3.1, 1.0, warm)[0] == 1
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, FUSED], ids=["reference", "fused"])
+def test_the_bias_of_the_router_is_not_in_the_gradient_norm(kernels):
+    """Its gradient is the load of the experts, which says nothing of the size of a step."""
+    tree = {"w": ParamSpec((2,), ("embed",), normal(1.0)), "bias": ParamSpec((2,), ("router",), normal(1.0), optimizer="sign")}
+    grads = ms.Tensor(np.array([3.0, 4.0], np.float32)), ms.Tensor(np.array([500.0, -700.0], np.float32))
+    clip = optim.build_clip(tree, optim_config(clip_norm=1.0), kernels)
+    norm, factor, _, _ = clip(grads, ms.Tensor(0.0, ms.float32), optim.scalars(optim_config(), 0.1, 0), ())
+    assert float(norm) == pytest.approx(5.0) and float(factor) == pytest.approx(0.2, rel=1e-5)
+
+
 def values_of(tree):
     return [x.asnumpy().copy() for x in tree_leaves(tree)]
 
@@ -339,11 +371,14 @@ def test_tokens_that_no_expert_had_room_for_stop_the_run():
 def test_lines_are_logged_and_held_out_text_evaluated_as_often_as_asked():
     config = make_config(**{"train.log_every": 3, "train.eval_every": 4, "train.batch_size": 4})
     writer = Records()
-    state = train.train(fake_program([1.0] * 8), 0, map(make_batch, itertools.count()), [make_batch(1)], config, writer, float)
+    program, held, seen = fake_program([1.0] * 8), [make_batch(1), make_batch(2)], []
+    program = dataclasses.replace(program, evaluate=lambda state, batches: seen.append((state, batches)) or 0.5)
+    state = train.train(program, 0, map(make_batch, itertools.count()), held, config, writer, float)
     assert state == 8
+    assert seen == [(0, held), (4, held), (8, held)]  # the same rows each time, so that the points are of one curve
     assert [step for step, values in writer.records if "loss" in values] == [1, 3, 6, 8]
-    assert [step for step, values in writer.records if "eval_loss" in values] == [0, 4]
-    assert writer.records[-1][1]["tokens_seen"] == 8
+    assert [step for step, values in writer.records if "eval_loss" in values] == [0, 4, 8]
+    assert [values["tokens_seen"] for _, values in writer.records if "loss" in values][-1] == 8
 
 
 def test_flops_count_the_active_parameters_the_head_and_causal_attention():
@@ -364,11 +399,85 @@ def test_weights_of_another_model_are_refused(tmp_path):
     same = weights.initial_params(DENSE, config)[0]
     for path, w in tree_paths(init_params(param_specs(DENSE), 3)):
         np.testing.assert_array_equal(same(path, tuple(slice(0, n) for n in w.shape)), w)
-    with pytest.raises(ValueError, match="holds another model than"):
+    message = (
+        r"init_from=.*hf, model=tiny: .*hf holds another model: 11 missing: layers.3.attention_norm, .*; use --config.model=.*--partial to"
+    )
+    with pytest.raises(ValueError, match=message):
         weights.initial_params(DENSE.replace(num_layers=4), config)
+
+
+def test_a_model_with_more_parameters_starts_from_a_hugging_face_folder(tmp_path, monkeypatch):
+    """partial loads what matches, and starts the rest fresh: an option's parameter, one without a name in files, one of another shape."""
+    path = str(tmp_path / "hf")
+    saved = init_params(param_specs(DENSE), 3)
+    hf.save(path, DENSE, tree_map(ms.Tensor, saved))
+    config, cfg = make_config(init_from=path, model=path), DENSE.replace(norm_placement="both", vocab_size=DENSE.vocab_size + 8)
+
+    def with_a_scale(cfg):
+        specs = param_specs(cfg)
+        specs["layers"][0] = {**specs["layers"][0], "scale": ParamSpec((cfg.hidden_size,), ("embed",), normal(1.0))}
+        return specs
+
+    for module in (hf, weights):
+        monkeypatch.setattr(module, "param_specs", with_a_scale)
+    message = r"missing: layers.0.attention_out_norm, .*; 1 of another shape: embed \[64, 32\] instead of \[72, 32\] .*; --partial to load"
+    with pytest.raises(ValueError, match=message) as error:
+        weights.initial_params(cfg, config)
+    assert "use --config.model" not in str(error.value)  # which it is already
+    config.partial = True
+    read, _, left_out = weights.initial_params(cfg, config)
+    assert "7 missing: " in left_out and "layers.0.scale" in left_out
+    have = dict(tree_paths(saved))
+    for name, spec in tree_paths(with_a_scale(cfg)):
+        found = read(name, tuple(slice(0, n) for n in spec.shape))
+        if name in have and have[name].shape == spec.shape:
+            np.testing.assert_array_equal(found, have[name])
+        else:
+            np.testing.assert_array_equal(found, init_array(spec, name, config.train.seed))
+
+
+def test_a_parameter_without_a_name_in_the_files_is_an_error_before_the_run(monkeypatch, tmp_path):
+    def with_a_scale(cfg):
+        return {**param_specs(cfg), "scale": ParamSpec((1,), ("one",), normal(1.0))}
+
+    monkeypatch.setattr(hf, "param_specs", with_a_scale)
+    config = make_config(**{"train.save_hf": True})
+    with pytest.raises(
+        ValueError, match=r"train.save_hf=true: the parameter scale has no name .*; add 'scale' to NAMES in qwen3/hf.py, or"
+    ):
+        training.run(config, DENSE, None, str(tmp_path), ONE_DEVICE)
+
+
+def test_layers_that_differ_are_unrolled_or_named(monkeypatch):
+    """An edit of the specs may give one layer a parameter that the others lack."""
+    deep = DENSE.replace(num_layers=12)
+
+    def with_a_scale(cfg, at=3):
+        specs = param_specs(cfg)
+        specs["layers"][at] = {**specs["layers"][at], "scale": ParamSpec((1,), ("one",), normal(1.0))}
+        return specs
+
+    assert uses_scan(deep, "auto")
+    monkeypatch.setattr(train_state, "param_specs", with_a_scale)
+    assert not uses_scan(deep, "auto")
+    op = BoundOps(deep, Sharding(), FUSED)
+    with pytest.raises(
+        ValueError, match="scan needs layers with the same parameters, and layer 3 has scale, which layer 0 lacks; use unroll"
+    ):
+        run_layers.bind(deep, op, (None, None, None), with_a_scale(deep)["layers"], True)
+    with pytest.raises(ValueError, match="train.freeze_include and freeze_exclude tell .*w_up.* of layers 0 and 2 apart; use unroll"):
+        frozen = deep.replace(frozen=(("layers.2.mlp.w_up",), ()))
+        run_layers.bind(frozen, op, (None, None, None), param_specs(frozen)["layers"], True)
 
 
 def test_config_is_a_locked_dict():
     assert isinstance(make_config(), ConfigDict)
     with pytest.raises((AttributeError, KeyError)):
         make_config(**{"train.stepz": 1})
+
+
+def test_a_warm_up_may_be_a_fraction_of_the_steps():
+    o = optim_config(schedule="constant", warmup_steps=7, warmup_ratio=0.25, lr=1.0)
+    assert [optim.learning_rate(o, 10)(step) for step in range(5)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1])
+    o.warmup_ratio = 0.0
+    assert [optim.learning_rate(o, 10)(step) for step in (0, 6)] == pytest.approx([1 / 7, 1])

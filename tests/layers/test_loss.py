@@ -29,3 +29,11 @@ def test_a_loss_has_the_same_bits_whenever_it_is_taken(kernels):
     z = logits.astype(np.float64)
     expected = np.log(np.exp(z).sum(1)) - z[np.arange(ROWS), targets[0]]
     np.testing.assert_allclose(calls[0][:, 0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights, mean, total", [([0.25, 0, 0, 0], 3.0, 0.25), ([0.1, 0.3, 0, 0], 4.5, 0.4), ([0, 0, 0, 0], 0.0, 0.0)])
+def test_weights_below_one_divide_the_loss_as_any_others(weights, mean, total):
+    op = BoundOps(DENSE, Sharding(), registry.Kernels())
+    x = ms.Tensor(np.array([[3.0], [5.0], [7.0], [11.0]], np.float32))
+    found, weight = loss.weighted_mean(op, x, ms.Tensor(np.array([weights], np.float32)))
+    np.testing.assert_allclose([float(found), float(weight)], [mean, total], rtol=1e-6)

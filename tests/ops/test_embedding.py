@@ -68,12 +68,13 @@ def test_one_id_in_every_place(kind):
 
 
 @pytest.mark.parametrize("wrong", [-1, 4, 2**31 - 1])
-def test_an_id_out_of_range_is_an_error(wrong):
-    """Not so in the reference: MindSpore counts -1 from the end."""
+def test_an_id_out_of_range_is_an_error(wrong, capfd):
+    """Not so in the reference: MindSpore counts -1 from the end. MindSpore's error has a number alone, so the words are printed."""
     take, ids = embedding.cpu(), np.array([0, 3, wrong, 1], np.int32)
     for run in (take, jit(take)):
         with pytest.raises(RuntimeError, match="is 3"):
             run(ms.Tensor(draw(4, 3)), ms.Tensor(ids)).asnumpy()
+        assert f"token id {wrong} is outside the vocabulary of 4; is the tokenizer that of the model?" in capfd.readouterr().err
 
 
 def test_no_ids_at_all():

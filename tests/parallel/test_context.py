@@ -30,6 +30,18 @@ def test_ranks_have_each_token_once_and_padding_has_no_weight(cp, ulysses, lengt
     np.testing.assert_array_equal(weights > 0, tokens > 0)
 
 
+@pytest.mark.parametrize("cp, ulysses", [*SHAPES, (8, 2), (8, 4), (12, 6)])
+def test_rows_are_padded_no_further_than_they_have_to_be(cp, ulysses):
+    """Two equal chunks for each group of a ring, and in each group equal parts for its neighbours."""
+    ring, mesh = cp // ulysses, ranks(cp, ulysses)[0]
+
+    def divides(total):
+        return total % cp == 0 and (ring == 1 or total % (2 * ring) == 0)
+
+    for length in range(1, 100):
+        assert context.padded(mesh, length) == next(total for total in range(length, 10 * cp * length + 1) if divides(total))
+
+
 def test_a_ring_is_in_zigzag_and_ulysses_in_order():
     row = {"tokens": np.arange(16)[None]}
     assert [context.cut(mesh, row)["tokens"][0].tolist() for mesh in ranks(4, 1)] == [

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from mindspore import ops
 
+from parallel.mesh import Mesh
 from parallel.sharding import KINDS, Sharding, parse
+from parallel.specs import ParamSpec, normal
 
 
 def test_signatures_are_parsed():
@@ -121,3 +123,12 @@ def test_a_region_is_held_to_its_signature():
             sharding.region(negated(sharding), "rows>tokens embed -> tokens embed")
     with pytest.raises(AssertionError, match=re.escape("dim 'embed' is 2 and 5")):
         Sharding(check=True).region(negated(Sharding(check=True)), "embed embed -> embed embed")(x)
+
+
+def test_a_part_such_as_a_head_is_not_split_further():
+    """The size of the dim alone would divide."""
+    weight = ParamSpec((8, 2 * 16), ("embed", "heads"), normal(1.0), parts=(None, 2))
+    assert Sharding(Mesh(tp=2)).placement(weight) == ((), Mesh(tp=2).atoms(("tp",)))
+    message = "wq: dim 'heads' has 2 parts of 16, which the 4 ranks of tp do not divide; use 1, 2"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Sharding(Mesh(tp=4)).placement(weight, "wq")

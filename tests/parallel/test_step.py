@@ -13,7 +13,7 @@ from parallel.graph.jit import jit
 from parallel.graph.scan import scan
 from parallel.step import value_and_grad
 from parallel.trees import tree_leaves, tree_map, tree_paths, unflatten
-from qwen3.model import build, metric_names
+from qwen3.model import build, loss_fn, metric_names
 from tests.tiny import DENSE, MOE, assert_close, assert_trees_close, host, packed_batch, random_params
 
 TREE = {"a": [np.float32(1), {"b": np.float32(2)}], "c": np.float32(3)}
@@ -102,6 +102,38 @@ def test_without_aux_the_value_is_bare():
         value, grads = value_and_grad(without_aux, compiled=compiled)(params, x, None)
         assert float(value) == expected_of(params, x, None)[0]
         assert_trees_close(unflatten(params, expected_of(params, x, None)[2]), grads, 1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_result_that_is_no_number_is_refused_unless_aux_names_the_rest(compiled):
+    """MindSpore differentiates the sum of all results, which doubles the gradients where the loss is among the metrics."""
+    cfg, params, batch = DENSE, random_params(DENSE), packed_batch(DENSE)
+
+    def of_cfg(params, batch):
+        return loss_fn(params, batch, cfg)
+
+    with pytest.raises(ValueError, match="returns a tuple of .*whose sum would be differentiated; .*metric_names"):
+        value_and_grad(of_cfg, compiled=compiled)(params, batch)
+    (loss, _), grads = value_and_grad(of_cfg, aux=metric_names(cfg), compiled=compiled)(params, batch)
+    assert_trees_close(unflatten(params, flat_gradients(of_cfg, params, tree_leaves(params), batch)[1]), grads, 1e-4)
+    x = ms.Tensor(np.array([2, 5], np.float32))
+    with pytest.raises(ValueError, match=re.escape("returns a value of shape [2]; return one number")):
+        value_and_grad(a_vector, compiled=compiled)(tree_of_tensors(), x)
+    with pytest.raises(ValueError, match=re.escape("returns a value of shape [2]; return one number")):
+        value_and_grad(a_vector_and_more, aux=("x",), compiled=compiled)(tree_of_tensors(), x)
+
+
+def a_vector(params, x):
+    return params["c"] * x
+
+
+def a_vector_and_more(params, x):
+    return params["c"] * x, {"x": x}
+
+
+def test_one_name_of_aux_is_no_text():
+    with pytest.raises(ValueError, match=re.escape("aux='loss' must be a tuple of names; use aux=('loss',)")):
+        value_and_grad(square_sum, aux="loss")
 
 
 def test_new_values_do_not_compile_again_and_are_used():

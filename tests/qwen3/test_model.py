@@ -11,6 +11,7 @@ from mindspore import ops
 from layers import moe
 from layers.bound_ops import BoundOps
 from ops import routing
+from parallel.graph.jit import jit
 from parallel.sharding import RULES, Sharding
 from parallel.specs import count
 from parallel.step import value_and_grad
@@ -457,3 +458,19 @@ def test_any_assignment_fits_its_blocks():
         load, size = np.bincount(chosen, minlength=experts), routing.block_size(assignments, experts, limit)
         assert 1 <= size <= limit
         assert np.ceil(load / size).sum() <= routing.num_blocks(assignments, experts, size)
+
+
+def test_tokens_that_are_no_tensor_are_refused_by_name():
+    params = random_params(DENSE)
+    with pytest.raises(ValueError, match=r"forward: tokens must be a mindspore.Tensor of int32, \[B, S\]; use mindspore.Tensor\(tokens"):
+        forward(params, np.zeros((1, 4), np.int32), DENSE)
+
+
+def test_forward_compiles_as_it_is():
+    """What it checks of its arguments is no obstacle in a graph."""
+    params, tokens = random_params(DENSE), packed_batch(DENSE)["tokens"]
+
+    def logits(params, tokens):
+        return forward(params, tokens, DENSE)[0]
+
+    assert_close(logits(params, tokens), jit(logits)(params, tokens), 1e-6)

@@ -58,6 +58,10 @@ def test_a_folder_keeps_the_placement_and_warns_that_others_do_not_know_it(tmp_p
     params = tree_map(host, random_params(cfg))
     with pytest.warns(UserWarning, match=f"transformers does not know norm_placement={placement}"):
         hf.save(tmp_path / "model", cfg, params)
+    assert hf.who_opens(DENSE) == "which transformers opens"
+    assert (
+        hf.who_opens(cfg) == hf.who_opens(MIXED.replace(router_bias=True)) == "which transformers opens as another model; see the warning"
+    )
     assert json.loads((tmp_path / "model" / "config.json").read_text())["norm_placement"] == placement
     loaded, again = hf.load(tmp_path / "model")
     assert loaded.norm_placement == placement

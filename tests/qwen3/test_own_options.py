@@ -1,8 +1,11 @@
 """What an option of an experiment meets: a field that is added to the config for it (docs/ablations.md)."""
 
 import dataclasses
+import warnings
 from dataclasses import dataclass
 
+import mindspore as ms
+import numpy as np
 import pytest
 
 from layers import op_table
@@ -10,6 +13,8 @@ from ops import attention, registry
 from parallel.graph.jit import jit
 from parallel.mesh import Mesh
 from parallel.sharding import Sharding
+from parallel.specs import ParamSpec, ones
+from qwen3 import fused, generate, model
 from qwen3.config import Qwen3Config, RopeScaling
 from qwen3.model import build, choose_kernels
 from tests.tiny import DENSE, MIXED, MOE, assert_close, error, packed_batch, random_params
@@ -145,3 +150,55 @@ def test_graph_mode_takes_the_ops_of_each_layer(built):
     given = batch["tokens"], batch["positions"], batch["segment_ids"]
     forward = build(cfg).forward
     assert_close(forward(params, *given)[0], jit(forward)(params, *given)[0], 1e-5)
+
+
+def scaled_residual(cfg, op, p, x, y):
+    """add_ffn with a learned scale of what is added."""
+    return op.add(x, y * p["residual_scale"], "rows embed")
+
+
+def with_scales(make):
+    def specs(cfg, *args):
+        tree = make(cfg, *args)
+        for one in tree["layers"] if "layers" in tree else [tree]:
+            one["residual_scale"] = ParamSpec((cfg.hidden_size,), ("embed",), ones())
+        return tree
+
+    return specs
+
+
+@pytest.fixture
+def edited(monkeypatch):
+    """The model after an edit of a function and of the specs, as if its file had been changed."""
+    caches = (build, fused.agrees, generate._extend, generate.decode_loop)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(model, "add_ffn", scaled_residual)
+    monkeypatch.setattr(model, "layer_specs", plain := with_scales(model.layer_specs))
+    monkeypatch.setattr(fused, "layer_specs", plain)
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
+def test_an_edit_of_a_function_of_the_model_reaches_generation(edited, cfg):
+    """In a dense model the fused op of the feed-forward half does not know of the scale, and is turned off; in a mixture of experts the
+    scale is in ops that decoding shares with training."""
+    params = random_params(cfg)
+    assert "residual_scale" in params["layers"][0] and np.abs(params["layers"][0]["residual_scale"].asnumpy() - 1).max() > 0.1
+    prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = generate.generate(params, prompts, cfg, 6)
+    assert any("fused ops of decoding do not compute this model's layer" in str(one.message) for one in said) == (cfg is DENSE)
+    for prompt, told in zip(prompts, found):
+        scores = model.forward(params, ms.Tensor(np.array([prompt + told], np.int32)), cfg)[0].asnumpy()[0]
+        np.testing.assert_array_equal(scores[len(prompt) - 1 : -1].argmax(1), told)
+
+
+@pytest.mark.parametrize("cfg", [DENSE, MOE, *(MIXED.at_layer(i) for i in (0, 1))], ids=["dense", "moe", "mixed, moe", "mixed, dense"])
+def test_without_an_edit_the_fused_ops_are_used(cfg):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused.build_to_decode(cfg).op.fused_decode

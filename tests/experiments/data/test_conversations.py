@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from experiments.configs import common
 from experiments.data import conversations, instructions
 from experiments.data.conversations import ConversationRows
 from experiments.data.loader import Loader
@@ -137,3 +138,21 @@ def test_instructions_have_the_right_answers():
             assert int("".join(words[:2])) + int("".join(words[3:])) == int("".join(answer))
         else:
             assert answer == [str(instructions.TABLE[letter]) for letter in words[1:]]
+
+
+def test_the_first_conversations_alone_are_read_where_that_is_asked(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    lines = [json.dumps({"instruction": f"q{i}", "output": "a"}) for i in range(9)]
+    path.write_text("\n".join(lines))
+    data = common.get_config().data
+    data.path, data.format = str(path), "alpaca"
+
+    def found(**limits):
+        data.update({"max_samples": 0, "max_bytes": 0, **limits})
+        return [record.value["instruction"] for record in conversations.found_records(data)]
+
+    every = [f"q{i}" for i in range(9)]
+    assert found() == every and found(max_samples=4) == every[:4] and found(max_samples=99) == every
+    size = len(lines[0])
+    assert found(max_bytes=3 * size) == every[:3] and found(max_bytes=1) == every[:1]
+    assert found(max_bytes=3 * size, max_samples=2) == every[:2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.data.gpt_index import GPTDataset, blend_indices
-from experiments.data.loader import Loader, epoch_order, eval_batches, first_rows, take
+from experiments.data.loader import Loader, epoch_order, eval_batches, first_rows, rank_rows, take
 from experiments.data.megatron import IndexedDataset, Writer
 from experiments.data.packing import pack
 from experiments.data.rows import Blend, PackedRows, PairRows
@@ -269,3 +269,39 @@ def test_what_cannot_be_loaded_is_an_error_naming_the_keys(tmp_path):
         pair_rows(prefix, seq_len=50)
     with pytest.raises(ValueError, match="ids from .* to 44 in sample .*, but data.tokenizer has 44 tokens"):
         first_rows(pair_rows(prefix, vocab_size=44), 9, 0)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_a_micro_batch_has_the_same_rows_on_any_number_of_ranks(micro_batches):
+    """Else the losses of a mixture of experts, which are not linear in the batch, would depend on the layout."""
+    for ranks in (1, 2, 4):
+        each = [rank_rows(24, rank, ranks, micro_batches) for rank in range(ranks)]
+        part = 24 // micro_batches
+        for m in range(micro_batches):
+            rows = [rows[m * part // ranks : (m + 1) * part // ranks] for rows in each]
+            assert sum(rows, []) == list(range(m * part, (m + 1) * part))
+
+
+class Numbered:
+    """A blend whose rows hold their number, from which their source follows."""
+
+    names, fingerprint = ("a", "b", "c"), "numbered"
+
+    def __len__(self):
+        return 50
+
+    def sample(self, number, seed):
+        return {key: value[0] for key, value in rows_of(1, first=number).items()}
+
+    def source_of(self, number):
+        return number * number % 3
+
+
+@pytest.mark.parametrize("rank, ranks", [(0, 1), (1, 2)])
+def test_the_sources_are_those_of_the_batch_that_was_given(rank, ranks):
+    source = Numbered()
+    with Loader(source, 8, 0, rank, ranks, micro_batches=2) as loader:
+        for _ in range(3):
+            batch = next(loader)
+            time.sleep(0.02)  # so that the next ones are built
+            assert loader.sources() == (source.names, [source.source_of(int(number)) for number in batch["tokens"][:, 0]])

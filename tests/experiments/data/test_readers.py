@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from experiments.data import json_stream, readers, wikitext
+from experiments.data import json_stream, readers, sources, wikitext
 from experiments.data.readers import records
 
 pa = pytest.importorskip("pyarrow")
@@ -339,3 +339,22 @@ def test_memory_stays_flat(tmp_path, name, monkeypatch):
     tracemalloc.stop()
     assert count == len(rows) - 1
     assert peak < 6 << 20, peak  # 19 MB of text
+
+
+def test_a_folder_of_other_text_files_is_read_as_pre_training_reads_it(tmp_path, capsys):
+    (tmp_path / "sub").mkdir()
+    texts = {"a.py": "\ufeffdef a():\r\n    pass\n", "b.txt": "b\n", "sub/Makefile": "all:\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode())
+    for name, data in (("c.py", b" \n"), ("d.png", b"\x89PNG\0"), ("e.py", b"\xff\xfe")):
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match="its name tells no kind of file"):
+        list(readers.records(tmp_path))
+    found = [record.value["text"] for record in readers.records(tmp_path, any_text=True)]
+    assert "left out 3 of 6 files, which are binary or blank" in capsys.readouterr().out
+    assert found == [document.text for document in sources.find_documents(tmp_path)]
+    with pytest.raises(ValueError, match="d.png is binary or blank; give files with UTF-8 text"):
+        list(readers.records(tmp_path / "d.png", any_text=True))
+    (tmp_path / "f.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(ValueError, match="mixes kinds"):
+        list(readers.records(tmp_path, any_text=True))

@@ -224,6 +224,15 @@ def test_no_text_at_all_is_an_error_not_a_wait(tmp_path, tokenizer):
         TextStream(path, tokenizer, 4, held_out=0.01).held_rows(4)
 
 
+def test_of_a_few_records_none_may_be_held_out_and_a_line_says_so(tmp_path, tokenizer, capsys):
+    """A first try should run."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:3]))
+    rows, first = TextStream(path, tokenizer, 4, held_out=0.001).held_rows(4)
+    assert len(rows["tokens"]) == 4 and first == TEXTS[0]
+    assert "data.held_out=0.001 holds out no text of data.jsonl; eval_loss is of training data" in capsys.readouterr().out
+
+
 def test_without_held_out_records_none_are_looked_for(tmp_path, tokenizer):
     (tmp_path / "data.jsonl").write_text("never read")
     with pytest.raises(ValueError, match="data.held_out=0.0 holds out no text of data.jsonl; raise it"):
