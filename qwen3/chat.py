@@ -22,15 +22,16 @@ EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-def prompt_text(tokenizer, messages, tools=None, enable_thinking=None, strict=False):
-    """The text of a conversation up to where the assistant's next turn begins. messages, tools: in any form of qwen3/messages.py.
+def prompt_text(tokenizer, messages, tools=None, enable_thinking=None, strict=False, begin_turn=True):
+    """The text of a conversation, with begin_turn up to where the assistant's next turn begins. messages, tools: in any form of
+    qwen3/messages.py.
 
     Raises ValueError for messages that are wrong or that the chat template refuses. strict: also for a key that nothing reads.
     """
     messages, tools = normal(messages, tools)
     check_template(messages, tools, tokenizer.chat_template or "", strict)
     messages = [_unweighted(message) for message in messages]
-    return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True, enable_thinking=enable_thinking)
+    return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=begin_turn, enable_thinking=enable_thinking)
 
 
 def encode_chat(tokenizer, messages, tools=None, enable_thinking=None, train_empty_think=False):

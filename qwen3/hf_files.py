@@ -101,7 +101,7 @@ class TensorFile:
             return safe_open(self.path, framework="numpy")
         except SafetensorError as error:
             raise ValueError(
-                f"{self.path}: the safetensors package refuses the file ({error}); fetch it again, or update safetensors"
+                f"{self.path}: the safetensors package refuses the file ({short(str(error), 200)}); fetch it again, or update safetensors"
             ) from None
 
     def dtype(self, name):

@@ -1,6 +1,7 @@
 """Runs tasks of lm-evaluation-harness on our models. It needs `pip install lm-eval`; nothing else in this tree does."""
 
 from experiments.evaluate import scoring
+from qwen3 import chat
 
 MISSING = "{} is not a file, and lm-eval, which knows tasks by name, is not installed; give a .jsonl file, or pip install lm-eval"
 
@@ -23,7 +24,7 @@ def adapter(scorer):
             return scoring.generate_until(scorer, [request.args for request in requests])
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
-            return scorer.tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+            return chat.prompt_text(scorer.tokenizer, chat_history, begin_turn=add_generation_prompt)
 
         def chat_template(self, chat_template=False):
             return scorer.tokenizer.chat_template if chat_template else None

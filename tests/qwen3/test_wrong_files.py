@@ -291,6 +291,27 @@ def index_json(value, made, _):
     hf_files.open_weights(made)
 
 
+def tokenizer_file(value, made, _):
+    before = (made / "tokenizer.json").read_text()
+    (made / "tokenizer.json").write_text(json.dumps(value))
+    try:
+        tokenizer = Tokenizer.load(made)
+    finally:
+        (made / "tokenizer.json").write_text(before)
+    assert len(tokenizer.token_bytes()) == tokenizer.vocab_size
+    tokenizer.decode(tokenizer.encode("the fox"))
+
+
+def header(value, made, _):
+    """Of a safetensors file; its data stay as they are."""
+    data = (made / "given.safetensors").read_bytes()
+    text, length = json.dumps(value).encode(), int.from_bytes(data[:8], "little")
+    (made / "one.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    file = hf_files.TensorFile(made / "one.safetensors")
+    for name, entry in file.entries.items():
+        assert entry.code not in hf_files.DTYPES or file.array(name).shape == entry.shape
+
+
 def conversation(value, made, tokenizer):
     ids, mask = encode_chat(tokenizer, *openai(value))
     assert len(ids) == len(mask) and mask.any()
@@ -325,6 +346,7 @@ ROPE |= {"beta_slow": 1, "attention_factor": 1.2, "mscale": 1.0, "mscale_all_dim
 
 def inputs(made):
     """{name: (a right input, its reader)}."""
+    given = (made / "adapter" / peft.WEIGHTS).read_bytes()
     files = {name: json.loads((made / "base" / name).read_text()) for name in ("config.json", "tokenizer_config.json")}
     moe = {**MOE.to_hf(), "rope_parameters": ROPE, "rope_scaling": None, "layer_types": ["full_attention"] * 2, "eos_token_id": [1, 2]}
     moe |= {"mlp_only_layers": [0], "router_bias": True, "quantization_config": None}
@@ -336,6 +358,8 @@ def inputs(made):
         "generation_config.json": ({**generation, "max_new_tokens": 9, "eos_token_id": [1, 2]}, generation_json),
         "tokenizer_config.json": ({**files["tokenizer_config.json"], **tokens}, tokenizer_json),
         "adapter_config.json": (json.loads((made / "adapter" / peft.CONFIG).read_text()), adapter_json),
+        "tokenizer.json": (json.loads((made / "base" / "tokenizer.json").read_text()), tokenizer_file),
+        "header": (json.loads(given[8 : 8 + int.from_bytes(given[:8], "little")]), header),
         "index": ({"metadata": {"total_size": 1}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}, index_json),
         "conversation": ({"messages": [*MESSAGES, {"role": "assistant", "content": "y"}], "tools": TOOLS}, conversation),
         "chat": ({**CHAT, "chat_template_kwargs": {"enable_thinking": False}, "frequency_penalty": 0}, request("chat")),
@@ -348,6 +372,7 @@ def fuzz(folder, tmp_path, count, seed):
     rng, tokenizer, told = random.Random(seed), Tokenizer.load(folder / "base"), {}
     shutil.copytree(folder / "base", tmp_path / "base")
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    shutil.copy(folder / "adapter" / peft.WEIGHTS, tmp_path / "base" / "given.safetensors")
     every = inputs(folder)
     for i in range(count):
         name = list(every)[i % len(every)]
@@ -377,6 +402,7 @@ def check_fuzz(folder, tmp_path, count, seed):
 def test_right_inputs_are_accepted(folder, tmp_path):
     shutil.copytree(folder / "base", tmp_path / "base")
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    shutil.copy(folder / "adapter" / peft.WEIGHTS, tmp_path / "base" / "given.safetensors")
     tokenizer = Tokenizer.load(folder / "base")
     for name, (value, check) in inputs(folder).items():
         if name != "index":  # it names a file that is not there
