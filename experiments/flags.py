@@ -107,7 +107,10 @@ def resolve(flag_values, world=None, cfg=None):
         config.train.profile_steps = flag_values.profile_steps
     if flag_values.hf_dir is not None:
         _start_from(config, hub.folder_of("--hf_dir", flag_values.hf_dir, flag_values.download))
-    config.model = hub.folder_of("model", config.model, flag_values.download)
+    try:
+        config.model = hub.folder_of("model", config.model, flag_values.download)
+    except ValueError as error:
+        raise ValueError(f"{error}{nearest(os.path.basename(config.model).lower(), SIZES)}") from error
     with contextlib.nullcontext() if flag_values.download else contextlib.suppress(ValueError):  # a run that goes on may do without it
         config.init_from = hub.folder_of("init_from", config.init_from, flag_values.download)
     if config.data.tokenizer:
