@@ -70,6 +70,38 @@ def test_cross_entropy(shape, chip):
         agree(*made, [z], (ids,), ways=ways(shape, [(3, 20000)]))
 
 
+def cross_entropy_terms(library, columns, rows=5):
+    """The emulator's message, and what the kernel gives of several rows a core: (top, total, picked), beside the formulas in float64."""
+    z = draw(rows, columns) * 4
+    at = np.arange(rows, dtype=np.int32) * 7919 % columns
+    found = [np.empty(rows, np.float32) for _ in range(3)]
+    with cores(1):
+        message = call(library, "qwen_cross_entropy", [z, at], found)
+    top = z.max(1)
+    return message, found, [top, np.exp(z.astype(np.float64) - top[:, None]).sum(1), z[np.arange(rows), at]]
+
+
+@pytest.mark.parametrize("columns", [257, 8192, 20000, 151936])
+def test_cross_entropy_of_several_rows_a_core(columns):
+    message, found, expected = cross_entropy_terms(build.emulated("cross_entropy"), columns)
+    assert message == ""
+    for a, b in zip(expected, found):
+        assert_close(a, b, 1e-6)
+
+
+def test_a_work_tensor_without_room_for_indices_is_refused(tmp_path):
+    """ReduceMax writes a value and an index for each 64 columns: with room for the values alone it would overwrite what lies behind."""
+    header, right = tmp_path / "cross_entropy.h", "AlignUp(2 * ((tiling.tile + 63) / 64), FLOATS)"
+    text = (build.KERNEL / "cross_entropy.h").read_text()
+    assert right in text
+    header.write_text(text.replace(right, "AlignUp((tiling.tile + 63) / 64, FLOATS)"))
+    entry = (build.KERNEL / "qwen_cross_entropy.cpp").read_text().replace('"cross_entropy.h"', f'"{header}"')
+    lines = ['#include "cross_entropy.cpp"', "using optiling::CrossEntropyTiling;", entry, '#include "launch.h"']
+    library = build.built("small_work", "\n".join([*lines, "EMULATED(qwen_cross_entropy, QwenCrossEntropy, false, true)\n"]), (header,))
+    message, _, _ = cross_entropy_terms(library, 20000)
+    assert "ReduceMax: sharedTmpBuffer has 128 elements and needs 256" in message
+
+
 def test_cross_entropy_of_padding_and_nan():
     """-inf has no part in a sum; a row of it has a sum of 0 and no gradient; a NaN stays in its row."""
     z = draw(5, 9000)

@@ -35,6 +35,7 @@ static ge::graphStatus TileAttention(gert::TilingContext *context, bool grad) {
   const uint64_t width = WidthOf(context->GetInputDesc(0)->GetDataType());
   const uint64_t each = grad ? ROWS * KEYS * (4 * 4 + 2 * width) : ROWS * KEYS * (2 * 4 + width) + ROWS * panels * PANEL * 4;
   const uint64_t deltas = grad ? batch * heads * RoundUp(static_cast<uint32_t>(queries), 8) * 4 : 0;
+  if (grad) StartTogether(context);
   return Finish(context, tiling, blocks, DtypeKey(context->GetInputDesc(0)->GetDataType()), each * blocks + deltas);
 }
 

@@ -37,6 +37,7 @@ static ge::graphStatus TileRows(gert::TilingContext *context, uint32_t w, uint32
   tiling.set_buffers(buffers);
   tiling.set_parts(std::min(MOST_PARTS, rows));
   tiling.set_eps(*context->GetAttrs()->GetFloat(0));
+  if (grad) StartTogether(context);
   const size_t workspace = grad ? static_cast<size_t>(std::min(MOST_PARTS, rows)) * RoundUp(n, 8) * sizeof(float) : 0;
   return Finish(context, tiling, blocks, DtypeKey(type), workspace);
 }

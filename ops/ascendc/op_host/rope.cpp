@@ -36,6 +36,7 @@ static ge::graphStatus TileHeads(gert::TilingContext *context, uint32_t queues, 
   tiling.set_half(half);
   tiling.set_tile(std::min({fit, MOST_HEADS / heads, each}));
   tiling.set_parts(parts);
+  if (grad) StartTogether(context);
   return Finish(context, tiling, blocks, DtypeKey(type), grad ? parts * RoundUp(size, 8) * sizeof(float) : 0);
 }
 
