@@ -174,7 +174,7 @@ static void fetch(Core &c, pipe_t pipe, size_t array, size_t from, size_t bytes)
     const uint32_t now = static_cast<uint32_t>(machine->taken >> 10) + 1;
     const bool held = lines[line] && now - lines[line] < (rates::L2_BYTES >> 10);
     (held ? p.hit : p.missed) += end - at;
-    if (!held) machine->taken += end - at;
+    if (!held) machine->taken += rates::ASSUMED_LINE, p.fetched += rates::ASSUMED_LINE;
     lines[line] = now;
     at = end;
   }
@@ -185,12 +185,12 @@ void copied(pipe_t pipe) {
   Pipe &p = core().pipe[pipe];
   double end = p.free, latency = p.missed ? rates::READ_LATENCY : rates::ASSUMED_L2_LATENCY;
   if (pipe != PIPE_MTE2) latency = rates::WRITE_LATENCY;
-  if (p.missed) end = std::max(end, machine->hbm.until(p.begin, p.missed));
+  if (p.missed) end = std::max(end, machine->hbm.until(p.begin, p.fetched));
   end = std::max(end, machine->l2.until(p.begin, p.missed + p.hit));
   p.busy += end - p.free, p.bytes += p.missed + p.hit;
   p.free = end, p.complete = std::max(p.complete, end + latency);
   if (p.last >= 0) machine->events[p.last].end = end + latency;
-  p.missed = p.hit = 0;
+  p.missed = p.hit = p.fetched = 0;
 }
 
 void multiplied(uint64_t products) { machine->products += products; }
@@ -423,7 +423,7 @@ void sync_all(bool vector_only, Where where) {
   if (c.alone)
     fail(where, "SyncAll in a kernel of KERNEL_TYPE_AIV_ONLY or KERNEL_TYPE_AIC_ONLY; KERNEL_TYPE_MIX_AIV_1_0 is for those that wait");
   if (!machine->launch.together)
-    fail(where, "SyncAll in an operator whose tiling function does not call SetScheduleMode(1): another operator may hold some of the cores");
+    fail(where, "SyncAll in an operator whose tiling function does not call SetScheduleMode(1): another operator may hold some cores");
   const uint64_t mine = ++c.barriers;
   Clock &meeting = machine->meeting[mine % 2];
   auto all = [&](auto test) {
@@ -517,16 +517,19 @@ static std::string report(const Machine &m) {
     total = std::max(total, c->now);
     for (const Pipe &p : c->pipe) total = std::max(total, p.complete);
   }
-  std::string out = text("{\"cycles\": %.0f, \"seconds\": %.9g, \"blocks\": %d, \"hbm_bytes\": %llu, \"l2_bytes\": %llu, \"products\": %llu",
-                         total, total / rates::CYCLES_A_SECOND, m.launch.blocks, static_cast<unsigned long long>(m.hbm.bytes),
-                         static_cast<unsigned long long>(m.l2.bytes), static_cast<unsigned long long>(m.products));
+  const auto hbm = static_cast<double>(m.hbm.bytes), l2 = static_cast<double>(m.l2.bytes), products = static_cast<double>(m.products);
+  std::string out = text("{\"cycles\": %.0f, \"seconds\": %.9g, \"blocks\": %d", total, total / rates::CYCLES_A_SECOND, m.launch.blocks);
+  out += text(", \"hbm_bytes\": %.0f, \"l2_bytes\": %.0f, \"products\": %.0f", hbm, l2, products);
   out += ", \"pipes\": {";
   const char *comma = "";
   for (int kind = 0; kind < 2; kind++)
     for (int p = 0; p < PIPES; p++) {
       double sum = 0, most = 0, cores = 0, bytes = 0;
-      for (const auto &c : m.cores)
-        if (static_cast<int>(c->kind) == kind) sum += c->pipe[p].busy, most = std::max(most, c->pipe[p].busy), cores++, bytes += c->pipe[p].bytes;
+      for (const auto &c : m.cores) {
+        if (static_cast<int>(c->kind) != kind) continue;
+        const Pipe &pipe = c->pipe[p];
+        sum += pipe.busy, most = std::max(most, pipe.busy), bytes += static_cast<double>(pipe.bytes), cores++;
+      }
       if (most == 0) continue;
       out += text("%s\"%s %s\": {\"mean\": %.4f, \"most\": %.4f, \"bytes\": %.0f}", comma, kind ? "vector core" : "cube core",
                   PIPE_NAMES[p], sum / cores / total, most / total, bytes);
@@ -602,16 +605,16 @@ extern "C" int emulator_trace(const char *path) {
   if (!file) return 1;
   std::fprintf(file, "{\"displayTimeUnit\": \"ns\", \"traceEvents\": [");
   for (size_t c = 0; c < last_names.size(); c++) {
-    std::fprintf(file, "%s\n{\"ph\": \"M\", \"pid\": %zu, \"name\": \"process_name\", \"args\": {\"name\": \"%s\"}}", c ? "," : "", c,
-                 last_names[c].c_str());
+    std::fprintf(file, "%s\n{\"ph\": \"M\", \"pid\": %zu, \"name\": \"process_name\", \"args\": {\"name\": \"%s\"}}", c ? "," : "",
+                 c, last_names[c].c_str());
     for (int p = 0; p < PIPES; p++)
-      std::fprintf(file, ",\n{\"ph\": \"M\", \"pid\": %zu, \"tid\": %d, \"name\": \"thread_name\", \"args\": {\"name\": \"%s\"}}", c, p,
-                   PIPE_NAMES[p]);
+      std::fprintf(file, ",\n{\"ph\": \"M\", \"pid\": %zu, \"tid\": %d, \"name\": \"thread_name\", \"args\": {\"name\": \"%s\"}}", c,
+                   p, PIPE_NAMES[p]);
   }
   const double us = 1e6 / rates::CYCLES_A_SECOND;
   for (const Event &e : last_events)
-    std::fprintf(file, ",\n{\"ph\": \"X\", \"pid\": %d, \"tid\": %d, \"name\": \"%s %s\", \"ts\": %.4f, \"dur\": %.4f}", e.core, e.pipe, e.name,
-                 e.where.text().c_str(), e.begin * us, (e.end - e.begin) * us);
+    std::fprintf(file, ",\n{\"ph\": \"X\", \"pid\": %d, \"tid\": %d, \"name\": \"%s %s\", \"ts\": %.4f, \"dur\": %.4f}", e.core, e.pipe,
+                 e.name, e.where.text().c_str(), e.begin * us, (e.end - e.begin) * us);
   std::fprintf(file, "\n]}\n");
   return std::fclose(file);
 }

@@ -63,7 +63,8 @@ struct Pipe {
   double busy = 0;
   int cause = -1, last = -1;               // events: what `ready` waited for, and its own last
   double begun[rates::WAITING] = {};       // when its last instructions began
-  uint64_t missed = 0, hit = 0, bytes = 0;  // of global memory: of the copy that is being made, from HBM and L2; of all
+  uint64_t missed = 0, hit = 0, bytes = 0;  // of global memory: of the copy that is being made, that L2 lacks and has; of all copies
+  uint64_t fetched = 0;                     // of the copy that is being made, in whole lines from HBM
 };
 
 struct Core {
@@ -94,7 +95,7 @@ int blocks();
 bool mixed();
 uint64_t tiling_key();
 
-// What an instruction takes of its pipe: cycles before the first part if the pipe was idle, cycles, and how long what waits for it waits on.
+// What an instruction takes of its pipe: cycles before the first part if the pipe was idle, cycles, and more of them for what waits for it.
 struct Work {
   double head = 0, cycles = 0, tail = 0;
   const char *name = "";

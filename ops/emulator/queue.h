@@ -112,11 +112,12 @@ class TQueBind {
       b->state = Buffer::TAKEN, b->line = where;
       if (!emulator::dropped(emulator::QUEUES)) emulator::after(stage_.from, b->given_back);
       // Nothing may be expected of what a buffer holds: it is NaN.
-      if (!emulator::dry) std::memset(emulator::core().memory[static_cast<int>(emulator::memory_of(position))].data() + b->at, 0xff, b->bytes);
+      constexpr int memory = static_cast<int>(emulator::memory_of(position));
+      if (!emulator::dry) std::memset(emulator::core().memory[memory].data() + b->at, 0xff, b->bytes);
       return LocalTensor<T>(b, b->at);
     }
-    emulator::fail(where, emulator::text("deadlock: AllocTensor waits for ever: all %zu buffers of the queue are in use, the first since %s, and "
-                                         "this core alone could free one; FreeTensor is missing",
+    emulator::fail(where, emulator::text("deadlock: AllocTensor waits for ever: all %zu buffers of the queue are in use, the first since "
+                                         "%s; FreeTensor is missing",
                                          buffers_.size(), buffers_.empty() ? "never" : buffers_[0]->line.text().c_str()));
   }
 
@@ -159,9 +160,11 @@ class TQueBind {
     // A buffer needs an event each way. TPipe keeps 3 of those from the cube to MTE1 for itself.
     const uint32_t most = stage_.from == PIPE_MTE1 && stage_.to == PIPE_M ? emulator::EVENTS - 3 : emulator::EVENTS;
     if (events > most)
-      emulator::fail(where, emulator::text("InitBuffer: %u buffers of queues from %s to %s, each of which needs an event; a pair of pipes has %d%s",
-                                           events, emulator::PIPE_NAMES[stage_.from], emulator::PIPE_NAMES[stage_.to], emulator::EVENTS,
-                                           most < emulator::EVENTS ? ", of which TPipe takes 3" : ""));
+      emulator::fail(where,
+                     emulator::text("InitBuffer: %u buffers of queues from %s to %s, each of which needs an event; a pair of pipes has "
+                                    "%d%s",
+                                    events, emulator::PIPE_NAMES[stage_.from], emulator::PIPE_NAMES[stage_.to], emulator::EVENTS,
+                                    most < emulator::EVENTS ? ", of which TPipe takes 3" : ""));
     for (uint32_t i = 0; i < num; i++) {
       buffers_.push_back(std::make_unique<Buffer>());
       Buffer &b = *buffers_.back();
@@ -240,8 +243,10 @@ class TPipe {
 };
 
 inline TPipe *&current_pipe() {
-  static TPipe *pipes[64] = {};
-  return pipes[emulator::core().id];
+  static std::vector<TPipe *> pipes;
+  const size_t id = emulator::core().id;
+  if (id >= pipes.size()) pipes.resize(id + 1);
+  return pipes[id];
 }
 inline TPipe::TPipe() { current_pipe() = this; }
 inline TPipe::~TPipe() { current_pipe() = nullptr; }

@@ -60,7 +60,8 @@ inline void ReduceMax(const LocalTensor<float> &dst, const LocalTensor<float> &s
     fail(where, text("ReduceMax: sharedTmpBuffer has %u elements and needs %u: a value and an index for each of %u repeats", work.GetSize(),
                      needed, repeats));
   issue(PIPE_V, where, of_repeats("ReduceMax", rates::MOST, repeats_of(count * 4)));
-  for (uint32_t left = repeats; left > 1; left = (left + 31) / 32) issue(PIPE_V, where, of_repeats("ReduceMax", rates::MOST, (left + 31) / 32));
+  for (uint32_t left = repeats; left > 1; left = (left + 31) / 32)
+    issue(PIPE_V, where, of_repeats("ReduceMax", rates::MOST, (left + 31) / 32));
   float most = 0;
   if (!dry) {
     const float *x = src.touch("ReduceMax", PIPE_V, 0, count, false, where);
@@ -91,7 +92,8 @@ inline void WholeReduceSum(const LocalTensor<float> &dst, const LocalTensor<floa
   }
 }
 
-// The largest of each repeat, and the first of equals, as CANN documents; with its place, as the bits of a uint32_t, behind it, when dstRepStride counts pairs.
+// The largest of each repeat, and the first of equals, as CANN documents. With its place, as the bits of a uint32_t, behind it,
+// dstRepStride counts pairs.
 inline void WholeReduceMax(const LocalTensor<float> &dst, const LocalTensor<float> &src, const int32_t mask, const int32_t repeatTime,
                            const int32_t dstRepStride, const int32_t srcBlkStride, const int32_t srcRepStride,
                            ReduceOrder order = ReduceOrder::ORDER_VALUE_INDEX, EMULATOR_HERE) {

@@ -107,18 +107,20 @@ inline void unary(const char *name, const AscendC::LocalTensor<T> &dst, const As
 
 namespace AscendC {
 
-#define EMULATOR_BINARY(NAME, RATE, EXPRESSION, ...)                                                                                   \
-  template <typename T>                                                                                                          \
-  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, const int32_t &count,      \
-                   EMULATOR_HERE) {                                                                                              \
-    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                        \
-    emulator::binary(#NAME, dst, src0, src1, count, where, emulator::rates::RATE, [](T a, T b) -> T { return EXPRESSION; }); \
-  }                                                                                                                              \
-  template <typename T>                                                                                                          \
-  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, uint64_t mask,             \
-                   const uint8_t repeatTime, const BinaryRepeatParams &params, EMULATOR_HERE) {                                  \
-    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                        \
-    emulator::binary_repeats(#NAME, dst, src0, src1, mask, repeatTime, params, where, emulator::rates::RATE, [](T a, T b) -> T { return EXPRESSION; }); \
+#define EMULATOR_BINARY(NAME, RATE, EXPRESSION, ...)                                                                         \
+  template <typename T>                                                                                                      \
+  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, const int32_t &count,  \
+                   EMULATOR_HERE) {                                                                                          \
+    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                    \
+    const auto f = [](T a, T b) -> T { return EXPRESSION; };                                                                 \
+    emulator::binary(#NAME, dst, src0, src1, count, where, emulator::rates::RATE, f);                                        \
+  }                                                                                                                          \
+  template <typename T>                                                                                                      \
+  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, uint64_t mask,         \
+                   const uint8_t repeatTime, const BinaryRepeatParams &params, EMULATOR_HERE) {                              \
+    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                    \
+    const auto f = [](T a, T b) -> T { return EXPRESSION; };                                                                 \
+    emulator::binary_repeats(#NAME, dst, src0, src1, mask, repeatTime, params, where, emulator::rates::RATE, f);             \
   }
 
 EMULATOR_BINARY(Add, ADD, emulator::sum(a, b), float, half, int32_t)
@@ -129,12 +131,12 @@ EMULATOR_BINARY(Max, ADD, a > b ? a : b, float, half, int32_t)
 EMULATOR_BINARY(Min, ADD, a < b ? a : b, float, half, int32_t)
 #undef EMULATOR_BINARY
 
-#define EMULATOR_SCALAR(NAME, RATE, EXPRESSION)                                                                                        \
+#define EMULATOR_SCALAR(NAME, RATE, EXPRESSION)                                                                                  \
   template <typename T>                                                                                                          \
   inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src, const T &scalar, const int32_t &count, EMULATOR_HERE) { \
     static_assert(emulator::is_one_of<T, float, half, int32_t>, #NAME " does not take this type");                               \
-    const T b = scalar;                                                                                                          \
-    emulator::unary(#NAME, dst, src, count, where, emulator::rates::RATE, [b](T a) -> T { return EXPRESSION; });                                        \
+    const auto f = [b = scalar](T a) -> T { return EXPRESSION; };                                                                \
+    emulator::unary(#NAME, dst, src, count, where, emulator::rates::RATE, f);                                                    \
   }
 
 EMULATOR_SCALAR(Adds, ADDS, emulator::sum(a, b))
