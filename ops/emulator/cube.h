@@ -96,7 +96,7 @@ inline void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const
 }
 
 // As a convolution of 1 x 1: the matrix of l1H * l1W rows and channelSize columns in L1. Of it mExtension rows from mStartPt and kExtension
-// columns from kStartPt go to L0A, transposed with enTranspose, or to L0B, whose fractals are always transposed.
+// columns from kStartPt go to L0A, as they are or transposed (enTranspose), or to L0B, whose fractals are always transposed.
 template <typename T>
 inline void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const LoadData3DParamsV2<T> &p, EMULATOR_HERE) {
   using namespace emulator;
@@ -112,8 +112,8 @@ inline void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const
     fail(where, text("LoadData: rows %u to %u of %u, columns %u to %u of %u", p.mStartPt, p.mStartPt + m, rows, p.kStartPt, p.kStartPt + k,
                      p.channelSize));
   const bool to_b = dst.GetPosition() == TPosition::B2;
-  if (!to_b && !p.enTranspose) fail(where, "LoadData: of LoadData3DParamsV2 the emulator knows L0A with enTranspose, and L0B");
-  if (k % 16) fail(where, text("LoadData: kExtension %u is no multiple of 16, the rows or columns of the fractals made", k));
+  const bool as_it_is = !to_b && !p.enTranspose;
+  if (!as_it_is && k % 16) fail(where, text("LoadData: kExtension %u is no multiple of 16, the rows or columns of the fractals made", k));
   issue(PIPE_MTE1, where, load_work(dst.GetPosition(), rates::LOAD_3D, m * k * sizeof(T)));
   if (dry) return;
   const T *from = src.touch("LoadData", PIPE_MTE1, 0, (p.channelSize / c) * rows * c, false, where);
@@ -122,6 +122,10 @@ inline void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const
     for (uint32_t j = 0; j < k; j++) {
       const uint32_t row = p.mStartPt + i, column = p.kStartPt + j;
       const T value = row < rows ? from[(column / c * rows + row) * c + column % c] : T{};
+      if (as_it_is) {  // [i / 16][j / c][i % 16][j % c]
+        to[(i / 16 * (k / c) + j / c) * 16 * c + i % 16 * c + j % c] = value;
+        continue;
+      }
       // rows are the product's k. L0A: [j / 16][i / c][j % 16][i % c]; L0B: [i / c][j / 16][j % 16][i % c]
       const uint32_t fractal = to_b ? i / c * (k / 16) + j / 16 : j / 16 * (m / c) + i / c;
       to[fractal * 16 * c + j % 16 * c + i % c] = value;
@@ -160,6 +164,8 @@ inline void Mmad(const LocalTensor<float> &dst, const LocalTensor<T> &a, const L
   constexpr uint32_t c = BLOCK / sizeof(T);
   const uint32_t mb = (p.m + 15) / 16, nb = (p.n + 15) / 16, kb = (p.k + c - 1) / c,
                  kb_of_a = p.kDirectionAlign ? (p.k + 15) / 16 * 16 / c : kb;
+  // The cube keeps products of one result in order, but for small ones, as CANN's library says.
+  if (mb * nb >= 10) in_order(PIPE_M);
   issue(PIPE_M, where, {rates::MMAD_START, mb * nb * kb * (sizeof(T) == 4 ? 2.0 : 1.0), rates::ASSUMED_MMAD_LATENCY, "Mmad"});
   multiplied(static_cast<uint64_t>(p.m) * p.n * p.k);
   if (dry) return;

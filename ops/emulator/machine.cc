@@ -347,6 +347,11 @@ void wait_flag(pipe_t from, pipe_t to, int event, Where where) {
   if (!dropped(FLAGS)) after(to, c.flag[from][to][event]);
 }
 
+void in_order(pipe_t pipe) {
+  Core &c = core();
+  if (!dry) c.clock[pipe].done[entry(c, pipe)] = c.issued[pipe];
+}
+
 // All pipes go on from here.
 static void meet(Core &c, const Clock &clock) {
   for (int p = 0; p < PIPES; p++) {

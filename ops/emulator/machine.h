@@ -125,6 +125,7 @@ void global_access(const char *name, pipe_t pipe, const void *address, size_t by
 void set_flag(pipe_t from, pipe_t to, int event, Where where);
 void wait_flag(pipe_t from, pipe_t to, int event, Where where);
 void barrier(pipe_t pipe, Where where);
+void in_order(pipe_t pipe);  // the pipe's next instruction comes after its last
 Clock done(pipe_t pipe);                      // what is done once the pipe's last instruction is
 void after(pipe_t pipe, const Clock &clock);  // the pipe's next instructions come after it
 // Whether a synchronisation is to be without effect: what a kernel would be without it. Each kind is counted on its own.
