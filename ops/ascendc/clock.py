@@ -126,7 +126,8 @@ def cases():
     }
     found["attention, 2 x 4,096, causal"] = attention(2, t // 2, K)
     found["attention, 2 x 4,096, 4 kv heads"] = attention(2, t // 2, 4)
-    found["attention, 32,768, causal"] = attention(1, 4 * t, K)
+    found["attention, one head, 4,096, not causal"] = attention(1, t // 2, 1, heads=1, in_order=0)
+    found["attention, one head, 32,768, not causal"] = attention(1, 4 * t, 1, heads=1, in_order=0)
     found["gradient of attention, 2 x 4,096"] = attention_grad(2, t // 2, K)
     return found
 
@@ -141,7 +142,7 @@ def attention(batch, length, kv_heads, heads=N, in_order=1):
     q, k = ((batch, length, heads, H), HALF), ((batch, length, kv_heads, H), HALF)
     products = batch * heads * length * length * H * 2 // (2 if in_order else 1)
     lse = (batch, heads, length), "float32"
-    return "attention", "qwen_attention", [q, k, k, *_documents(batch, length)], [q, lse], [H**-0.5, in_order], products
+    return "attention", "qwen_attention", [q, k, k, *_documents(batch, length, in_order)], [q, lse], [H**-0.5, in_order], products
 
 
 def attention_grad(batch, length, kv_heads):
@@ -150,10 +151,10 @@ def attention_grad(batch, length, kv_heads):
     return "attention", "qwen_attention_grad", [*inputs, q, lse, q, lse], [q, k, k], attrs, products * 5 // 2
 
 
-def _documents(batch, length):
-    """One document a row."""
+def _documents(batch, length, in_order):
+    """One document a row, whose tokens see each other, or those before them if in_order."""
     segment, order = np.ones((batch, length), np.int32), np.tile(np.arange(length, dtype=np.int32), (batch, 1))
-    return segment, segment, order, order
+    return segment, segment, order if in_order else np.full_like(order, length), order
 
 
 def main():

@@ -76,6 +76,35 @@ inline void ReduceMax(const LocalTensor<float> &dst, const LocalTensor<float> &s
   by_scalar("ReduceMax", dst, most, where);
 }
 
+// One number for each block of 8 of a repeat of `mask` elements, side by side; dstRepStride counts 8 numbers.
+template <typename F>
+inline void block_reduce(const char *name, const LocalTensor<float> &dst, const LocalTensor<float> &src, int32_t repeats, int32_t mask,
+                         int32_t dst_stride, int32_t block_stride, int32_t src_stride, emulator::Where where,
+                         const emulator::rates::Vector &rate, F f) {
+  using namespace emulator;
+  vector_operand(name, "src", src, where), vector_operand(name, "dst", dst, where);
+  if (mask < 1 || mask > 64 || repeats < 1 || repeats > 255 || block_stride != 1)
+    fail(where, text("%s: a mask of %d (1 to 64), %d repeats (1 to 255), srcBlkStride %d (1)", name, mask, repeats, block_stride));
+  issue(PIPE_V, where, of_repeats(name, rate, repeats));
+  if (dry) return;
+  for (int32_t r = 0; r < repeats; r++)
+    for (int32_t k = 0; k * 8 < mask; k++) {
+      const uint32_t n = std::min(8, mask - k * 8);
+      const float *x = src.touch(name, PIPE_V, r * src_stride * 8 + k * 8, n, false, where);
+      *dst.touch(name, PIPE_V, r * dst_stride * 8 + k, 1, true, where) = f(x, n);
+    }
+}
+inline void BlockReduceSum(const LocalTensor<float> &dst, const LocalTensor<float> &src, const int32_t repeatTime, const int32_t mask,
+                           const int32_t dstRepStride, const int32_t srcBlkStride, const int32_t srcRepStride, EMULATOR_HERE) {
+  block_reduce("BlockReduceSum", dst, src, repeatTime, mask, dstRepStride, srcBlkStride, srcRepStride, where, emulator::rates::BLOCK_SUM,
+               [](const float *x, uint32_t n) { return emulator::sum_of_pairs(x, n); });
+}
+inline void BlockReduceMax(const LocalTensor<float> &dst, const LocalTensor<float> &src, const int32_t repeatTime, const int32_t mask,
+                           const int32_t dstRepStride, const int32_t srcBlkStride, const int32_t srcRepStride, EMULATOR_HERE) {
+  block_reduce("BlockReduceMax", dst, src, repeatTime, mask, dstRepStride, srcBlkStride, srcRepStride, where, emulator::rates::BLOCK_MOST,
+               [](const float *x, uint32_t n) { return x[emulator::largest_of(x, n)]; });
+}
+
 // One number for each repeat of `mask` elements; dstRepStride counts elements.
 inline void WholeReduceSum(const LocalTensor<float> &dst, const LocalTensor<float> &src, const int32_t mask, const int32_t repeatTime,
                            const int32_t dstRepStride, const int32_t srcBlkStride, const int32_t srcRepStride, EMULATOR_HERE) {

@@ -21,11 +21,13 @@ struct Matrix {
   }
 };
 
+// Rows `stride` elements apart into L1, as a matrix of `high` rows there, by default as many in whole fractals.
 template <typename T>
-__aicore__ inline void ToL1(const LocalTensor<T> &to, const GlobalTensor<T> &from, uint32_t rows, uint32_t columns, uint32_t stride) {
+__aicore__ inline void ToL1(const LocalTensor<T> &to, const GlobalTensor<T> &from, uint32_t rows, uint32_t columns, uint32_t stride,
+                            uint32_t high = 0) {
   Nd2NzParams copy;
   copy.ndNum = 1, copy.nValue = rows, copy.dValue = columns, copy.srcNdMatrixStride = 0, copy.srcDValue = stride;
-  copy.dstNzC0Stride = AlignUp(rows, FRACTAL_ROWS), copy.dstNzNStride = 1, copy.dstNzMatrixStride = 0;
+  copy.dstNzC0Stride = AlignUp(high ? high : rows, FRACTAL_ROWS), copy.dstNzNStride = 1, copy.dstNzMatrixStride = 0;
   DataCopy(to, from, copy);
 }
 
@@ -40,13 +42,15 @@ __aicore__ inline void LoadRows(const LocalTensor<T> &to, const LocalTensor<T> &
   LoadData(to, from, load);
 }
 
-// Of a matrix of `rows` by `columns` in L1: `k` rows from `row`, turned on their way: to L0A as its transpose, to L0B as L0B wants it.
+// Of a matrix of `rows` by `columns` in L1: `k` rows from `row`, and `n` columns from `column`, turned on their way: to L0A as the transpose,
+// to L0B as L0B wants them.
 template <typename T>
 __aicore__ inline void LoadTurned(const LocalTensor<T> &to, const LocalTensor<T> &from, uint32_t rows, uint32_t columns, uint32_t row,
-                                  uint32_t k) {
+                                  uint32_t k, uint32_t column, uint32_t n) {
   LoadData3DParamsV2<T> load;
   load.l1H = AlignUp(rows, FRACTAL_ROWS), load.l1W = 1, load.channelSize = AlignUp(columns, FRACTAL_ROWS);
-  load.kExtension = load.channelSize, load.mExtension = AlignUp(k, FRACTAL_ROWS), load.mStartPt = row;
+  load.mExtension = AlignUp(k, FRACTAL_ROWS), load.mStartPt = row;
+  load.kExtension = AlignUp(n, FRACTAL_ROWS), load.kStartPt = column;
   load.enTranspose = true;
   LoadData(to, from, load);
 }
@@ -123,13 +127,13 @@ class Products {
       const uint32_t k = Least(DEPTH, depth - at);
       LocalTensor<T> a2 = a2_.template AllocTensor<T>(), b2 = b2_.template AllocTensor<T>();
       if constexpr (TURNED_A)
-        LoadTurned(a2, a1, depth, m, at, k);
+        LoadTurned(a2, a1, depth, m, at, k, 0, m);
       else
         LoadRows(a2, a1, m, depth, at, k);
       if constexpr (TURNED_B)
         LoadColumns(b2, b1, n, at, k);
       else
-        LoadTurned(b2, b1, depth, n, at, k);
+        LoadTurned(b2, b1, depth, n, at, k, 0, n);
       a2_.EnQue(a2), b2_.EnQue(b2);
       a2 = a2_.template DeQue<T>(), b2 = b2_.template DeQue<T>();
       MultiplyL0(c, a2, b2, m, n, k, TURNED_A, add || at);
