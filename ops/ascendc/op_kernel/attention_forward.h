@@ -392,7 +392,7 @@ class Attention {
     pipe_.InitBuffer(weights_out_, 2, at_once_ * SPAN * sizeof(T)), pipe_.InitBuffer(o_out_, 1, FEW * TILE * sizeof(T));
     pipe_.InitBuffer(sum_, in_.panels * HALF * TILE * sizeof(float)), pipe_.InitBuffer(spread_, HALF * 32);
     pipe_.InitBuffer(partial_, at_once_ * SPAN / FLOATS * sizeof(float));
-    pipe_.InitBuffer(numbers_, 7 * HALF * sizeof(float)), pipe_.InitBuffer(lse_out_, 1, HALF * sizeof(float));
+    pipe_.InitBuffer(numbers_, 8 * HALF * sizeof(float)), pipe_.InitBuffer(lse_out_, 1, HALF * sizeof(float));
   }
   __aicore__ inline void Vector() {
     Walk<T> ahead, behind;
@@ -406,11 +406,13 @@ class Attention {
     }
     if (behind.Next()) AddUp(behind.at, last_);
   }
-  // Numbers of 64 rows: the running maximum and sum of a tile and of the next; what two spans' sums are rescaled by; and one to spare.
+  // Numbers of 64 rows: the running maximum and sum of a tile and of the next; what two spans' sums are rescaled by; of a
+  // span, the largest so far (or what is to spare) and the sum.
   __aicore__ inline LocalTensor<float> Top(uint32_t task) { return numbers_.Get<float>()[task % 2 * HALF]; }
   __aicore__ inline LocalTensor<float> Total(uint32_t task) { return numbers_.Get<float>()[(2 + task % 2) * HALF]; }
   __aicore__ inline LocalTensor<float> Fall(uint32_t j) { return numbers_.Get<float>()[(4 + j % 2) * HALF]; }
   __aicore__ inline LocalTensor<float> Spare() { return numbers_.Get<float>()[6 * HALF]; }
+  __aicore__ inline LocalTensor<float> Part() { return numbers_.Get<float>()[7 * HALF]; }
 
   // The weights of a span, of which the columns past n are nobody's.
   __aicore__ inline void Weights(const Handover &at, uint32_t j) {
@@ -426,41 +428,53 @@ class Attention {
       mask_.Keys(in_, at.b, at.key, at.n, wide);
     }
     CrossCoreWaitFlag<2, PIPE_MTE2>(SCORES_READY);
-    for (uint32_t r = 0; r < mine.rows; r += at_once_) Rows(at, j, mine, r, Least(at_once_, mine.rows - r), wide);
+    if (mine.rows) LoadScores(j, mine, 0, wide);
+    for (uint32_t r = 0; r < mine.rows; r += at_once_) {
+      if (r + at_once_ < mine.rows) LoadScores(j, mine, r + at_once_, wide);
+      Rows(at, j, mine, r, Least(at_once_, mine.rows - r), wide);
+    }
+    if (mine.rows) Rise(at.task, j, mine.rows);
     CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY);
   }
-  // Of some rows of a span, from row r on: the weights, the running maximum and sum, and what the sum before it is to be rescaled by.
-  __aicore__ inline void Rows(const Handover &at, uint32_t j, Mine mine, uint32_t r, uint32_t rows, uint32_t wide) {
-    const uint32_t count = rows * wide, row = mine.skipped + r;
-    const uint8_t repeats = rows, stride = wide / FLOATS;
-    LocalTensor<float> top = Top(at.task)[r], total = Total(at.task)[r], fall = Fall(j)[r], most = Spare()[r];
-    LocalTensor<float> spread = spread_.Get<float>();
-    scores_in_.Load(scores_[static_cast<uint64_t>(j % SLOTS_OF_SCORES * ROWS + row) * SPAN], rows, wide, SPAN - wide);
-    LocalTensor<float> x = scores_in_.Wait(count);
-    VectorBarrier();
-    Muls(x, x, in_.scale, count);
-    VectorBarrier();
-    if (at.masked != Masked::NOT) mask_.Apply(x, r, rows, wide, at.masked);
-    Largest(most, x, rows, wide);
-    Max(most, most, top, rows);
+  __aicore__ inline void LoadScores(uint32_t j, Mine mine, uint32_t r, uint32_t wide) {
+    const uint64_t at = static_cast<uint64_t>(j % SLOTS_OF_SCORES * ROWS + mine.skipped + r) * SPAN;
+    scores_in_.Load(scores_[at], Least(at_once_, mine.rows - r), wide, SPAN - wide);
+  }
+  // After a span: the running maximum and sum, and what the result before it is to be rescaled by.
+  __aicore__ inline void Rise(uint32_t task, uint32_t j, uint32_t rows) {
+    LocalTensor<float> top = Top(task), total = Total(task), fall = Fall(j), most = Spare();
     VectorBarrier();
     Sub(fall, top, most, rows);
     VectorBarrier();
     Exp(fall, fall, rows);
     Muls(top, most, 1.0f, rows);
+    VectorBarrier();
+    Mul(total, total, fall, rows);
+    VectorBarrier();
+    Add(total, total, Part(), rows);
+  }
+  // Of some rows of a span, from row r on: the weights, their sum, and the largest score so far.
+  __aicore__ inline void Rows(const Handover &at, uint32_t j, Mine mine, uint32_t r, uint32_t rows, uint32_t wide) {
+    const uint32_t count = rows * wide, row = mine.skipped + r;
+    const uint8_t repeats = rows, stride = wide / FLOATS;
+    LocalTensor<float> most = Spare()[r], spread = spread_.Get<float>(), x = scores_in_.Wait(count);
+    VectorBarrier();
+    Muls(x, x, in_.scale, count);
+    VectorBarrier();
+    if (at.masked != Masked::NOT) mask_.Apply(x, r, rows, wide, at.masked);
+    Largest(most, x, rows, wide);
+    Max(most, most, Top(at.task)[r], rows);
     SpreadRows(spread, most, rows);
     for (uint32_t c = 0; c < wide; c += REPEAT) Sub(x[c], x[c], spread, static_cast<uint64_t>(REPEAT), repeats, {1, 1, 0, stride, stride, 1});
     VectorBarrier();
     LocalTensor<T> p = weights_out_.template AllocTensor<T>();
     Exp(x, x, count);
     VectorBarrier();
-    Mul(total, total, fall, rows);
     if constexpr (IsSameType<T, float>::value)
       Muls(p, x, 1.0f, count);
     else
       Cast(p, x, RoundMode::CAST_RINT, count);
-    Sum(most, x, rows, wide);
-    Add(total, total, most, rows);
+    Sum(Part()[r], x, rows, wide);
     scores_in_.Free();
     weights_out_.EnQue(p);
     p = weights_out_.template DeQue<T>();
@@ -495,10 +509,11 @@ class Attention {
     for (uint32_t panel = 0; panel < in_.panels; panel++) {
       const uint32_t columns = AlignUp(in_.PanelSize(panel), FLOATS);
       LocalTensor<float> sum = SumOf(panel);
+      LoadResult(j, panel, mine, 0);
       if (!at.begins) MulEach(sum, sum, spread_.Get<float>(), mine.rows, columns, TILE);
       for (uint32_t r = 0; r < mine.rows; r += FEW) {
         const uint32_t count = Least(FEW, mine.rows - r) * TILE;
-        result_in_.Load(result_[(static_cast<uint64_t>(j % 2 * in_.panels + panel) * ROWS + mine.skipped + r) * TILE], 1, count);
+        if (r + FEW < mine.rows) LoadResult(j, panel, mine, r + FEW);
         LocalTensor<float> part = result_in_.Wait(count);
         VectorBarrier();
         if (at.begins)
@@ -509,6 +524,10 @@ class Attention {
       }
     }
     if (at.ends) Finish(at, mine);
+  }
+  __aicore__ inline void LoadResult(uint32_t j, uint32_t panel, Mine mine, uint32_t r) {
+    const uint64_t at = (static_cast<uint64_t>(j % 2 * in_.panels + panel) * ROWS + mine.skipped + r) * TILE;
+    result_in_.Load(result_[at], 1, Least(FEW, mine.rows - r) * TILE);
   }
   // o = sum / total, lse = top + ln(total). A query that sees no key has a total of 0, and a result of 0.
   __aicore__ inline void Finish(const Handover &at, Mine mine) {
