@@ -3,237 +3,12 @@
 //
 //   cube      scores of span j + 2 = q k^T        weights of span j times v
 //   vector    weights of span j + 1, from its scores and the running maximum        adds up the result of span j, rescaled
-//
-// Spans without a key that a tile sees are skipped, and only those with keys that some query does not see are masked. The least and the
-// largest segment and order of each tile and each span tell which; the vector cores find them first.
 #pragma once
-#include "attention_tiles.h"
+#include "attention_spans.h"
 
 namespace qwen {
 
-constexpr uint32_t SPAN = 512, AHEAD = 2, SLOTS_OF_SCORES = 3;  // keys handed over at a time; spans of scores that are made ahead
-constexpr float LOWEST_TOP = -8.0e8f;                           // a running maximum is at least this, so that exp of a hidden score is 0
-constexpr int32_t LEAST_INT = -2147483647, LARGEST_INT = 2147483647, LATER = 1 << 30;
-
-// The least and the largest segment and order of tiles of queries and of spans of keys: 4 numbers each, queries first.
-class Ranges {
- public:
-  static constexpr uint32_t NUMBERS = 4;
-  template <typename T>
-  __aicore__ inline void Init(const Inputs<T> &in, GM_ADDR at) {
-    numbers_.SetGlobalBuffer((__gm__ int32_t *)at);
-    tiles_ = (in.S + ROWS - 1) / ROWS, spans_ = (in.keys + SPAN - 1) / SPAN;
-  }
-  __aicore__ inline uint64_t Tile(uint32_t b, uint32_t first) const {
-    return (static_cast<uint64_t>(b) * (tiles_ + spans_) + first / ROWS) * NUMBERS;
-  }
-  __aicore__ inline uint64_t Span(uint32_t b, uint32_t key) const {
-    return (static_cast<uint64_t>(b) * (tiles_ + spans_) + tiles_ + key / SPAN) * NUMBERS;
-  }
-  __aicore__ inline int32_t At(uint64_t i) const { return numbers_.GetValue(i); }
-
-  __aicore__ inline void Buffers(TPipe &pipe) {
-    pipe.InitBuffer(ints_, 1, SPAN * sizeof(int32_t)), pipe.InitBuffer(out_, 1, 32);
-    pipe.InitBuffer(least_, SPAN * sizeof(int32_t)), pipe.InitBuffer(largest_, SPAN * sizeof(int32_t));
-  }
-  // Those of all tiles and spans, shared out to the vector cores.
-  template <typename T>
-  __aicore__ inline void Find(const Inputs<T> &in) {
-    const uint32_t each = tiles_ + spans_, cores = GetBlockNum() * 2;
-    for (uint32_t i = GetBlockIdx(); i < in.batch * each; i += cores) {
-      const uint32_t b = i / each, u = i % each;
-      const bool of_keys = u >= tiles_;
-      const uint32_t first = of_keys ? (u - tiles_) * SPAN : u * ROWS, n = of_keys ? Least(SPAN, in.keys - first) : Least(ROWS, in.S - first);
-      const uint64_t at = static_cast<uint64_t>(b) * (of_keys ? in.keys : in.S) + first;
-      LocalTensor<int32_t> out = out_.AllocTensor<int32_t>();
-      Sync<HardEvent::MTE3_S>();
-      Range(of_keys ? in.key_segment[at] : in.segment[at], n, out, 0);
-      Range(of_keys ? in.key_order[at] : in.order[at], n, out, 2);
-      Sync<HardEvent::S_MTE3>();
-      out_.EnQue(out);
-      out = out_.DeQue<int32_t>();
-      DataCopyPad(numbers_[static_cast<uint64_t>(i) * NUMBERS], out, DataCopyExtParams{1, NUMBERS * sizeof(int32_t), 0, 0, 0});
-      out_.FreeTensor(out);
-    }
-  }
-
- private:
-  // out[at] = the least of n numbers, out[at + 1] = the largest.
-  __aicore__ inline void Range(const GlobalTensor<int32_t> &from, uint32_t n, const LocalTensor<int32_t> &out, uint32_t at) {
-    LocalTensor<int32_t> x = ints_.AllocTensor<int32_t>(), least = least_.Get<int32_t>(), largest = largest_.Get<int32_t>();
-    DataCopyPad(x, from, DataCopyExtParams{1, static_cast<uint32_t>(n * sizeof(int32_t)), 0, 0, 0},
-                DataCopyPadExtParams<int32_t>{false, 0, 0, 0});
-    ints_.EnQue(x);
-    x = ints_.DeQue<int32_t>();
-    uint32_t wide = FLOATS;
-    while (wide < n) wide *= 2;
-    VectorBarrier();
-    Duplicate(least, LARGEST_INT, wide), Duplicate(largest, LEAST_INT, wide);
-    VectorBarrier();
-    Adds(least, x, 0, n), Adds(largest, x, 0, n);
-    ints_.FreeTensor(x);
-    for (uint32_t half = wide / 2; half >= FLOATS; half /= 2) {
-      VectorBarrier();
-      Min(least, least, least[half], half), Max(largest, largest, largest[half], half);
-    }
-    Sync<HardEvent::V_S>();
-    int32_t low = LARGEST_INT, high = LEAST_INT;
-    for (uint32_t i = 0; i < FLOATS; i++) {
-      const int32_t a = least.GetValue(i), b = largest.GetValue(i);
-      low = a < low ? a : low, high = b > high ? b : high;
-    }
-    out.SetValue(at, low), out.SetValue(at + 1, high);
-    Sync<HardEvent::S_V>();
-  }
-
-  GlobalTensor<int32_t> numbers_;
-  uint32_t tiles_, spans_;
-  TQue<TPosition::VECIN, 1> ints_;
-  TQue<TPosition::VECOUT, 1> out_;
-  TBuf<TPosition::VECCALC> least_, largest_;
-};
-
-enum class Masked : uint32_t { NOT, BY_ORDER, BY_BOTH };
-
-// A span of keys and the tile of queries that it is for.
-struct Handover {
-  uint32_t b, head, first, rows, key, n, task;  // task: how many tiles were before it
-  Masked masked;
-  bool begins, ends;  // the first and the last of its tile
-};
-
-// The handovers of a block in order, which all of its cores walk through.
-template <typename T>
-class Walk {
- public:
-  __aicore__ inline void Begin(const Inputs<T> *in, const Ranges *ranges) {
-    in_ = in, ranges_ = ranges, tiles_ = (in->S + ROWS - 1) / ROWS, tasks_ = in->batch * in->heads * tiles_;
-    next_task_ = BlockOf(), at.ends = true, at.task = 0;
-  }
-  // Moves on to the next; false past the last.
-  __aicore__ inline bool Next() {
-    if (at.ends) {
-      if (next_task_ >= tasks_) return false;
-      at.b = next_task_ / tiles_ / in_->heads, at.head = next_task_ / tiles_ % in_->heads, at.first = next_task_ % tiles_ * ROWS;
-      at.rows = Least(ROWS, in_->S - at.first), keys_ = in_->KeysFor(at.first + at.rows - 1);
-      const uint64_t i = ranges_->Tile(at.b, at.first);
-      least_segment_ = ranges_->At(i), largest_segment_ = ranges_->At(i + 1), least_order_ = ranges_->At(i + 2),
-      largest_order_ = ranges_->At(i + 3);
-      next_ = Seek(0);
-      if (next_ >= keys_) next_ = 0;  // a tile that sees nothing has one span, all of it hidden
-      next_task_ += GetBlockNum(), at.task++, at.begins = true;
-    } else {
-      at.begins = false;
-    }
-    at.key = next_, at.n = Least(SPAN, keys_ - next_), at.masked = MaskOf();
-    next_ = Seek(at.key + SPAN), at.ends = next_ >= keys_;
-    return true;
-  }
-  Handover at;
-
- private:
-  __aicore__ inline uint32_t Seek(uint32_t key) const {
-    for (; key < keys_; key += SPAN) {
-      const uint64_t i = ranges_->Span(at.b, key);
-      if (ranges_->At(i) <= largest_segment_ && ranges_->At(i + 1) >= least_segment_ && ranges_->At(i + 2) <= largest_order_) break;
-    }
-    return key;
-  }
-  __aicore__ inline Masked MaskOf() const {
-    const uint64_t i = ranges_->Span(at.b, at.key);
-    const bool one = least_segment_ == largest_segment_ && ranges_->At(i) == least_segment_ && ranges_->At(i + 1) == least_segment_;
-    if (!one) return Masked::BY_BOTH;
-    return ranges_->At(i + 3) <= least_order_ && at.n % REPEAT == 0 ? Masked::NOT : Masked::BY_ORDER;
-  }
-  const Inputs<T> *in_;
-  const Ranges *ranges_;
-  uint32_t tiles_, tasks_, next_task_, keys_, next_;
-  int32_t least_segment_, largest_segment_, least_order_, largest_order_;
-};
-
-// Which keys of a span a few rows of queries do not see: 1 for those of another segment or a later order, else 0. Orders are below 2^30.
-class SpanMask {
- public:
-  static constexpr uint32_t AT_ONCE = 4;  // rows
-  __aicore__ inline void Init(TPipe &pipe) {
-    pipe.InitBuffer(ints_, 1, SPAN * sizeof(int32_t));
-    pipe.InitBuffer(segments_, HALF * 32), pipe.InitBuffer(orders_, HALF * 32), pipe.InitBuffer(keys_, 2 * SPAN * sizeof(int32_t));
-    pipe.InitBuffer(hidden_, AT_ONCE * SPAN * sizeof(float)), pipe.InitBuffer(spare_, AT_ONCE * SPAN * sizeof(float));
-  }
-  template <typename T>
-  __aicore__ inline void Queries(const Inputs<T> &in, uint32_t b, Mine mine) {
-    const uint64_t at = static_cast<uint64_t>(b) * in.S + mine.first;
-    const uint8_t repeats = AlignUp(mine.rows, FLOATS) / FLOATS;
-    Brcb(segments_.Get<int32_t>(), Load(in.segment[at], mine.rows), repeats, {1, 8}), Done();
-    Brcb(orders_.Get<int32_t>(), Load(in.order[at], mine.rows), repeats, {1, 8}), Done();
-  }
-  // `wide` is n in whole repeats; the keys past n are later than any query.
-  template <typename T>
-  __aicore__ inline void Keys(const Inputs<T> &in, uint32_t b, uint32_t key, uint32_t n, uint32_t wide) {
-    LocalTensor<int32_t> segment = keys_.Get<int32_t>(), order = segment[SPAN];
-    const uint64_t at = static_cast<uint64_t>(b) * in.keys + key;
-    VectorBarrier();
-    Duplicate(segment, 0, wide), Duplicate(order, LATER, wide);
-    Adds(segment, Load(in.key_segment[at], n), 0, n), Done();
-    Adds(order, Load(in.key_order[at], n), 0, n), Done();
-  }
-  // x += HIDE where hidden, [rows, wide]; `row`: the first of the rows.
-  __aicore__ inline void Apply(const LocalTensor<float> &x, uint32_t row, uint32_t rows, uint32_t wide, Masked masked) {
-    LocalTensor<float> hidden = hidden_.Get<float>();
-    for (uint32_t r = 0; r < rows; r += AT_ONCE) {
-      const uint32_t n = Least(AT_ONCE, rows - r), count = n * wide;
-      Find(row + r, n, wide, masked);
-      Axpy(x[r * wide], hidden, HIDE, count);
-      VectorBarrier();
-    }
-  }
-
- private:
-  __aicore__ inline LocalTensor<int32_t> Load(const GlobalTensor<int32_t> &from, uint32_t n) {
-    tile_ = ints_.AllocTensor<int32_t>();
-    DataCopyPad(tile_, from, DataCopyExtParams{1, static_cast<uint32_t>(n * sizeof(int32_t)), 0, 0, 0},
-                DataCopyPadExtParams<int32_t>{false, 0, 0, 0});
-    ints_.EnQue(tile_);
-    tile_ = ints_.DeQue<int32_t>();
-    VectorBarrier();
-    return tile_;
-  }
-  __aicore__ inline void Done() {
-    ints_.FreeTensor(tile_);
-    VectorBarrier();
-  }
-  // key - query, [rows, wide]
-  __aicore__ inline void Difference(const LocalTensor<int32_t> &to, const LocalTensor<int32_t> &key, const LocalTensor<int32_t> &query,
-                                    uint32_t rows, uint32_t wide) {
-    const uint8_t stride = wide / FLOATS;
-    for (uint32_t c = 0; c < wide; c += REPEAT)
-      Sub(to[c], key[c], query, static_cast<uint64_t>(REPEAT), static_cast<uint8_t>(rows), {1, 1, 0, stride, 0, 1});
-  }
-  __aicore__ inline void Find(uint32_t row, uint32_t rows, uint32_t wide, Masked masked) {
-    LocalTensor<float> hidden = hidden_.Get<float>(), other = spare_.Get<float>();
-    LocalTensor<int32_t> a = hidden.ReinterpretCast<int32_t>(), b = other.ReinterpretCast<int32_t>(), key = keys_.Get<int32_t>();
-    const uint32_t count = rows * wide;
-    Difference(a, key[SPAN], orders_.Get<int32_t>()[row * FLOATS], rows, wide);
-    if (masked == Masked::BY_BOTH) Difference(b, key, segments_.Get<int32_t>()[row * FLOATS], rows, wide);
-    VectorBarrier();
-    Cast(hidden, a, RoundMode::CAST_RINT, count);
-    if (masked == Masked::BY_BOTH) Cast(other, b, RoundMode::CAST_RINT, count);
-    VectorBarrier();
-    Maxs(hidden, hidden, 0.0f, count);
-    if (masked == Masked::BY_BOTH) {
-      Abs(other, other, count);
-      VectorBarrier();
-      Max(hidden, hidden, other, count);
-    }
-    VectorBarrier();
-    Mins(hidden, hidden, 1.0f, count);
-    VectorBarrier();
-  }
-
-  TQue<TPosition::VECIN, 1> ints_;
-  TBuf<TPosition::VECCALC> segments_, orders_, keys_, hidden_, spare_;
-  LocalTensor<int32_t> tile_;
-};
+constexpr uint32_t AHEAD = 2, SLOTS_OF_SCORES = 3;  // spans of scores that are made ahead
 
 template <typename T>
 class Attention {
@@ -277,7 +52,7 @@ class Attention {
   }
   __aicore__ inline void Cube() {
     Walk<T> ahead, behind;
-    ahead.Begin(&in_, &ranges_), behind.Begin(&in_, &ranges_);
+    ahead.Begin(&in_, &ranges_, ROWS, SPAN), behind.Begin(&in_, &ranges_, ROWS, SPAN);
     bool more = ahead.Next();
     uint32_t made = 0;
     for (; made < AHEAD && more; made++, more = ahead.Next()) Scores(ahead.at, made);
@@ -386,7 +161,7 @@ class Attention {
   // The vector cores.
   __aicore__ inline void VectorBuffers() {
     at_once_ = sizeof(T) == 2 && in_.panels == 1 ? 16 : 8;
-    ranges_.Buffers(pipe_), mask_.Init(pipe_);
+    ranges_.Buffers(pipe_), mask_.Init(pipe_, SPAN);
     ranges_.Find(in_);
     scores_in_.Init(pipe_, at_once_ * SPAN, 2), result_in_.Init(pipe_, FEW * TILE, 2);
     pipe_.InitBuffer(weights_out_, 2, at_once_ * SPAN * sizeof(T)), pipe_.InitBuffer(o_out_, 1, FEW * TILE * sizeof(T));
@@ -396,7 +171,7 @@ class Attention {
   }
   __aicore__ inline void Vector() {
     Walk<T> ahead, behind;
-    ahead.Begin(&in_, &ranges_), behind.Begin(&in_, &ranges_);
+    ahead.Begin(&in_, &ranges_, ROWS, SPAN), behind.Begin(&in_, &ranges_, ROWS, SPAN);
     for (uint32_t j = 0; ahead.Next(); j++) {
       Weights(ahead.at, j);
       if (j == 0) continue;
@@ -424,8 +199,9 @@ class Attention {
       knows_queries_ = false;
     }
     if (mine.rows && at.masked != Masked::NOT) {
-      if (!knows_queries_) mask_.Queries(in_, at.b, mine), knows_queries_ = true;
-      mask_.Keys(in_, at.b, at.key, at.n, wide);
+      const uint64_t query = static_cast<uint64_t>(at.b) * in_.S + mine.first, key = static_cast<uint64_t>(at.b) * in_.keys + at.key;
+      if (!knows_queries_) mask_.Rows(in_.segment[query], in_.order[query], mine.rows), knows_queries_ = true;
+      mask_.Columns(in_.key_segment[key], in_.key_order[key], at.n, wide);
     }
     CrossCoreWaitFlag<2, PIPE_MTE2>(SCORES_READY);
     if (mine.rows) LoadScores(j, mine, 0, wide);
@@ -461,11 +237,12 @@ class Attention {
     VectorBarrier();
     Muls(x, x, in_.scale, count);
     VectorBarrier();
-    if (at.masked != Masked::NOT) mask_.Apply(x, r, rows, wide, at.masked);
+    if (at.masked != Masked::NOT) mask_.Apply(x, r, rows, wide, at.masked, false);
     Largest(most, x, rows, wide);
     Max(most, most, Top(at.task)[r], rows);
     SpreadRows(spread, most, rows);
-    for (uint32_t c = 0; c < wide; c += REPEAT) Sub(x[c], x[c], spread, static_cast<uint64_t>(REPEAT), repeats, {1, 1, 0, stride, stride, 1});
+    for (uint32_t c = 0; c < wide; c += REPEAT)
+      Sub(x[c], x[c], spread, static_cast<uint64_t>(REPEAT), repeats, {1, 1, 0, stride, stride, 1});
     VectorBarrier();
     LocalTensor<T> p = weights_out_.template AllocTensor<T>();
     Exp(x, x, count);
