@@ -161,7 +161,7 @@ class Attention {
   // The vector cores.
   __aicore__ inline void VectorBuffers() {
     at_once_ = sizeof(T) == 2 && in_.panels == 1 ? 16 : 8;
-    ranges_.Buffers(pipe_), mask_.Init(pipe_, SPAN);
+    ranges_.Buffers(pipe_), mask_.Init(pipe_, SPAN, &ranges_);
     ranges_.Find(in_);
     scores_in_.Init(pipe_, at_once_ * SPAN, 2), result_in_.Init(pipe_, FEW * TILE, 2);
     pipe_.InitBuffer(weights_out_, 2, at_once_ * SPAN * sizeof(T)), pipe_.InitBuffer(o_out_, 1, FEW * TILE * sizeof(T));

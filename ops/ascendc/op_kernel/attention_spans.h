@@ -27,6 +27,20 @@ class Ranges {
     return (static_cast<uint64_t>(b) * (tiles_ + spans_) + tiles_ + key / SPAN) * NUMBERS;
   }
   __aicore__ inline int32_t At(uint64_t i) const { return numbers_.GetValue(i); }
+  // n numbers on their way in, up to SPAN, and their end.
+  __aicore__ inline LocalTensor<int32_t> Load(const GlobalTensor<int32_t> &from, uint32_t n) {
+    held_ = ints_.AllocTensor<int32_t>();
+    DataCopyPad(held_, from, DataCopyExtParams{1, static_cast<uint32_t>(n * sizeof(int32_t)), 0, 0, 0},
+                DataCopyPadExtParams<int32_t>{false, 0, 0, 0});
+    ints_.EnQue(held_);
+    held_ = ints_.DeQue<int32_t>();
+    VectorBarrier();
+    return held_;
+  }
+  __aicore__ inline void Done() {
+    ints_.FreeTensor(held_);
+    VectorBarrier();
+  }
 
   __aicore__ inline void Buffers(TPipe &pipe) {
     pipe.InitBuffer(ints_, 1, SPAN * sizeof(int32_t)), pipe.InitBuffer(out_, 1, 32);
@@ -56,18 +70,13 @@ class Ranges {
  private:
   // out[at] = the least of n numbers, out[at + 1] = the largest.
   __aicore__ inline void Range(const GlobalTensor<int32_t> &from, uint32_t n, const LocalTensor<int32_t> &out, uint32_t at) {
-    LocalTensor<int32_t> x = ints_.AllocTensor<int32_t>(), least = least_.Get<int32_t>(), largest = largest_.Get<int32_t>();
-    DataCopyPad(x, from, DataCopyExtParams{1, static_cast<uint32_t>(n * sizeof(int32_t)), 0, 0, 0},
-                DataCopyPadExtParams<int32_t>{false, 0, 0, 0});
-    ints_.EnQue(x);
-    x = ints_.DeQue<int32_t>();
+    LocalTensor<int32_t> x = Load(from, n), least = least_.Get<int32_t>(), largest = largest_.Get<int32_t>();
     uint32_t wide = FLOATS;
     while (wide < n) wide *= 2;
-    VectorBarrier();
     Duplicate(least, LARGEST_INT, wide), Duplicate(largest, LEAST_INT, wide);
     VectorBarrier();
     Adds(least, x, 0, n), Adds(largest, x, 0, n);
-    ints_.FreeTensor(x);
+    Done();
     for (uint32_t half = wide / 2; half >= FLOATS; half /= 2) {
       VectorBarrier();
       Min(least, least, least[half], half), Max(largest, largest, largest[half], half);
@@ -85,6 +94,7 @@ class Ranges {
   GlobalTensor<int32_t> numbers_;
   uint32_t tiles_, spans_;
   TQue<TPosition::VECIN, 1> ints_;
+  LocalTensor<int32_t> held_;
   TQue<TPosition::VECOUT, 1> out_;
   TBuf<TPosition::VECCALC> least_, largest_;
 };
@@ -222,24 +232,23 @@ class KeyWalk {
 class SpanMask {
  public:
   static constexpr uint32_t AT_ONCE = 4;  // rows
-  __aicore__ inline void Init(TPipe &pipe, uint32_t wide) {
-    wide_ = wide;
-    pipe.InitBuffer(ints_, 1, (wide > HALF ? wide : HALF) * sizeof(int32_t));
+  __aicore__ inline void Init(TPipe &pipe, uint32_t wide, Ranges *numbers) {
+    wide_ = wide, numbers_ = numbers;
     pipe.InitBuffer(segments_, HALF * 32), pipe.InitBuffer(orders_, HALF * 32), pipe.InitBuffer(columns_, 2 * wide * sizeof(int32_t));
     pipe.InitBuffer(hidden_, AT_ONCE * wide * sizeof(float)), pipe.InitBuffer(spare_, AT_ONCE * wide * sizeof(float));
   }
   __aicore__ inline void Rows(const GlobalTensor<int32_t> &segment, const GlobalTensor<int32_t> &order, uint32_t n) {
     const uint8_t repeats = AlignUp(n, FLOATS) / FLOATS;
-    Brcb(segments_.Get<int32_t>(), Load(segment, n), repeats, {1, 8}), Done();
-    Brcb(orders_.Get<int32_t>(), Load(order, n), repeats, {1, 8}), Done();
+    Brcb(segments_.Get<int32_t>(), numbers_->Load(segment, n), repeats, {1, 8}), numbers_->Done();
+    Brcb(orders_.Get<int32_t>(), numbers_->Load(order, n), repeats, {1, 8}), numbers_->Done();
   }
   // `wide` is n in whole repeats; what is past n is later than any query.
   __aicore__ inline void Columns(const GlobalTensor<int32_t> &segment, const GlobalTensor<int32_t> &order, uint32_t n, uint32_t wide) {
     LocalTensor<int32_t> segments = columns_.Get<int32_t>(), orders = segments[wide_];
     VectorBarrier();
     Duplicate(segments, 0, wide), Duplicate(orders, LATER, wide);
-    Adds(segments, Load(segment, n), 0, n), Done();
-    Adds(orders, Load(order, n), 0, n), Done();
+    Adds(segments, numbers_->Load(segment, n), 0, n), numbers_->Done();
+    Adds(orders, numbers_->Load(order, n), 0, n), numbers_->Done();
   }
   // x += HIDE where hidden, [rows, wide]; `row`: the first of the rows.
   __aicore__ inline void Apply(const LocalTensor<float> &x, uint32_t row, uint32_t rows, uint32_t wide, Masked masked, bool turned) {
@@ -253,19 +262,6 @@ class SpanMask {
   }
 
  private:
-  __aicore__ inline LocalTensor<int32_t> Load(const GlobalTensor<int32_t> &from, uint32_t n) {
-    tile_ = ints_.AllocTensor<int32_t>();
-    DataCopyPad(tile_, from, DataCopyExtParams{1, static_cast<uint32_t>(n * sizeof(int32_t)), 0, 0, 0},
-                DataCopyPadExtParams<int32_t>{false, 0, 0, 0});
-    ints_.EnQue(tile_);
-    tile_ = ints_.DeQue<int32_t>();
-    VectorBarrier();
-    return tile_;
-  }
-  __aicore__ inline void Done() {
-    ints_.FreeTensor(tile_);
-    VectorBarrier();
-  }
   // column - row, [rows, wide]
   __aicore__ inline void Difference(const LocalTensor<int32_t> &to, const LocalTensor<int32_t> &column, const LocalTensor<int32_t> &row,
                                     uint32_t rows, uint32_t wide) {
@@ -300,9 +296,8 @@ class SpanMask {
     VectorBarrier();
   }
 
-  TQue<TPosition::VECIN, 1> ints_;
   TBuf<TPosition::VECCALC> segments_, orders_, columns_, hidden_, spare_;
-  LocalTensor<int32_t> tile_;
+  Ranges *numbers_;  // through whose buffer numbers come
   uint32_t wide_;
 };
 
