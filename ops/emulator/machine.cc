@@ -617,9 +617,17 @@ extern "C" int emulator_trace(const char *path) {
                    p, PIPE_NAMES[p]);
   }
   const double us = 1e6 / rates::CYCLES_A_SECOND;
-  for (const Event &e : last_events)
-    std::fprintf(file, ",\n{\"ph\": \"X\", \"pid\": %d, \"tid\": %d, \"name\": \"%s %s\", \"ts\": %.4f, \"dur\": %.4f}", e.core, e.pipe,
-                 e.name, e.where.text().c_str(), e.begin * us, (e.end - e.begin) * us);
+  for (const Event &e : last_events) {
+    const char *waited = e.waited == 'p' ? "its pipe" : e.waited == 'f' ? "a flag" : "the scalar unit";
+    std::string cause = "the beginning";
+    if (e.cause >= 0) {
+      const Event &c = last_events[e.cause];
+      cause = last_names[c.core] + ", " + PIPE_NAMES[c.pipe] + ", " + c.where.text();
+    }
+    std::fprintf(file, ",\n{\"ph\": \"X\", \"pid\": %d, \"tid\": %d, \"name\": \"%s %s\", \"ts\": %.4f, \"dur\": %.4f, ", e.core, e.pipe, e.name,
+                 e.where.text().c_str(), e.begin * us, (e.end - e.begin) * us);
+    std::fprintf(file, "\"args\": {\"waited for\": \"%s\", \"after\": \"%s\"}}", waited, cause.c_str());
+  }
   std::fprintf(file, "\n]}\n");
   return std::fclose(file);
 }

@@ -155,6 +155,7 @@ class TQueBind {
   }
 
   void init(uint32_t num, uint32_t bytes, emulator::Where where) {
+    buffers_.clear(), waiting_.clear(), next_ = 0;
     uint32_t &events = emulator::core().queue_buffers[stage_.from][stage_.to];
     events += num;
     // A buffer needs an event each way. TPipe keeps 3 of those from the cube to MTE1 for itself.
@@ -230,6 +231,13 @@ class TPipe {
     count(1, where);
     buffer.init(bytes, where);
     return true;
+  }
+  // Takes back all that it gave. What was there is not to be used again.
+  void Reset() {
+    emulator::Core &c = emulator::core();
+    std::fill_n(c.used, static_cast<int>(emulator::MEMORIES), 0u);
+    std::fill_n(&c.queue_buffers[0][0], emulator::PIPES * emulator::PIPES, 0u);
+    buffers_ = 0;
   }
   TEventID FetchEventID(HardEvent event) { return fetched_[static_cast<int>(event)]; }
 

@@ -1,5 +1,5 @@
-// Flash attention (Dao 2023): for each tile of 128 queries of a head, spans of 512 keys with running maximum, sum and result. Three spans are
-// under way in a block, also of one tile and the next:
+// Flash attention (Dao 2023): for each tile of 128 queries of a head, spans of 512 keys with running maximum, sum and result. Three spans
+// are under way in a block, also of one tile and the next:
 //
 //   cube      scores of span j + 2 = q k^T        weights of span j times v
 //   vector    weights of span j + 1, from its scores and the running maximum        adds up the result of span j, rescaled

@@ -3,18 +3,18 @@
 //   1. for each tile of 128 queries, over spans of keys                                      dq += ds k
 //   2. for each tile of 64 keys, over the heads that share them and spans of queries     dv += p^T do, dk += ds^T q
 //
-// where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do) - dlse. In both, the cube makes scores and do v^T of span j + 1
-// while the vector cores make p and ds of span j, and then adds up the products of span j in L0C. In 2 all is turned: rows are keys, so that
-// p^T and ds^T lie as the cube wants them. A span is 256 keys or queries (128 in float32; half of that for heads of more than 128). Heads with
-// two panels need twice the width in L0C, so tiles have half the height: 64 queries in 1, and 32 keys in 2. Spans that a tile does not see are
+// where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do) - dlse. In both, the cube makes scores and do v^T two spans
+// ahead of the vector cores' p and ds, and then adds up the products of a span in L0C. In 2 all is turned: rows are keys, so that p^T and
+// ds^T lie as the cube wants them. A span is 256 keys or 128 queries (half of that in float32, and half for heads of more than 128). Heads with two
+// panels need twice the width in L0C, so tiles have half the height: 64 queries in 1, and 32 keys in 2. Spans that a tile does not see are
 // skipped, as in the forward.
 #pragma once
 #include "attention_spans.h"
 
 namespace qwen {
 
-// What is taken from a block's cores next to the flags of the forward: weights that the cube has read.
-constexpr uint16_t WEIGHTS_TAKEN = 3;
+constexpr uint16_t WEIGHTS_TAKEN = 3;                 // a flag next to those of the forward: the cube has read the weights
+constexpr uint32_t GRAD_SLOTS = 3, HELD = 4;        // spans of scores in global memory, and of operands in L1
 
 template <typename T>
 class AttentionGrad {
@@ -26,45 +26,54 @@ class AttentionGrad {
     o_.SetGlobalBuffer((__gm__ T *)o), lse_.SetGlobalBuffer((__gm__ float *)lse), dout_.SetGlobalBuffer((__gm__ T *)dout),
         dlse_.SetGlobalBuffer((__gm__ float *)dlse);
     dq_.SetGlobalBuffer((__gm__ T *)dq), dk_.SetGlobalBuffer((__gm__ T *)dk), dv_.SetGlobalBuffer((__gm__ T *)dv);
-    high_ = ROWS / in_.panels, wide_ = KEYS / in_.panels, span_ = 512 / sizeof(T) / in_.panels;
+    high_ = ROWS / in_.panels, wide_ = KEYS / in_.panels, span_ = 512 / sizeof(T) / in_.panels, at_once_ = AREA / span_;
     slot_ = ROWS * 512 / sizeof(T);
-    const uint64_t bytes = 4 * slot_ * (sizeof(float) + sizeof(T));
+    const uint64_t floats = 2 * GRAD_SLOTS * slot_, bytes = floats * sizeof(float) + 4 * slot_ * sizeof(T);
     GM_ADDR user = GetUserWorkspace(workspace);
     GM_ADDR mine = user + BlockOf() * bytes;
-    scores_.SetGlobalBuffer((__gm__ float *)mine), made_.SetGlobalBuffer((__gm__ T *)(mine + 4 * slot_ * sizeof(float)));
+    scores_.SetGlobalBuffer((__gm__ float *)mine), made_.SetGlobalBuffer((__gm__ T *)(mine + floats * sizeof(float)));
     GM_ADDR shared = user + GetBlockNum() * bytes;
     delta_row_ = AlignUp(in_.S, FLOATS);
     deltas_.SetGlobalBuffer((__gm__ float *)shared);
     ranges_.Init(in_, shared + static_cast<uint64_t>(in_.batch) * in_.heads * delta_row_ * sizeof(float));
     if ASCEND_IS_AIC
-      CubeBuffers();
+      CubeBuffers<false>();
     else
       VectorBuffers();
     PipeBarrier<PIPE_ALL>();
     SyncAll<false>();
-    Walk<T> ahead, behind;
-    ahead.Begin(&in_, &ranges_, high_, span_), behind.Begin(&in_, &ranges_, high_, span_);
-    Over<false>(ahead, behind);
+    Walk<T> walk;
+    walk.Begin(&in_, &ranges_, high_, span_);
+    Over<false>(walk);
     PipeBarrier<PIPE_ALL>();
     SyncAll<false>();
-    KeyWalk<T> keys_ahead, keys_behind;
-    keys_ahead.Begin(&in_, &ranges_, span_, wide_), keys_behind.Begin(&in_, &ranges_, span_, wide_);
-    Over<true>(keys_ahead, keys_behind);
+    span_ = span_ > 2 * REPEAT ? span_ / 2 : REPEAT, at_once_ = AREA / span_;
+    if ASCEND_IS_AIC {
+      pipe_.Reset();
+      CubeBuffers<true>();
+    }
+    KeyWalk<T> keys;
+    keys.Begin(&in_, &ranges_, span_, wide_);
+    Over<true>(keys);
   }
 
  private:
   template <bool TURNED, typename W>
-  __aicore__ inline void Over(W &ahead, W &behind) {
+  __aicore__ inline void Over(W walk) {
     if ASCEND_IS_AIC
-      Cube<TURNED>(ahead, behind);
+      Cube<TURNED>(walk);
     else
-      Vector<TURNED>(ahead);
+      Vector<TURNED>(walk);
   }
 
   // The cube.
+  // Of 512 KiB of L1: the tile's own two operands; in 1 five of k or v and one of ds, in 2 four of q and do together, p and ds.
+  template <bool TURNED>
   __aicore__ inline void CubeBuffers() {
-    // all 512 KiB of L1: the tile's own two operands; two spans of two; weights
-    pipe_.InitBuffer(own1_, 2, 64 * 1024), pipe_.InitBuffer(span1_, 4, 64 * 1024), pipe_.InitBuffer(made1_, 2, 64 * 1024);
+    const uint32_t row = AlignUp(in_.size, FRACTAL_ROWS) * sizeof(T), own = TURNED ? wide_ : high_, pair = 2 * span_ * row;
+    ahead_ = TURNED && HELD * pair > 384 * 1024 ? 1 : 2;
+    pipe_.InitBuffer(own1_, 2, own * row), pipe_.InitBuffer(made1_, TURNED ? 2 : 1, own * span_ * sizeof(T));
+    pipe_.InitBuffer(span1_, TURNED ? ahead_ + 2 : 5, TURNED ? pair : pair / 2);
     pipe_.InitBuffer(a2_, 2, 32 * 1024), pipe_.InitBuffer(b2_, 2, 32 * 1024);
     pipe_.InitBuffer(c_, 2, 32 * 1024), pipe_.InitBuffer(sums_, 1, 64 * 1024);
   }
@@ -87,27 +96,58 @@ class AttentionGrad {
     return TURNED ? at.n : at.rows;
   }
 
+  // Operands are loaded one span before the scores are made of them, which are up to two spans ahead of the sums.
   template <bool TURNED, typename W>
-  __aicore__ inline void Cube(W &ahead, W &behind) {
-    Held held[2];
-    bool more = ahead.Next();
-    uint32_t made = 0;
-    if (more) {
-      Scores<TURNED>(ahead.at, made, held[0]);
-      made++, more = ahead.Next();
+  __aicore__ inline void Cube(W walk) {
+    W loader = walk, ahead = walk, behind = walk;
+    Held held[HELD];
+    bool loads = loader.Next(), makes = ahead.Next();
+    uint32_t loaded = 0, made = 0;
+    if (loads) {
+      Load<TURNED>(loader.at, held[loaded++ % HELD]);
+      loads = loader.Next();
+    }
+    for (; made < ahead_ && makes; makes = ahead.Next()) {
+      if (loads) {
+        Load<TURNED>(loader.at, held[loaded++ % HELD]);
+        loads = loader.Next();
+      }
+      Scores<TURNED>(ahead.at, made, held[made % HELD]);
+      made++;
     }
     for (uint32_t j = 0; behind.Next(); j++) {
-      if (more) {
-        Scores<TURNED>(ahead.at, made, held[made % 2]);
-        made++, more = ahead.Next();
+      if (makes) {
+        Scores<TURNED>(ahead.at, made, held[made % HELD]);
+        made++, makes = ahead.Next();
       }
-      AddUp<TURNED>(behind.at, j, held[j % 2]);
+      Fetch<TURNED>(behind.at, j);
+      if (loads) {  // behind the weights, which are wanted sooner
+        Load<TURNED>(loader.at, held[loaded++ % HELD]);
+        loads = loader.Next();
+      }
+      AddUp<TURNED>(behind.at, held[j % HELD]);
     }
     if (made) own1_.FreeTensor(own_.first), own1_.FreeTensor(own_.second);
   }
   __aicore__ inline uint64_t QueryAt(const Handover &at) const { return in_.Query(at.b, at.first, at.head); }
   __aicore__ inline uint64_t KeyAt(const Handover &at) const {
     return in_.Key(at.b, at.key, at.head / (in_.heads / in_.kv_heads));
+  }
+  __aicore__ inline LocalTensor<T> Second(const LocalTensor<T> &pair) const { return pair[span_ * AlignUp(in_.size, FRACTAL_ROWS)]; }
+  template <bool TURNED>
+  __aicore__ inline void Load(const Handover &at, Held &held) {
+    const uint32_t n = Count<TURNED>(at), stride = TURNED ? in_.QueryStride() : in_.KeyStride(), part = Part<TURNED>();
+    held.first = span1_.template AllocTensor<T>();
+    if constexpr (TURNED) {
+      InParts(held.first, in_.q[QueryAt(at)], n, stride, part), InParts(Second(held.first), dout_[QueryAt(at)], n, stride, part);
+      span1_.EnQue(held.first);
+    } else {
+      held.second = span1_.template AllocTensor<T>();
+      InParts(held.first, in_.k[KeyAt(at)], n, stride, part);
+      span1_.EnQue(held.first);
+      InParts(held.second, in_.v[KeyAt(at)], n, stride, part);
+      span1_.EnQue(held.second);
+    }
   }
   // Scores and do v^T of a span, or both turned.
   template <bool TURNED>
@@ -118,11 +158,15 @@ class AttentionGrad {
       own_.first = Own(TURNED ? in_.k[key] : in_.q[query], OwnRows<TURNED>(at), TURNED ? in_.KeyStride() : in_.QueryStride());
       own_.second = Own(TURNED ? in_.v[key] : dout_[query], OwnRows<TURNED>(at), TURNED ? in_.KeyStride() : in_.QueryStride());
     }
-    const uint32_t n = Count<TURNED>(at), stride = TURNED ? in_.QueryStride() : in_.KeyStride();
-    held.first = InParts(TURNED ? in_.q[query] : in_.k[key], n, stride, Part<TURNED>());
-    held.second = InParts(TURNED ? dout_[query] : in_.v[key], n, stride, Part<TURNED>());
-    Product(own_.first, held.first, at, n, Part<TURNED>(), OwnRows<TURNED>(at), scores_[static_cast<uint64_t>(j % 2) * 2 * slot_]);
-    Product(own_.second, held.second, at, n, Part<TURNED>(), OwnRows<TURNED>(at), scores_[(static_cast<uint64_t>(j % 2) * 2 + 1) * slot_]);
+    const uint64_t slot = static_cast<uint64_t>(j % GRAD_SLOTS) * 2 * slot_;
+    const uint32_t n = Count<TURNED>(at), part = Part<TURNED>(), m = OwnRows<TURNED>(at);
+    if constexpr (TURNED) {
+      held.first = span1_.template DeQue<T>(), held.second = Second(held.first);
+    } else {
+      held.first = span1_.template DeQue<T>(), held.second = span1_.template DeQue<T>();
+    }
+    Product(own_.first, held.first, n, part, m, scores_[slot]);
+    Product(own_.second, held.second, n, part, m, scores_[slot + slot_]);
     if constexpr (!TURNED) span1_.FreeTensor(held.second);
     CrossCoreSetFlag<2, PIPE_FIX>(SCORES_READY);
   }
@@ -132,16 +176,14 @@ class AttentionGrad {
     own1_.EnQue(l1);
     return own1_.template DeQue<T>();
   }
-  __aicore__ inline LocalTensor<T> InParts(const GlobalTensor<T> &from, uint32_t n, uint32_t stride, uint32_t part) {
-    LocalTensor<T> l1 = span1_.template AllocTensor<T>();
-    for (uint32_t r = 0; r < n; r += part) ToL1(l1[PartAt(r)], from[static_cast<uint64_t>(r) * stride], Least(part, n - r), in_.size, stride);
-    span1_.EnQue(l1);
-    return span1_.template DeQue<T>();
+  __aicore__ inline void InParts(const LocalTensor<T> &l1, const GlobalTensor<T> &from, uint32_t n, uint32_t stride, uint32_t part) {
+    for (uint32_t r = 0; r < n; r += part)
+      ToL1(l1[PartAt(r)], from[static_cast<uint64_t>(r) * stride], Least(part, n - r), in_.size, stride);
   }
   __aicore__ inline uint32_t PartAt(uint32_t row) const { return row * AlignUp(in_.size, FRACTAL_ROWS); }
   // own times the rows of a span, part by part
-  __aicore__ inline void Product(const LocalTensor<T> &own, const LocalTensor<T> &span, const Handover &at, uint32_t n, uint32_t part,
-                                 uint32_t m, const GlobalTensor<float> &to) {
+  __aicore__ inline void Product(const LocalTensor<T> &own, const LocalTensor<T> &span, uint32_t n, uint32_t part, uint32_t m,
+                                 const GlobalTensor<float> &to) {
     for (uint32_t r = 0; r < n; r += part) {
       const uint32_t columns = Least(part, n - r);
       LocalTensor<float> c = c_.AllocTensor<float>();
@@ -161,25 +203,29 @@ class AttentionGrad {
       c_.FreeTensor(c);
     }
   }
-  // The products of a span with what the vector cores made of it.
+  // What the vector cores made of a span, into L1.
   template <bool TURNED>
-  __aicore__ inline void AddUp(const Handover &at, uint32_t j, Held &held) {
-    if (at.begins) sum_ = sums_.AllocTensor<float>();
-    CrossCoreWaitFlag<2, PIPE_MTE2>(WEIGHTS_READY);
+  __aicore__ inline void Fetch(const Handover &at, uint32_t j) {
     const uint32_t m = OwnRows<TURNED>(at), n = Count<TURNED>(at);
-    const GlobalTensor<T> p = made_[static_cast<uint64_t>(j % 2) * 2 * slot_], ds = p[slot_];
-    LocalTensor<T> ds1 = Made(ds, m, n);
+    const GlobalTensor<T> p = made_[static_cast<uint64_t>(j % 2) * 2 * slot_];
+    CrossCoreWaitFlag<2, PIPE_MTE2>(WEIGHTS_READY);
+    ds_ = Made(p[slot_], m, n);
+    if constexpr (TURNED) p_ = Made(p, m, n);
+    CrossCoreSetFlag<2, PIPE_MTE2>(WEIGHTS_TAKEN);
+  }
+  // Its products with the span.
+  template <bool TURNED>
+  __aicore__ inline void AddUp(const Handover &at, Held &held) {
+    const uint32_t m = OwnRows<TURNED>(at), n = Count<TURNED>(at), part = Part<TURNED>();
+    if (at.begins) sum_ = sums_.AllocTensor<float>();
     if constexpr (TURNED) {
-      LocalTensor<T> p1 = Made(p, m, n);
-      CrossCoreSetFlag<2, PIPE_MTE2>(WEIGHTS_TAKEN);
-      SumOver(sum_[KEYS * TILE], ds1, held.first, m, n, Part<TURNED>(), !at.begins, KEYS);
-      SumOver(sum_, p1, held.second, m, n, Part<TURNED>(), !at.begins, KEYS);
-      made1_.FreeTensor(p1), span1_.FreeTensor(held.second);
+      SumOver(sum_[KEYS * TILE], ds_, held.first, m, n, part, !at.begins, KEYS);
+      SumOver(sum_, p_, held.second, m, n, part, !at.begins, KEYS);
+      made1_.FreeTensor(p_);
     } else {
-      CrossCoreSetFlag<2, PIPE_MTE2>(WEIGHTS_TAKEN);
-      SumOver(sum_, ds1, held.first, m, n, Part<TURNED>(), !at.begins, ROWS);
+      SumOver(sum_, ds_, held.first, m, n, part, !at.begins, ROWS);
     }
-    made1_.FreeTensor(ds1), span1_.FreeTensor(held.first);
+    made1_.FreeTensor(ds_), span1_.FreeTensor(held.first);
     if (!at.ends) return;
     sums_.EnQue(sum_);
     sum_ = sums_.DeQue<float>();
@@ -233,11 +279,11 @@ class AttentionGrad {
     pipe_.InitBuffer(lse_numbers_, SPAN * sizeof(float)), pipe_.InitBuffer(delta_numbers_, SPAN * sizeof(float));
     pipe_.InitBuffer(lse_spread_, HALF * 32), pipe_.InitBuffer(delta_spread_, HALF * 32), pipe_.InitBuffer(part_, HALF * sizeof(float));
     pipe_.InitBuffer(delta_out_, 1, HALF * sizeof(float));
-    scores_in_.Init(pipe_, AT_ONCE * 256, 2), dp_in_.Init(pipe_, AT_ONCE * 256, 2);
-    p_out_.Init(pipe_, AT_ONCE * 256, 1), ds_out_.Init(pipe_, AT_ONCE * 256, 1);
-    o_in_.Init(pipe_, AT_ONCE * TILE, 1), dout_in_.Init(pipe_, AT_ONCE * TILE, 1);
+    scores_in_.Init(pipe_, AREA, 2), dp_in_.Init(pipe_, AREA, 2);
+    p_out_.Init(pipe_, AREA, 1), ds_out_.Init(pipe_, AREA, 1);
+    o_in_.Init(pipe_, DELTA_ROWS * TILE, 1), dout_in_.Init(pipe_, DELTA_ROWS * TILE, 1);
   }
-  static constexpr uint32_t AT_ONCE = 16;  // rows
+  static constexpr uint32_t AREA = 4096, DELTA_ROWS = 16;  // elements of a span at a time; rows of o and do
 
   // The rows of a tile that are this vector core's.
   template <bool TURNED>
@@ -245,7 +291,7 @@ class AttentionGrad {
     return MineOf(TURNED ? at.key : at.first, OwnRows<TURNED>(at), (TURNED ? wide_ : high_) / 2);
   }
   template <bool TURNED, typename W>
-  __aicore__ inline void Vector(W &walk) {
+  __aicore__ inline void Vector(W walk) {
     uint32_t j = 0;
     for (; walk.Next(); j++) {
       const Handover &at = walk.at;
@@ -254,10 +300,10 @@ class AttentionGrad {
       if (mine.rows) Prepare<TURNED>(at, mine, n, wide);
       CrossCoreWaitFlag<2, PIPE_MTE2>(SCORES_READY);
       if (j > 1) CrossCoreWaitFlag<2, PIPE_MTE3>(WEIGHTS_TAKEN);
-      if (mine.rows) Load(j, mine, 0, wide);
-      for (uint32_t r = 0; r < mine.rows; r += AT_ONCE) {
-        if (r + AT_ONCE < mine.rows) Load(j, mine, r + AT_ONCE, wide);
-        Rows<TURNED>(at, j, mine, r, Least(AT_ONCE, mine.rows - r), wide);
+      if (mine.rows) LoadRowsOf(j, mine, 0, wide);
+      for (uint32_t r = 0; r < mine.rows; r += at_once_) {
+        if (r + at_once_ < mine.rows) LoadRowsOf(j, mine, r + at_once_, wide);
+        Rows<TURNED>(at, j, mine, r, Least(at_once_, mine.rows - r), wide);
       }
       CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY);
     }
@@ -312,9 +358,9 @@ class AttentionGrad {
   __aicore__ inline void Delta(const Handover &at, Mine mine) {
     LocalTensor<float> delta = delta_out_.AllocTensor<float>(), part = part_.Get<float>();
     Duplicate(delta, 0.0f, HALF);
-    for (uint32_t r = 0; r < mine.rows; r += AT_ONCE)
+    for (uint32_t r = 0; r < mine.rows; r += DELTA_ROWS)
       for (uint32_t c = 0; c < in_.size; c += KEYS) {
-        const uint32_t rows = Least(AT_ONCE, mine.rows - r), n = Least(KEYS, in_.size - c), padded = Padded<T>(n),
+        const uint32_t rows = Least(DELTA_ROWS, mine.rows - r), n = Least(KEYS, in_.size - c), padded = Padded<T>(n),
                        gap = in_.QueryStride() - n;
         const uint64_t from = in_.Query(at.b, mine.first + r, at.head) + c;
         o_in_.Load(o_[from], rows, n, gap), dout_in_.Load(dout_[from], rows, n, gap);
@@ -343,9 +389,9 @@ class AttentionGrad {
     delta_out_.FreeTensor(delta);
     Sync<HardEvent::MTE3_MTE2>();  // it is read again from where it was written
   }
-  __aicore__ inline void Load(uint32_t j, Mine mine, uint32_t r, uint32_t wide) {
-    const uint64_t at = static_cast<uint64_t>(j % 2) * 2 * slot_ + static_cast<uint64_t>(mine.skipped + r) * span_;
-    const uint32_t rows = Least(AT_ONCE, mine.rows - r);
+  __aicore__ inline void LoadRowsOf(uint32_t j, Mine mine, uint32_t r, uint32_t wide) {
+    const uint64_t at = static_cast<uint64_t>(j % GRAD_SLOTS) * 2 * slot_ + static_cast<uint64_t>(mine.skipped + r) * span_;
+    const uint32_t rows = Least(at_once_, mine.rows - r);
     scores_in_.Load(scores_[at], rows, wide, span_ - wide), dp_in_.Load(scores_[at + slot_], rows, wide, span_ - wide);
   }
   // ds of some rows of a span, and in 2 p, for the cube.
@@ -394,15 +440,17 @@ class AttentionGrad {
   GlobalTensor<T> o_, dout_, dq_, dk_, dv_, made_;
   GlobalTensor<float> lse_, dlse_, scores_, deltas_;
   uint32_t high_, wide_, span_, slot_, delta_row_;
+  uint32_t ahead_ = 0, at_once_;  // spans of scores that the cube makes ahead; rows of a span that a vector core has at a time
   // of the cube
   TQue<TPosition::A1, 2> own1_;
-  TQue<TPosition::B1, 2> span1_;
+  TQue<TPosition::B1, 4> span1_;
   TQue<TPosition::A1, 2> made1_;
   TQue<TPosition::A2, 1> a2_;
   TQue<TPosition::B2, 1> b2_;
   TQue<TPosition::CO1, 1> c_, sums_;
   Held own_;
   LocalTensor<float> sum_;
+  LocalTensor<T> p_, ds_;
   // of the vector cores
   SpanMask mask_;
   In<float> scores_in_, dp_in_;

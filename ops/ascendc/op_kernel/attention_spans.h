@@ -53,7 +53,8 @@ class Ranges {
     for (uint32_t i = GetBlockIdx(); i < in.batch * each; i += cores) {
       const uint32_t b = i / each, u = i % each;
       const bool of_keys = u >= tiles_;
-      const uint32_t first = of_keys ? (u - tiles_) * SPAN : u * ROWS, n = of_keys ? Least(SPAN, in.keys - first) : Least(ROWS, in.S - first);
+      const uint32_t first = of_keys ? (u - tiles_) * SPAN : u * ROWS;
+      const uint32_t n = of_keys ? Least(SPAN, in.keys - first) : Least(ROWS, in.S - first);
       const uint64_t at = static_cast<uint64_t>(b) * (of_keys ? in.keys : in.S) + first;
       LocalTensor<int32_t> out = out_.AllocTensor<int32_t>();
       Sync<HardEvent::MTE3_S>();

@@ -1,8 +1,8 @@
 // Products of matrices in global memory by the cube: results of up to 128 by WIDE (128 or 256), with two buffers at each step.
 //
-// Sizes on 910B: 512 bytes of k are in L1 at a time (256 elements of 2 bytes), so that copies fetch long rows, and 128 bytes of k in L0. Two
-// buffers of both operands take 256 of the 512 KiB of L1 (384 for WIDE 256), 32 of L0A's 64 KiB and 32 of L0B's (all 64). A result is 128 x
-// WIDE floats, 64 or 128 of the 128 KiB of L0C.
+// Sizes on 910B: 512 bytes of k are in L1 at a time (256 elements of 2 bytes), so that copies fetch long rows, and 128 bytes of k in L0.
+// Two buffers of both operands take 256 of the 512 KiB of L1 (384 for WIDE 256), 32 of L0A's 64 KiB and 32 of L0B's (all 64). A result is
+// 128 x WIDE floats, 64 or 128 of the 128 KiB of L0C.
 #pragma once
 #include "device.h"
 
@@ -42,8 +42,8 @@ __aicore__ inline void LoadRows(const LocalTensor<T> &to, const LocalTensor<T> &
   LoadData(to, from, load);
 }
 
-// Of a matrix of `rows` by `columns` in L1: `k` rows from `row`, and `n` columns from `column`, turned on their way: to L0A as the transpose,
-// to L0B as L0B wants them.
+// Of a matrix of `rows` by `columns` in L1: `k` rows from `row`, and `n` columns from `column`, turned on their way: to L0A as the
+// transpose, to L0B as L0B wants them.
 template <typename T>
 __aicore__ inline void LoadTurned(const LocalTensor<T> &to, const LocalTensor<T> &from, uint32_t rows, uint32_t columns, uint32_t row,
                                   uint32_t k, uint32_t column, uint32_t n) {
