@@ -30,8 +30,8 @@ def chip():
 def predict(library, name, inputs, outputs, attrs=None, cores=CORES, mode=TIME_ALONE, trace=None):
     """Returns what the emulator's clock says of one run of an operator, as a dict; "seconds" is the time in the cores, without the launch.
 
-    inputs, outputs: arrays, or (shape, dtype name) for arrays whose numbers do not matter. attrs: numbers, in order. With mode TIME_ALONE no
-    number is computed but integers. Raises RuntimeError with the emulator's message if the kernel fails.
+    inputs, outputs: arrays, or (shape, dtype name) for arrays whose numbers do not matter. attrs: numbers, in order. With mode TIME_ALONE
+    integers alone are computed. Raises RuntimeError with the emulator's message if the kernel fails.
     """
     emulator = chip()
     arrays = [_array(x) for x in inputs]

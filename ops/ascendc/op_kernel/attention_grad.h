@@ -5,9 +5,9 @@
 //
 // where p = exp(scores - lse), ds = p (do v^T - delta) scale, delta = sum(o do) - dlse. In both, the cube makes scores and do v^T two spans
 // ahead of the vector cores' p and ds, and then adds up the products of a span in L0C. In 2 all is turned: rows are keys, so that p^T and
-// ds^T lie as the cube wants them. A span is 256 keys or 128 queries (half of that in float32, and half for heads of more than 128). Heads with two
-// panels need twice the width in L0C, so tiles have half the height: 64 queries in 1, and 32 keys in 2. Spans that a tile does not see are
-// skipped, as in the forward.
+// ds^T lie as the cube wants them. A span is 256 keys or 128 queries (half of that in float32, and half for heads of more than 128). Heads
+// with two panels need twice the width in L0C, so tiles have half the height: 64 queries in 1, and 32 keys in 2. Spans that a tile does not
+// see are skipped, as in the forward.
 #pragma once
 #include "attention_spans.h"
 
