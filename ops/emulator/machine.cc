@@ -624,7 +624,8 @@ extern "C" int emulator_trace(const char *path) {
       const Event &c = last_events[e.cause];
       cause = last_names[c.core] + ", " + PIPE_NAMES[c.pipe] + ", " + c.where.text();
     }
-    std::fprintf(file, ",\n{\"ph\": \"X\", \"pid\": %d, \"tid\": %d, \"name\": \"%s %s\", ", e.core, e.pipe, e.name, e.where.text().c_str());
+    std::fprintf(file, ",\n{\"ph\": \"X\", \"pid\": %d, \"tid\": %d, \"name\": \"%s %s\", ", e.core, e.pipe, e.name,
+                 e.where.text().c_str());
     std::fprintf(file, "\"ts\": %.4f, \"dur\": %.4f, ", e.begin * us, (e.end - e.begin) * us);
     std::fprintf(file, "\"args\": {\"waited for\": \"%s\", \"after\": \"%s\"}}", waited, cause.c_str());
   }

@@ -1,5 +1,5 @@
-// Kernels whose times on Ascend 910B are published, written from their descriptions: copies of a matrix into UB and into L1 in tiles, and an
-// addition of two arrays in pieces. Their attributes are the sizes.
+// Kernels whose times on Ascend 910B are published, written from their descriptions: copies of a matrix into UB and into L1 in tiles, and
+// an addition of two arrays in pieces. Their attributes are the sizes.
 #include "host.h"
 
 namespace optiling {
