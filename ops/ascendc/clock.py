@@ -9,6 +9,7 @@ A trace is for chrome://tracing or ui.perfetto.dev. The rates, with their source
 import argparse
 import ctypes
 import json
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +31,8 @@ def chip():
 def predict(library, name, inputs, outputs, attrs=None, cores=CORES, mode=TIME_ALONE, trace=None):
     """Returns what the emulator's clock says of one run of an operator, as a dict; "seconds" is the time in the cores, without the launch.
 
-    inputs, outputs: arrays, or (shape, dtype name) for arrays whose numbers do not matter. attrs: numbers, in order. With mode TIME_ALONE
-    integers alone are computed. Raises RuntimeError with the emulator's message if the kernel fails.
+    inputs, outputs: arrays, (array, dtype name), or (shape, dtype name) for arrays whose numbers do not matter. attrs: numbers, in order.
+    With mode TIME_ALONE integers alone are computed. Raises RuntimeError with the emulator's message if the kernel fails.
     """
     emulator = chip()
     arrays = [_array(x) for x in inputs]
@@ -62,6 +63,8 @@ def _array(x):
         x = np.ascontiguousarray(x)
         return x, x.shape, str(x.dtype)
     shape, dtype = x
+    if isinstance(shape, np.ndarray):
+        return shape, shape.shape, dtype
     return np.empty(int(np.prod(shape)) * WIDTH[dtype] + 64, np.uint8), shape, dtype  # memory that nobody touches costs nothing
 
 
@@ -77,20 +80,36 @@ def _bytes(x):
 
 
 HALF = "bfloat16"
-TOKENS, D, F, N, K, H, V = 8192, 4096, 12288, 32, 8, 128, 151936  # of Qwen3-8B
-MOE_D, E, CHOICES, MOE_F = 2048, 128, 8, 768  # of Qwen3-30B-A3B, which has 4 kv heads
 
 
-def rows(n, width=D, dtype=HALF):
+class Sizes(NamedTuple):
+    tokens: int = 8192  # in two rows
+    D: int = 4096  # of Qwen3-8B
+    F: int = 12288
+    N: int = 32
+    K: int = 8
+    H: int = 128
+    V: int = 151936
+    moe_D: int = 2048  # of Qwen3-30B-A3B
+    E: int = 128
+    choices: int = 8
+    moe_F: int = 768
+
+
+QWEN3, SMALL = Sizes(), Sizes(300, 128, 96, 4, 2, 32, 700, 64, 8, 2, 48)
+
+
+def rows(n, width, dtype=HALF):
     return (n, width), dtype
 
 
-def cases():
-    """Returns {title: (family, operator, inputs, outputs, attrs, products)}: 8,192 tokens in bfloat16."""
-    t, x, w, f32 = TOKENS, rows(TOKENS), ((D,), HALF), "float32"
-    gate = rows(t, F)
+def cases(sizes=QWEN3):
+    """Returns {title: (family, operator, inputs, outputs, attrs, products)}, in bfloat16."""
+    t, N, K, H, E, k = sizes.tokens, sizes.N, sizes.K, sizes.H, sizes.E, sizes.choices
+    x, w, f32 = rows(t, sizes.D), ((sizes.D,), HALF), "float32"
+    gate = rows(t, sizes.F)
     q, angles = ((2, t // 2, N, H), HALF), ((t, H // 2), f32)
-    head, logits, one = ((H,), HALF), ((t, V), f32), ((t,), f32)
+    head, logits, one = ((H,), HALF), ((t, sizes.V), f32), ((t,), f32)
     at = np.zeros(t, np.int32)
     found = {
         "RMS norm": ("rms_norm", "qwen_rms_norm", [x, w], [x], [1e-6], 0),
@@ -105,30 +124,31 @@ def cases():
         "cross-entropy": ("cross_entropy", "qwen_cross_entropy", [logits, at], [one, one, one], None, 0),
         "gradient of cross-entropy": ("cross_entropy", "qwen_cross_entropy_grad", [logits, at, one, one, one], [logits], None, 0),
     }
-    expert = _balanced(t, E, CHOICES)
-    slot = np.argsort(np.argsort(expert.ravel(), kind="stable")).astype(np.int32)
-    probs, weight, chosen, moved = ((t, E), f32), ((t, CHOICES), f32), expert, rows(t * CHOICES, MOE_D)
-    token, numbers = rows(t, MOE_D), ((t * CHOICES,), "int32")
+    expert = _balanced(t, E, k)
+    slot = np.argsort(np.argsort(expert.ravel(), kind="stable")).astype(np.int32).reshape(t, k)
+    probs, weight, moved = ((t, E), f32), ((t, k), f32), rows(t * k, sizes.moe_D)
+    token, numbers = rows(t, sizes.moe_D), ((t * k,), "int32")
     found |= {
-        "top-k": ("routing", "qwen_top_k", [probs, ((E,), f32)], [probs, (expert.shape, "int32"), weight], [CHOICES, 1], 0),
-        "gradient of top-k": ("routing", "qwen_top_k_grad", [probs, chosen, weight, probs, weight], [probs], [1], 0),
+        "top-k": ("routing", "qwen_top_k", [probs, ((E,), f32)], [probs, (expert.shape, "int32"), weight], [k, 1], 0),
+        "gradient of top-k": ("routing", "qwen_top_k_grad", [probs, expert, weight, probs, weight], [probs], [1], 0),
         "permute": ("routing", "qwen_permute", [token, expert], [moved, numbers, numbers], [E], 0),
         "gradient of permute": ("routing", "qwen_permute_grad", [moved, slot, expert], [token], None, 0),
         "combine": ("routing", "qwen_combine", [moved, slot, weight], [token], None, 0),
         "gradient of combine": ("routing", "qwen_combine_grad", [moved, slot, weight, token], [moved, weight], None, 0),
     }
-    ends, wide = np.cumsum(np.bincount(expert.ravel(), minlength=E)).astype(np.int32), rows(t * CHOICES, MOE_F)
-    up, products = ((E, MOE_D, MOE_F), HALF), t * CHOICES * MOE_D * MOE_F
+    ends, wide = np.cumsum(np.bincount(expert.ravel(), minlength=E)).astype(np.int32), rows(t * k, sizes.moe_F)
+    up, products = ((E, sizes.moe_D, sizes.moe_F), HALF), t * k * sizes.moe_D * sizes.moe_F
     found |= {
         "grouped matmul": ("grouped_matmul", "qwen_grouped_matmul", [moved, up, ends], [wide], None, products),
         "its dx": ("grouped_matmul", "qwen_grouped_matmul_dx", [wide, up, ends], [moved], None, products),
         "its dw": ("grouped_matmul", "qwen_grouped_matmul_dw", [moved, wide, ends], [up], None, products),
     }
-    found["attention, 2 x 4,096, causal"] = attention(2, t // 2, K)
-    found["attention, 2 x 4,096, 4 kv heads"] = attention(2, t // 2, 4)
-    found["attention, one head, 4,096, not causal"] = attention(1, t // 2, 1, heads=1, in_order=0)
-    found["attention, one head, 32,768, not causal"] = attention(1, 4 * t, 1, heads=1, in_order=0)
-    found["gradient of attention, 2 x 4,096"] = attention_grad(2, t // 2, K)
+    found[f"attention, 2 x {t // 2:,}, causal"] = attention(2, t // 2, K, N, H)
+    found[f"attention, one head, {t // 2:,}, not causal"] = attention(1, t // 2, 1, 1, H, 0)
+    if sizes is QWEN3:
+        found["attention, 2 x 4,096, 4 kv heads"] = attention(2, t // 2, 4, N, H)
+        found["attention, one head, 32,768, not causal"] = attention(1, 4 * t, 1, 1, H, 0)
+    found[f"gradient of attention, 2 x {t // 2:,}"] = attention_grad(2, t // 2, K, N, H)
     return found
 
 
@@ -138,15 +158,15 @@ def _balanced(tokens, experts, choices):
     return ((first[:, None] + np.arange(choices) * (experts // choices + 1)) % experts).astype(np.int32)
 
 
-def attention(batch, length, kv_heads, heads=N, in_order=1):
-    q, k = ((batch, length, heads, H), HALF), ((batch, length, kv_heads, H), HALF)
-    products = batch * heads * length * length * H * 2 // (2 if in_order else 1)
+def attention(batch, length, kv_heads, heads=QWEN3.N, size=QWEN3.H, in_order=1):
+    q, k = ((batch, length, heads, size), HALF), ((batch, length, kv_heads, size), HALF)
+    products = batch * heads * length * length * size * 2 // (2 if in_order else 1)
     lse = (batch, heads, length), "float32"
-    return "attention", "qwen_attention", [q, k, k, *_documents(batch, length, in_order)], [q, lse], [H**-0.5, in_order], products
+    return "attention", "qwen_attention", [q, k, k, *_documents(batch, length, in_order)], [q, lse], [size**-0.5, in_order], products
 
 
-def attention_grad(batch, length, kv_heads):
-    _, _, inputs, (q, lse), attrs, products = attention(batch, length, kv_heads)
+def attention_grad(batch, length, kv_heads, heads=QWEN3.N, size=QWEN3.H):
+    _, _, inputs, (q, lse), attrs, products = attention(batch, length, kv_heads, heads, size)
     k = inputs[1]
     return "attention", "qwen_attention_grad", [*inputs, q, lse, q, lse], [q, k, k], attrs, products * 5 // 2
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ops.ascendc import build, clock
+from ops.ascendc import build, clock, measure
 from tests.ops.test_references import draw
 
 SOURCE = Path(__file__).parent / "published.cc"
@@ -105,3 +105,22 @@ def test_a_trace_shows_what_each_pipe_did_and_the_critical_path_is_all_of_the_ti
     for e in events:
         pipes.setdefault((e["pid"], e["tid"]), []).append(e["ts"])
     assert len(pipes) > 10 and all(begins == sorted(begins) for begins in pipes.values())
+
+
+CASES = clock.cases(clock.SMALL)
+QUICK = ("permute", "gradient of RMS norm", "attention, 2 x 150, causal")
+
+
+@pytest.mark.parametrize("title", [title if title in QUICK else pytest.param(title, marks=SLOW) for title in CASES])
+def test_an_operator_is_compared_with_the_emulator(title, monkeypatch):
+    """As `python -m ops.ascendc.measure` does it on a chip. Here MindSpore runs the emulated kernel, and one number of it is changed."""
+    assert measure._compare(title, CASES[title])
+    run = measure._run
+
+    def changed(*args):
+        found = run(*args)
+        found[-1].ravel()[0] += 1 + np.abs(found[-1]).max()
+        return found
+
+    monkeypatch.setattr(measure, "_run", changed)
+    assert not measure._compare(title, CASES[title])
