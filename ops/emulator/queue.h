@@ -155,7 +155,8 @@ class TQueBind {
   }
 
   void init(uint32_t num, uint32_t bytes, emulator::Where where) {
-    buffers_.clear(), waiting_.clear(), next_ = 0;
+    if (!buffers_.empty())
+      emulator::fail(where, "InitBuffer of a queue a second time: after Reset too it goes on from the buffer it was at; use another queue");
     uint32_t &events = emulator::core().queue_buffers[stage_.from][stage_.to];
     events += num;
     // A buffer needs an event each way. TPipe keeps 3 of those from the cube to MTE1 for itself.

@@ -29,6 +29,7 @@ enum Fault : uint32_t {
   EVENTS_SPENT,
   NO_BATCH,
   SMALL_WORK,
+  INIT_AGAIN,
   // of the mixed kernel
   L1_OVERRUN,
   NO_CROSS_WAIT,
@@ -92,6 +93,7 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   pipe.InitBuffer(in, fault == DEPTH ? 2 : 1, n * 4);
   TQue<TPosition::VECIN, 1> more;
   if (fault == EVENTS_SPENT) pipe.InitBuffer(more, 8, n * 4);  // EVENTS_SPENT
+  if (fault == INIT_AGAIN) pipe.Reset(), pipe.InitBuffer(in, 1, n * 4);  // INIT_AGAIN
   pipe.InitBuffer(out, 1, n * 4);
   pipe.InitBuffer(spare, fault == UB_OVERRUN ? 192 * 1024 : 328 * 4);  // UB_OVERRUN
   GlobalTensor<float> from, to, shared;

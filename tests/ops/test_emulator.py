@@ -32,6 +32,7 @@ COPY = {
     "EVENTS_SPENT": "InitBuffer: 9 buffers of queues from MTE2 to vector, each of which needs an event; a pair of pipes has 8",
     "SYNC_ALONE": "SyncAll in a kernel of KERNEL_TYPE_AIV_ONLY",
     "NO_BATCH": r"SyncAll in an operator whose tiling function does not call SetScheduleMode.1.",
+    "INIT_AGAIN": "InitBuffer of a queue a second time: after Reset too it goes on from the buffer it was at; use another queue",
     "SMALL_WORK": "ReduceMax: sharedTmpBuffer has 8 elements and needs 16: a value and an index for each of 5 repeats",
     "ODD_COPY": "DataCopy: 252 bytes are no whole blocks of 32",
 }

@@ -66,16 +66,24 @@ class AttentionGrad {
       Vector<TURNED>(walk);
   }
 
-  // The cube.
+  // The cube, with queues of its own for each part.
+  struct CubeQueues {
+    TQue<TPosition::A1, 2> own1, made1;
+    TQue<TPosition::B1, 4> span1;
+    TQue<TPosition::A2, 1> a2;
+    TQue<TPosition::B2, 1> b2;
+    TQue<TPosition::CO1, 1> c, sums;
+  };
   // Of 512 KiB of L1: the tile's own two operands; in 1 five of k or v and one of ds, in 2 four of q and do together, p and ds.
   template <bool TURNED>
   __aicore__ inline void CubeBuffers() {
     const uint32_t row = AlignUp(in_.size, FRACTAL_ROWS) * sizeof(T), own = TURNED ? wide_ : high_, pair = 2 * span_ * row;
+    queues_ = TURNED ? &of_keys_ : &of_queries_;
     ahead_ = TURNED && HELD * pair > 384 * 1024 ? 1 : 2;
-    pipe_.InitBuffer(own1_, 2, own * row), pipe_.InitBuffer(made1_, TURNED ? 2 : 1, own * span_ * sizeof(T));
-    pipe_.InitBuffer(span1_, TURNED ? ahead_ + 2 : 5, TURNED ? pair : pair / 2);
-    pipe_.InitBuffer(a2_, 2, 32 * 1024), pipe_.InitBuffer(b2_, 2, 32 * 1024);
-    pipe_.InitBuffer(c_, 2, 32 * 1024), pipe_.InitBuffer(sums_, 1, 64 * 1024);
+    pipe_.InitBuffer(queues_->own1, 2, own * row), pipe_.InitBuffer(queues_->made1, TURNED ? 2 : 1, own * span_ * sizeof(T));
+    pipe_.InitBuffer(queues_->span1, TURNED ? ahead_ + 2 : 5, TURNED ? pair : pair / 2);
+    pipe_.InitBuffer(queues_->a2, 2, 32 * 1024), pipe_.InitBuffer(queues_->b2, 2, 32 * 1024);
+    pipe_.InitBuffer(queues_->c, 2, 32 * 1024), pipe_.InitBuffer(queues_->sums, 1, 64 * 1024);
   }
   static constexpr uint32_t DEPTH = 256 / sizeof(T);  // of k in L0
 
@@ -127,7 +135,7 @@ class AttentionGrad {
       }
       AddUp<TURNED>(behind.at, held[j % HELD]);
     }
-    if (made) own1_.FreeTensor(own_.first), own1_.FreeTensor(own_.second);
+    if (made) queues_->own1.FreeTensor(own_.first), queues_->own1.FreeTensor(own_.second);
   }
   __aicore__ inline uint64_t QueryAt(const Handover &at) const { return in_.Query(at.b, at.first, at.head); }
   __aicore__ inline uint64_t KeyAt(const Handover &at) const {
@@ -137,16 +145,16 @@ class AttentionGrad {
   template <bool TURNED>
   __aicore__ inline void Load(const Handover &at, Held &held) {
     const uint32_t n = Count<TURNED>(at), stride = TURNED ? in_.QueryStride() : in_.KeyStride(), part = Part<TURNED>();
-    held.first = span1_.template AllocTensor<T>();
+    held.first = queues_->span1.template AllocTensor<T>();
     if constexpr (TURNED) {
       InParts(held.first, in_.q[QueryAt(at)], n, stride, part), InParts(Second(held.first), dout_[QueryAt(at)], n, stride, part);
-      span1_.EnQue(held.first);
+      queues_->span1.EnQue(held.first);
     } else {
-      held.second = span1_.template AllocTensor<T>();
+      held.second = queues_->span1.template AllocTensor<T>();
       InParts(held.first, in_.k[KeyAt(at)], n, stride, part);
-      span1_.EnQue(held.first);
+      queues_->span1.EnQue(held.first);
       InParts(held.second, in_.v[KeyAt(at)], n, stride, part);
-      span1_.EnQue(held.second);
+      queues_->span1.EnQue(held.second);
     }
   }
   // Scores and do v^T of a span, or both turned.
@@ -154,27 +162,27 @@ class AttentionGrad {
   __aicore__ inline void Scores(const Handover &at, uint32_t j, Held &held) {
     const uint64_t query = QueryAt(at), key = KeyAt(at);
     if (at.begins) {
-      if (j) own1_.FreeTensor(own_.first), own1_.FreeTensor(own_.second);
+      if (j) queues_->own1.FreeTensor(own_.first), queues_->own1.FreeTensor(own_.second);
       own_.first = Own(TURNED ? in_.k[key] : in_.q[query], OwnRows<TURNED>(at), TURNED ? in_.KeyStride() : in_.QueryStride());
       own_.second = Own(TURNED ? in_.v[key] : dout_[query], OwnRows<TURNED>(at), TURNED ? in_.KeyStride() : in_.QueryStride());
     }
     const uint64_t slot = static_cast<uint64_t>(j % GRAD_SLOTS) * 2 * slot_;
     const uint32_t n = Count<TURNED>(at), part = Part<TURNED>(), m = OwnRows<TURNED>(at);
     if constexpr (TURNED) {
-      held.first = span1_.template DeQue<T>(), held.second = Second(held.first);
+      held.first = queues_->span1.template DeQue<T>(), held.second = Second(held.first);
     } else {
-      held.first = span1_.template DeQue<T>(), held.second = span1_.template DeQue<T>();
+      held.first = queues_->span1.template DeQue<T>(), held.second = queues_->span1.template DeQue<T>();
     }
     Product(own_.first, held.first, n, part, m, scores_[slot]);
     Product(own_.second, held.second, n, part, m, scores_[slot + slot_]);
-    if constexpr (!TURNED) span1_.FreeTensor(held.second);
+    if constexpr (!TURNED) queues_->span1.FreeTensor(held.second);
     CrossCoreSetFlag<2, PIPE_FIX>(SCORES_READY);
   }
   __aicore__ inline LocalTensor<T> Own(const GlobalTensor<T> &from, uint32_t rows, uint32_t stride) {
-    LocalTensor<T> l1 = own1_.template AllocTensor<T>();
+    LocalTensor<T> l1 = queues_->own1.template AllocTensor<T>();
     ToL1(l1, from, rows, in_.size, stride);
-    own1_.EnQue(l1);
-    return own1_.template DeQue<T>();
+    queues_->own1.EnQue(l1);
+    return queues_->own1.template DeQue<T>();
   }
   __aicore__ inline void InParts(const LocalTensor<T> &l1, const GlobalTensor<T> &from, uint32_t n, uint32_t stride, uint32_t part) {
     for (uint32_t r = 0; r < n; r += part)
@@ -186,21 +194,21 @@ class AttentionGrad {
                                  const GlobalTensor<float> &to) {
     for (uint32_t r = 0; r < n; r += part) {
       const uint32_t columns = Least(part, n - r);
-      LocalTensor<float> c = c_.AllocTensor<float>();
+      LocalTensor<float> c = queues_->c.template AllocTensor<float>();
       for (uint32_t d = 0; d < in_.size; d += DEPTH) {
         const uint32_t depth = Least(DEPTH, in_.size - d);
-        LocalTensor<T> a2 = a2_.template AllocTensor<T>(), b2 = b2_.template AllocTensor<T>();
+        LocalTensor<T> a2 = queues_->a2.template AllocTensor<T>(), b2 = queues_->b2.template AllocTensor<T>();
         LoadRows(a2, own, m, in_.size, d, depth);
         LoadColumns(b2, span[PartAt(r)], columns, d, depth);
-        a2_.EnQue(a2), b2_.EnQue(b2);
-        a2 = a2_.template DeQue<T>(), b2 = b2_.template DeQue<T>();
+        queues_->a2.EnQue(a2), queues_->b2.EnQue(b2);
+        a2 = queues_->a2.template DeQue<T>(), b2 = queues_->b2.template DeQue<T>();
         MultiplyL0(c, a2, b2, m, columns, depth, false, d > 0);
-        a2_.FreeTensor(a2), b2_.FreeTensor(b2);
+        queues_->a2.FreeTensor(a2), queues_->b2.FreeTensor(b2);
       }
-      c_.EnQue(c);
-      c = c_.DeQue<float>();
+      queues_->c.EnQue(c);
+      c = queues_->c.template DeQue<float>();
       Write(to[r], c, m, columns, span_);
-      c_.FreeTensor(c);
+      queues_->c.FreeTensor(c);
     }
   }
   // What the vector cores made of a span, into L1.
@@ -217,31 +225,31 @@ class AttentionGrad {
   template <bool TURNED>
   __aicore__ inline void AddUp(const Handover &at, Held &held) {
     const uint32_t m = OwnRows<TURNED>(at), n = Count<TURNED>(at), part = Part<TURNED>();
-    if (at.begins) sum_ = sums_.AllocTensor<float>();
+    if (at.begins) sum_ = queues_->sums.template AllocTensor<float>();
     if constexpr (TURNED) {
       SumOver(sum_[KEYS * TILE], ds_, held.first, m, n, part, !at.begins, KEYS);
       SumOver(sum_, p_, held.second, m, n, part, !at.begins, KEYS);
-      made1_.FreeTensor(p_);
+      queues_->made1.FreeTensor(p_);
     } else {
       SumOver(sum_, ds_, held.first, m, n, part, !at.begins, ROWS);
     }
-    made1_.FreeTensor(ds_), span1_.FreeTensor(held.first);
+    queues_->made1.FreeTensor(ds_), queues_->span1.FreeTensor(held.first);
     if (!at.ends) return;
-    sums_.EnQue(sum_);
-    sum_ = sums_.DeQue<float>();
+    queues_->sums.EnQue(sum_);
+    sum_ = queues_->sums.template DeQue<float>();
     if constexpr (TURNED) {
       Store(dv_[KeyAt(at)], sum_, KEYS, m, in_.KeyStride());
       Store(dk_[KeyAt(at)], sum_[KEYS * TILE], KEYS, m, in_.KeyStride());
     } else {
       Store(dq_[QueryAt(at)], sum_, ROWS, m, in_.QueryStride());
     }
-    sums_.FreeTensor(sum_);
+    queues_->sums.FreeTensor(sum_);
   }
   __aicore__ inline LocalTensor<T> Made(const GlobalTensor<T> &from, uint32_t m, uint32_t n) {
-    LocalTensor<T> l1 = made1_.template AllocTensor<T>();
+    LocalTensor<T> l1 = queues_->made1.template AllocTensor<T>();
     ToL1(l1, from, m, n, span_);
-    made1_.EnQue(l1);
-    return made1_.template DeQue<T>();
+    queues_->made1.EnQue(l1);
+    return queues_->made1.template DeQue<T>();
   }
   // sum (+)= made times the rows of a span, in panels that share `high` rows of L0C.
   __aicore__ inline void SumOver(const LocalTensor<float> &sum, const LocalTensor<T> &made, const LocalTensor<T> &span, uint32_t m,
@@ -250,19 +258,19 @@ class AttentionGrad {
       const uint32_t rows = Least(part, n - r);
       for (uint32_t d = 0; d < rows; d += DEPTH) {
         const uint32_t depth = Least(DEPTH, rows - d);
-        LocalTensor<T> a2 = a2_.template AllocTensor<T>();
+        LocalTensor<T> a2 = queues_->a2.template AllocTensor<T>();
         LoadRows(a2, made, m, n, r + d, depth);
-        a2_.EnQue(a2);
-        a2 = a2_.template DeQue<T>();
+        queues_->a2.EnQue(a2);
+        a2 = queues_->a2.template DeQue<T>();
         for (uint32_t panel = 0; panel < in_.panels; panel++) {
-          LocalTensor<T> b2 = b2_.template AllocTensor<T>();
+          LocalTensor<T> b2 = queues_->b2.template AllocTensor<T>();
           LoadTurned(b2, span[PartAt(r)], rows, in_.size, d, depth, panel * TILE, in_.PanelSize(panel));
-          b2_.EnQue(b2);
-          b2 = b2_.template DeQue<T>();
+          queues_->b2.EnQue(b2);
+          b2 = queues_->b2.template DeQue<T>();
           MultiplyL0(sum[panel * (high / in_.panels) * TILE], a2, b2, m, in_.PanelSize(panel), depth, false, add || r + d > 0);
-          b2_.FreeTensor(b2);
+          queues_->b2.FreeTensor(b2);
         }
-        a2_.FreeTensor(a2);
+        queues_->a2.FreeTensor(a2);
       }
     }
   }
@@ -442,12 +450,7 @@ class AttentionGrad {
   uint32_t high_, wide_, span_, slot_, delta_row_;
   uint32_t ahead_ = 0, at_once_;  // spans of scores that the cube makes ahead; rows of a span that a vector core has at a time
   // of the cube
-  TQue<TPosition::A1, 2> own1_;
-  TQue<TPosition::B1, 4> span1_;
-  TQue<TPosition::A1, 2> made1_;
-  TQue<TPosition::A2, 1> a2_;
-  TQue<TPosition::B2, 1> b2_;
-  TQue<TPosition::CO1, 1> c_, sums_;
+  CubeQueues of_queries_, of_keys_, *queues_;
   Held own_;
   LocalTensor<float> sum_;
   LocalTensor<T> p_, ds_;
