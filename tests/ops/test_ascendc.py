@@ -44,6 +44,13 @@ def test_rms_norm(shape, chip):
         agree(rms_norm.reference_add(eps), ascendc_rms_norm.ascendc_add(eps), [x, y, w], ways=how)
 
 
+def test_rows_that_block_reductions_sum():
+    """Of a multiple of 512 columns, up to 4,096."""
+    for columns in (512, 1536):
+        with cores(3):
+            agree(rms_norm.reference(EPS), ascendc_rms_norm.ascendc(EPS), [draw(11, columns), draw(columns)], ways=("eager",))
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", some(swiglu_cases.SHAPES), ids=str)
 def test_swiglu(shape, chip):
@@ -152,7 +159,7 @@ def test_bits_do_not_depend_on_the_number_of_cores():
         ("rope", "qwen_rope_norm_grad", [heads, head, cos, sin, turned], [heads.shape, head.shape], [EPS]),
     ):
         found = []
-        for chip in (1, 2, 3, 8):
+        for chip in (1, 2, 3, 8, 20, 24):
             outputs = [np.empty(shape, np.float32) for shape in shapes]
             with cores(chip):
                 assert call(build.emulated(family), name, inputs, outputs, attrs) == ""
