@@ -20,7 +20,7 @@ def ascendc(scale, in_order=False):
 
 
 def ascendc_parts(scale):
-    """Returns (forward, backward) as reference_parts does. The lse of a query that sees no key is about -1e9."""
+    """Returns (forward, backward) as reference_parts does. The lse of a query that sees no key is about -8e8."""
     attend, swap = _Attention(scale, False), ops.Transpose()
 
     def of_part(*inputs):

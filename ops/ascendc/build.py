@@ -38,6 +38,8 @@ CORE_MODES = {
     "AIC_ONLY": "AIC_MODE",
     "MIX_AIC_1_2": "MIX_MODE",
 }  # the kernel modes of CANN's CPU mode
+WRITTEN_FOR = ("9.0", "9.1")  # the versions of CANN whose public headers the kernels were compared with
+VERSIONS = ("version.cfg", "*/ascend_toolkit_install.info", "compiler/version.info", "share/info/*/version.info")  # files that say it
 SYSTEM_WORKSPACE = 16 << 20  # the bytes of a workspace that CANN uses itself
 
 _COMPILER = {"the compiler of kernels": ("compiler/ccec_compiler/bin/ccec", "bin/ccec")}
@@ -140,6 +142,15 @@ def home():
     return os.environ.get("ASCEND_HOME_PATH") or "/usr/local/Ascend/ascend-toolkit/latest"
 
 
+def version():
+    """Returns the version of the CANN in home(), such as "9.0.1"; "" if none of its files says it."""
+    for pattern in VERSIONS:
+        for path in sorted(Path(home()).glob(pattern)):
+            if found := re.search(r"(?im)^\s*\w*version\w*\s*=\s*\[?(?:[A-Za-z-]*:)?(\d+(?:\.\d+)+)", path.read_text(errors="replace")):
+                return found[1]
+    return ""
+
+
 def missing(what):
     """Returns a text of everything that is missing for a target ("package", "cpu" or "sim"), with paths; "" if nothing is."""
     cann = home()
@@ -149,6 +160,8 @@ def missing(what):
     tools = [tool for tool in TOOLS[what] if shutil.which(tool) is None]
     found = [f"CANN in {cann} lacks {', '.join(lacks)}; install its toolkit with development files"] if lacks else []
     found += [f"PATH lacks {', '.join(tools)}"] if tools else []
+    if version() and not version().startswith(tuple(f"{known}." for known in WRITTEN_FOR)) and version() not in WRITTEN_FOR:
+        found.append(f"CANN in {cann} is {version()}, and the kernels are written for {' and '.join(WRITTEN_FOR)}; install one of these")
     if what == "package" and _compiler_of_mindspore() is None:
         found.append("this MindSpore has no custom_compiler beside its Ascend plugin; install the wheel of PyPI")
     return ". ".join(found)

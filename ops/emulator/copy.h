@@ -52,6 +52,10 @@ inline size_t counted(uint32_t count, Where where) {
   return bytes;
 }
 
+inline Work copy_work(const char *name, double rate, uint32_t rows, size_t bytes) {
+  return {0, std::max(rates::COPY, rows * bytes / rate), 0, name};
+}
+
 inline uint32_t whole_blocks(uint32_t bytes) { return (bytes + BLOCK - 1) / BLOCK * BLOCK; }
 
 }  // namespace emulator
@@ -70,17 +74,19 @@ inline void DataCopyPad(const LocalTensor<T> &dst, const GlobalTensor<T> &src, c
     fail(where, text("DataCopyPad: padding of %u and %u elements; the emulator knows right padding of up to 32 bytes", pad.leftPadding,
                      pad.rightPadding));
   if (p.blockLen % sizeof(T)) fail(where, text("DataCopyPad: blockLen of %u bytes is no number of %s", p.blockLen, type_name<T>()));
-  issue(PIPE_MTE2, where);
+  issue(PIPE_MTE2, where, copy_work("DataCopyPad", rates::GM_TO_UB, p.blockCount, p.blockLen));
   const uint32_t n = p.blockLen / sizeof(T), filled = pad.isPad ? n + pad.rightPadding : n;
   const uint32_t row = whole_blocks(filled * sizeof(T)) / sizeof(T), step = row + p.dstStride * BLOCK / sizeof(T);
   for (uint32_t r = 0; r < p.blockCount; r++) {
     const uint8_t *from = reinterpret_cast<const uint8_t *>(src.address()) + static_cast<size_t>(r) * (p.blockLen + p.srcStride);
     global_access("DataCopyPad", PIPE_MTE2, from, p.blockLen, false, where);
+    if (skipped<T>()) continue;
     T *to = dst.touch("DataCopyPad", PIPE_MTE2, r * step, row, true, where);
     std::memset(static_cast<void *>(to), 0xff, row * sizeof(T));
     std::memcpy(static_cast<void *>(to), from, p.blockLen);
     for (uint32_t i = n; i < filled; i++) to[i] = pad.paddingValue;
   }
+  copied(PIPE_MTE2);
 }
 
 // To global memory, without what pads the rows.
@@ -89,14 +95,16 @@ inline void DataCopyPad(const GlobalTensor<T> &dst, const LocalTensor<T> &src, c
   using namespace emulator;
   takes("DataCopyPad", "src", src, {TPosition::VECOUT, TPosition::VECCALC}, where);
   rows_in_range("DataCopyPad", p, where);
-  issue(PIPE_MTE3, where);
+  issue(PIPE_MTE3, where, copy_work("DataCopyPad", rates::UB_TO_GM, p.blockCount, p.blockLen));
   const uint32_t row = whole_blocks(p.blockLen) / sizeof(T), step = row + p.srcStride * BLOCK / sizeof(T);
   for (uint32_t r = 0; r < p.blockCount; r++) {
     uint8_t *to = reinterpret_cast<uint8_t *>(dst.address()) + static_cast<size_t>(r) * (p.blockLen + p.dstStride);
     global_access("DataCopyPad", PIPE_MTE3, to, p.blockLen, true, where);
+    if (skipped<T>()) continue;
     const T *from = src.touch("DataCopyPad", PIPE_MTE3, r * step, row, false, where);
     std::memcpy(to, from, p.blockLen);
   }
+  copied(PIPE_MTE3);
 }
 
 // Whole blocks of 32 bytes.
@@ -105,8 +113,10 @@ inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, cons
   using namespace emulator;
   takes("DataCopy", "dst", dst, {TPosition::VECIN, TPosition::VECCALC}, where);
   const size_t bytes = counted<T>(count, where);
-  issue(PIPE_MTE2, where);
+  issue(PIPE_MTE2, where, copy_work("DataCopy", rates::GM_TO_UB, 1, bytes));
   global_access("DataCopy", PIPE_MTE2, src.address(), bytes, false, where);
+  copied(PIPE_MTE2);
+  if (skipped<T>()) return;
   std::memcpy(static_cast<void *>(dst.touch("DataCopy", PIPE_MTE2, 0, count, true, where)), src.address(), bytes);
 }
 
@@ -115,8 +125,10 @@ inline void DataCopy(const GlobalTensor<T> &dst, const LocalTensor<T> &src, cons
   using namespace emulator;
   takes("DataCopy", "src", src, {TPosition::VECOUT, TPosition::VECCALC}, where);
   const size_t bytes = counted<T>(count, where);
-  issue(PIPE_MTE3, where);
+  issue(PIPE_MTE3, where, copy_work("DataCopy", rates::UB_TO_GM, 1, bytes));
   global_access("DataCopy", PIPE_MTE3, dst.address(), bytes, true, where);
+  copied(PIPE_MTE3);
+  if (skipped<T>()) return;
   std::memcpy(static_cast<void *>(dst.address()), src.touch("DataCopy", PIPE_MTE3, 0, count, false, where), bytes);
 }
 
@@ -131,11 +143,14 @@ inline void DataCopy(const LocalTensor<T> &dst, const GlobalTensor<T> &src, cons
     fail(where, text("DataCopy: %u rows of %u with dstNzC0Stride %u; they are 1 to 16384, and the stride at least the rows", p.nValue,
                      p.dValue, p.dstNzC0Stride));
   if (p.srcDValue < p.dValue) fail(where, text("DataCopy: rows of %u that are %u apart", p.dValue, p.srcDValue));
-  issue(PIPE_MTE2, where);
+  const double row_cycles = std::max(rates::ROW_TO_L1, p.dValue * sizeof(T) / rates::GM_TO_L1);
+  issue(PIPE_MTE2, where, {0, std::max(rates::COPY, p.nValue * row_cycles), 0, "DataCopy"});
   constexpr uint32_t c = BLOCK / sizeof(T);
   const uint32_t columns = (p.dValue + c - 1) / c;
   for (uint32_t i = 0; i < p.nValue; i++)
     global_access("DataCopy", PIPE_MTE2, src.address() + static_cast<size_t>(i) * p.srcDValue, p.dValue * sizeof(T), false, where);
+  copied(PIPE_MTE2);
+  if (skipped<T>()) return;
   for (uint32_t j = 0; j < columns; j++) {
     T *to = dst.touch("DataCopy", PIPE_MTE2, j * p.dstNzC0Stride * c, p.nValue * c, true, where);
     const uint32_t n = std::min<uint32_t>(c, p.dValue - j * c);

@@ -63,6 +63,10 @@ namespace emulator {
 
 enum : uint32_t { FRACTAL = 512 };
 
+inline Work load_work(TPosition to, double start, uint32_t bytes) {
+  return {0, start + bytes / (to == TPosition::A2 ? rates::L1_TO_L0A : rates::L1_TO_L0B), 0, "LoadData"};
+}
+
 template <typename T>
 inline void load_operands(const AscendC::LocalTensor<T> &dst, const AscendC::LocalTensor<T> &src, Where where) {
   wants_position("LoadData", "dst", dst.GetPosition(), {TPosition::A2, TPosition::B2}, where);
@@ -81,7 +85,8 @@ inline void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const
   load_operands(dst, src, where);
   if (p.repeatTimes < 1) fail(where, text("LoadData: repeatTimes is %u, and it is 1 to 255", p.repeatTimes));
   if (p.ifTranspose && sizeof(T) != 2) fail(where, "LoadData: ifTranspose is for types of 2 bytes");
-  issue(PIPE_MTE1, where);
+  issue(PIPE_MTE1, where, load_work(dst.GetPosition(), rates::LOAD_2D, p.repeatTimes * FRACTAL));
+  if (dry) return;
   constexpr uint32_t n = FRACTAL / sizeof(T);
   for (uint32_t r = 0; r < p.repeatTimes; r++) {
     const T *from = src.touch("LoadData", PIPE_MTE1, (p.startIndex + r * p.srcStride) * n, n, false, where);
@@ -91,7 +96,7 @@ inline void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const
 }
 
 // As a convolution of 1 x 1: the matrix of l1H * l1W rows and channelSize columns in L1. Of it mExtension rows from mStartPt and kExtension
-// columns from kStartPt go to L0A, transposed with enTranspose, or to L0B, whose fractals are always transposed.
+// columns from kStartPt go to L0A, as they are or transposed (enTranspose), or to L0B, whose fractals are always transposed.
 template <typename T>
 inline void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const LoadData3DParamsV2<T> &p, EMULATOR_HERE) {
   using namespace emulator;
@@ -107,15 +112,20 @@ inline void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const
     fail(where, text("LoadData: rows %u to %u of %u, columns %u to %u of %u", p.mStartPt, p.mStartPt + m, rows, p.kStartPt, p.kStartPt + k,
                      p.channelSize));
   const bool to_b = dst.GetPosition() == TPosition::B2;
-  if (!to_b && !p.enTranspose) fail(where, "LoadData: of LoadData3DParamsV2 the emulator knows L0A with enTranspose, and L0B");
-  if (k % 16) fail(where, text("LoadData: kExtension %u is no multiple of 16, the rows or columns of the fractals made", k));
-  issue(PIPE_MTE1, where);
+  const bool as_it_is = !to_b && !p.enTranspose;
+  if (!as_it_is && k % 16) fail(where, text("LoadData: kExtension %u is no multiple of 16, the rows or columns of the fractals made", k));
+  issue(PIPE_MTE1, where, load_work(dst.GetPosition(), rates::LOAD_3D, m * k * sizeof(T)));
+  if (dry) return;
   const T *from = src.touch("LoadData", PIPE_MTE1, 0, (p.channelSize / c) * rows * c, false, where);
   T *to = dst.touch("LoadData", PIPE_MTE1, 0, m * k, true, where);
   for (uint32_t i = 0; i < m; i++)
     for (uint32_t j = 0; j < k; j++) {
       const uint32_t row = p.mStartPt + i, column = p.kStartPt + j;
       const T value = row < rows ? from[(column / c * rows + row) * c + column % c] : T{};
+      if (as_it_is) {  // [i / 16][j / c][i % 16][j % c]
+        to[(i / 16 * (k / c) + j / c) * 16 * c + i % 16 * c + j % c] = value;
+        continue;
+      }
       // rows are the product's k. L0A: [j / 16][i / c][j % 16][i % c]; L0B: [i / c][j / 16][j % 16][i % c]
       const uint32_t fractal = to_b ? i / c * (k / 16) + j / 16 : j / 16 * (m / c) + i / c;
       to[fractal * 16 * c + j % 16 * c + i % c] = value;
@@ -130,7 +140,8 @@ inline void InitConstValue(const LocalTensor<T> &dst, const InitConstValueParams
   dst.aligned("InitConstValue", "dst", where);
   if (p.repeatTimes < 1 || p.repeatTimes > 32767 || p.blockNum < 1 || p.blockNum > 32767)
     fail(where, text("InitConstValue: repeatTimes %u and blockNum %u; each is 1 to 32767", p.repeatTimes, p.blockNum));
-  issue(PIPE_MTE2, where);
+  issue(PIPE_MTE2, where, {0, p.repeatTimes * p.blockNum * BLOCK / rates::FILL, 0, "InitConstValue"});
+  if (dry) return;
   constexpr uint32_t c = BLOCK / sizeof(T);
   for (uint32_t r = 0; r < p.repeatTimes; r++)
     std::fill_n(dst.touch("InitConstValue", PIPE_MTE2, r * (p.blockNum + p.dstGap) * c, p.blockNum * c, true, where), p.blockNum * c,
@@ -150,10 +161,14 @@ inline void Mmad(const LocalTensor<float> &dst, const LocalTensor<T> &a, const L
     fail(where, text("Mmad: m %u, n %u, k %u; each is 1 to 4095", p.m, p.n, p.k));
   if (p.m == 1) fail(where, "Mmad: m is 1, for which the chip takes the first matrix as a vector in another layout; make m 16");
   if (p.kDirectionAlign && sizeof(T) != 4) fail(where, "Mmad: kDirectionAlign is for float");
-  issue(PIPE_M, where);
   constexpr uint32_t c = BLOCK / sizeof(T);
   const uint32_t mb = (p.m + 15) / 16, nb = (p.n + 15) / 16, kb = (p.k + c - 1) / c,
                  kb_of_a = p.kDirectionAlign ? (p.k + 15) / 16 * 16 / c : kb;
+  // The cube keeps products of one result in order, but for small ones, as CANN's library says.
+  if (mb * nb >= 10) in_order(PIPE_M);
+  issue(PIPE_M, where, {rates::MMAD_START, mb * nb * kb * (sizeof(T) == 4 ? 2.0 : 1.0), rates::ASSUMED_MMAD_LATENCY, "Mmad"});
+  multiplied(static_cast<uint64_t>(p.m) * p.n * p.k);
+  if (dry) return;
   const T *x = a.touch("Mmad", PIPE_M, 0, mb * kb_of_a * 16 * c, false, where),
           *y = b.touch("Mmad", PIPE_M, 0, kb * nb * 16 * c, false, where);
   if (!p.cmatrixInitVal) dst.touch("Mmad", PIPE_M, 0, mb * nb * 256, false, where);
@@ -172,6 +187,8 @@ inline void Mmad(const LocalTensor<float> &dst, const LocalTensor<T> &a, const L
         for (int j = 0; j < 16; j++) sum[j] += rows[i * p.k + k] * columns[k * nb * 16 + block * 16 + j];
       for (int j = 0; j < 16; j++) to[j] = sum[j];
     }
+  for (uint32_t i = p.m; i < mb * 16; i++)  // the rest of the last fractals is nobody's
+    for (uint32_t block = 0; block < nb; block++) std::fill_n(z + (block * mb + i / 16) * 256 + i % 16 * 16, 16, std::nanf(""));
 }
 
 // mSize rows of nSize out of L0C, dstStride elements apart, rounded to T.
@@ -189,16 +206,18 @@ inline void Fixpipe(const GlobalTensor<T> &dst, const LocalTensor<U> &src, const
   if (p.nSize < 1 || p.nSize > 4095 || p.mSize < 1 || p.mSize > 8192 || p.ndNum != 1 || p.srcStride % 16 || p.srcStride < p.mSize)
     fail(where, text("Fixpipe: nSize %u (1 to 4095), mSize %u (1 to 8192), srcStride %u (a multiple of 16, at least mSize), ndNum %u (1)",
                      p.nSize, p.mSize, p.srcStride, p.ndNum));
-  issue(PIPE_FIX, where);
+  issue(PIPE_FIX, where, {rates::ASSUMED_FIX_START, std::max(rates::COPY, p.mSize * p.nSize * sizeof(T) / rates::L0C_TO_GM), 0, "Fixpipe"});
   for (uint32_t i = 0; i < p.mSize; i++) {
     T *to = dst.address() + static_cast<size_t>(i) * p.dstStride;
     global_access("Fixpipe", PIPE_FIX, to, p.nSize * sizeof(T), true, where);
+    if (dry) continue;
     for (uint32_t j = 0; j < p.nSize; j += 16) {
       const uint32_t n = std::min<uint32_t>(16, p.nSize - j);
       const float *from = src.touch("Fixpipe", PIPE_FIX, j * p.srcStride + i * 16, n, false, where);
       for (uint32_t e = 0; e < n; e++) to[j + e] = from_float<T>(from[e]);
     }
   }
+  copied(PIPE_FIX);
 }
 
 }  // namespace AscendC

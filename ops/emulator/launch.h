@@ -82,7 +82,7 @@ inline std::string plan(const char *type, bool cube, bool vector, const Argument
     const size_t width = bytes_of(types.back()), bytes = shape.GetShapeSize() * width;
     if (i < static_cast<int>(inputs))
       context.inputs.push_back({shape}), context.types.push_back({static_cast<ge::DataType>(types.back())});
-    else
+    else if (!dry)
       std::memset(a.data[i], 0xff, bytes);  // what a kernel does not write is NaN
     launch.arrays.push_back({static_cast<uint8_t *>(a.data[i]), bytes, width});
   }
@@ -90,6 +90,7 @@ inline std::string plan(const char *type, bool cube, bool vector, const Argument
   if (def->core.tiling(&context) != ge::GRAPH_SUCCESS)
     return text("%s: its tiling function refuses these shapes: %s", type, context.refusal.c_str());
   launch.blocks = static_cast<int>(context.blocks), launch.key = context.key, launch.cube = cube, launch.vector = vector;
+  launch.together = context.schedule_mode == 1;
   const int most = cube ? cores() : 2 * cores();
   if (launch.blocks < 1 || launch.blocks > most)
     return text("%s: its tiling asks for %d blocks; the chip runs 1 to %d at once", type, launch.blocks, most);

@@ -104,21 +104,27 @@ class TQueBind {
  public:
   template <typename T>
   LocalTensor<T> AllocTensor(EMULATOR_HERE) {
-    for (auto &b : buffers_) {
+    emulator::spend(emulator::rates::ASSUMED_QUEUE);
+    for (size_t tried = 0; tried < buffers_.size(); tried++) {
+      Buffer *b = buffers_[next_].get();
+      next_ = (next_ + 1) % buffers_.size();
       if (b->state != Buffer::FREE) continue;
       b->state = Buffer::TAKEN, b->line = where;
       if (!emulator::dropped(emulator::QUEUES)) emulator::after(stage_.from, b->given_back);
       // Nothing may be expected of what a buffer holds: it is NaN.
-      std::memset(emulator::core().memory[static_cast<int>(emulator::memory_of(position))].data() + b->at, 0xff, b->bytes);
-      return LocalTensor<T>(b.get(), b->at);
+      constexpr int memory = static_cast<int>(emulator::memory_of(position));
+      if (!emulator::dry) std::memset(emulator::core().memory[memory].data() + b->at, 0xff, b->bytes);
+      return LocalTensor<T>(b, b->at);
     }
-    emulator::fail(where, emulator::text("AllocTensor: all %zu buffers of the queue are in use, the first since %s; FreeTensor is missing",
+    emulator::fail(where, emulator::text("deadlock: AllocTensor waits for ever: all %zu buffers of the queue are in use, the first since "
+                                         "%s; FreeTensor is missing",
                                          buffers_.size(), buffers_.empty() ? "never" : buffers_[0]->line.text().c_str()));
   }
 
   template <typename T>
   bool EnQue(const LocalTensor<T> &tensor, EMULATOR_HERE) {
     Buffer *b = mine("EnQue", tensor, where);
+    emulator::spend(emulator::rates::ASSUMED_QUEUE);
     if (b->state != Buffer::TAKEN)
       emulator::fail(where, emulator::text("EnQue: a tensor that was %s at %s", state_name(b->state), b->line.text().c_str()));
     if (waiting_.size() == depth)
@@ -132,6 +138,7 @@ class TQueBind {
   LocalTensor<T> DeQue(EMULATOR_HERE) {
     if (waiting_.empty()) emulator::fail(where, "DeQue: the queue is empty: nothing was enqueued");
     Buffer *b = waiting_.front();
+    emulator::spend(emulator::rates::ASSUMED_QUEUE);
     waiting_.erase(waiting_.begin());
     b->state = Buffer::OUT, b->line = where;
     if (!emulator::dropped(emulator::QUEUES)) emulator::after(stage_.to, b->enqueued);
@@ -141,18 +148,25 @@ class TQueBind {
   template <typename T>
   void FreeTensor(LocalTensor<T> &tensor, EMULATOR_HERE) {
     Buffer *b = mine("FreeTensor", tensor, where);
+    emulator::spend(emulator::rates::ASSUMED_QUEUE);
     if (b->state != Buffer::OUT && b->state != Buffer::TAKEN)
       emulator::fail(where, emulator::text("FreeTensor: a tensor that was %s at %s", state_name(b->state), b->line.text().c_str()));
     b->state = Buffer::FREE, b->line = where, b->given_back = emulator::done(stage_.to);
   }
 
   void init(uint32_t num, uint32_t bytes, emulator::Where where) {
+    if (!buffers_.empty())
+      emulator::fail(where, "InitBuffer of a queue a second time: after Reset too it goes on from the buffer it was at; use another queue");
     uint32_t &events = emulator::core().queue_buffers[stage_.from][stage_.to];
     events += num;
-    if (events > emulator::EVENTS)
+    // A buffer needs an event each way. TPipe keeps 3 of those from the cube to MTE1 for itself.
+    const uint32_t most = stage_.from == PIPE_MTE1 && stage_.to == PIPE_M ? emulator::EVENTS - 3 : emulator::EVENTS;
+    if (events > most)
       emulator::fail(where,
-                     emulator::text("InitBuffer: %u buffers of queues from %s to %s, each of which needs an event; a pair of pipes has %d",
-                                    events, emulator::PIPE_NAMES[stage_.from], emulator::PIPE_NAMES[stage_.to], emulator::EVENTS));
+                     emulator::text("InitBuffer: %u buffers of queues from %s to %s, each of which needs an event; a pair of pipes has "
+                                    "%d%s",
+                                    events, emulator::PIPE_NAMES[stage_.from], emulator::PIPE_NAMES[stage_.to], emulator::EVENTS,
+                                    most < emulator::EVENTS ? ", of which TPipe takes 3" : ""));
     for (uint32_t i = 0; i < num; i++) {
       buffers_.push_back(std::make_unique<Buffer>());
       Buffer &b = *buffers_.back();
@@ -175,6 +189,7 @@ class TQueBind {
 
   static constexpr emulator::Stage stage_ = {emulator::stage_of(src).from, emulator::stage_of(dst).to};
   std::vector<std::unique_ptr<Buffer>> buffers_;
+  size_t next_ = 0;  // that AllocTensor tries first
   std::vector<Buffer *> waiting_;
 };
 
@@ -218,6 +233,13 @@ class TPipe {
     buffer.init(bytes, where);
     return true;
   }
+  // Takes back all that it gave. What was there is not to be used again.
+  void Reset() {
+    emulator::Core &c = emulator::core();
+    std::fill_n(c.used, static_cast<int>(emulator::MEMORIES), 0u);
+    std::fill_n(&c.queue_buffers[0][0], emulator::PIPES * emulator::PIPES, 0u);
+    buffers_ = 0;
+  }
   TEventID FetchEventID(HardEvent event) { return fetched_[static_cast<int>(event)]; }
 
  private:
@@ -230,8 +252,10 @@ class TPipe {
 };
 
 inline TPipe *&current_pipe() {
-  static TPipe *pipes[64] = {};
-  return pipes[emulator::core().id];
+  static std::vector<TPipe *> pipes;
+  const size_t id = emulator::core().id;
+  if (id >= pipes.size()) pipes.resize(id + 1);
+  return pipes[id];
 }
 inline TPipe::TPipe() { current_pipe() = this; }
 inline TPipe::~TPipe() { current_pipe() = nullptr; }

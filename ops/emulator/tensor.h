@@ -67,11 +67,11 @@ class LocalTensor {
   TPosition GetPosition() const { return buffer_->position; }
 
   T GetValue(const uint32_t i, EMULATOR_HERE) const {
-    emulator::issue(PIPE_S, where);
+    emulator::issue(PIPE_S, where, {0, emulator::rates::LOCAL, 0, "GetValue"});
     return *touch("GetValue", PIPE_S, i, 1, false, where);
   }
   void SetValue(const uint32_t i, const T value, EMULATOR_HERE) const {
-    emulator::issue(PIPE_S, where);
+    emulator::issue(PIPE_S, where, {0, emulator::rates::LOCAL, 0, "SetValue"});
     *touch("SetValue", PIPE_S, i, 1, true, where) = value;
   }
 

@@ -58,10 +58,11 @@ inline void some(const char *name, int32_t count, Where where) {
 
 template <typename T, typename F>
 inline void binary(const char *name, const AscendC::LocalTensor<T> &dst, const AscendC::LocalTensor<T> &a, const AscendC::LocalTensor<T> &b,
-                   int32_t count, Where where, F f) {
+                   int32_t count, Where where, const rates::Vector &rate, F f) {
   vector_operand(name, "dst", dst, where), vector_operand(name, "src0", a, where), vector_operand(name, "src1", b, where);
   some(name, count, where);
-  issue(PIPE_V, where);
+  issue(PIPE_V, where, of_repeats(name, rate, repeats_of(count * sizeof(T)), count * sizeof(T) % 256 != 0));
+  if (skipped<T>()) return;
   const T *x = a.touch(name, PIPE_V, 0, count, false, where), *y = b.touch(name, PIPE_V, 0, count, false, where);
   T *z = dst.touch(name, PIPE_V, 0, count, true, where);
   apart(name, dst, a, count, where), apart(name, dst, b, count, where);
@@ -71,13 +72,14 @@ inline void binary(const char *name, const AscendC::LocalTensor<T> &dst, const A
 template <typename T, typename F>
 inline void binary_repeats(const char *name, const AscendC::LocalTensor<T> &dst, const AscendC::LocalTensor<T> &a,
                            const AscendC::LocalTensor<T> &b, uint64_t mask, uint8_t repeats, const AscendC::BinaryRepeatParams &p,
-                           Where where, F f) {
+                           Where where, const rates::Vector &rate, F f) {
   constexpr uint32_t c = BLOCK / sizeof(T);
   vector_operand(name, "dst", dst, where), vector_operand(name, "src0", a, where), vector_operand(name, "src1", b, where);
   if (mask < 1 || mask > 8 * c)
     fail(where, text("%s: a mask of %u elements; a repeat has 1 to %u", name, static_cast<unsigned>(mask), 8 * c));
   some(name, repeats, where);
-  issue(PIPE_V, where);
+  issue(PIPE_V, where, of_repeats(name, rate, repeats));
+  if (skipped<T>()) return;
   for (uint32_t r = 0; r < repeats; r++)
     for (uint32_t k = 0; k * c < mask; k++) {
       const uint32_t n = std::min<uint32_t>(c, mask - k * c);
@@ -90,10 +92,11 @@ inline void binary_repeats(const char *name, const AscendC::LocalTensor<T> &dst,
 
 template <typename T, typename F>
 inline void unary(const char *name, const AscendC::LocalTensor<T> &dst, const AscendC::LocalTensor<T> &src, int32_t count, Where where,
-                  F f) {
+                  const rates::Vector &rate, F f) {
   vector_operand(name, "dst", dst, where), vector_operand(name, "src", src, where);
   some(name, count, where);
-  issue(PIPE_V, where);
+  issue(PIPE_V, where, of_repeats(name, rate, repeats_of(count * sizeof(T))));
+  if (skipped<T>()) return;
   const T *x = src.touch(name, PIPE_V, 0, count, false, where);
   T *z = dst.touch(name, PIPE_V, 0, count, true, where);
   apart(name, dst, src, count, where);
@@ -104,70 +107,73 @@ inline void unary(const char *name, const AscendC::LocalTensor<T> &dst, const As
 
 namespace AscendC {
 
-#define EMULATOR_BINARY(NAME, EXPRESSION, ...)                                                                                   \
-  template <typename T>                                                                                                          \
-  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, const int32_t &count,      \
-                   EMULATOR_HERE) {                                                                                              \
-    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                        \
-    emulator::binary(#NAME, dst, src0, src1, count, where, [](T a, T b) -> T { return EXPRESSION; });                            \
-  }                                                                                                                              \
-  template <typename T>                                                                                                          \
-  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, uint64_t mask,             \
-                   const uint8_t repeatTime, const BinaryRepeatParams &params, EMULATOR_HERE) {                                  \
-    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                        \
-    emulator::binary_repeats(#NAME, dst, src0, src1, mask, repeatTime, params, where, [](T a, T b) -> T { return EXPRESSION; }); \
+#define EMULATOR_BINARY(NAME, RATE, EXPRESSION, ...)                                                                         \
+  template <typename T>                                                                                                      \
+  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, const int32_t &count,  \
+                   EMULATOR_HERE) {                                                                                          \
+    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                    \
+    const auto f = [](T a, T b) -> T { return EXPRESSION; };                                                                 \
+    emulator::binary(#NAME, dst, src0, src1, count, where, emulator::rates::RATE, f);                                        \
+  }                                                                                                                          \
+  template <typename T>                                                                                                      \
+  inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, uint64_t mask,         \
+                   const uint8_t repeatTime, const BinaryRepeatParams &params, EMULATOR_HERE) {                              \
+    static_assert(emulator::is_one_of<T, __VA_ARGS__>, #NAME " does not take this type");                                    \
+    const auto f = [](T a, T b) -> T { return EXPRESSION; };                                                                 \
+    emulator::binary_repeats(#NAME, dst, src0, src1, mask, repeatTime, params, where, emulator::rates::RATE, f);             \
   }
 
-EMULATOR_BINARY(Add, emulator::sum(a, b), float, half, int32_t)
-EMULATOR_BINARY(Sub, emulator::difference(a, b), float, half, int32_t)
-EMULATOR_BINARY(Mul, a *b, float, half)
-EMULATOR_BINARY(Div, a / b, float, half)
-EMULATOR_BINARY(Max, a > b ? a : b, float, half, int32_t)
-EMULATOR_BINARY(Min, a < b ? a : b, float, half, int32_t)
+EMULATOR_BINARY(Add, ADD, emulator::sum(a, b), float, half, int32_t)
+EMULATOR_BINARY(Sub, ADD, emulator::difference(a, b), float, half, int32_t)
+EMULATOR_BINARY(Mul, MUL, a *b, float, half)
+EMULATOR_BINARY(Div, DIV, a / b, float, half)
+EMULATOR_BINARY(Max, ADD, a > b ? a : b, float, half, int32_t)
+EMULATOR_BINARY(Min, ADD, a < b ? a : b, float, half, int32_t)
 #undef EMULATOR_BINARY
 
-#define EMULATOR_SCALAR(NAME, EXPRESSION)                                                                                        \
+#define EMULATOR_SCALAR(NAME, RATE, EXPRESSION)                                                                                  \
   template <typename T>                                                                                                          \
   inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src, const T &scalar, const int32_t &count, EMULATOR_HERE) { \
     static_assert(emulator::is_one_of<T, float, half, int32_t>, #NAME " does not take this type");                               \
-    const T b = scalar;                                                                                                          \
-    emulator::unary(#NAME, dst, src, count, where, [b](T a) -> T { return EXPRESSION; });                                        \
+    const auto f = [b = scalar](T a) -> T { return EXPRESSION; };                                                                \
+    emulator::unary(#NAME, dst, src, count, where, emulator::rates::RATE, f);                                                    \
   }
 
-EMULATOR_SCALAR(Adds, emulator::sum(a, b))
-EMULATOR_SCALAR(Muls, a *b)
-EMULATOR_SCALAR(Maxs, a > b ? a : b)
-EMULATOR_SCALAR(Mins, a < b ? a : b)
+EMULATOR_SCALAR(Adds, ADDS, emulator::sum(a, b))
+EMULATOR_SCALAR(Muls, MULS, a *b)
+EMULATOR_SCALAR(Maxs, MAXS, a > b ? a : b)
+EMULATOR_SCALAR(Mins, MINS, a < b ? a : b)
 #undef EMULATOR_SCALAR
 
-#define EMULATOR_UNARY(NAME, EXPRESSION)                                                                        \
+#define EMULATOR_UNARY(NAME, RATE, EXPRESSION)                                                                        \
   template <typename T>                                                                                         \
   inline void NAME(const LocalTensor<T> &dst, const LocalTensor<T> &src, const int32_t &count, EMULATOR_HERE) { \
     static_assert(emulator::is_one_of<T, float, half>, #NAME " does not take this type");                       \
-    emulator::unary(#NAME, dst, src, count, where, [](T v) -> T {                                               \
+    emulator::unary(#NAME, dst, src, count, where, emulator::rates::RATE, [](T v) -> T {                                               \
       const float a = static_cast<float>(v);                                                                    \
       return static_cast<T>(EXPRESSION);                                                                        \
     });                                                                                                         \
   }
 
-EMULATOR_UNARY(Exp, std::exp(a))
-EMULATOR_UNARY(Ln, std::log(a))
-EMULATOR_UNARY(Abs, std::fabs(a))
-EMULATOR_UNARY(Sqrt, std::sqrt(a))
+EMULATOR_UNARY(Exp, EXP, std::exp(a))
+EMULATOR_UNARY(Ln, LN, std::log(a))
+EMULATOR_UNARY(Abs, ABS, std::fabs(a))
+EMULATOR_UNARY(Sqrt, SQRT, std::sqrt(a))
 #undef EMULATOR_UNARY
 
 // dst += src * scalar
 template <typename T>
 inline void Axpy(const LocalTensor<T> &dst, const LocalTensor<T> &src, const T scalar, const int32_t &count, EMULATOR_HERE) {
   static_assert(emulator::is_one_of<T, float, half>, "Axpy does not take this type");
-  emulator::binary("Axpy", dst, dst, src, count, where, [scalar](T a, T b) -> T { return a + b * scalar; });
+  emulator::binary("Axpy", dst, dst, src, count, where, emulator::rates::ASSUMED_AXPY, [scalar](T a, T b) -> T { return a + b * scalar; });
 }
 
 template <typename T>
 inline void Duplicate(const LocalTensor<T> &dst, const T &scalar, const int32_t &count, EMULATOR_HERE) {
   emulator::vector_operand("Duplicate", "dst", dst, where);
   emulator::some("Duplicate", count, where);
-  emulator::issue(PIPE_V, where);
+  emulator::issue(PIPE_V, where, emulator::of_repeats("Duplicate", emulator::rates::DUPLICATE, emulator::repeats_of(count * sizeof(T))));
+  if (emulator::skipped<T>()) return;
   std::fill_n(dst.touch("Duplicate", PIPE_V, 0, count, true, where), count, scalar);
 }
 
@@ -177,7 +183,8 @@ inline void Brcb(const LocalTensor<T> &dst, const LocalTensor<T> &src, const uin
   constexpr uint32_t c = emulator::BLOCK / sizeof(T);
   emulator::vector_operand("Brcb", "dst", dst, where), emulator::vector_operand("Brcb", "src0", src, where);
   emulator::some("Brcb", repeatTime, where);
-  emulator::issue(PIPE_V, where);
+  emulator::issue(PIPE_V, where, emulator::of_repeats("Brcb", emulator::rates::BRCB, repeatTime));
+  if (emulator::skipped<T>()) return;
   for (uint32_t r = 0; r < repeatTime; r++) {
     const T *x = src.touch("Brcb", PIPE_V, r * 8, 8, false, where);
     for (uint32_t k = 0; k < 8; k++)
@@ -199,7 +206,8 @@ inline void Cast(const LocalTensor<T> &dst, const LocalTensor<U> &src, const Rou
   if (!sound)
     fail(where, text("Cast from %s to %s in round mode %d; the emulator knows CAST_NONE to wider types and CAST_RINT to others",
                      type_name<U>(), type_name<T>(), static_cast<int>(mode)));
-  issue(PIPE_V, where);
+  issue(PIPE_V, where, of_repeats("Cast", rates::CAST, repeats_of(count * std::max(sizeof(T), sizeof(U)))));
+  if (skipped<T>() || skipped<U>()) return;
   const U *x = src.touch("Cast", PIPE_V, 0, count, false, where);
   T *z = dst.touch("Cast", PIPE_V, 0, count, true, where);
   for (uint32_t i = 0; i < count; i++) {

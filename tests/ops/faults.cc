@@ -3,6 +3,44 @@
 
 #include "host.h"
 
+enum Fault : uint32_t {
+  NONE,
+  MISALIGNED,
+  UB_OVERRUN,
+  BUFFER_OVERRUN,
+  ENQUEUED_TWICE,
+  NOT_FREED,
+  WRONG_POSITION,
+  PAST_THE_ARRAY,
+  NOT_ENQUEUED,
+  NO_BARRIER,
+  NO_SCALAR_WAIT,
+  FREED,
+  NEVER_SET,
+  LEFT_SET,
+  SOME_SYNC,
+  ENDLESS,
+  NO_SYNC,
+  EMPTY_QUEUE,
+  OVERLAP,
+  ODD_COPY,
+  SYNC_ALONE,
+  DEPTH,
+  EVENTS_SPENT,
+  NO_BATCH,
+  SMALL_WORK,
+  INIT_AGAIN,
+  // of the mixed kernel
+  L1_OVERRUN,
+  NO_CROSS_WAIT,
+  NO_CROSS_SET,
+  CROSS_LEFT,
+  WRONG_MATRIX,
+  ONE_ROW,
+  NO_LOAD_WAIT,
+  CUBE_EVENTS_SPENT,
+};
+
 namespace optiling {
 
 BEGIN_TILING_DATA_DEF(FaultTiling)
@@ -12,6 +50,7 @@ END_TILING_DATA_DEF;
 static ge::graphStatus Tile(gert::TilingContext *context) {
   FaultTiling tiling;
   tiling.set_fault(*context->GetAttrs()->GetInt(0));
+  if (tiling.fault != NO_BATCH) StartTogether(context);
   return Finish(context, tiling, 2, 0, 4096);
 }
 
@@ -41,40 +80,6 @@ using namespace optiling;
 
 using namespace AscendC;
 
-enum Fault : uint32_t {
-  NONE,
-  MISALIGNED,
-  UB_OVERRUN,
-  BUFFER_OVERRUN,
-  ENQUEUED_TWICE,
-  NOT_FREED,
-  WRONG_POSITION,
-  PAST_THE_ARRAY,
-  NOT_ENQUEUED,
-  NO_BARRIER,
-  NO_SCALAR_WAIT,
-  FREED,
-  NEVER_SET,
-  LEFT_SET,
-  SOME_SYNC,
-  ENDLESS,
-  NO_SYNC,
-  EMPTY_QUEUE,
-  OVERLAP,
-  ODD_COPY,
-  SYNC_ALONE,
-  DEPTH,
-  EVENTS_SPENT,
-  // of the mixed kernel
-  L1_OVERRUN,
-  NO_CROSS_WAIT,
-  NO_CROSS_SET,
-  CROSS_LEFT,
-  WRONG_MATRIX,
-  ONE_ROW,
-  NO_LOAD_WAIT,
-};
-
 // y = 2 x, [64] by each of two cores
 extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);
@@ -88,8 +93,9 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   pipe.InitBuffer(in, fault == DEPTH ? 2 : 1, n * 4);
   TQue<TPosition::VECIN, 1> more;
   if (fault == EVENTS_SPENT) pipe.InitBuffer(more, 8, n * 4);  // EVENTS_SPENT
+  if (fault == INIT_AGAIN) pipe.Reset(), pipe.InitBuffer(in, 1, n * 4);  // INIT_AGAIN
   pipe.InitBuffer(out, 1, n * 4);
-  pipe.InitBuffer(spare, fault == UB_OVERRUN ? 192 * 1024 : n * 4);  // UB_OVERRUN
+  pipe.InitBuffer(spare, fault == UB_OVERRUN ? 192 * 1024 : 328 * 4);  // UB_OVERRUN
   GlobalTensor<float> from, to, shared;
   from.SetGlobalBuffer((__gm__ float *)x + me * n), to.SetGlobalBuffer((__gm__ float *)y + me * n);
   shared.SetGlobalBuffer((__gm__ float *)GetUserWorkspace(workspace));
@@ -105,6 +111,7 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   if (fault == NOT_FREED) a = in.AllocTensor<float>();  // NOT_FREED
   LocalTensor<float> b = out.AllocTensor<float>(), c = spare.Get<float>();
   if (fault == WRONG_POSITION) DataCopy(b, from, n);  // WRONG_POSITION
+  if (fault == SMALL_WORK) ReduceMax(b, c, c[320], 320);  // SMALL_WORK: 8 floats, for a value and an index of each of 5 repeats
   Muls(c, a, 2.0f, n);
   if (fault != NO_BARRIER) PipeBarrier<PIPE_V>();
   Muls(b, c, 1.0f, fault == BUFFER_OVERRUN ? n + 8 : n);                   // NO_BARRIER BUFFER_OVERRUN
@@ -121,7 +128,7 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   DataCopy(shared[me * n], b, n);  // NO_SYNC: what the other core reads
   out.FreeTensor(b);
   if (fault == SOME_SYNC && me) return;
-  if (fault != NO_SYNC) SyncAll();  // SOME_SYNC SYNC_ALONE
+  if (fault != NO_SYNC) SyncAll();  // SOME_SYNC SYNC_ALONE NO_BATCH
   a = in.AllocTensor<float>();
   DataCopy(a, shared[(1 - me) * n], n);
   in.EnQue(a);
@@ -149,7 +156,10 @@ extern "C" void mixed(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
     TQue<TPosition::B2, 1> right;
     TQue<TPosition::CO1, 1> result;
     pipe.InitBuffer(rows, 1, fault == L1_OVERRUN ? 513 * 1024 : 1024);  // L1_OVERRUN
-    pipe.InitBuffer(left, 1, 1024), pipe.InitBuffer(right, 1, 1024), pipe.InitBuffer(result, 1, 1024);
+    TQue<TPosition::A2, 1> more;
+    if (fault == CUBE_EVENTS_SPENT) pipe.InitBuffer(more, 4, 1024);
+    pipe.InitBuffer(left, 1, 1024), pipe.InitBuffer(right, 1, 1024);  // CUBE_EVENTS_SPENT
+    pipe.InitBuffer(result, 1, 1024);
     LocalTensor<float> a1 = rows.AllocTensor<float>();
     DataCopy(a1, from, Nd2NzParams{1, 16, 16, 0, 16, 16, 1, 0});
     rows.EnQue(a1);

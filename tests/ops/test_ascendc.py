@@ -44,6 +44,13 @@ def test_rms_norm(shape, chip):
         agree(rms_norm.reference_add(eps), ascendc_rms_norm.ascendc_add(eps), [x, y, w], ways=how)
 
 
+def test_rows_that_block_reductions_sum():
+    """Of a multiple of 512 columns, up to 4,096."""
+    for columns in (512, 1536):
+        with cores(3):
+            agree(rms_norm.reference(EPS), ascendc_rms_norm.ascendc(EPS), [draw(11, columns), draw(columns)], ways=("eager",))
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", some(swiglu_cases.SHAPES), ids=str)
 def test_swiglu(shape, chip):
@@ -68,6 +75,38 @@ def test_cross_entropy(shape, chip):
     made = (entropy_cases.from_first(make(), 5) for make in (cross_entropy.reference, ascendc_cross_entropy.ascendc))
     with cores(chip):
         agree(*made, [z], (ids,), ways=ways(shape, [(3, 20000)]))
+
+
+def cross_entropy_terms(library, columns, rows=5):
+    """The emulator's message, and what the kernel gives of several rows a core: (top, total, picked), beside the formulas in float64."""
+    z = draw(rows, columns) * 4
+    at = np.arange(rows, dtype=np.int32) * 7919 % columns
+    found = [np.empty(rows, np.float32) for _ in range(3)]
+    with cores(1):
+        message = call(library, "qwen_cross_entropy", [z, at], found)
+    top = z.max(1)
+    return message, found, [top, np.exp(z.astype(np.float64) - top[:, None]).sum(1), z[np.arange(rows), at]]
+
+
+@pytest.mark.parametrize("columns", [257, 8192, 20000, 151936])
+def test_cross_entropy_of_several_rows_a_core(columns):
+    message, found, expected = cross_entropy_terms(build.emulated("cross_entropy"), columns)
+    assert message == ""
+    for a, b in zip(expected, found):
+        assert_close(a, b, 1e-6)
+
+
+def test_a_work_tensor_without_room_for_indices_is_refused(tmp_path):
+    """ReduceMax writes a value and an index for each 64 columns: with room for the values alone it would overwrite what lies behind."""
+    header, right = tmp_path / "cross_entropy.h", "AlignUp(2 * ((tiling.tile + 63) / 64), FLOATS)"
+    text = (build.KERNEL / "cross_entropy.h").read_text()
+    assert right in text
+    header.write_text(text.replace(right, "AlignUp((tiling.tile + 63) / 64, FLOATS)"))
+    entry = (build.KERNEL / "qwen_cross_entropy.cpp").read_text().replace('"cross_entropy.h"', f'"{header}"')
+    lines = ['#include "cross_entropy.cpp"', "using optiling::CrossEntropyTiling;", entry, '#include "launch.h"']
+    library = build.built("small_work", "\n".join([*lines, "EMULATED(qwen_cross_entropy, QwenCrossEntropy, false, true)\n"]), (header,))
+    message, _, _ = cross_entropy_terms(library, 20000)
+    assert "ReduceMax: sharedTmpBuffer has 128 elements and needs 256" in message
 
 
 def test_cross_entropy_of_padding_and_nan():
@@ -120,7 +159,7 @@ def test_bits_do_not_depend_on_the_number_of_cores():
         ("rope", "qwen_rope_norm_grad", [heads, head, cos, sin, turned], [heads.shape, head.shape], [EPS]),
     ):
         found = []
-        for chip in (1, 2, 3, 8):
+        for chip in (1, 2, 3, 8, 20, 24):
             outputs = [np.empty(shape, np.float32) for shape in shapes]
             with cores(chip):
                 assert call(build.emulated(family), name, inputs, outputs, attrs) == ""

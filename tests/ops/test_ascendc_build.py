@@ -66,6 +66,25 @@ def test_what_is_missing_to_build_the_package_is_said(tmp_path, monkeypatch):
     assert re.search(lacks, build.missing("package"))
 
 
+@pytest.mark.parametrize(
+    "file, text, found",
+    [
+        ("x86_64-linux/ascend_toolkit_install.info", "package_name=Ascend-cann-toolkit\nversion=8.2.RC1\n", "8.2"),
+        ("version.cfg", "# of the toolkit\nruntime_running_version=[7.7.0.1:9.2.0]\n", "7.7.0.1"),
+        ("compiler/version.info", "Version=9.1.0\n", "9.1.0"),
+        ("compiler/version.info", "Version=9.0\n", "9.0"),
+    ],
+)
+def test_another_version_of_cann_is_refused(tmp_path, monkeypatch, file, text, found):
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    assert build.version() == "" and "written for" not in build.missing("package")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert build.version() == found
+    words = f"CANN in {tmp_path} is {found}, and the kernels are written for 9.0 and 9.1; install one of these"
+    assert (words in build.missing("package")) == (not found.startswith("9."))
+
+
 def test_where_the_package_is_installed_is_asked_of_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("MS_SIMULATION_LEVEL", raising=False)
     monkeypatch.setenv("ASCEND_CUSTOM_OPP_PATH", f"/opt/other:{tmp_path / 'vendors' / build.VENDOR}")

@@ -82,6 +82,20 @@ def test_permute_and_combine(choice, chip):
         agree(combine(routing.reference_combine), combine(ascendc_routing.ascendc_combine), [y, weight], (slot,), **EAGER)
 
 
+def test_weights_of_rows_that_block_reductions_sum():
+    """The gradient of combine's weights is a sum over the columns of a row, here 1,024."""
+    expert = CHOICES["random"][0]
+    slot = np.argsort(np.argsort(expert.ravel(), kind="stable")).astype(np.int32)
+    y, weight = draw(expert.size, 1, 1024), draw(*expert.shape)
+    agree(
+        lambda y, weight, slot: routing.reference_combine()(y, slot, weight),
+        lambda y, weight, slot: ascendc_routing.ascendc_combine()(y, slot, weight),
+        [y, weight],
+        (slot,),
+        **EAGER,
+    )
+
+
 @pytest.mark.parametrize("chip", [1, 8])
 def test_rows_that_do_not_fit_at_once(chip):
     """Of 5,000 columns, in float16, which are copied as they are."""
@@ -249,10 +263,10 @@ def test_attention_in_half_precision(dtype, size):
 
 @pytest.mark.parametrize("size", [16, pytest.param(144, marks=SLOW)])
 def test_bits_do_not_depend_on_the_number_of_cores(size):
-    q, k, v = qkv(1, 140, 140, 4, 2, size)
-    inputs, outputs = [q, k, v, *documents(1, 140, 140)], (q.shape, (1, 4, 140))
+    q, k, v = qkv(1, 300, 300, 8, 4, size)
+    inputs, outputs = [q, k, v, *documents(1, 300, 300)], (q.shape, (1, 8, 300))
     found = []
-    for chip in (1, 3, 8):
+    for chip in (1, 3, 8, 24):
         o, lse, *grads = (np.empty(shape, np.float32) for shape in (*outputs, q.shape, k.shape, v.shape))
         with cores(chip):
             assert call(build.emulated("attention"), "qwen_attention", inputs, [o, lse], [SCALE, 0]) == ""

@@ -13,10 +13,10 @@ SOURCE = Path(__file__).parent / "faults.cc"
 # fault: what the message says. The line named is the one that bears the fault's name in the source.
 COPY = {
     "MISALIGNED": "Muls: dst begins at byte 260, which is not a multiple of 32",
-    "UB_OVERRUN": "InitBuffer: 196608 bytes more than the 512 in use make the UB overrun its 196608",
-    "BUFFER_OVERRUN": "Muls: 288 bytes from byte 0 of a buffer of 256 bytes in UB .VECCALC.: it overruns the buffer",
+    "UB_OVERRUN": "InitBuffer: 196608 bytes more than the 512 in use make the UB overrun its 196352",
+    "BUFFER_OVERRUN": "Muls: 288 bytes from byte 0 of a buffer of 256 bytes in UB .VECOUT.: it overruns the buffer",
     "ENQUEUED_TWICE": r"EnQue: a tensor that was enqueued at faults.cc:\d+",
-    "NOT_FREED": "AllocTensor: all 1 buffers of the queue are in use.*FreeTensor is missing",
+    "NOT_FREED": "deadlock: AllocTensor waits for ever: all 1 buffers of the queue are in use.*FreeTensor is missing",
     "WRONG_POSITION": "DataCopy: dst is in VECOUT and has to be in VECIN or VECCALC",
     "PAST_THE_ARRAY": "DataCopy reads 256 bytes from byte 260 of array 0 of the kernel, which has 512",
     "NOT_ENQUEUED": r"Muls reads bytes of UB that the MTE2 pipe may still be writing .faults.cc:\d+.: no queue or flag from MTE2 to vector",
@@ -31,6 +31,9 @@ COPY = {
     "DEPTH": "EnQue: 1 tensors wait already, and the queue's depth is 1",
     "EVENTS_SPENT": "InitBuffer: 9 buffers of queues from MTE2 to vector, each of which needs an event; a pair of pipes has 8",
     "SYNC_ALONE": "SyncAll in a kernel of KERNEL_TYPE_AIV_ONLY",
+    "NO_BATCH": r"SyncAll in an operator whose tiling function does not call SetScheduleMode.1.",
+    "INIT_AGAIN": "InitBuffer of a queue a second time: after Reset too it goes on from the buffer it was at; use another queue",
+    "SMALL_WORK": "ReduceMax: sharedTmpBuffer has 8 elements and needs 16: a value and an index for each of 5 repeats",
     "ODD_COPY": "DataCopy: 252 bytes are no whole blocks of 32",
 }
 MIXED = {
@@ -40,6 +43,7 @@ MIXED = {
     "NO_CROSS_SET": "vector core 0 of block 0 waits in CrossCoreWaitFlag of flag 3",
     "WRONG_MATRIX": "Mmad: fm is in B2 and has to be in A2",
     "ONE_ROW": "Mmad: m is 1",
+    "CUBE_EVENTS_SPENT": "InitBuffer: 6 buffers of queues from MTE1 to cube, .* a pair of pipes has 8, of which TPipe takes 3",
     "NO_LOAD_WAIT": r"LoadData: a tensor that was enqueued at faults.cc:\d+",
 }
 FAULTS = re.search(r"enum Fault : uint32_t \{(.*?)\};", SOURCE.read_text(), re.S)[1]

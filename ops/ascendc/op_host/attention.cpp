@@ -8,7 +8,7 @@ namespace optiling {
 REGISTER_TILING_DATA_CLASS(QwenAttention, AttentionTiling)
 REGISTER_TILING_DATA_CLASS(QwenAttentionGrad, AttentionTiling)
 
-constexpr uint64_t ROWS = 128, KEYS = 64, PANEL = 128, MOST_SIZE = 256, MOST_STRIDE = 65535;  // see op_kernel/attention_tiles.h
+constexpr uint64_t ROWS = 128, KEYS = 64, SPAN = 512, PANEL = 128, MOST_SIZE = 256, MOST_STRIDE = 65535;  // see op_kernel/attention_*.h
 
 static ge::graphStatus TileAttention(gert::TilingContext *context, bool grad) {
   AttentionTiling tiling;
@@ -31,11 +31,16 @@ static ge::graphStatus TileAttention(gert::TilingContext *context, bool grad) {
   const uint64_t panels = (size + PANEL - 1) / PANEL, high = grad ? ROWS / panels : ROWS, wide = KEYS / panels;
   const uint64_t tiles = batch * heads * ((queries + high - 1) / high), of_keys = batch * kv_heads * ((keys + wide - 1) / wide);
   const uint32_t blocks = static_cast<uint32_t>(std::min<uint64_t>(grad ? std::max(tiles, of_keys) : tiles, CubeCores(context)));
-  // Of a block: scores of two tiles, weights and results of one; of the gradient scores and their gradients of two tiles, both of one.
+  // Of a block: scores of three spans, weights and results of two; of the gradient scores
+  // and their gradients of three spans, p and ds of two.
   const uint64_t width = WidthOf(context->GetInputDesc(0)->GetDataType());
-  const uint64_t each = grad ? ROWS * KEYS * (4 * 4 + 2 * width) : ROWS * KEYS * (2 * 4 + width) + ROWS * panels * PANEL * 4;
-  const uint64_t deltas = grad ? batch * heads * RoundUp(static_cast<uint32_t>(queries), 8) * 4 : 0;
-  return Finish(context, tiling, blocks, DtypeKey(context->GetInputDesc(0)->GetDataType()), each * blocks + deltas);
+  const uint64_t each =
+      grad ? ROWS * (512 / width) * (6 * 4 + 4 * width) : ROWS * SPAN * (3 * 4 + 2 * width) + 2 * ROWS * panels * PANEL * 4;
+  // Of all: the ranges of segments and orders; of the gradient deltas.
+  const uint64_t ranges = batch * ((queries + ROWS - 1) / ROWS + (keys + SPAN - 1) / SPAN) * 4 * 4;
+  const uint64_t shared = ranges + (grad ? batch * heads * RoundUp(static_cast<uint32_t>(queries), 8) * 4 : 0);
+  StartTogether(context);
+  return Finish(context, tiling, blocks, DtypeKey(context->GetInputDesc(0)->GetDataType()), each * blocks + shared);
 }
 
 static ge::graphStatus TileForward(gert::TilingContext *context) { return TileAttention(context, false); }

@@ -9,7 +9,7 @@ REGISTER_TILING_DATA_CLASS(QwenGroupedMatmul, GroupedMatmulTiling)
 REGISTER_TILING_DATA_CLASS(QwenGroupedMatmulDx, GroupedMatmulTiling)
 REGISTER_TILING_DATA_CLASS(QwenGroupedMatmulDw, GroupedMatmulTiling)
 
-constexpr uint32_t EDGE = 128, MOST_STRIDE = 65535;  // of a tile; between two rows
+constexpr uint32_t HIGH = 128, WIDE = 256, MOST_STRIDE = 65535;  // of a tile; between two rows
 
 static ge::graphStatus Tile(gert::TilingContext *context, uint32_t groups, uint32_t from, uint32_t to, uint32_t rows, bool of_weights) {
   GroupedMatmulTiling tiling;
@@ -18,7 +18,7 @@ static ge::graphStatus Tile(gert::TilingContext *context, uint32_t groups, uint3
   tiling.set_groups(groups);
   tiling.set_from(from);
   tiling.set_to(to);
-  const uint64_t edge = EDGE, high = ((of_weights ? from : rows) + edge - 1) / edge, wide = (std::max(from, to) + edge - 1) / edge;
+  const uint64_t high = ((of_weights ? from : rows) + HIGH - 1) / HIGH, wide = (std::max(from, to) + WIDE - 1) / WIDE;
   const uint32_t tiles = static_cast<uint32_t>(std::min<uint64_t>(high * wide * groups, CubeCores(context)));
   return Finish(context, tiling, std::max(1u, tiles), DtypeKey(context->GetInputDesc(0)->GetDataType()));
 }

@@ -49,6 +49,10 @@ inline ge::graphStatus Refuse(gert::TilingContext *context, const char *why) {
   return ge::GRAPH_FAILED;
 }
 
+// For kernels whose blocks wait for each other (SyncAll): all are started at once, or none. Otherwise two such operators on two streams
+// could each hold a part of the cores for ever.
+inline void StartTogether(gert::TilingContext *context) { context->SetScheduleMode(1); }
+
 template <typename Tiling>
 inline ge::graphStatus Finish(gert::TilingContext *context, Tiling &tiling, uint32_t blocks, uint64_t key, size_t workspace = 0) {
   tiling.SaveToBuffer(context->GetRawTilingData()->GetData(), context->GetRawTilingData()->GetCapacity());

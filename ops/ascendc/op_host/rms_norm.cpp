@@ -11,7 +11,8 @@ REGISTER_TILING_DATA_CLASS(QwenRmsNormGrad, RmsNormTiling)
 REGISTER_TILING_DATA_CLASS(QwenAddRmsNormGrad, RmsNormTiling)
 
 constexpr uint32_t MOST_ROWS = 64;   // of a tile: enough for long copies
-constexpr uint32_t MOST_PARTS = 64;  // fixed by the shape, so that the sums do not depend on the number of cores
+// Fixed by the shape, so that the sums do not depend on the number of cores; 40 and 48 of them get equal shares.
+constexpr uint32_t MOST_PARTS = 240;
 
 // ins, outs: the arrays of rows; plain: the float32 rows beside them, of one row or of a tile.
 static ge::graphStatus TileRows(gert::TilingContext *context, uint32_t w, uint32_t ins, uint32_t outs, uint32_t row_plain, uint32_t plain,
@@ -25,7 +26,7 @@ static ge::graphStatus TileRows(gert::TilingContext *context, uint32_t w, uint32
   uint32_t tile = 0, buffers = 2;
   for (; buffers; buffers--) {
     const uint32_t row = padded * ((ins + outs) * (buffers * width + wide) + plain * 4) + 3 * BLOCK_BYTES;
-    const uint32_t work = RoundUp((n + 63) / 64, 8) * 4;
+    const uint32_t work = RoundUp((n + 7) / 8, 8) * 4;
     tile = fixed + work < room ? (room - fixed - work) / row : 0;
     if (tile) break;
   }
@@ -37,6 +38,7 @@ static ge::graphStatus TileRows(gert::TilingContext *context, uint32_t w, uint32
   tiling.set_buffers(buffers);
   tiling.set_parts(std::min(MOST_PARTS, rows));
   tiling.set_eps(*context->GetAttrs()->GetFloat(0));
+  if (grad) StartTogether(context);
   const size_t workspace = grad ? static_cast<size_t>(std::min(MOST_PARTS, rows)) * RoundUp(n, 8) * sizeof(float) : 0;
   return Finish(context, tiling, blocks, DtypeKey(type), workspace);
 }

@@ -10,7 +10,7 @@ REGISTER_TILING_DATA_CLASS(QwenRopeNorm, RopeTiling)
 REGISTER_TILING_DATA_CLASS(QwenRopeNormGrad, RopeTiling)
 
 constexpr uint32_t MOST_HEADS = 248;  // rows of one instruction, which has up to 255 repeats
-constexpr uint32_t MOST_PARTS = 64;
+constexpr uint32_t MOST_PARTS = 240;  // see rms_norm.cpp
 
 // queues: the arrays of heads that come and go; plain: float32 ones beside them; vectors: numbers beside each head.
 static ge::graphStatus TileHeads(gert::TilingContext *context, uint32_t queues, uint32_t plain, uint32_t vectors, bool grad) {
@@ -36,6 +36,7 @@ static ge::graphStatus TileHeads(gert::TilingContext *context, uint32_t queues, 
   tiling.set_half(half);
   tiling.set_tile(std::min({fit, MOST_HEADS / heads, each}));
   tiling.set_parts(parts);
+  if (grad) StartTogether(context);
   return Finish(context, tiling, blocks, DtypeKey(type), grad ? parts * RoundUp(size, 8) * sizeof(float) : 0);
 }
 

@@ -56,6 +56,7 @@ static ge::graphStatus Permute(gert::TilingContext *context, uint32_t choices, u
 }
 
 static ge::graphStatus TilePermute(gert::TilingContext *context) {
+  StartTogether(context);
   return Permute(context, 1, 0, static_cast<uint32_t>(*context->GetAttrs()->GetInt(0)));
 }
 static ge::graphStatus TilePermuteGrad(gert::TilingContext *context) { return Permute(context, 2, 0, 0); }

@@ -1,11 +1,14 @@
-// Flash attention (Dao 2023): for each tile of queries, a loop over tiles of keys with running maximum, sum and result.
+// Flash attention (Dao 2023): for each tile of 128 queries of a head, spans of 512 keys with running maximum, sum and result. Three spans
+// are under way in a block, also of one tile and the next:
 //
-//   cube      scores of tile i + 1 = q k^T     weights of tile i times v
-//   vector    weights of tile i, from its scores and the running maximum; then rescales the result if the maximum rose
+//   cube      scores of span j + 2 = q k^T        weights of span j times v
+//   vector    weights of span j + 1, from its scores and the running maximum        adds up the result of span j, rescaled
 #pragma once
-#include "attention_tiles.h"
+#include "attention_spans.h"
 
 namespace qwen {
+
+constexpr uint32_t AHEAD = 2, SLOTS_OF_SCORES = 3;  // spans of scores that are made ahead
 
 template <typename T>
 class Attention {
@@ -14,55 +17,139 @@ class Attention {
                              GM_ADDR o, GM_ADDR lse, GM_ADDR workspace, const AttentionTiling &tiling) {
     in_.Init(q, k, v, segment, key_segment, order, key_order, tiling);
     o_.SetGlobalBuffer((__gm__ T *)o), lse_.SetGlobalBuffer((__gm__ float *)lse);
-    const uint64_t floats = 2 * ROWS * KEYS + in_.panels * ROWS * TILE, bytes = floats * sizeof(float) + ROWS * KEYS * sizeof(T);
-    GM_ADDR mine = GetUserWorkspace(workspace) + BlockOf() * bytes;
-    scores_.SetGlobalBuffer((__gm__ float *)mine), result_.SetGlobalBuffer((__gm__ float *)mine + 2 * ROWS * KEYS);
+    const uint64_t floats = SLOTS_OF_SCORES * ROWS * SPAN + 2 * in_.panels * ROWS * TILE;
+    const uint64_t bytes = floats * sizeof(float) + 2 * ROWS * SPAN * sizeof(T);
+    GM_ADDR user = GetUserWorkspace(workspace);
+    GM_ADDR mine = user + BlockOf() * bytes;
+    scores_.SetGlobalBuffer((__gm__ float *)mine), result_.SetGlobalBuffer((__gm__ float *)mine + SLOTS_OF_SCORES * ROWS * SPAN);
     weights_.SetGlobalBuffer((__gm__ T *)(mine + floats * sizeof(float)));
-    if ASCEND_IS_AIC {
-      products_.Init(pipe_);
-      pipe_.InitBuffer(c_, 2, ROWS * TILE * sizeof(float));
-    } else {
-      Buffers();
-    }
-    const uint32_t tiles = (in_.S + ROWS - 1) / ROWS, tasks = in_.batch * in_.heads * tiles;
-    for (uint32_t task = BlockOf(); task < tasks; task += GetBlockNum()) {
-      const uint32_t b = task / tiles / in_.heads, head = task / tiles % in_.heads, first = task % tiles * ROWS;
-      const uint32_t rows = Least(ROWS, in_.S - first), keys = in_.KeysFor(first + rows - 1);
-      if ASCEND_IS_AIC
-        Cube(b, head, first, rows, keys);
-      else
-        Vector(b, head, MineOf(first, rows), keys);
-    }
+    ranges_.Init(in_, user + GetBlockNum() * bytes);
+    if ASCEND_IS_AIC
+      CubeBuffers();
+    else
+      VectorBuffers();
+    PipeBarrier<PIPE_ALL>();
+    SyncAll<false>();
+    if ASCEND_IS_AIC
+      Cube();
+    else
+      Vector();
   }
 
  private:
-  __aicore__ inline void Cube(uint32_t b, uint32_t head, uint32_t first, uint32_t rows, uint32_t keys) {
-    const uint32_t kv = head / (in_.heads / in_.kv_heads);
-    Scores(b, head, kv, first, rows, 0, Least(KEYS, keys), 0);
-    for (uint32_t t = 0, i = 0; t < keys; t += KEYS, i++) {
-      const uint32_t next = t + KEYS, n = Least(KEYS, keys - t);
-      if (next < keys) Scores(b, head, kv, first, rows, next, Least(KEYS, keys - next), (i + 1) % 2);
-      CrossCoreWaitFlag(WEIGHTS_READY);
-      Matrix<T, false> p = {weights_, KEYS}, v = {in_.v[in_.Key(b, t, kv)], in_.KeyStride()};
-      for (uint32_t panel = 0; panel < in_.panels; panel++) Result(p, v, rows, n, panel);
-      CrossCoreSetFlag<2, PIPE_FIX>(RESULT_READY);
-    }
+  static constexpr uint32_t PIECE = 128, DEPTH = 256 / sizeof(T);     // keys of a product, and of L0
+  static constexpr uint32_t WEIGHTS_AT_ONCE = 64 * 1024 / ROWS / sizeof(T);  // keys of weights in L1
+
+  // The cube.
+  __aicore__ inline void CubeBuffers() {
+    // 512 KiB of L1: 128 for weights; for heads of up to 64 KiB two tiles of queries and four of keys or values, else one and two
+    const uint32_t head = ROWS * AlignUp(in_.size, FRACTAL_ROWS) * sizeof(T);
+    keys_in_l1_ = head > 64 * 1024 ? 2 : 4;
+    pipe_.InitBuffer(q1_, keys_in_l1_ / 2, head), pipe_.InitBuffer(kv1_, keys_in_l1_, head);
+    pipe_.InitBuffer(p1_, 2, ROWS * WEIGHTS_AT_ONCE * sizeof(T));
+    pipe_.InitBuffer(a2_, 2, ROWS * DEPTH * sizeof(T)), pipe_.InitBuffer(b2_, 2, PIECE * DEPTH * sizeof(T));
+    pipe_.InitBuffer(c_, 2, ROWS * TILE * sizeof(float));
   }
-  __aicore__ inline void Scores(uint32_t b, uint32_t head, uint32_t kv, uint32_t first, uint32_t rows, uint32_t key, uint32_t n,
-                                uint32_t slot) {
-    LocalTensor<float> c = c_.AllocTensor<float>();
-    Matrix<T, false> q = {in_.q[in_.Query(b, first, head)], in_.QueryStride()};
-    Matrix<T, true> k = {in_.k[in_.Key(b, key, kv)], in_.KeyStride()};
-    products_.Multiply(c, q, k, rows, n, in_.size, false);
-    Put(scores_[slot * ROWS * KEYS], c, rows, n, KEYS);
+  __aicore__ inline void Cube() {
+    Walk<T> ahead, behind;
+    ahead.Begin(&in_, &ranges_, ROWS, SPAN), behind.Begin(&in_, &ranges_, ROWS, SPAN);
+    bool more = ahead.Next();
+    uint32_t made = 0;
+    for (; made < AHEAD && more; made++, more = ahead.Next()) Scores(ahead.at, made);
+    for (uint32_t j = 0; behind.Next(); j++) {
+      if (more) {
+        Scores(ahead.at, made++);
+        more = ahead.Next();
+      }
+      Result(behind.at, j);
+    }
+    if (holds_q_) q1_.FreeTensor(q_);
+  }
+  __aicore__ inline void Scores(const Handover &at, uint32_t j) {
+    if (at.begins) {
+      if (holds_q_) q1_.FreeTensor(q_);
+      q_ = q1_.template AllocTensor<T>(), holds_q_ = true;
+      ToL1(q_, in_.q[in_.Query(at.b, at.first, at.head)], at.rows, in_.size, in_.QueryStride());
+      q1_.EnQue(q_);
+      q_ = q1_.template DeQue<T>();
+    }
+    const uint32_t wide = AlignUp(at.n, REPEAT), kv = at.head / (in_.heads / in_.kv_heads);
+    for (uint32_t c = 0; c < wide; c += PIECE) {
+      const uint32_t n = Least(PIECE, wide - c);
+      Load(in_.k[in_.Key(at.b, at.key + c, kv)], Least(PIECE, at.n - c), n);
+      LocalTensor<T> k1 = kv1_.template DeQue<T>();
+      LocalTensor<float> made = c_.AllocTensor<float>();
+      for (uint32_t d = 0; d < in_.size; d += DEPTH) {
+        const uint32_t depth = Least(DEPTH, in_.size - d);
+        LocalTensor<T> a2 = a2_.template AllocTensor<T>(), b2 = b2_.template AllocTensor<T>();
+        LoadRows(a2, q_, at.rows, in_.size, d, depth);
+        LoadColumns(b2, k1, n, d, depth);
+        a2_.EnQue(a2), b2_.EnQue(b2);
+        a2 = a2_.template DeQue<T>(), b2 = b2_.template DeQue<T>();
+        MultiplyL0(made, a2, b2, at.rows, n, depth, false, d > 0);
+        a2_.FreeTensor(a2), b2_.FreeTensor(b2);
+      }
+      kv1_.FreeTensor(k1);
+      Put(scores_[static_cast<uint64_t>(j % SLOTS_OF_SCORES) * ROWS * SPAN + c], made, at.rows, n, SPAN);
+    }
     CrossCoreSetFlag<2, PIPE_FIX>(SCORES_READY);
   }
-  __aicore__ inline void Result(const Matrix<T, false> &p, Matrix<T, false> v, uint32_t rows, uint32_t n, uint32_t panel) {
-    const uint32_t columns = in_.PanelSize(panel);
-    LocalTensor<float> c = c_.AllocTensor<float>();
-    v.at = v.From(0, panel * TILE);
-    products_.Multiply(c, p, v, rows, columns, n, false);
-    Put(result_[panel * ROWS * TILE], c, rows, columns, TILE);
+  // Rows of keys or values into L1, `high` there: those past `rows` are zeros.
+  __aicore__ inline void Load(const GlobalTensor<T> &from, uint32_t rows, uint32_t high) {
+    LocalTensor<T> l1 = kv1_.template AllocTensor<T>();
+    if (rows < high) {
+      InitConstValueParams<T> zeros;
+      zeros.repeatTimes = 1, zeros.blockNum = AlignUp(high, FRACTAL_ROWS) * AlignUp(in_.size, FRACTAL_ROWS) * sizeof(T) / 32;
+      InitConstValue(l1, zeros);
+      PipeBarrier<PIPE_MTE2>();
+    }
+    ToL1(l1, from, rows, in_.size, in_.KeyStride(), high);
+    kv1_.EnQue(l1);
+  }
+  __aicore__ inline void Values(const Handover &at, uint32_t c) {
+    const uint32_t kv = at.head / (in_.heads / in_.kv_heads), n = Least(PIECE, at.n - c);
+    Load(in_.v[in_.Key(at.b, at.key + c, kv)], n, n);
+  }
+  __aicore__ inline void Result(const Handover &at, uint32_t j) {
+    const uint32_t first = Least(at.n, keys_in_l1_ * PIECE);
+    for (uint32_t c = 0; c < first; c += PIECE) Values(at, c);
+    CrossCoreWaitFlag<2, PIPE_MTE2>(WEIGHTS_READY);
+    LocalTensor<float> sums[2];
+    for (uint32_t panel = 0; panel < in_.panels; panel++) sums[panel] = c_.AllocTensor<float>();
+    LocalTensor<T> p1;
+    for (uint32_t c = 0; c < at.n; c += PIECE) {
+      const uint32_t n = Least(PIECE, at.n - c), within = c % WEIGHTS_AT_ONCE, begin = c - within,
+                     held = Least(WEIGHTS_AT_ONCE, at.n - begin);
+      if (within == 0) {
+        p1 = p1_.template AllocTensor<T>();
+        ToL1(p1, weights_[static_cast<uint64_t>(j % 2) * ROWS * SPAN + c], at.rows, held, SPAN);
+        p1_.EnQue(p1);
+        p1 = p1_.template DeQue<T>();
+      }
+      LocalTensor<T> v1 = kv1_.template DeQue<T>();
+      for (uint32_t d = 0; d < n; d += DEPTH) {
+        const uint32_t depth = Least(DEPTH, n - d);
+        LocalTensor<T> a2 = a2_.template AllocTensor<T>();
+        LoadRows(a2, p1, at.rows, held, within + d, depth);
+        a2_.EnQue(a2);
+        a2 = a2_.template DeQue<T>();
+        for (uint32_t panel = 0; panel < in_.panels; panel++) {
+          LocalTensor<T> b2 = b2_.template AllocTensor<T>();
+          LoadTurned(b2, v1, n, in_.size, d, depth, panel * TILE, in_.PanelSize(panel));
+          b2_.EnQue(b2);
+          b2 = b2_.template DeQue<T>();
+          MultiplyL0(sums[panel], a2, b2, at.rows, in_.PanelSize(panel), depth, false, c + d > 0);
+          b2_.FreeTensor(b2);
+        }
+        a2_.FreeTensor(a2);
+      }
+      kv1_.FreeTensor(v1);
+      if (first + c < at.n) Values(at, first + c);
+      if (begin + held == c + n) p1_.FreeTensor(p1);
+    }
+    for (uint32_t panel = 0; panel < in_.panels; panel++)
+      Put(result_[static_cast<uint64_t>(j % 2 * in_.panels + panel) * ROWS * TILE], sums[panel], at.rows, in_.PanelSize(panel), TILE);
+    CrossCoreSetFlag<2, PIPE_FIX>(RESULT_READY);
   }
   __aicore__ inline void Put(const GlobalTensor<float> &to, const LocalTensor<float> &made, uint32_t m, uint32_t n, uint32_t stride) {
     c_.EnQue(made);
@@ -71,119 +158,187 @@ class Attention {
     c_.FreeTensor(c);
   }
 
-  __aicore__ inline void Buffers() {
-    hidden_.Init(pipe_);
-    in_tile_.Init(pipe_, HALF * TILE, 1), weights_out_.Init(pipe_, HALF * KEYS, 1);
-    pipe_.InitBuffer(o_out_, 1, HALF * TILE * sizeof(T));
+  // The vector cores.
+  __aicore__ inline void VectorBuffers() {
+    at_once_ = sizeof(T) == 2 && in_.panels == 1 ? 16 : 8;
+    ranges_.Buffers(pipe_), mask_.Init(pipe_, SPAN, &ranges_);
+    ranges_.Find(in_);
+    scores_in_.Init(pipe_, at_once_ * SPAN, 2), result_in_.Init(pipe_, FEW * TILE, 2);
+    pipe_.InitBuffer(weights_out_, 2, at_once_ * SPAN * sizeof(T)), pipe_.InitBuffer(o_out_, 1, FEW * TILE * sizeof(T));
     pipe_.InitBuffer(sum_, in_.panels * HALF * TILE * sizeof(float)), pipe_.InitBuffer(spread_, HALF * 32);
-    pipe_.InitBuffer(numbers_, 4 * HALF * sizeof(float)), pipe_.InitBuffer(lse_out_, 1, HALF * sizeof(float));
+    pipe_.InitBuffer(partial_, at_once_ * SPAN / FLOATS * sizeof(float));
+    pipe_.InitBuffer(numbers_, 8 * HALF * sizeof(float)), pipe_.InitBuffer(lse_out_, 1, HALF * sizeof(float));
   }
-  __aicore__ inline void Vector(uint32_t b, uint32_t head, Mine mine, uint32_t keys) {
-    LocalTensor<float> top = numbers_.Get<float>(), total = top[HALF];
-    if (mine.rows) {
+  __aicore__ inline void Vector() {
+    Walk<T> ahead, behind;
+    ahead.Begin(&in_, &ranges_, ROWS, SPAN), behind.Begin(&in_, &ranges_, ROWS, SPAN);
+    for (uint32_t j = 0; ahead.Next(); j++) {
+      Weights(ahead.at, j);
+      if (j == 0) continue;
+      behind.Next();
+      AddUp(behind.at, j - 1);
+      last_ = j;
+    }
+    if (behind.Next()) AddUp(behind.at, last_);
+  }
+  // Numbers of 64 rows: the running maximum and sum of a tile and of the next; what two spans' sums are rescaled by; of a
+  // span, the largest so far (or what is to spare) and the sum.
+  __aicore__ inline LocalTensor<float> Top(uint32_t task) { return numbers_.Get<float>()[task % 2 * HALF]; }
+  __aicore__ inline LocalTensor<float> Total(uint32_t task) { return numbers_.Get<float>()[(2 + task % 2) * HALF]; }
+  __aicore__ inline LocalTensor<float> Fall(uint32_t j) { return numbers_.Get<float>()[(4 + j % 2) * HALF]; }
+  __aicore__ inline LocalTensor<float> Spare() { return numbers_.Get<float>()[6 * HALF]; }
+  __aicore__ inline LocalTensor<float> Part() { return numbers_.Get<float>()[7 * HALF]; }
+
+  // The weights of a span, of which the columns past n are nobody's.
+  __aicore__ inline void Weights(const Handover &at, uint32_t j) {
+    const Mine mine = MineOf(at.first, at.rows);
+    const uint32_t wide = AlignUp(at.n, REPEAT);
+    if (mine.rows && at.begins) {
       VectorBarrier();
-      Duplicate(top, -3.0e38f, HALF), Duplicate(total, 0.0f, HALF);
-      for (uint32_t panel = 0; panel < in_.panels; panel++) Duplicate(Sum(panel), 0.0f, mine.rows * TILE);
-      hidden_.Queries(in_, b, mine);
+      Duplicate(Top(at.task), LOWEST_TOP, HALF), Duplicate(Total(at.task), 0.0f, HALF);
+      knows_queries_ = false;
     }
-    for (uint32_t t = 0, i = 0; t < keys; t += KEYS, i++) {
-      CrossCoreWaitFlag(SCORES_READY);
-      if (mine.rows) Weights(b, mine.rows, t, Least(KEYS, keys - t), i % 2);
-      CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY);
-      CrossCoreWaitFlag(RESULT_READY);
-      if (mine.rows) AddUp(mine.rows);
+    if (mine.rows && at.masked != Masked::NOT) {
+      const uint64_t query = static_cast<uint64_t>(at.b) * in_.S + mine.first, key = static_cast<uint64_t>(at.b) * in_.keys + at.key;
+      if (!knows_queries_) mask_.Rows(in_.segment[query], in_.order[query], mine.rows), knows_queries_ = true;
+      mask_.Columns(in_.key_segment[key], in_.key_order[key], at.n, wide);
     }
-    if (mine.rows) Finish(b, head, mine);
+    CrossCoreWaitFlag<2, PIPE_MTE2>(SCORES_READY);
+    if (mine.rows) LoadScores(j, mine, 0, wide);
+    for (uint32_t r = 0; r < mine.rows; r += at_once_) {
+      if (r + at_once_ < mine.rows) LoadScores(j, mine, r + at_once_, wide);
+      Rows(at, j, mine, r, Least(at_once_, mine.rows - r), wide);
+    }
+    if (mine.rows) Rise(at.task, j, mine.rows);
+    CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY);
   }
-  // The weights of a tile's keys, of which the columns past n are nobody's. `fall` is left: what the sum and the result so far are times.
-  __aicore__ inline void Weights(uint32_t b, uint32_t rows, uint32_t key, uint32_t n, uint32_t slot) {
-    const uint32_t count = rows * KEYS, skipped = GetSubBlockIdx() * HALF;
-    LocalTensor<float> numbers = numbers_.Get<float>(), top = numbers, total = numbers[HALF], fall = numbers[2 * HALF],
-                       most = numbers[3 * HALF];
-    LocalTensor<float> spread = spread_.Get<float>(), spare = hidden_.Spare();
-    in_tile_.Load(scores_[(slot * ROWS + skipped) * KEYS], 1, count);
-    hidden_.Keys(in_, b, key, n);
-    LocalTensor<float> hidden = hidden_.Of(rows, n), s = in_tile_.Wait(count), p = weights_out_.Get();
-    VectorBarrier();
-    Muls(p, s, in_.scale, count);
-    in_tile_.Free();
-    VectorBarrier();
-    Axpy(p, hidden, HIDE, count);
-    VectorBarrier();
-    WholeReduceMax(most, p, n, rows, 1, 1, KEYS / FLOATS, ReduceOrder::ORDER_ONLY_VALUE);
-    VectorBarrier();
-    Max(most, most, top, rows);
+  __aicore__ inline void LoadScores(uint32_t j, Mine mine, uint32_t r, uint32_t wide) {
+    const uint64_t at = static_cast<uint64_t>(j % SLOTS_OF_SCORES * ROWS + mine.skipped + r) * SPAN;
+    scores_in_.Load(scores_[at], Least(at_once_, mine.rows - r), wide, SPAN - wide);
+  }
+  // After a span: the running maximum and sum, and what the result before it is to be rescaled by.
+  __aicore__ inline void Rise(uint32_t task, uint32_t j, uint32_t rows) {
+    LocalTensor<float> top = Top(task), total = Total(task), fall = Fall(j), most = Spare();
     VectorBarrier();
     Sub(fall, top, most, rows);
     VectorBarrier();
     Exp(fall, fall, rows);
     Muls(top, most, 1.0f, rows);
-    SpreadRows(spread, most, rows);
-    Sub(p, p, spread, static_cast<uint64_t>(KEYS), static_cast<uint8_t>(rows), {1, 1, 0, 8, 8, 1});
     VectorBarrier();
-    Exp(p, p, count);
-    VectorBarrier();
-    Mul(spare, p, hidden, count);
-    VectorBarrier();
-    Sub(p, p, spare, count);
-    VectorBarrier();
-    WholeReduceSum(most, p, n, rows, 1, 1, KEYS / FLOATS);
     Mul(total, total, fall, rows);
     VectorBarrier();
-    Add(total, total, most, rows);
-    weights_out_.Store(weights_[skipped * KEYS], 1, count, count);
+    Add(total, total, Part(), rows);
+  }
+  // Of some rows of a span, from row r on: the weights, their sum, and the largest score so far.
+  __aicore__ inline void Rows(const Handover &at, uint32_t j, Mine mine, uint32_t r, uint32_t rows, uint32_t wide) {
+    const uint32_t count = rows * wide, row = mine.skipped + r;
+    const uint8_t repeats = rows, stride = wide / FLOATS;
+    LocalTensor<float> most = Spare()[r], spread = spread_.Get<float>(), x = scores_in_.Wait(count);
+    VectorBarrier();
+    Muls(x, x, in_.scale, count);
+    VectorBarrier();
+    if (at.masked != Masked::NOT) mask_.Apply(x, r, rows, wide, at.masked, false);
+    Largest(most, x, rows, wide);
+    Max(most, most, Top(at.task)[r], rows);
+    SpreadRows(spread, most, rows);
+    for (uint32_t c = 0; c < wide; c += REPEAT)
+      Sub(x[c], x[c], spread, static_cast<uint64_t>(REPEAT), repeats, {1, 1, 0, stride, stride, 1});
+    VectorBarrier();
+    LocalTensor<T> p = weights_out_.template AllocTensor<T>();
+    Exp(x, x, count);
+    VectorBarrier();
+    if constexpr (IsSameType<T, float>::value)
+      Muls(p, x, 1.0f, count);
+    else
+      Cast(p, x, RoundMode::CAST_RINT, count);
+    Sum(Part()[r], x, rows, wide);
+    scores_in_.Free();
+    weights_out_.EnQue(p);
+    p = weights_out_.template DeQue<T>();
+    DataCopyExtParams copy;
+    copy.blockCount = rows, copy.blockLen = wide * sizeof(T), copy.dstStride = (SPAN - wide) * sizeof(T);
+    DataCopyPad(weights_[static_cast<uint64_t>(j % 2 * ROWS + row) * SPAN], p, copy);
+    weights_out_.FreeTensor(p);
+  }
+  // Of each row: the largest of each block of 8, and then of those, which are up to 64.
+  __aicore__ inline void Largest(const LocalTensor<float> &to, const LocalTensor<float> &x, uint32_t rows, uint32_t wide) {
+    LocalTensor<float> partial = partial_.Get<float>();
+    BlockReduceMax(partial, x, rows * wide / REPEAT, REPEAT, 1, 1, FLOATS);
+    VectorBarrier();
+    WholeReduceMax(to, partial, wide / FLOATS, rows, 1, 1, wide / FLOATS / FLOATS, ReduceOrder::ORDER_ONLY_VALUE);
+    VectorBarrier();
+  }
+  __aicore__ inline void Sum(const LocalTensor<float> &to, const LocalTensor<float> &x, uint32_t rows, uint32_t wide) {
+    LocalTensor<float> partial = partial_.Get<float>();
+    BlockReduceSum(partial, x, rows * wide / REPEAT, REPEAT, 1, 1, FLOATS);
+    VectorBarrier();
+    WholeReduceSum(to, partial, wide / FLOATS, rows, 1, 1, wide / FLOATS / FLOATS);
+    VectorBarrier();
   }
   // [HALF, TILE]: the sum so far
-  __aicore__ inline LocalTensor<float> Sum(uint32_t panel) { return sum_.Get<float>()[panel * HALF * TILE]; }
-  // sum = sum * numbers of rows
-  __aicore__ inline void Scale(uint32_t rows) {
+  __aicore__ inline LocalTensor<float> SumOf(uint32_t panel) { return sum_.Get<float>()[panel * HALF * TILE]; }
+  // sum = sum * fall + the span's
+  __aicore__ inline void AddUp(const Handover &at, uint32_t j) {
+    const Mine mine = MineOf(at.first, at.rows);
+    CrossCoreWaitFlag<2, PIPE_MTE2>(RESULT_READY);
+    if (mine.rows == 0) return;
+    if (!at.begins) SpreadRows(spread_.Get<float>(), Fall(j), mine.rows);
     for (uint32_t panel = 0; panel < in_.panels; panel++) {
-      LocalTensor<float> sum = Sum(panel);
-      MulEach(sum, sum, spread_.Get<float>(), rows, AlignUp(in_.PanelSize(panel), FLOATS), TILE);
+      const uint32_t columns = AlignUp(in_.PanelSize(panel), FLOATS);
+      LocalTensor<float> sum = SumOf(panel);
+      LoadResult(j, panel, mine, 0);
+      if (!at.begins) MulEach(sum, sum, spread_.Get<float>(), mine.rows, columns, TILE);
+      for (uint32_t r = 0; r < mine.rows; r += FEW) {
+        const uint32_t count = Least(FEW, mine.rows - r) * TILE;
+        if (r + FEW < mine.rows) LoadResult(j, panel, mine, r + FEW);
+        LocalTensor<float> part = result_in_.Wait(count);
+        VectorBarrier();
+        if (at.begins)
+          Muls(sum[r * TILE], part, 1.0f, count);
+        else
+          Add(sum[r * TILE], sum[r * TILE], part, count);
+        result_in_.Free();
+      }
     }
+    if (at.ends) Finish(at, mine);
   }
-  // sum = sum * fall + the tile's
-  __aicore__ inline void AddUp(uint32_t rows) {
-    SpreadRows(spread_.Get<float>(), numbers_.Get<float>()[2 * HALF], rows);
-    Scale(rows);
-    for (uint32_t panel = 0; panel < in_.panels; panel++) {
-      in_tile_.Load(result_[(panel * ROWS + GetSubBlockIdx() * HALF) * TILE], 1, rows * TILE);
-      LocalTensor<float> sum = Sum(panel), part = in_tile_.Wait(rows * TILE);
-      VectorBarrier();
-      Add(sum, sum, part, rows * TILE);
-      in_tile_.Free();
-    }
+  __aicore__ inline void LoadResult(uint32_t j, uint32_t panel, Mine mine, uint32_t r) {
+    const uint64_t at = (static_cast<uint64_t>(j % 2 * in_.panels + panel) * ROWS + mine.skipped + r) * TILE;
+    result_in_.Load(result_[at], 1, Least(FEW, mine.rows - r) * TILE);
   }
   // o = sum / total, lse = top + ln(total). A query that sees no key has a total of 0, and a result of 0.
-  __aicore__ inline void Finish(uint32_t b, uint32_t head, Mine mine) {
-    LocalTensor<float> numbers = numbers_.Get<float>(), top = numbers, total = numbers[HALF], share = numbers[3 * HALF];
+  __aicore__ inline void Finish(const Handover &at, Mine mine) {
+    LocalTensor<float> top = Top(at.task), total = Total(at.task), share = Spare();
     VectorBarrier();
     Adds(total, total, 1.0e-30f, mine.rows);  // to no effect on others, which are at least 1; a NaN stays
     Duplicate(share, 1.0f, HALF);
     VectorBarrier();
     Div(share, share, total, mine.rows);
     SpreadRows(spread_.Get<float>(), share, mine.rows);
-    Scale(mine.rows);
     LocalTensor<float> lse = lse_out_.AllocTensor<float>();
     Ln(lse, total, mine.rows);
     VectorBarrier();
     Add(lse, lse, top, mine.rows);
     lse_out_.EnQue(lse);
     lse = lse_out_.DeQue<float>();
-    const uint64_t at = (static_cast<uint64_t>(b) * in_.heads + head) * in_.S + mine.first;
-    DataCopyPad(lse_[at], lse, DataCopyExtParams{1, static_cast<uint32_t>(mine.rows * sizeof(float)), 0, 0, 0});
+    const uint64_t to = (static_cast<uint64_t>(at.b) * in_.heads + at.head) * in_.S + mine.first;
+    DataCopyPad(lse_[to], lse, DataCopyExtParams{1, static_cast<uint32_t>(mine.rows * sizeof(float)), 0, 0, 0});
     lse_out_.FreeTensor(lse);
-    for (uint32_t panel = 0; panel < in_.panels; panel++) Store(in_.Query(b, mine.first, head) + panel * TILE, mine.rows, panel);
+    for (uint32_t panel = 0; panel < in_.panels; panel++) {
+      LocalTensor<float> sum = SumOf(panel);
+      MulEach(sum, sum, spread_.Get<float>(), mine.rows, AlignUp(in_.PanelSize(panel), FLOATS), TILE);
+      VectorBarrier();
+      for (uint32_t r = 0; r < mine.rows; r += FEW)
+        Store(in_.Query(at.b, mine.first + r, at.head) + panel * TILE, sum[r * TILE], Least(FEW, mine.rows - r), in_.PanelSize(panel));
+    }
   }
   // Rows of the result, which lie TILE apart, into those of a head.
-  __aicore__ inline void Store(uint64_t at, uint32_t rows, uint32_t panel) {
-    const uint32_t columns = in_.PanelSize(panel);
+  __aicore__ inline void Store(uint64_t at, const LocalTensor<float> &sum, uint32_t rows, uint32_t columns) {
     LocalTensor<T> o = o_out_.template AllocTensor<T>();
-    VectorBarrier();
     if constexpr (IsSameType<T, float>::value)
-      Muls(o, Sum(panel), 1.0f, rows * TILE);
+      Muls(o, sum, 1.0f, rows * TILE);
     else
-      Cast(o, Sum(panel), RoundMode::CAST_RINT, rows * TILE);
+      Cast(o, sum, RoundMode::CAST_RINT, rows * TILE);
     o_out_.EnQue(o);
     o = o_out_.template DeQue<T>();
     DataCopyExtParams copy;
@@ -193,19 +348,28 @@ class Attention {
     o_out_.FreeTensor(o);
   }
 
+  static constexpr uint32_t FEW = 16;  // rows of a result at a time
   TPipe pipe_;
   Inputs<T> in_;
+  Ranges ranges_;
   GlobalTensor<T> o_, weights_;
   GlobalTensor<float> lse_, scores_, result_;
   // of the cube
-  Products<T> products_;
+  TQue<TPosition::A1, 1> q1_, p1_;
+  TQue<TPosition::B1, 4> kv1_;
+  TQue<TPosition::A2, 1> a2_;
+  TQue<TPosition::B2, 1> b2_;
   TQue<TPosition::CO1, 1> c_;
+  LocalTensor<T> q_;
+  bool holds_q_ = false;
+  uint32_t keys_in_l1_;  // tiles of them
   // of the vector cores
-  Hidden hidden_;
-  In<float> in_tile_;  // of scores, and of a panel of the result
-  Out<T> weights_out_;
-  TQue<TPosition::VECOUT, 1> o_out_, lse_out_;
-  TBuf<TPosition::VECCALC> sum_, spread_, numbers_;
+  SpanMask mask_;
+  In<float> scores_in_, result_in_;
+  TQue<TPosition::VECOUT, 1> weights_out_, o_out_, lse_out_;
+  TBuf<TPosition::VECCALC> sum_, spread_, partial_, numbers_;
+  uint32_t at_once_, last_ = 0;  // rows of scores at a time
+  bool knows_queries_ = false;
 };
 
 }  // namespace qwen

@@ -24,7 +24,7 @@ class CrossEntropy {
         picked_.SetGlobalBuffer((__gm__ float *)picked);
     z_in_.Init(pipe_, tiling.tile, 2);
     pipe_.InitBuffer(exp_, tiling.tile * sizeof(float));
-    pipe_.InitBuffer(work_, AlignUp((tiling.tile + 63) / 64, FLOATS) * sizeof(float));
+    pipe_.InitBuffer(work_, AlignUp(2 * ((tiling.tile + 63) / 64), FLOATS) * sizeof(float));  // a value and an index for each repeat
     pipe_.InitBuffer(numbers_, 4 * 32);
     pipe_.InitBuffer(results_, 1, 3 * RESULTS * sizeof(float));
     const Share mine = ShareOf(tiling.rows, GetBlockIdx(), GetBlockNum());

@@ -27,8 +27,8 @@ __aicore__ inline uint32_t Padded(uint32_t n) {
   return AlignUp(n, 32 / sizeof(T));
 }
 
-// Tiles of rows on their way into float32.
-template <typename T>
+// Tiles of rows on their way into float32, of which up to WAITING may be loaded before the first is taken.
+template <typename T, uint32_t WAITING = 2>
 class In {
  public:
   __aicore__ inline void Init(TPipe &pipe, uint32_t elements, uint32_t buffers) {
@@ -73,7 +73,7 @@ class In {
   }
 
  private:
-  TQue<TPosition::VECIN, 2> queue_;  // two tiles may wait
+  TQue<TPosition::VECIN, WAITING> queue_;
   TBuf<TPosition::VECCALC> wide_;
   LocalTensor<T> held_;
 };
@@ -165,19 +165,42 @@ __aicore__ inline void MulEach(const LocalTensor<float> &dst, const LocalTensor<
     Mul(dst[c], src[c], each, static_cast<uint64_t>(Least(REPEAT, n - c)), static_cast<uint8_t>(rows), {1, 1, 0, stride, stride, 1});
 }
 
-// dw = the sum of rows of n floats, `row` apart, that cores wrote: each core adds up some columns of all, in order.
+// to[0] = the sum of n floats, without the scalar unit where n allows. work: WorkOfSum(n) floats.
+__aicore__ inline uint32_t WorkOfSum(uint32_t n) { return AlignUp((n + FLOATS - 1) / FLOATS, FLOATS); }
+__aicore__ inline void RowSum(const LocalTensor<float> &to, const LocalTensor<float> &x, const LocalTensor<float> &work, uint32_t n) {
+  VectorBarrier();
+  if (n % (REPEAT * FLOATS) || n > REPEAT * REPEAT) {
+    ReduceSum(to, x, work, static_cast<int32_t>(n));
+    return;
+  }
+  BlockReduceSum(work, x, n / REPEAT, REPEAT, 1, 1, FLOATS);
+  VectorBarrier();
+  BlockReduceSum(work, work, n / REPEAT / FLOATS, REPEAT, 1, 1, FLOATS);
+  VectorBarrier();
+  WholeReduceSum(to, work, n / REPEAT, 1, 1, 1, FLOATS);
+}
+
+// dw = the sum of rows of n floats, `row` apart, that cores wrote: each core adds up some columns of all, in an order fixed by how many
+// there are.
 template <typename T>
 class SumOfParts {
  public:
-  __aicore__ inline void Init(TPipe &pipe) { in_.Init(pipe, COLUMNS, 1), out_.Init(pipe, COLUMNS, 1); }
+  __aicore__ inline void Init(TPipe &pipe) { in_.Init(pipe, AT_ONCE * COLUMNS, 2), out_.Init(pipe, COLUMNS, 1); }
   __aicore__ inline void Run(const GlobalTensor<float> &parts, uint32_t count, uint32_t n, uint32_t row, const GlobalTensor<T> &to) {
     for (uint32_t c = GetBlockIdx() * COLUMNS; c < n; c += GetBlockNum() * COLUMNS) {
-      const uint32_t columns = Least(COLUMNS, n - c);
+      const uint32_t columns = Least(COLUMNS, n - c), padded = AlignUp(columns, FLOATS);
       LocalTensor<float> total = out_.Get();
       Duplicate(total, 0.0f, COLUMNS);
-      for (uint32_t p = 0; p < count; p++) {
-        in_.Load(parts[static_cast<uint64_t>(p) * row + c], 1, columns);
-        LocalTensor<float> x = in_.Wait(columns);
+      for (uint32_t p = 0; p < count; p += AT_ONCE) {
+        uint32_t rows = Least(AT_ONCE, count - p);
+        in_.Load(parts[static_cast<uint64_t>(p) * row + c], rows, columns, row - columns);
+        LocalTensor<float> x = in_.Wait(rows * padded);
+        while (rows > 1) {
+          const uint32_t left = (rows + 1) / 2;
+          VectorBarrier();
+          Add(x, x, x[left * padded], (rows - left) * padded);
+          rows = left;
+        }
         VectorBarrier();
         Add(total, total, x, columns);
         in_.Free();
@@ -187,7 +210,7 @@ class SumOfParts {
   }
 
  private:
-  static constexpr uint32_t COLUMNS = 128;
+  static constexpr uint32_t COLUMNS = 128, AT_ONCE = 64;
   In<float> in_;
   Out<T> out_;
 };

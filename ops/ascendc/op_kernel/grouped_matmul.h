@@ -1,18 +1,19 @@
 // y[r] = x[r] w[group of r], for rows in order of group; `ends` has the index after the last row of each group. And the gradients
-// dx[r] = dy[r] w^T and dw[g] = x^T dy over the rows of the group. Tiles of the result are assigned to the cores in turn.
+// dx[r] = dy[r] w^T and dw[g] = x^T dy over the rows of the group. Tiles of the result, 128 by 256, are assigned to the cores in turn.
 #pragma once
 #include "product.h"
 
 namespace qwen {
 
 enum class Side { Y, DX };
+constexpr uint32_t WIDE = 256;  // of a tile of the result
 
 template <typename T>
 class GroupedBase {
  protected:
   __aicore__ inline void Buffers() {
     products_.Init(pipe_);
-    pipe_.InitBuffer(result_, 2, TILE * TILE * sizeof(float));
+    pipe_.InitBuffer(result_, 1, TILE * WIDE * sizeof(float));
   }
   __aicore__ inline void Store(const LocalTensor<float> &made, const GlobalTensor<T> &to, uint32_t m, uint32_t n, uint32_t stride) {
     result_.EnQue(made);
@@ -22,7 +23,7 @@ class GroupedBase {
   }
 
   TPipe pipe_;
-  Products<T> products_;
+  Products<T, WIDE> products_;
   TQue<TPosition::CO1, 1> result_;
 };
 
@@ -40,8 +41,8 @@ class GroupedMatmul : GroupedBase<T> {
     for (uint32_t g = 0; g < tiling.groups; g++) {
       const uint32_t end = ends_at.GetValue(g);
       for (uint32_t r = first; r < end; r += TILE)
-        for (uint32_t c = 0; c < to; c += TILE, tile++)
-          if (tile % GetBlockNum() == GetBlockIdx()) Tile(g, r, c, Least(TILE, end - r), Least(TILE, to - c), from, to);
+        for (uint32_t c = 0; c < to; c += WIDE, tile++)
+          if (tile % GetBlockNum() == GetBlockIdx()) Tile(g, r, c, Least(TILE, end - r), Least(WIDE, to - c), from, to);
       first = end;
     }
   }
@@ -73,7 +74,7 @@ class GroupedMatmulDw : GroupedBase<T> {
     for (uint32_t g = 0; g < tiling.groups; g++) {
       const uint32_t end = ends_at.GetValue(g);
       for (uint32_t i = 0; i < from_; i += TILE)
-        for (uint32_t o = 0; o < to_; o += TILE, tile++)
+        for (uint32_t o = 0; o < to_; o += WIDE, tile++)
           if (tile % GetBlockNum() == GetBlockIdx()) Tile(g, first, end - first, i, o);
       first = end;
     }
@@ -81,7 +82,7 @@ class GroupedMatmulDw : GroupedBase<T> {
 
  private:
   __aicore__ inline void Tile(uint32_t group, uint32_t first, uint32_t rows, uint32_t i, uint32_t o) {
-    const uint32_t m = Least(TILE, from_ - i), n = Least(TILE, to_ - o);
+    const uint32_t m = Least(TILE, from_ - i), n = Least(WIDE, to_ - o);
     LocalTensor<float> c = this->result_.template AllocTensor<float>();
     if (rows) {
       Matrix<T, true> x = {x_[static_cast<uint64_t>(first) * from_ + i], from_};

@@ -6,6 +6,7 @@ namespace qwen {
 
 constexpr uint32_t COLUMNS = 4096;  // of a row in UB at a time
 constexpr uint32_t SLOTS = 1024;    // numbers written together
+constexpr uint32_t ROWS_AHEAD = 8, ROWS_AHEAD_OF_GRAD = 4;  // rows that are loaded before the first is taken
 
 // Integers that the scalar unit computes, which are written in order.
 class IntsOut {
@@ -157,7 +158,7 @@ class Combine {
   __aicore__ inline void Run(GM_ADDR rows, GM_ADDR slot, GM_ADDR weight, GM_ADDR out, const PermuteTiling &tiling) {
     rows_.SetGlobalBuffer((__gm__ T *)rows), out_.SetGlobalBuffer((__gm__ T *)out), slot_.SetGlobalBuffer((__gm__ int32_t *)slot);
     if constexpr (WEIGHTED) weight_.SetGlobalBuffer((__gm__ float *)weight);
-    rows_in_.Init(pipe_, COLUMNS, 2), out_out_.Init(pipe_, COLUMNS, 2);
+    rows_in_.Init(pipe_, COLUMNS, ROWS_AHEAD), out_out_.Init(pipe_, COLUMNS, 2);
     const Share tokens = ShareOf(tiling.tokens, GetBlockIdx(), GetBlockNum());
     for (uint32_t t = tokens.begin; t < tokens.end; t++)
       for (uint32_t c = 0; c < tiling.width; c += COLUMNS) Part(t, c, Least(COLUMNS, tiling.width - c), tiling);
@@ -167,18 +168,23 @@ class Combine {
   __aicore__ inline void Part(uint32_t token, uint32_t c, uint32_t n, const PermuteTiling &tiling) {
     LocalTensor<float> sum = out_out_.Get();
     Duplicate(sum, 0.0f, n);
-    for (uint32_t j = 0; j < tiling.k; j++) {
-      const uint64_t i = static_cast<uint64_t>(token) * tiling.k + j;
-      const uint32_t slot = static_cast<uint32_t>(slot_.GetValue(i));
-      if (slot >= tiling.rows) continue;
-      rows_in_.Load(rows_[static_cast<uint64_t>(slot) * tiling.width + c], 1, n);
-      LocalTensor<float> row = rows_in_.Wait(n);
-      VectorBarrier();
-      if constexpr (WEIGHTED)
-        Axpy(sum, row, weight_.GetValue(i), n);
-      else
-        Add(sum, sum, row, n);
-      rows_in_.Free();
+    for (uint32_t first = 0; first < tiling.k; first += ROWS_AHEAD) {
+      const uint32_t last = Least(first + ROWS_AHEAD, tiling.k);
+      uint32_t slots[ROWS_AHEAD];
+      for (uint32_t j = first; j < last; j++) {
+        slots[j - first] = static_cast<uint32_t>(slot_.GetValue(static_cast<uint64_t>(token) * tiling.k + j));
+        if (slots[j - first] < tiling.rows) rows_in_.Load(rows_[static_cast<uint64_t>(slots[j - first]) * tiling.width + c], 1, n);
+      }
+      for (uint32_t j = first; j < last; j++) {
+        if (slots[j - first] >= tiling.rows) continue;
+        LocalTensor<float> row = rows_in_.Wait(n);
+        VectorBarrier();
+        if constexpr (WEIGHTED)
+          Axpy(sum, row, weight_.GetValue(static_cast<uint64_t>(token) * tiling.k + j), n);
+        else
+          Add(sum, sum, row, n);
+        rows_in_.Free();
+      }
     }
     out_out_.Store(out_[static_cast<uint64_t>(token) * tiling.width + c], 1, n, n);
   }
@@ -187,7 +193,7 @@ class Combine {
   GlobalTensor<T> rows_, out_;
   GlobalTensor<float> weight_;
   GlobalTensor<int32_t> slot_;
-  In<T> rows_in_;
+  In<T, ROWS_AHEAD> rows_in_;
   Out<T> out_out_;
 };
 
@@ -200,8 +206,8 @@ class CombineGrad {
     y_.SetGlobalBuffer((__gm__ T *)y), dout_.SetGlobalBuffer((__gm__ T *)dout), dy_.SetGlobalBuffer((__gm__ T *)dy);
     slot_.SetGlobalBuffer((__gm__ int32_t *)slot), weight_.SetGlobalBuffer((__gm__ float *)weight),
         dweight_.SetGlobalBuffer((__gm__ float *)dweight);
-    y_in_.Init(pipe_, COLUMNS, 2), dout_in_.Init(pipe_, COLUMNS, 1), dy_out_.Init(pipe_, COLUMNS, 2);
-    pipe_.InitBuffer(products_, COLUMNS * sizeof(float)), pipe_.InitBuffer(work_, COLUMNS / 64 * sizeof(float));
+    y_in_.Init(pipe_, COLUMNS, ROWS_AHEAD_OF_GRAD), dout_in_.Init(pipe_, COLUMNS, 1), dy_out_.Init(pipe_, COLUMNS, 2);
+    pipe_.InitBuffer(products_, COLUMNS * sizeof(float)), pipe_.InitBuffer(work_, WorkOfSum(COLUMNS) * sizeof(float));
     pipe_.InitBuffer(dots_, (tiling.k + 1) * 32), pipe_.InitBuffer(dweight_out_, 1, AlignUp(tiling.k, FLOATS) * sizeof(float));
     const Share tokens = ShareOf(tiling.tokens, GetBlockIdx(), GetBlockNum());
     for (uint32_t t = tokens.begin; t < tokens.end; t++) Token(t, tiling);
@@ -216,7 +222,16 @@ class CombineGrad {
       const uint32_t n = Least(COLUMNS, tiling.width - c);
       dout_in_.Load(dout_[static_cast<uint64_t>(token) * tiling.width + c], 1, n);
       LocalTensor<float> dout = dout_in_.Wait(n);
-      for (uint32_t j = 0; j < tiling.k; j++) Choice(static_cast<uint64_t>(token) * tiling.k + j, j, c, n, dout, tiling);
+      for (uint32_t first = 0; first < tiling.k; first += ROWS_AHEAD_OF_GRAD) {
+        const uint32_t last = Least(first + ROWS_AHEAD_OF_GRAD, tiling.k);
+        uint32_t slots[ROWS_AHEAD_OF_GRAD];
+        for (uint32_t j = first; j < last; j++) {
+          slots[j - first] = static_cast<uint32_t>(slot_.GetValue(static_cast<uint64_t>(token) * tiling.k + j));
+          if (slots[j - first] < tiling.rows) y_in_.Load(y_[static_cast<uint64_t>(slots[j - first]) * tiling.width + c], 1, n);
+        }
+        for (uint32_t j = first; j < last; j++)
+          if (slots[j - first] < tiling.rows) Choice(token, j, slots[j - first], c, n, dout, tiling);
+      }
       dout_in_.Free();
     }
     LocalTensor<float> dweight = dweight_out_.AllocTensor<float>();
@@ -230,30 +245,26 @@ class CombineGrad {
                 DataCopyExtParams{1, static_cast<uint32_t>(tiling.k * sizeof(float)), 0, 0, 0});
     dweight_out_.FreeTensor(dweight);
   }
-  __aicore__ inline void Choice(uint64_t i, uint32_t j, uint32_t c, uint32_t n, const LocalTensor<float> &dout,
+  __aicore__ inline void Choice(uint32_t token, uint32_t j, uint32_t slot, uint32_t c, uint32_t n, const LocalTensor<float> &dout,
                                 const PermuteTiling &tiling) {
-    const uint32_t slot = static_cast<uint32_t>(slot_.GetValue(i));
-    if (slot >= tiling.rows) return;
-    const uint64_t at = static_cast<uint64_t>(slot) * tiling.width + c;
     LocalTensor<float> dots = dots_.Get<float>(), products = products_.Get<float>(), sum = dots[tiling.k * FLOATS];
-    y_in_.Load(y_[at], 1, n);
     LocalTensor<float> y = y_in_.Wait(n), dy = dy_out_.Get();
-    Muls(dy, dout, weight_.GetValue(i), n);
+    Muls(dy, dout, weight_.GetValue(static_cast<uint64_t>(token) * tiling.k + j), n);
     VectorBarrier();
     Mul(products, y, dout, n);
     y_in_.Free();
-    VectorBarrier();
-    ReduceSum(sum, products, work_.Get<float>(), n);
+    RowSum(sum, products, work_.Get<float>(), n);
     VectorBarrier();
     Add(dots[j * FLOATS], dots[j * FLOATS], sum, 1);
-    dy_out_.Store(dy_[at], 1, n, n);
+    dy_out_.Store(dy_[static_cast<uint64_t>(slot) * tiling.width + c], 1, n, n);
   }
 
   TPipe pipe_;
   GlobalTensor<T> y_, dout_, dy_;
   GlobalTensor<float> weight_, dweight_;
   GlobalTensor<int32_t> slot_;
-  In<T> y_in_, dout_in_;
+  In<T, ROWS_AHEAD_OF_GRAD> y_in_;
+  In<T> dout_in_;
   Out<T> dy_out_;
   TBuf<TPosition::VECCALC> products_, work_, dots_;
   TQue<TPosition::VECOUT, 1> dweight_out_;

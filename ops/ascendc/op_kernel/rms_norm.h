@@ -10,15 +10,12 @@ class Scales {
   __aicore__ inline void Init(TPipe &pipe, uint32_t rows, uint32_t n) {
     pipe.InitBuffer(sums_, rows * 32);
     pipe.InitBuffer(ones_, rows * 32);
-    pipe.InitBuffer(work_, AlignUp((n + 63) / 64, FLOATS) * sizeof(float));
+    pipe.InitBuffer(work_, WorkOfSum(n) * sizeof(float));
     Duplicate(ones_.Get<float>(), 1.0f, rows * FLOATS);
   }
   __aicore__ inline void Of(const LocalTensor<float> &squares, uint32_t rows, uint32_t n, uint32_t padded, float eps) {
     LocalTensor<float> sums = sums_.Get<float>(), work = work_.Get<float>();
-    for (uint32_t r = 0; r < rows; r++) {
-      VectorBarrier();
-      ReduceSum(sums[r * FLOATS], squares[r * padded], work, n);
-    }
+    for (uint32_t r = 0; r < rows; r++) RowSum(sums[r * FLOATS], squares[r * padded], work, n);
     const uint32_t count = rows * FLOATS;
     VectorBarrier();
     Muls(sums, sums, 1.0f / static_cast<float>(n), count);
@@ -119,6 +116,8 @@ class RmsNormGrad {
     Rows(tiling);
     PipeBarrier<PIPE_ALL>();
     SyncAll();
+    pipe_.Reset();
+    dw_sum_.Init(pipe_);
     dw_sum_.Run(partial_, parts_, n_, row_, dw_);
   }
 
@@ -132,7 +131,6 @@ class RmsNormGrad {
     pipe_.InitBuffer(dots_, tiling.tile * 32);
     pipe_.InitBuffer(total_, padded_ * sizeof(float));
     scales_.Init(pipe_, tiling.tile, n_);
-    dw_sum_.Init(pipe_);
   }
   __aicore__ inline void Rows(const RmsNormTiling &tiling) {
     Buffers(tiling);

@@ -165,6 +165,8 @@ class RopeNormGrad {
     w_in_.Free();
     PipeBarrier<PIPE_ALL>();
     SyncAll();
+    pipe_.Reset();
+    dw_sum_.Init(pipe_);
     dw_sum_.Run(partial_, tiling.parts, 2 * size_.half, row_, dw_);
   }
 
@@ -177,7 +179,6 @@ class RopeNormGrad {
     pipe_.InitBuffer(turned_, elements * sizeof(float)), pipe_.InitBuffer(spare_, elements * sizeof(float));
     pipe_.InitBuffer(total_, 2 * size_.padded * sizeof(float));
     scales_.Init(pipe_, size_.Rows()), dots_.Init(pipe_, size_.Rows());
-    dw_sum_.Init(pipe_);
   }
   __aicore__ inline void Part(uint32_t p, Share tokens, const RopeTiling &tiling) {
     LocalTensor<float> total = total_.Get<float>();

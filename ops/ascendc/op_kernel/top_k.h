@@ -162,6 +162,9 @@ class TopKGrad {
     weight_.SetGlobalBuffer((__gm__ float *)weight), dprobs_.SetGlobalBuffer((__gm__ float *)dprobs);
     dweight_.SetGlobalBuffer((__gm__ float *)dweight), dlogits_.SetGlobalBuffer((__gm__ float *)dlogits);
     const uint32_t elements = tiling.tile * padded_;
+    choices_ = AlignUp(k_, FLOATS);
+    weight_in_.Init(pipe_, tiling.tile * choices_, 1), dweight_in_.Init(pipe_, tiling.tile * choices_, 1);
+    pipe_.InitBuffer(expert_in_, 1, tiling.tile * choices_ * sizeof(int32_t));
     probs_in_.Init(pipe_, elements, 2), dprobs_in_.Init(pipe_, elements, 1), dlogits_out_.Init(pipe_, elements, 2);
     numbers_.Init(pipe_, tiling.tile, n_, padded_);
     const Share mine = ShareOf(tiling.rows, GetBlockIdx(), GetBlockNum());
@@ -173,11 +176,22 @@ class TopKGrad {
     const uint64_t at = static_cast<uint64_t>(row) * n_;
     const uint32_t count = rows * padded_;
     probs_in_.Load(probs_[at], rows, n_), dprobs_in_.Load(dprobs_[at], rows, n_);
+    const uint64_t first = static_cast<uint64_t>(row) * k_;
+    weight_in_.Load(weight_[first], rows, k_), dweight_in_.Load(dweight_[first], rows, k_);
+    LocalTensor<int32_t> expert = expert_in_.AllocTensor<int32_t>();
+    DataCopyPad(expert, expert_[first],
+                DataCopyExtParams{static_cast<uint16_t>(rows), static_cast<uint32_t>(k_ * sizeof(int32_t)), 0, 0, 0},
+                DataCopyPadExtParams<int32_t>{false, 0, 0, 0});
+    expert_in_.EnQue(expert);
+    expert = expert_in_.DeQue<int32_t>();
+    LocalTensor<float> weight = weight_in_.Wait(rows * choices_), dweight = dweight_in_.Wait(rows * choices_);
     LocalTensor<float> p = probs_in_.Wait(count), g = dprobs_in_.Wait(count), out = dlogits_out_.Get();
     Add(out, p, g, count);  // the scalar unit waits for the vector unit, which has waited for the copies
     Sync<HardEvent::V_S>();
-    for (uint32_t r = 0; r < rows; r++) Scatter(row + r, r * padded_, p, g, shares);
+    for (uint32_t r = 0; r < rows; r++)
+      Scatter(r * padded_, p, g, expert[r * choices_], weight[r * choices_], dweight[r * choices_], shares);
     Sync<HardEvent::S_V>();
+    expert_in_.FreeTensor(expert), weight_in_.Free(), dweight_in_.Free();
     Mul(out, g, p, count);
     LocalTensor<float> dot = numbers_.Sum(out, rows);
     const uint8_t stride = padded_ / FLOATS;
@@ -188,29 +202,30 @@ class TopKGrad {
     probs_in_.Free(), dprobs_in_.Free();
     dlogits_out_.Store(dlogits_[at], rows, n_, count);
   }
-  __aicore__ inline void Scatter(uint32_t row, uint32_t at, const LocalTensor<float> &p, const LocalTensor<float> &g, bool shares) {
-    const uint64_t first = static_cast<uint64_t>(row) * k_;
+  __aicore__ inline void Scatter(uint32_t at, const LocalTensor<float> &p, const LocalTensor<float> &g, const LocalTensor<int32_t> &expert,
+                                 const LocalTensor<float> &weight, const LocalTensor<float> &dweight, bool shares) {
     float sum = 1.0f, mean = 0.0f;
     if (shares) {
       sum = 0.0f;
       for (uint32_t j = 0; j < k_; j++) {
-        sum += p.GetValue(at + expert_.GetValue(first + j));
-        mean += dweight_.GetValue(first + j) * weight_.GetValue(first + j);
+        sum += p.GetValue(at + expert.GetValue(j));
+        mean += dweight.GetValue(j) * weight.GetValue(j);
       }
     }
     for (uint32_t j = 0; j < k_; j++) {
-      const uint32_t e = at + expert_.GetValue(first + j);
-      g.SetValue(e, g.GetValue(e) + (dweight_.GetValue(first + j) - mean) / sum);
+      const uint32_t e = at + expert.GetValue(j);
+      g.SetValue(e, g.GetValue(e) + (dweight.GetValue(j) - mean) / sum);
     }
   }
 
   TPipe pipe_;
   GlobalTensor<float> probs_, weight_, dprobs_, dweight_, dlogits_;
   GlobalTensor<int32_t> expert_;
-  In<float> probs_in_, dprobs_in_;
+  In<float> probs_in_, dprobs_in_, weight_in_, dweight_in_;
+  TQue<TPosition::VECIN, 1> expert_in_;
   Out<float> dlogits_out_;
   RowNumbers numbers_;
-  uint32_t n_, k_, padded_;
+  uint32_t n_, k_, padded_, choices_;
 };
 
 }  // namespace qwen

@@ -68,7 +68,7 @@ class TilingContext {
   RuntimeAttrs attrs;
   TilingData tiling;
   size_t workspace = 0;
-  uint32_t blocks = 0;
+  uint32_t blocks = 0, schedule_mode = 0;
   uint64_t key = 0;
   std::string refusal;
 
@@ -81,6 +81,10 @@ class TilingContext {
   const char *GetNodeName() const { return "op"; }
   void SetBlockDim(uint32_t n) { blocks = n; }
   void SetTilingKey(uint64_t n) { key = n; }
+  ge::graphStatus SetScheduleMode(uint32_t mode) {
+    schedule_mode = mode;
+    return ge::GRAPH_SUCCESS;
+  }
 };
 
 }  // namespace gert
