@@ -172,6 +172,9 @@ class Server:
                 raise Refused(str(found)) from found
             if isinstance(found, Exception):
                 raise Refused("the engine failed; try again", status=500, code="internal_error") from found
+            if found.finish_reason == "error":
+                words = "the model's logits for this text are NaN or infinite, so it has no next token"
+                raise Refused(words, status=500, code="not_finite")
             if choices[index].reason is None:
                 yield index, *choices[index].push(found)
                 if choices[index].reason:
