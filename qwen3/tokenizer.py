@@ -3,19 +3,15 @@
 Source: the Qwen2 tokenizer of the released models, and `apply_chat_template` of transformers.
 """
 
-import datetime
-import functools
 import json
 import re
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import tokenizers
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from qwen3 import template
 from qwen3.json_files import exists, read_bytes, read_json, read_text
 from qwen3.schema import Token, TokenizerJson, checked, short
 
@@ -191,9 +187,8 @@ class Tokenizer:
         if enable_thinking is not None:
             context["enable_thinking"] = enable_thinking
         try:
-            plain = json.loads(json.dumps({**context, **kw}))  # the template receives only plain JSON data, no objects with methods
-            return _compile(self.chat_template).render(plain)
-        except Exception as e:  # a template is foreign code: it can fail in any way
+            return template.render(self.chat_template, {**context, **kw})
+        except (ValueError, TypeError, RecursionError) as e:  # also of data that are not JSON
             raise ValueError(f"chat template: {e}; check the messages against the template") from e
 
 
@@ -256,44 +251,3 @@ def _content(token):
     """The text of a token that the config gives as a text or as an object; None where it gives none."""
     token = token.content if isinstance(token, Token) else token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """A sandbox that raises an error for an unsafe attribute, which the base class renders as empty text."""
-
-    def unsafe_undefined(self, obj, attribute):
-        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
-
-
-class _Generation(Extension):
-    """The tag `{% generation %} ... {% endgeneration %}`, with which transformers marks the assistant's text. Like theirs, it is a
-    scope."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_rendered", [jinja2.nodes.ContextReference()]), [], [], body).set_lineno(line)
-
-    def _rendered(self, context, caller):
-        before, after = context.get("generation_marks") or ("", "")
-        return f"{before}{caller()}{after}"
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(template):
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-    env.filters["tojson"] = _tojson
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return env.from_string(template)
-
-
-def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """The filter `tojson` of transformers. It does not escape HTML, which the filter of jinja2 does."""
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message):
-    raise jinja2.TemplateError(message)
