@@ -195,7 +195,9 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
     def read_cast(path, slices):
         value = hf.cast(read(path, slices), dtype, path)
         if not _finite(value):
-            raise ValueError(f"{text}: the parameter {path} has values that are NaN or infinite; use another checkpoint, or copy the file again")
+            raise ValueError(
+                f"{text}: the parameter {path} has values that are NaN or infinite; use another checkpoint, or copy the file again"
+            )
         return value
 
     def params(sharding):

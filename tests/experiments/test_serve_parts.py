@@ -54,6 +54,20 @@ def test_a_template_cannot_leave_its_sandbox(tokenizer):
         parse(evil, messages=[{"role": "user", "content": "x"}])
 
 
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(tokenizer, monkeypatch):
+    from qwen3 import tokenizer as module
+
+    read, encoded = [], module._encoded
+    monkeypatch.setattr(module, "_encoded", lambda backend, pieces: read.append(sum(map(len, pieces))) or encoded(backend, pieces))
+    for text in ("many words, " * 80_000, "x" * 900_000, "é" * 400_000):
+        for body in ({"prompt": text}, {"messages": [{"role": "user", "content": text}]}):
+            read.clear()
+            kind = "completion" if "prompt" in body else "chat"
+            with pytest.raises(serve_requests.Refused, match="more than 200 tokens, and a prompt and its answer have room for 200"):
+                parse(tokenizer, kind, **body)
+            assert sum(read) < 20_000
+
+
 class FakeEngine:
     """Says the prompt again; its step fails where a prompt has 13, and its submit refuses one of 99."""
 
