@@ -8,6 +8,7 @@ import resource
 import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
 
 from aiohttp import web
 
@@ -95,7 +96,11 @@ class Server:
         """Refuses a request whose Host is not in settings.hosts. Without this check, a web page whose DNS name points to this address
         (DNS rebinding) could send requests, as its browser takes the server for the page's own."""
         hosts = self.settings.hosts
-        if hosts is not None and request.url.host not in hosts:
+        try:
+            host = request.url.host
+        except ValueError as wrong:
+            raise Refused("the Host header is not a host name with, perhaps, a port", code="wrong_host") from wrong
+        if hosts is not None and host not in hosts:
             raise Refused(f"the host of the request must be {' or '.join(hosts)}", status=403, code="wrong_host")
         return await handler(request)
 
@@ -160,6 +165,8 @@ class Server:
             data = await asyncio.wait_for(request.read(), BODY_S)
         except asyncio.TimeoutError as late:
             raise Refused(f"the body did not arrive within {BODY_S} s", status=408) from late
+        except (web.RequestPayloadError, ValueError) as wrong:  # such as plain text with Content-Encoding: gzip
+            raise Refused("the body does not have the Content-Encoding or Transfer-Encoding that its headers name") from wrong
         s = self.settings
         arguments = (data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults)
         return await asyncio.get_running_loop().run_in_executor(self.parsers, parse, *arguments)
@@ -209,6 +216,39 @@ class Server:
         return response
 
 
+class _Protocol(web.RequestHandler):
+    """aiohttp's side of one connection. Its answers to what is no HTTP request are OpenAI's JSON too, and are not logged: anyone can send
+    such bytes, as often as they like."""
+
+    def handle_error(self, request, status=500, exc=None, message=None):
+        if status >= 500 and exc is not None:
+            report(exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun already")
+        words = (
+            "the server failed; see its log"
+            if status >= 500
+            else f"this is no HTTP request that the server can read: {HTTPStatus(status).phrase}"
+        )
+        response = web.json_response(error(words, code="internal_error" if status >= 500 else "bad_http", status=status), status=status)
+        response.force_close()
+        return response
+
+
+class Connect:
+    """Makes the protocol of a new connection, and lists the open connections. manager: aiohttp's web.Server."""
+
+    def __init__(self, manager):
+        self.manager = manager
+
+    def __call__(self):
+        return _Protocol(self.manager, loop=asyncio.get_running_loop(), **self.manager._kwargs)
+
+    @property
+    def connections(self):
+        return self.manager.connections
+
+
 def connection_limit(asked):
     """The most connections: `asked`, or fewer where the process's limit of open files leaves room for fewer. Raises ValueError for none."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -233,7 +273,7 @@ class Gate:
     """Accepts connections, as many as server.most_connections at a time; further ones wait until one closes. Connections without a request
     at work for server.idle_s seconds are closed: idle ones, and those whose request's head does not arrive.
 
-    connect: the protocol factory of aiohttp, which also lists the open connections.
+    connect: a Connect.
     """
 
     def __init__(self, connect, server):
@@ -285,7 +325,7 @@ async def serve(server, host, port, ready, stop, drain_s):
     await runner.setup()
     sockets, tasks = await listen(host, port), []
     try:
-        gate = Gate(runner.server, server)
+        gate = Gate(Connect(runner.server), server)
         tasks += [asyncio.create_task(gate.accept(sock)) for sock in sockets]
         tasks.append(asyncio.create_task(gate.close_idle()))
         ready(sockets[0].getsockname()[1])

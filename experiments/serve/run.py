@@ -1,8 +1,10 @@
 """Runs experiments.serve: the engine in the calling thread, the HTTP server in another; SIGTERM and SIGINT end both."""
 
 import asyncio
+import ipaddress
 import os
 import signal
+import socket
 import threading
 
 from experiments.serve.engine import Worker
@@ -58,8 +60,16 @@ def run(settings, make, most, host, port, drain_s, connections, idle_s):
 
 
 def names(host):
-    """Returns the host names that requests may name: the loopback's for a server on the loopback, else None, which accepts any."""
-    return LOOPBACK if host in LOOPBACK else None
+    """Returns the host names that requests may name: the loopback's for a server on the loopback, else None, which accepts any.
+
+    Every address that `host` stands for must be one of the loopback, such as 127.0.0.2 or a name in /etc/hosts.
+    """
+    try:
+        found = {ipaddress.ip_address(address[0].partition("%")[0]) for *_, address in socket.getaddrinfo(host, None)}
+    except OSError:  # an address that cannot be listened on; that is said where it is tried
+        return LOOPBACK
+    own = tuple(str(address) for address in found if str(address) not in LOOPBACK)
+    return (*LOOPBACK, *own, *({host.lower()} - {*LOOPBACK, *own})) if all(address.is_loopback for address in found) else None
 
 
 def read_keys(path):

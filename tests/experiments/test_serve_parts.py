@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gzip
 import http.client as http_client
 import json
 import socket
@@ -244,14 +245,14 @@ class Talker:
 
 
 @contextlib.contextmanager
-def listening(tokenizer, **limits):
+def listening(tokenizer, hosts=None, **limits):
     """(port, the Worker) of a server with a Talker, in threads of their own."""
     pytest.importorskip("aiohttp")
     from experiments.serve import http
 
     loop, stop, ports, ready = asyncio.new_event_loop(), asyncio.Event(), [], threading.Event()
     worker = Worker(Talker, 4, loop.call_soon_threadsafe)
-    server = http.Server(http.Settings("m", tokenizer, 1 << 20, (7,), 2, 1 << 20), worker, **limits)
+    server = http.Server(http.Settings("m", tokenizer, 1 << 20, (7,), 2, 1 << 20, hosts=hosts), worker, **limits)
 
     def bound(port):
         ports.append(port)
@@ -365,6 +366,64 @@ def test_a_client_that_never_reads_its_stream_loses_its_place(tokenizer):
                 assert time.monotonic() < end, "its slot is never free"
                 time.sleep(0.05)
         assert asks(port, {"model": "m", "prompt": "a", "max_tokens": 3})[1]["usage"]["completion_tokens"] == 3
+
+
+def raw(port, data):
+    """(status, JSON) of the answer to these bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as one:
+        one.sendall(data)
+        answer = http_client.HTTPResponse(one)
+        answer.begin()
+        return answer.status, json.loads(answer.read())
+
+
+JSON_HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+ODD = {
+    "a false gzip": JSON_HEAD + b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nabcde",
+    "a cut gzip": JSON_HEAD + b"Content-Encoding: gzip\r\nContent-Length: 12\r\n\r\n" + gzip.compress(b"{}")[:12],
+    "a false deflate": JSON_HEAD + b"Content-Encoding: deflate\r\nContent-Length: 5\r\n\r\nabcde",
+    "an integer of 400 digits": JSON_HEAD
+    + b"Content-Length: 440\r\n\r\n"
+    + b'{"model":"m","prompt":"a","n":'
+    + b"9" * 400
+    + b" " * 9
+    + b"}",
+    "chunks that are none": JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nabc",
+    "an open bracket as host": b"GET /v1/models HTTP/1.1\r\nHost: [::1\r\nConnection: close\r\n\r\n",
+    "a port that is none": b"GET /v1/models HTTP/1.1\r\nHost: localhost:abc\r\nConnection: close\r\n\r\n",
+    "a port that is too large": b"GET /v1/models HTTP/1.1\r\nHost: localhost:99999999\r\nConnection: close\r\n\r\n",
+    "a host of odd bytes": b"GET /v1/models HTTP/1.1\r\nHost: \xff\xfe%%@/\\\r\nConnection: close\r\n\r\n",
+    "a length that is none": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+    "a header without end": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+    "an unknown version": b"GET /health HTTP/9.x\r\nHost: localhost\r\n\r\n",
+}
+
+
+def test_what_is_no_proper_request_is_answered_as_an_error_of_the_client(tokenizer, capfd):
+    """In OpenAI's JSON, also where it is no HTTP, and without a word in the log."""
+    with listening(tokenizer, hosts=("localhost",)) as (port, _):
+        for name, data in ODD.items():
+            status, found = raw(port, data)
+            assert 400 <= status < 500 and found["error"]["message"] and found["error"]["type"] == "invalid_request_error", (
+                name,
+                status,
+                found,
+            )
+        assert asks(port)[0] == 403  # it names 127.0.0.1
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_names_are_checked_on_every_address_of_the_loopback():
+    pytest.importorskip("aiohttp")
+    from experiments.serve.run import LOOPBACK, names
+
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2", "127.1", "127.255.255.254"):
+        assert set(LOOPBACK) <= set(names(host)), host
+    assert "127.0.0.2" in names("127.0.0.2") and names("no.such.host.invalid") == LOOPBACK
+    for host in ("0.0.0.0", "::", "192.0.2.7"):
+        assert names(host) is None
 
 
 def test_connections_leave_files_for_the_rest(monkeypatch):
