@@ -8,6 +8,7 @@ import resource
 import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http import HTTPStatus
 
 from aiohttp import web
@@ -20,6 +21,7 @@ from qwen3.engine import Request
 BODY_S = 30  # seconds that a request's body may take to arrive
 CONNECTIONS, IDLE_S = 1000, 60.0  # default limits of connections: their number, and seconds without a request at work
 LOOK_S, RETRY_S = 0.05, 0.2  # seconds between two looks at connections; after accept() failed
+BEHIND = 1 << 15  # tokens that a stream may be behind the engine; a client that reads more slowly is cut off
 SPARE_FILES = 64  # open files that are kept for the model, logs and libraries
 PARSERS = 2  # threads that check and tokenize requests
 
@@ -50,7 +52,7 @@ class Server:
         self.settings, self.worker = settings, worker
         self.most_connections, self.idle_s, self.working = most_connections, idle_s, set()  # transports of requests at work
         self.last = weakref.WeakKeyDictionary()  # transport -> when its last request ended, or when it was accepted
-        self.draining, self.idle = False, asyncio.Event()
+        self.draining, self.idle, self.answering = False, asyncio.Event(), set()  # idle: no request is being answered
         self.idle.set()
         self.parsers = ThreadPoolExecutor(PARSERS, "parse")
 
@@ -142,9 +144,11 @@ class Server:
         events, jobs = asyncio.Queue(), []
         for prompt in asked.prompts:
             for sample in range(asked.n):
-                put = (lambda index: lambda event: events.put_nowait((index, event)))(len(jobs))
-                jobs.append(Job(Request(prompt=prompt, sample=sample, **asked.options), put, asked.stream))
+                put = partial(self._put, request, events, len(jobs), asked.stream)
+                wanted = Request(prompt=prompt, sample=sample, **asked.options)
+                jobs.append(Job(wanted, put, asked.stream, client=self._client(request), group=events))
         self.worker.submit(jobs)
+        self.answering.add(events)
         self.idle.clear()
         try:
             choices, reply = [Choice(self.settings.tokenizer, asked) for _ in jobs], Reply(kind, self.settings.model, asked)
@@ -155,8 +159,19 @@ class Server:
             return web.json_response(reply.whole(choices))
         finally:  # also runs where the client disconnects, which cancels this handler
             self.worker.release(jobs)
-            if not self.worker.held:
+            self.answering.discard(events)
+            if not self.answering:
                 self.idle.set()
+
+    def _put(self, request, events, index, streamed, event):
+        """Keeps an event of text `index` until its request's handler takes it. A stream that is too far behind is cut off."""
+        events.put_nowait((index, event))
+        if streamed and events.qsize() > BEHIND and request.transport is not None:
+            request.transport.abort()
+
+    def _client(self, request):
+        """Returns whom a request counts for where slots are shared: its API key, or without keys its address."""
+        return request.headers.get("Authorization", "") if self.settings.keys else request.remote
 
     async def _asked(self, request, kind):
         if request.content_type != "application/json":  # a browser asks before it sends this type to another site

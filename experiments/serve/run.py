@@ -23,7 +23,7 @@ def run(settings, make, most, host, port, drain_s, connections, idle_s):
     error of the engine or the server where one fails.
     """
     loop, stop, signals, failed = asyncio.new_event_loop(), asyncio.Event(), [], []
-    worker = Worker(make, most, loop.call_soon_threadsafe)
+    worker = Worker(make, most, loop.call_soon_threadsafe, settings.slots)
     server = Server(settings, worker, connections, idle_s)
 
     def ready(bound):

@@ -9,6 +9,7 @@ import json
 import socket
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -157,6 +158,74 @@ def test_no_more_jobs_are_held_than_may_be(worker):
         worker.worker.submit([ask(worker.worker, [1])[0]])
     worker.worker.release(jobs)
     assert [event.token for event in finished(worker.worker, [4])] == [4]
+
+
+class Slots(FakeEngine):
+    """Says a token of each of the first 4 requests that it holds, as an engine of 4 slots."""
+
+    def step(self, most):
+        waiting, self.waiting = self.waiting, dict(list(self.waiting.items())[:4])
+        events = super().step(most)
+        self.waiting = {number: left for number, left in waiting.items() if left}
+        return events
+
+
+def order_of_ends(jobs):
+    """The names of (name, client, group, number of tokens), submitted at the same time, in the order in which they end."""
+    ended = []
+
+    def put(name, event):
+        if event.finish_reason:
+            ended.append(name)
+            worker.release([job for job in made if job.put.args[0] == name])
+            if len(ended) == len(jobs):
+                worker.stop()
+
+    made = [Job(SimpleNamespace(prompt=[1] * n), partial(put, name), client=client, group=group) for name, client, group, n in jobs]
+    worker = Worker(Slots, 100, lambda function, argument: function(argument), slots=4)
+    worker.submit(made)
+    worker.run()
+    assert not worker.held
+    return ended
+
+
+def test_a_short_request_does_not_wait_for_all_texts_of_large_ones(worker):
+    """Slots are shared between clients, then between requests of a client, then by age."""
+    large = [(f"large {i}", "a", "A", 10) for i in range(60)]
+    assert order_of_ends([*large, ("short", "b", "B", 1)])[0] == "short"  # the last slot is never for the large one
+    assert order_of_ends([*large, ("short", "a", "B", 1)])[0] == "short"
+    two = [*large, *((f"other {i}", "b", "B", 10) for i in range(30)), ("short", "c", "C", 1)]
+    assert order_of_ends(two)[0] == "short"
+    many = [*((f"a {i}", "a", i, 10) for i in range(30)), *((f"b {i}", "b", 100 + i, 10) for i in range(4))]
+    ends = order_of_ends(many)
+    assert max(ends.index(f"b {i}") for i in range(4)) < 12  # of two clients each has half of the slots
+    assert [name for name in ends if name[0] == "a"] == [f"a {i}" for i in range(30)]
+    assert order_of_ends(large) == [name for name, *_ in large]  # one client alone is served to its end
+
+
+def test_a_prompt_is_not_read_behind_all_long_ones():
+    given, worker = [], Worker(Slots, 100, lambda function, argument: function(argument), slots=8)
+    jobs = [Job(SimpleNamespace(prompt=[1] * 1000), None, client="a", group=i) for i in range(16)]
+    waiting, running, unread = list(jobs), {}, {}
+    worker._start(waiting, running, unread)
+    assert len(running) == 2  # two long prompts at a time, though eight slots are free
+    short = Job(SimpleNamespace(prompt=[1]), None, client="b", group="s")
+    waiting.append(short)
+    unread.pop(jobs[0].number)
+    worker._start(waiting, running, unread)
+    given = list(running.values())
+    assert given[2] is short and len(given) == 4
+
+
+def test_the_end_of_a_job_of_an_engine_that_failed_does_not_touch_the_next_one(worker):
+    job, _, ended = ask(worker.worker, [13])
+    worker.worker.submit([job])
+    assert ended.wait(10)
+    slow, got, done = ask(worker.worker, [1] * 5000)  # it has the same number in the new engine
+    worker.worker.submit([slow])
+    until(lambda: got)
+    worker.worker.release([job])
+    assert done.wait(60) and len(got) == 5000
 
 
 def replied(tokenizer, events, kind="completion", prompts=((1, 2, 3),), **asked):
@@ -366,6 +435,51 @@ def test_a_client_that_never_reads_its_stream_loses_its_place(tokenizer):
                 assert time.monotonic() < end, "its slot is never free"
                 time.sleep(0.05)
         assert asks(port, {"model": "m", "prompt": "a", "max_tokens": 3})[1]["usage"]["completion_tokens"] == 3
+
+
+def unread_stream(port, tokens):
+    """A connection on which a stream of so many tokens was asked for, with few bytes of room for it."""
+    asked = {"model": "m", "messages": [{"role": "user", "content": "a"}], "stream": True, "max_tokens": tokens}
+    body = json.dumps({**asked, "logprobs": True, "top_logprobs": 20}).encode()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    client.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
+    return client
+
+
+def until(condition, most_s=30):
+    end = time.monotonic() + most_s
+    while not condition():
+        assert time.monotonic() < end, "too late"
+        time.sleep(0.01)
+
+
+def test_a_place_is_free_when_the_engine_is_done_and_the_text_can_still_be_read(tokenizer):
+    with listening(tokenizer, idle_s=60) as (port, worker):
+        with unread_stream(port, 8000) as client:
+            until(lambda: worker.held)
+            until(lambda: not worker.held)
+            assert asks(port)[1]["requests"] == 0
+            with client.makefile("rb") as answer:
+                text = answer.read()
+    assert text.count(b'"logprob"') > 8000 and b"data: [DONE]" in text
+
+
+def test_a_stream_that_is_too_far_behind_is_cut_off(tokenizer, monkeypatch):
+    from experiments.serve import http
+
+    monkeypatch.setattr(http, "BEHIND", 2000)
+    with listening(tokenizer, idle_s=60) as (port, worker):
+        with unread_stream(port, 1_000_000) as client:
+            until(lambda: worker.held)
+            until(lambda: not worker.held, 20)
+            text = b""
+            with contextlib.suppress(ConnectionError):
+                while found := client.recv(1 << 20):
+                    text += found
+            assert b"[DONE]" not in text
 
 
 def raw(port, data):
