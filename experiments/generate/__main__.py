@@ -15,6 +15,7 @@ from experiments.generate import batch as generate_batch
 from experiments.generate import chat as generate_chat
 from experiments.generate import exchange, prompts
 from experiments.generate import flags as inference_flags
+from experiments.generate.model import Model
 from qwen3.engine import Engine, check
 
 FLAGS = flags.FLAGS
@@ -35,7 +36,7 @@ def define_flags():
 def main(_):
     if FLAGS.logprobs is not None and not FLAGS.output_jsonl:
         raise ValueError(f"--logprobs={FLAGS.logprobs} needs a file to write to; add --output_jsonl=FILE")
-    model = inference_flags.Model()
+    model = Model()
     if FLAGS.chat and FLAGS.prompt is None and FLAGS.prompts_file is None:
         return converse(model)
     given = prompts.read(FLAGS.prompt, FLAGS.prompts_file) if model.mesh.rank == 0 else []

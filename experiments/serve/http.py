@@ -4,8 +4,6 @@ import asyncio
 import dataclasses
 import errno
 import hmac
-import resource
-import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,13 +14,14 @@ from aiohttp import web
 from experiments.serve.engine import Full, Job, report
 from experiments.serve.replies import Choice, Reply, error, event
 from experiments.serve.requests import Refused, parse
+from qwen3 import template
 from qwen3.engine import Request
 
 BODY_S = 30  # seconds that a request's body may take to arrive
 CONNECTIONS, IDLE_S = 1000, 60.0  # default limits of connections: their number, and seconds without a request at work
 LOOK_S, RETRY_S = 0.05, 0.2  # seconds between two looks at connections; after accept() failed
 BEHIND = 1 << 15  # tokens that a stream may be behind the engine; a client that reads more slowly is cut off
-SPARE_FILES = 64  # open files that are kept for the model, logs and libraries
+BACKLOG = 128  # connections that wait to be accepted
 PARSERS = 2  # threads that check and tokenize requests
 
 
@@ -264,26 +263,6 @@ class Connect:
         return self.manager.connections
 
 
-def connection_limit(asked):
-    """The most connections: `asked`, or fewer where the process's limit of open files leaves room for fewer. Raises ValueError for none."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    room = files - SPARE_FILES if files != resource.RLIM_INFINITY else asked
-    if room < 1:
-        raise ValueError(f"the limit of open files, {files}, leaves no room for connections; raise it with `ulimit -n 1024`")
-    return min(asked, room)
-
-
-async def listen(host, port):
-    """Sockets that listen on all addresses of the host."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets = []
-    for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
-        sockets.append(socket.create_server(address, family=family, backlog=128))
-        sockets[-1].setblocking(False)
-    return sockets
-
-
 class Gate:
     """Accepts connections, as many as server.most_connections at a time; further ones wait until one closes. Connections without a request
     at work for server.idle_s seconds are closed: idle ones, and those whose request's head does not arrive.
@@ -331,15 +310,17 @@ class Gate:
                     transport.abort()
 
 
-async def serve(server, host, port, ready, stop, drain_s):
-    """Listens until `stop`, an asyncio.Event, is set; then waits up to drain_s seconds for server.idle, and closes.
+async def serve(server, sockets, ready, stop, drain_s):
+    """Listens on bound sockets until `stop`, an asyncio.Event, is set; then waits up to drain_s seconds for server.idle, and closes.
 
     ready(port) is called once the server listens. Raises OSError where it cannot listen.
     """
     runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1, keepalive_timeout=server.idle_s)
     await runner.setup()
-    sockets, tasks = await listen(host, port), []
+    tasks = []
     try:
+        for sock in sockets:
+            sock.listen(BACKLOG)
         gate = Gate(Connect(runner.server), server)
         tasks += [asyncio.create_task(gate.accept(sock)) for sock in sockets]
         tasks.append(asyncio.create_task(gate.close_idle()))
@@ -358,3 +339,4 @@ async def serve(server, host, port, ready, stop, drain_s):
             sock.close()
         await runner.cleanup()
         server.parsers.shutdown(wait=False, cancel_futures=True)
+        template.end()  # the process would wait for a thread that waits for a template

@@ -6,7 +6,10 @@ import errno
 import gzip
 import http.client as http_client
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -17,6 +20,7 @@ import pytest
 from experiments.serve import requests as serve_requests
 from experiments.serve.engine import FAILURES, Full, Job, Worker
 from experiments.serve.replies import Choice, Reply
+from qwen3 import template
 from qwen3.engine import Event
 from qwen3.tokenizer import Tokenizer
 from tests.experiments import scoring_worker
@@ -317,8 +321,9 @@ class Talker:
 def listening(tokenizer, hosts=None, **limits):
     """(port, the Worker) of a server with a Talker, in threads of their own."""
     pytest.importorskip("aiohttp")
-    from experiments.serve import http
+    from experiments.serve import access, http
 
+    sockets = access.bind("127.0.0.1", 0)
     loop, stop, ports, ready = asyncio.new_event_loop(), asyncio.Event(), [], threading.Event()
     worker = Worker(Talker, 4, loop.call_soon_threadsafe)
     server = http.Server(http.Settings("m", tokenizer, 1 << 20, (7,), 2, 1 << 20, hosts=hosts), worker, **limits)
@@ -328,7 +333,7 @@ def listening(tokenizer, hosts=None, **limits):
         ready.set()
 
     threads = [
-        threading.Thread(target=lambda: loop.run_until_complete(http.serve(server, "127.0.0.1", 0, bound, stop, 0.1))),
+        threading.Thread(target=lambda: loop.run_until_complete(http.serve(server, sockets, bound, stop, 0.1))),
         threading.Thread(target=worker.run),
     ]
     for thread in threads:
@@ -531,7 +536,7 @@ def test_what_is_no_proper_request_is_answered_as_an_error_of_the_client(tokeniz
 
 def test_names_are_checked_on_every_address_of_the_loopback():
     pytest.importorskip("aiohttp")
-    from experiments.serve.run import LOOPBACK, names
+    from experiments.serve.access import LOOPBACK, names
 
     for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2", "127.1", "127.255.255.254"):
         assert set(LOOPBACK) <= set(names(host)), host
@@ -540,24 +545,79 @@ def test_names_are_checked_on_every_address_of_the_loopback():
         assert names(host) is None
 
 
+def started(port, hf_dir):
+    command = [sys.executable, "-m", "experiments.serve", f"--port={port}", f"--hf_dir={hf_dir}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(tmp_path):
+    pytest.importorskip("aiohttp")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = started(port, tmp_path / "nothing")
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and said.startswith(f"error: --host=127.0.0.1 --port={port}: Address already in use"), said
+
+
+def test_a_signal_while_the_model_is_loaded_ends_the_server(tmp_path):
+    """Its port is taken already, and a client that connects is refused instead of waiting."""
+    pytest.importorskip("aiohttp")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = started(port, tmp_path)
+
+    def bound():
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                return True
+        assert process.poll() is None
+        return False
+
+    until(bound, 60)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM
+
+
+def test_a_template_without_end_does_not_keep_the_server(tokenizer):
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+    looping = Tokenizer(tokenizer._backend, {**tokenizer._config, "chat_template": endless})
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "a"}]}).encode()
+    template.end()
+    with listening(looping) as (port, _):
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+        for client in clients:
+            client.sendall(JSON_HEAD.replace(b"completions", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: len(template._all) == 2 and not template._idle)
+        assert asks(port)[0] == 200
+        began = time.monotonic()
+    until(lambda: not any(thread.name.startswith("parse") for thread in threading.enumerate()))
+    assert time.monotonic() - began < template.LIMIT_S / 2
+    for client in clients:
+        client.close()
+
+
 def test_connections_leave_files_for_the_rest(monkeypatch):
     pytest.importorskip("aiohttp")
-    from experiments.serve import http
+    from experiments.serve import access
 
-    for files, asked, most in ((1024, 5000, 960), (1024, 10, 10), (http.resource.RLIM_INFINITY, 5000, 5000)):
-        monkeypatch.setattr(http.resource, "getrlimit", lambda _, files=files: (files, files))
-        assert http.connection_limit(asked) == most
-    monkeypatch.setattr(http.resource, "getrlimit", lambda _: (64, 64))
+    for files, asked, most in ((1024, 5000, 960), (1024, 10, 10), (access.resource.RLIM_INFINITY, 5000, 5000)):
+        monkeypatch.setattr(access.resource, "getrlimit", lambda _, files=files: (files, files))
+        assert access.connection_limit(asked) == most
+    monkeypatch.setattr(access.resource, "getrlimit", lambda _: (64, 64))
     with pytest.raises(ValueError, match="the limit of open files, 64, leaves no room for connections"):
-        http.connection_limit(5)
+        access.connection_limit(5)
 
 
 def test_a_server_with_keys_wants_one_of_them(tokenizer, tmp_path):
     pytest.importorskip("aiohttp")
     from aiohttp.test_utils import TestClient, TestServer
 
-    from experiments.serve.http import Server
-    from experiments.serve.run import Settings, read_keys
+    from experiments.serve.access import read_keys
+    from experiments.serve.http import Server, Settings
 
     (tmp_path / "keys").write_text("a" * 16 + "\n\n" + "b" * 20 + "\n")
     (tmp_path / "short").write_text("abc\n")
