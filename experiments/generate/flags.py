@@ -5,6 +5,7 @@ Nothing here imports MindSpore, see experiments/train/command.py.
 
 from absl import flags
 
+from experiments import flags as command_line
 from parallel.mesh import AXES
 
 FLAGS = flags.FLAGS
@@ -56,6 +57,12 @@ def define_generation_config():
         True,
         "take the defaults of sampling and of max_new_tokens from the model's generation_config.json; its stop ids apply in any case",
     )
+
+
+def check():
+    """Raises ValueError for flags that no model can honour, before one is loaded."""
+    command_line.check_source(FLAGS)
+    stop_ids()
 
 
 def stop_ids():
