@@ -213,10 +213,11 @@ def test_requests_leave_nothing_behind(params):
     assert not e.busy() and e.submit(requests[0]) == len(requests) + 1
 
 
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kernels", [None, pytest.param(Kernels(), marks=pytest.mark.slow)], ids=["fused", "reference"])
-def test_a_row_without_finite_logits_fails_alone(kernels):
+def test_a_row_without_finite_logits_fails_alone(kind, kernels):
     """At its prompt or at a token that is decoded, on the device or on the host; a later request in its slot is not touched."""
-    poisoned, cfg = random_params(DENSE), DENSE.replace(tie_embeddings=False)
+    poisoned, cfg = random_params(KINDS[kind]), KINDS[kind].replace(tie_embeddings=False)
     embedding = poisoned["embed"].asnumpy().copy()
     poisoned["lm_head"] = ms.Tensor(embedding.copy())
     embedding[60] = np.nan
