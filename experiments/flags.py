@@ -140,6 +140,12 @@ def _fit_vocabulary(config):
             config.model_args.vocab_size = size
 
 
+def check_source(flag_values):
+    """Raises ValueError unless one of --hf_dir and --workdir says where the model is."""
+    if bool(flag_values.hf_dir) == bool(flag_values.workdir):
+        raise ValueError("give --hf_dir=FOLDER, a Hugging Face folder, or --workdir=RUN, the folder of a training run; one of them")
+
+
 def check_layout(argv, world):
     """Raises ValueError if the layout of a command [module, *arguments] is wrong, or does not have `world` ranks.
 

@@ -34,7 +34,7 @@ class RowsCache:
         shape = (batch_size, length, kv_heads, cfg.head_dim)
         memory = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(layers)]
         self.arrays = _shared(memory, slice(None))
-        self._rows = [_shared(memory, slice(b, b + 1)) for b in range(batch_size)]
+        self._rows, self._memory = [_shared(memory, slice(b, b + 1)) for b in range(batch_size)], memory
 
     @property
     def nbytes(self):
@@ -51,6 +51,14 @@ class RowsCache:
             self.arrays = tuple(
                 tuple(ops.tensor_scatter_update(all_rows, at, one) for all_rows, one in zip(*pair)) for pair in zip(self.arrays, row)
             )
+
+    def clear(self, b):
+        """Sets row b to 0."""
+        if self._rows is None:
+            self.put(b, tuple((ops.zeros_like(k), ops.zeros_like(v)) for k, v in self.row(b)))
+            return
+        for k, v in self._memory:
+            k[b] = v[b] = 0
 
 
 def _shared(memory, rows):

@@ -34,7 +34,7 @@ READS = 4  # the most prompt chunks that one step reads before it decodes
 SHORT = 4  # the most decode steps at a time while prompts wait to be read
 NARROW = 32  # tokens of the narrow chunk, for short prompts and for the last tokens of long ones
 STOPS = 8  # the number of stop ids per row in the compiled graph is rounded up to a multiple of this
-NEVER = -1  # fills up the stop ids; no token has this id
+NEVER = -1  # no token has this id; it fills up the stop ids, and stands for the token that a failed row does not have
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class Request:
 class Event:
     """A new token of the request `id`.
 
-    finish_reason: None, or why this token is the last: "stop" (it is a stop id, which does not belong to the text) or "length"
-    (max_new_tokens is reached, or the row of the cache is full). logprob: the natural logarithm of the token's probability under the model,
+    finish_reason: None, or why this token is the last: "stop" (it is a stop id, which does not belong to the text), "length"
+    (max_new_tokens is reached, or the row of the cache is full) or "error" (the logits of this row are not finite, so no token can be
+    chosen; token is NEVER, and the other rows go on). logprob: the natural logarithm of the token's probability under the model,
     before temperature, top-k, top-p, min-p and repetition penalty. top_logprobs: [(token, logprob)] of the most likely tokens, the most
     likely first. Both are None if Request.logprobs is None.
     """
@@ -312,7 +313,14 @@ class Engine:
         least, steps = (ms.Tensor(n, ms.int32) for n in numbers)
         given = [*map(ms.Tensor, (*self._inputs(), running)), least, *map(ms.Tensor, (draws, options, stop)), ids, steps]
         decode = decode_loop(self.cfg, self.kernels, self.sharding)
-        taken = int(decode(self.params, self.cache.arrays, *given)[3])
+        try:
+            taken = int(decode(self.params, self.cache.arrays, *given)[3])
+        except RuntimeError:
+            if self._largest is not None:
+                raise  # other ranks may wait for this one inside the graph
+            # One row without finite logits fails the whole graph. The host chooses these tokens again, row by row: the cache is as before
+            # up to each row's position, and what the graph wrote after it is written again. Another fault of the graph is raised there.
+            return self._decode_by_host(numbers[1], events)
         for found in ids.asnumpy()[0, :taken, 0]:
             for b, row in rows:
                 if self._rows[b] is row:
@@ -334,12 +342,26 @@ class Engine:
 
     def _choose(self, rows, logits, events):
         """Chooses the next token of each row from logits [rows, V] (numpy), and appends its Event."""
+        finite = np.isfinite(logits.max(1))  # the maximum is NaN if any logit is
+        for (b, row), good in zip(rows, finite):
+            if not good:
+                self._fail(b, row, events)
+        rows, logits = [found for found, good in zip(rows, finite) if good], logits[finite]
+        if not rows:
+            return
         adjusted = np.stack([_penalised(row, x) for (_, row), x in zip(rows, logits)])
         u, options = np.concatenate([_draws(row, 1) for _, row in rows]), np.concatenate([row.options for _, row in rows])
         given = (adjusted, u, options)
         ids = self._sample(*map(ms.Tensor, given)).asnumpy() if self.kernels.sampling == "cpu" else self._sample(*given)
         for (b, row), x, token in zip(rows, logits, ids.tolist()):
             self._take(b, row, token, events, *_logprobs(row, x, token))
+
+    def _fail(self, b, row, events):
+        """Ends a row whose logits are not finite, and clears its part of the cache: a NaN there would reach the next request, since a
+        masked value is multiplied by 0, and 0 times NaN is NaN."""
+        self._rows[b] = None
+        self.cache.clear(b)
+        events.append(Event(row.id, NEVER, finish_reason="error"))
 
     def _take(self, b, row, token, events, logprob=None, top=None):
         """Records the new token of a row and appends its Event. After the last token of the request, frees the slot."""

@@ -3,26 +3,26 @@
 Source: the Qwen2 tokenizer of the released models, and `apply_chat_template` of transformers.
 """
 
-import datetime
-import functools
 import json
 import re
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import tokenizers
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from qwen3 import template
 from qwen3.json_files import exists, read_bytes, read_json, read_text
 from qwen3.schema import Token, TokenizerJson, checked, short
 
 EOD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CUT = re.compile(r"\n(?=[!-~])")  # a place where SPLIT always splits, whatever the text around it
+AFTER = " \n,;，。、；：！？"
+# Places where SPLIT always splits, whatever the text around them: after a newline before a visible ASCII character, and between a letter or
+# digit and one of AFTER, none of which NFC joins. The letters are those that every version of Unicode has.
+CUT = re.compile(rf"\n(?=[!-~])|[0-9A-Za-zÀ-ÖØ-öø-ɏЀ-ҁぁ-ゖァ-ヺ一-龥가-힣](?=[{AFTER}])")
 PIECE, GROUP = 1 << 16, 1 << 22  # characters of a piece, and of a group of pieces that is encoded in one call
+LONGEST, LONGEST_UNCUT = 1 << 20, 1 << 23  # the most characters without such a place; of a text that cannot be cut at all
 HOLES = 1 << 16  # ids that a vocabulary may leave out, beside as many as it has: what is made for each id stays in proportion to the file
 CHAT_TEMPLATE = """\
 {%- if tools %}
@@ -76,6 +76,11 @@ class Tokenizer:
         # `encode_special_tokens` would still match the added tokens not marked special, such as <think>.
         self._plain = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
         self._can_cut = json.dumps(SPLIT) in json.dumps(spec["pre_tokenizer"])
+        # An added token must be on one side of a cut, and must not take spaces from the other side.
+        added = spec["added_tokens"]
+        self._can_cut_chats = self._can_cut and not any(t["lstrip"] or t["rstrip"] or set(t["content"]) & set(AFTER) for t in added)
+        added = {t["content"] for t in added}
+        self._longest = max((len(t.encode()) if t in added else len(t) for t in vocabulary), default=1)  # bytes of the longest token
         self.eod_id = self._id("the end of a document", EOD)
         self.eos_id = self._id("eos_token", _content(found.eos_token))
         pad = _content(found.pad_token)
@@ -126,27 +131,53 @@ class Tokenizer:
         (path / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
         (path / "chat_template.jinja").unlink(missing_ok=True)  # a file from an earlier save would override the template in the config
 
-    def encode(self, text, allow_special=False):
+    def encode(self, text, allow_special=False, most=None):
         """Returns the token ids of a text. allow_special: text such as "<|im_end|>" becomes the added token of that name, as a chat needs
-        it."""
-        return self.encode_batch([text], allow_special)[0]
+        it. most: of a text with more tokens than this, only the first ones are returned, `most` + 1 or more; the rest costs no time."""
+        if most is None:
+            return self.encode_batch([text], allow_special)[0]
+        if len(text) > most * self._longest * (1 if text.isascii() else 3):  # NFC makes one character of at most three
+            return [self.eod_id] * (most + 1)
+        backend, ids = self._backend if allow_special else self._plain, []
+        for piece in self._cut(text, allow_special, min(PIECE, 4 * most + 64)):
+            ids += _encoded(backend, [piece])[0].ids
+            if len(ids) > most:
+                break
+        return ids
 
     def encode_batch(self, texts, allow_special=False):
-        """Returns a list of token ids for each text. Uses all cores."""
+        """Returns a list of token ids for each text. Uses all cores. Raises ValueError for a text that has no place to cut it for too long,
+        and where the library fails."""
         texts = list(texts)
         backend = self._backend if allow_special else self._plain
         out = [[] for _ in texts]
-        for group in _groups(texts, cut=self._can_cut and not allow_special):
-            encoded = backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
-            for (i, _), encoding in zip(group, encoded):
+        for group in _groups(self._cut(text, allow_special) for text in texts):
+            for (i, _), encoding in zip(group, _encoded(backend, [piece for _, piece in group])):
                 out[i] += encoding.ids
         return out
 
     def encode_offsets(self, text):
         """Returns (ids int32 [n], starts int64 [n], ends int64 [n]) of a chat's text: the tokens, and the characters start:end of each."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        return np.array(encoding.ids, np.int32), starts, ends
+        ids, offsets, at = [], [np.zeros((0, 2), np.int64)], 0
+        for piece in self._cut(text, True):
+            encoding = _encoded(self._backend, [piece], offsets=True)[0]
+            ids.append(np.array(encoding.ids, np.int32))
+            offsets.append(np.array(encoding.offsets, np.int64).reshape(-1, 2) + at)
+            at += len(piece)
+        starts, ends = np.concatenate(offsets).T
+        return np.concatenate([np.zeros(0, np.int32), *ids]), starts, ends
+
+    def _cut(self, text, allow_special, size=None):
+        """Yields a text in pieces, which together have its tokens. Raises ValueError for one of too many characters."""
+        cut = self._can_cut_chats if allow_special else self._can_cut
+        most = LONGEST if cut else LONGEST_UNCUT
+        for piece in _pieces(text, size or PIECE) if cut else [text]:
+            if len(piece) > most:
+                raise ValueError(
+                    f"the text {piece[:12]!r}... has {len(piece):,} characters in a row without a place to cut it, such as a word before"
+                    f" a space; the most is {most:,}: split it, or leave it out"
+                )
+            yield piece
 
     def is_added(self, i):
         """Returns whether id i is an added token, such as `<|im_end|>` or `<think>`."""
@@ -191,9 +222,8 @@ class Tokenizer:
         if enable_thinking is not None:
             context["enable_thinking"] = enable_thinking
         try:
-            plain = json.loads(json.dumps({**context, **kw}))  # the template receives only plain JSON data, no objects with methods
-            return _compile(self.chat_template).render(plain)
-        except Exception as e:  # a template is foreign code: it can fail in any way
+            return template.render(self.chat_template, {**context, **kw})
+        except (ValueError, TypeError, RecursionError) as e:  # also of data that are not JSON
             raise ValueError(f"chat template: {e}; check the messages against the template") from e
 
 
@@ -228,12 +258,27 @@ def train_bpe(texts, vocab_size):
     return Tokenizer(backend, config)
 
 
-def _groups(texts, cut):
+def _encoded(backend, pieces, offsets=False):
+    """Returns the library's encodings of texts. Raises ValueError where it fails; its own panics are no Exceptions."""
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    try:
+        return encode(pieces, add_special_tokens=False)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        longest = max(pieces, key=len)
+        raise ValueError(
+            f"the tokenizer fails ({short(str(error), 100)}) at one of {len(pieces)} texts, the longest of which has {len(longest):,}"
+            f" characters and begins with {short(longest[:80])}; leave it out"
+        ) from None
+
+
+def _groups(texts):
     """Yields lists of (index of the text, piece of it), of about GROUP characters: the library needs 100 bytes per character of one
-    call."""
+    call. texts: of each, its pieces."""
     group, size = [], 0
-    for i, text in enumerate(texts):
-        for piece in _pieces(text) if cut else [text]:
+    for i, pieces in enumerate(texts):
+        for piece in pieces:
             group.append((i, piece))
             size += len(piece)
             if size >= GROUP:
@@ -242,11 +287,11 @@ def _groups(texts, cut):
     yield group
 
 
-def _pieces(text):
-    """Yields a text in pieces of about PIECE characters, which end only where CUT matches, so that together they have the tokens of the
-    text."""
+def _pieces(text, size=None):
+    """Yields a text in pieces of about `size` characters, default PIECE, which end only where CUT matches, so that together they have the
+    tokens of the text."""
     start = 0
-    while found := CUT.search(text, start + PIECE):
+    while found := CUT.search(text, start + (size or PIECE)):
         yield text[start : found.end()]
         start = found.end()
     yield text[start:]
@@ -256,44 +301,3 @@ def _content(token):
     """The text of a token that the config gives as a text or as an object; None where it gives none."""
     token = token.content if isinstance(token, Token) else token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """A sandbox that raises an error for an unsafe attribute, which the base class renders as empty text."""
-
-    def unsafe_undefined(self, obj, attribute):
-        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
-
-
-class _Generation(Extension):
-    """The tag `{% generation %} ... {% endgeneration %}`, with which transformers marks the assistant's text. Like theirs, it is a
-    scope."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_rendered", [jinja2.nodes.ContextReference()]), [], [], body).set_lineno(line)
-
-    def _rendered(self, context, caller):
-        before, after = context.get("generation_marks") or ("", "")
-        return f"{before}{caller()}{after}"
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(template):
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
-    env.filters["tojson"] = _tojson
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return env.from_string(template)
-
-
-def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """The filter `tojson` of transformers. It does not escape HTML, which the filter of jinja2 does."""
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message):
-    raise jinja2.TemplateError(message)

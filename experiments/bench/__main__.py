@@ -4,21 +4,10 @@ Prints one figure per line; --json=FILE writes them as JSON. Compare only figure
 implementation on the same work, in turns with ours (pip install -e '.[peers]').
 """
 
-import json
-
 from absl import flags
 
 from experiments import flags as command_line
-from experiments.bench.checkpoint import bench_checkpoint
-from experiments.bench.context import bench_context
-from experiments.bench.data import bench_data
-from experiments.bench.decode import bench_decode
-from experiments.bench.memory import bench_memory
-from experiments.bench.monitors import bench_monitors
-from experiments.bench.ops import bench_ops
-from experiments.bench.peers import PEERS
-from experiments.bench.train import LOSS_TOLERANCE, bench_train
-from parallel.graph import runtime
+from experiments.bench.peer_list import PEERS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("what", "train", ["train", "decode", "ops", "data", "checkpoint", "memory", "monitors", "context"], "what to measure")
@@ -44,31 +33,11 @@ flags.DEFINE_float("state_gb", 2.0, "checkpoint: size of the state, in 1e9 bytes
 flags.DEFINE_string("folder", None, "checkpoint: a folder on the disk to measure; default: the system's temporary one")
 flags.DEFINE_float("bin_gb", 2.0, "data: size of the generated .bin file to load from, in 1e9 bytes", lower_bound=0.001)
 
-BENCHES = {
-    "train": (bench_train, 20),
-    "decode": (bench_decode, 5),
-    "ops": (bench_ops, 20),
-    "data": (lambda options: bench_data(options.bin_gb, options.steps), 10),
-    "checkpoint": (lambda options: bench_checkpoint(options.state_gb, options.steps, options.folder), 5),
-    "memory": (bench_memory, 6),
-    "monitors": (bench_monitors, 20),
-    "context": (bench_context, 2),
-}
-
 
 def main(_):
-    runtime.set_up()
-    bench, steps = BENCHES[FLAGS.what]
-    FLAGS.steps = FLAGS.steps or steps
-    figures = bench(FLAGS)
-    width = max(map(len, figures))
-    for name, value in figures.items():
-        print(f"{name:{width}} {value:,.4g}" if isinstance(value, float) else f"{name:{width}} {value}")
-    if FLAGS.json:
-        with open(FLAGS.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=2)
-    if not figures.get("loss_difference", 0) <= LOSS_TOLERANCE:
-        raise FloatingPointError("the losses of the implementations differ, so their times cannot be compared; see loss_difference")
+    from experiments.bench import run  # once the flags are checked: it imports MindSpore, which takes seconds
+
+    run.measure()
 
 
 if __name__ == "__main__":

@@ -17,18 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.bench.peer_list import PEERS
 from parallel.specs import init_params
 from parallel.trees import tree_paths
 from qwen3 import hf
 from qwen3.model import param_specs
 
 ROOT = Path(__file__).parents[2]
-# Peer: its package, its script, and its additions to the job.
-PEERS = {
-    "transformers": ("transformers", "torch_qwen3.py", {"compile": False}),
-    "compile": ("transformers", "torch_qwen3.py", {"compile": True}),
-    "jax": ("jax", "jax_qwen3.py", {}),
-}
 UNTIMED = 1  # steps at the start of each turn, in which the caches fill
 
 

@@ -16,9 +16,6 @@ import sys
 from absl import flags
 
 from experiments import flags as command_line
-from experiments.convert import look
-from experiments.convert import weights as convert
-from experiments.convert.lora import merge
 from parallel.hints import nearest
 from qwen3.config import DTYPES
 
@@ -51,43 +48,16 @@ def main(_):
     for option in OPTIONS:
         if FLAGS[option].present and option not in COMMANDS[name]:
             raise ValueError(f"--{option} has no use with {name}; leave it out")
+    # Imported here, so that wrong flags are answered before MindSpore is imported, which takes seconds.
+    from experiments.convert import commands
+
     try:
-        return {"inspect": inspect, "diff": diff, "verify": verify}.get(name, write)(name)
+        return {"inspect": commands.inspect, "diff": commands.diff, "verify": commands.verify}.get(name, commands.write)(name)
     except (FileNotFoundError, BrokenPipeError):
         raise
     except OSError as error:
         where = error.filename or f"--output={FLAGS.output}"
         raise ValueError(f"{where}: {error.strerror}; free some space there, or check its permissions") from error
-
-
-def write(name):
-    if name == "merge-lora":
-        lines = merge(FLAGS.input, FLAGS.output, FLAGS.base, FLAGS.dtype)
-    else:
-        lines = convert.write(name, FLAGS.input, FLAGS.output, FLAGS.dtype)
-    print(*lines, sep="\n")
-
-
-def inspect(_):
-    print("\n".join(look.inspect(convert.open_weights("input", FLAGS.input, state=FLAGS.state), FLAGS.norms)))
-
-
-def diff(_):
-    a, b = (convert.open_weights(key, FLAGS[key].value, state=FLAGS.state) for key in ("input", "output"))
-    lines, failed = look.describe(*look.diff(a, b, FLAGS.dtype), FLAGS.top, FLAGS.max_diff)
-    print("\n".join(lines))
-    return int(failed)
-
-
-def verify(_):
-    weights = convert.open_weights("input", FLAGS.input)
-    if weights.checked and FLAGS.sha256:
-        raise ValueError(f"--sha256={FLAGS.sha256} is for a Hugging Face folder, and --input={FLAGS.input} is a checkpoint; leave it out")
-    wrong = look.verify_native(weights) if weights.checked else look.verify_hugging_face(weights.folder, FLAGS.sha256)
-    for text in wrong:
-        print(f"wrong      {text}")
-    print(f"{weights}: {len(wrong) or 'no'} error{'s' * (len(wrong) != 1)}")
-    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -157,13 +157,26 @@ class _Encoder:
         good = []
         for where, values in batch:
             wrong = next(filter(None, map(_not_text, self.job.keys, values)), None)
-            bad.append(f"{where}: {wrong}") if wrong else good.append(values)
-        columns = zip(*good) if good else [()] * len(self.job.keys)
-        encoded = {key: self.tokenizer.encode_batch(texts) for key, texts in zip(self.job.keys, columns)}
+            bad.append(f"{where}: {wrong}") if wrong else good.append((where, values))
+        try:
+            encoded = self._encoded([values for _, values in good])
+        except ValueError:  # of one record: each alone, to find it
+            encoded = {key: [] for key in self.job.keys}
+            for where, values in good:
+                try:
+                    for key, ids in self._encoded([values]).items():
+                        encoded[key] += ids
+                except ValueError as error:
+                    bad.append(f"{where}: {error}")
         for ids in itertools.chain.from_iterable(encoded.values()):
             if ids:
                 ids += self.end
         return encoded
+
+    def _encoded(self, rows):
+        """Returns {key: token ids of each row}."""
+        columns = zip(*rows) if rows else [()] * len(self.job.keys)
+        return {key: self.tokenizer.encode_batch(texts) for key, texts in zip(self.job.keys, columns)}
 
     def _chats(self, batch, bad):
         out = {"text": [], "loss": []}

@@ -12,9 +12,6 @@ import sys
 from absl import flags
 
 from experiments import flags as command_line
-from experiments.dryrun import jobs as dryrun_jobs
-from experiments.dryrun import plot as dryrun_plot
-from experiments.dryrun import search as dryrun_search
 from parallel.mesh import AXES
 
 FLAGS = flags.FLAGS
@@ -37,7 +34,10 @@ def define_flags():
 
 def main(_):
     if FLAGS.search:
-        lines, found = dryrun_search.search(_one_rank(), FLAGS.world_size, FLAGS.hbm_gb, FLAGS.top)
+        config = _one_rank()
+        from experiments.dryrun import search as dryrun_search  # once the flags are checked: it imports MindSpore, which takes seconds
+
+        lines, found = dryrun_search.search(config, FLAGS.world_size, FLAGS.hbm_gb, FLAGS.top)
         print("\n".join(lines), flush=True)
         done = [_compiled(config, ("manual",)) for config in found[: FLAGS.compile]]
     else:
@@ -49,13 +49,18 @@ def main(_):
         with open(FLAGS.json, "w", encoding="utf-8") as file:
             json.dump(done if FLAGS.search else done[0], file)
     if FLAGS.plot and reports:
+        from experiments.dryrun import plot as dryrun_plot
+
         dryrun_plot.plot(reports, FLAGS.hbm_gb, FLAGS.plot)
     if not all(report["fits"] and not report["problems"] for report in reports):
         sys.exit(1)
 
 
 def _compiled(config, lowerings):
-    return dryrun_jobs.compiled(config, lowerings, FLAGS.step, _numbers("ranks"), _numbers("layers"), FLAGS.hbm_gb, FLAGS.jobs)
+    ranks, layers = _numbers("ranks"), _numbers("layers")
+    from experiments.dryrun import jobs as dryrun_jobs  # see main
+
+    return dryrun_jobs.compiled(config, lowerings, FLAGS.step, ranks, layers, FLAGS.hbm_gb, FLAGS.jobs)
 
 
 def _fill_axes():

@@ -13,9 +13,6 @@ from absl import flags
 
 from experiments import flags as command_line
 from experiments.configs import common
-from experiments.evaluate import evaluation
-from experiments.train import weights
-from parallel import collectives
 from parallel.checkpoint.files import write_json
 
 FLAGS = flags.FLAGS
@@ -37,6 +34,12 @@ def main(_):
     for name in ("init_from", "resume_from", "partial", "zero", "micro_batches"):
         if FLAGS[name].present:
             raise ValueError(f"--{name} has no use here; leave it out")
+    command_line.check_source(FLAGS)
+    # Imported here, so that wrong flags are answered before MindSpore is imported, which takes seconds.
+    from experiments.evaluate import evaluation
+    from experiments.train import weights
+    from parallel import collectives
+
     rank, _ = collectives.start()
     model = weights.inference(FLAGS.hf_dir, FLAGS.workdir, download=FLAGS.download)
     tokenizer = model.load_tokenizer()

@@ -79,6 +79,11 @@ def run(engine, tokenizer, requests, goes_on=bool, shown=lambda text: None, most
             one = running.get(event.id)
             if one is None:  # it reached a stop string earlier in this step
                 continue
+            if event.finish_reason == "error":
+                name = f"prompt {one.result.prompt}, sample {one.result.sample}"
+                raise ValueError(
+                    f"{name}: the model's logits are NaN or infinite after {len(one.result.tokens)} new tokens; check its weights"
+                )
             if one.take(event, shown):
                 engine.cancel(event.id)
             if one.result.finish_reason:

@@ -7,18 +7,15 @@ After SIGTERM the server takes no new requests and gives those that run --drain_
 It needs aiohttp: pip install -e '.[serve]'
 """
 
+import importlib.util
 import os
 
 from absl import flags
 
 from experiments import flags as command_line
-from experiments.generate import defaults
 from experiments.generate import flags as inference_flags
-from experiments.train import weights
-from parallel import collectives
+from experiments.serve import access
 from parallel.mesh import world_size
-from parallel.sharding import Sharding
-from qwen3.engine import Engine
 
 FLAGS = flags.FLAGS
 
@@ -45,11 +42,23 @@ def define_flags():
 def main(_):
     if world_size() > 1:
         raise ValueError("experiments.serve runs on one process; start it without experiments.launch")
-    try:
-        from experiments.serve import run as serve_run
-    except ImportError as error:
-        raise ValueError(f"experiments.serve needs {error.name}: pip install -e '.[serve]'") from error
-    keys, connections = serve_run.read_keys(FLAGS.api_key_file), serve_run.connection_limit(FLAGS.max_connections)
+    command_line.check_source(FLAGS)
+    if importlib.util.find_spec("aiohttp") is None:
+        raise ValueError("experiments.serve needs aiohttp: pip install -e '.[serve]'")
+    keys, connections = access.read_keys(FLAGS.api_key_file), access.connection_limit(FLAGS.max_connections)
+    serve_with(keys, connections, access.bind(FLAGS.host, FLAGS.port))
+
+
+def serve_with(keys, connections, sockets):
+    """Loads the model and serves it on bound sockets."""
+    from experiments.generate import defaults
+    from experiments.serve import http
+    from experiments.serve import run as serve_run
+    from experiments.train import weights
+    from parallel import collectives
+    from parallel.sharding import Sharding
+    from qwen3.engine import Engine
+
     collectives.start()
     model = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
     tokenizer = model.load_tokenizer()
@@ -57,8 +66,8 @@ def main(_):
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
     file = defaults.read(model.folder)
     stop_ids, found = defaults.stop_ids(file, model.cfg, tokenizer), defaults.for_requests(file) if FLAGS.use_generation_config else {}
-    settings = serve_run.Settings(
-        name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys, serve_run.names(FLAGS.host), found
+    settings = http.Settings(
+        name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys, access.names(FLAGS.host), found
     )
     print(f"weights    {model.text}", flush=True)
 
@@ -67,7 +76,7 @@ def main(_):
         engine.warm_up(by_host=True)
         return engine
 
-    serve_run.run(settings, make, FLAGS.slots + FLAGS.max_waiting, FLAGS.host, FLAGS.port, FLAGS.drain_s, connections, FLAGS.idle_s)
+    serve_run.run(settings, make, FLAGS.slots + FLAGS.max_waiting, sockets, FLAGS.host, FLAGS.drain_s, connections, FLAGS.idle_s)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,24 @@ import asyncio
 import dataclasses
 import errno
 import hmac
-import resource
-import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http import HTTPStatus
 
 from aiohttp import web
 
 from experiments.serve.engine import Full, Job, report
 from experiments.serve.replies import Choice, Reply, error, event
 from experiments.serve.requests import Refused, parse
+from qwen3 import template
 from qwen3.engine import Request
 
 BODY_S = 30  # seconds that a request's body may take to arrive
 CONNECTIONS, IDLE_S = 1000, 60.0  # default limits of connections: their number, and seconds without a request at work
 LOOK_S, RETRY_S = 0.05, 0.2  # seconds between two looks at connections; after accept() failed
-SPARE_FILES = 64  # open files that are kept for the model, logs and libraries
+BEHIND = 1 << 15  # tokens that a stream may be behind the engine; a client that reads more slowly is cut off
+BACKLOG = 128  # connections that wait to be accepted
 PARSERS = 2  # threads that check and tokenize requests
 
 
@@ -49,7 +51,7 @@ class Server:
         self.settings, self.worker = settings, worker
         self.most_connections, self.idle_s, self.working = most_connections, idle_s, set()  # transports of requests at work
         self.last = weakref.WeakKeyDictionary()  # transport -> when its last request ended, or when it was accepted
-        self.draining, self.idle = False, asyncio.Event()
+        self.draining, self.idle, self.answering = False, asyncio.Event(), set()  # idle: no request is being answered
         self.idle.set()
         self.parsers = ThreadPoolExecutor(PARSERS, "parse")
 
@@ -95,7 +97,11 @@ class Server:
         """Refuses a request whose Host is not in settings.hosts. Without this check, a web page whose DNS name points to this address
         (DNS rebinding) could send requests, as its browser takes the server for the page's own."""
         hosts = self.settings.hosts
-        if hosts is not None and request.url.host not in hosts:
+        try:
+            host = request.url.host
+        except ValueError as wrong:
+            raise Refused("the Host header is not a host name with, perhaps, a port", code="wrong_host") from wrong
+        if hosts is not None and host not in hosts:
             raise Refused(f"the host of the request must be {' or '.join(hosts)}", status=403, code="wrong_host")
         return await handler(request)
 
@@ -137,9 +143,11 @@ class Server:
         events, jobs = asyncio.Queue(), []
         for prompt in asked.prompts:
             for sample in range(asked.n):
-                put = (lambda index: lambda event: events.put_nowait((index, event)))(len(jobs))
-                jobs.append(Job(Request(prompt=prompt, sample=sample, **asked.options), put, asked.stream))
+                put = partial(self._put, request, events, len(jobs), asked.stream)
+                wanted = Request(prompt=prompt, sample=sample, **asked.options)
+                jobs.append(Job(wanted, put, asked.stream, client=self._client(request), group=events))
         self.worker.submit(jobs)
+        self.answering.add(events)
         self.idle.clear()
         try:
             choices, reply = [Choice(self.settings.tokenizer, asked) for _ in jobs], Reply(kind, self.settings.model, asked)
@@ -150,8 +158,19 @@ class Server:
             return web.json_response(reply.whole(choices))
         finally:  # also runs where the client disconnects, which cancels this handler
             self.worker.release(jobs)
-            if not self.worker.held:
+            self.answering.discard(events)
+            if not self.answering:
                 self.idle.set()
+
+    def _put(self, request, events, index, streamed, event):
+        """Keeps an event of text `index` until its request's handler takes it. A stream that is too far behind is cut off."""
+        events.put_nowait((index, event))
+        if streamed and events.qsize() > BEHIND and request.transport is not None:
+            request.transport.abort()
+
+    def _client(self, request):
+        """Returns whom a request counts for where slots are shared: its API key, or without keys its address."""
+        return request.headers.get("Authorization", "") if self.settings.keys else request.remote
 
     async def _asked(self, request, kind):
         if request.content_type != "application/json":  # a browser asks before it sends this type to another site
@@ -160,6 +179,8 @@ class Server:
             data = await asyncio.wait_for(request.read(), BODY_S)
         except asyncio.TimeoutError as late:
             raise Refused(f"the body did not arrive within {BODY_S} s", status=408) from late
+        except (web.RequestPayloadError, ValueError) as wrong:  # such as plain text with Content-Encoding: gzip
+            raise Refused("the body does not have the Content-Encoding or Transfer-Encoding that its headers name") from wrong
         s = self.settings
         arguments = (data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults)
         return await asyncio.get_running_loop().run_in_executor(self.parsers, parse, *arguments)
@@ -172,6 +193,9 @@ class Server:
                 raise Refused(str(found)) from found
             if isinstance(found, Exception):
                 raise Refused("the engine failed; try again", status=500, code="internal_error") from found
+            if found.finish_reason == "error":
+                words = "the model's logits for this text are NaN or infinite, so it has no next token"
+                raise Refused(words, status=500, code="not_finite")
             if choices[index].reason is None:
                 yield index, *choices[index].push(found)
                 if choices[index].reason:
@@ -206,31 +230,44 @@ class Server:
         return response
 
 
-def connection_limit(asked):
-    """The most connections: `asked`, or fewer where the process's limit of open files leaves room for fewer. Raises ValueError for none."""
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    room = files - SPARE_FILES if files != resource.RLIM_INFINITY else asked
-    if room < 1:
-        raise ValueError(f"the limit of open files, {files}, leaves no room for connections; raise it with `ulimit -n 1024`")
-    return min(asked, room)
+class _Protocol(web.RequestHandler):
+    """aiohttp's side of one connection. Its answers to what is no HTTP request are OpenAI's JSON too, and are not logged: anyone can send
+    such bytes, as often as they like."""
+
+    def handle_error(self, request, status=500, exc=None, message=None):
+        if status >= 500 and exc is not None:
+            report(exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun already")
+        words = (
+            "the server failed; see its log"
+            if status >= 500
+            else f"this is no HTTP request that the server can read: {HTTPStatus(status).phrase}"
+        )
+        response = web.json_response(error(words, code="internal_error" if status >= 500 else "bad_http", status=status), status=status)
+        response.force_close()
+        return response
 
 
-async def listen(host, port):
-    """Sockets that listen on all addresses of the host."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets = []
-    for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
-        sockets.append(socket.create_server(address, family=family, backlog=128))
-        sockets[-1].setblocking(False)
-    return sockets
+class Connect:
+    """Makes the protocol of a new connection, and lists the open connections. manager: aiohttp's web.Server."""
+
+    def __init__(self, manager):
+        self.manager = manager
+
+    def __call__(self):
+        return _Protocol(self.manager, loop=asyncio.get_running_loop(), **self.manager._kwargs)
+
+    @property
+    def connections(self):
+        return self.manager.connections
 
 
 class Gate:
     """Accepts connections, as many as server.most_connections at a time; further ones wait until one closes. Connections without a request
     at work for server.idle_s seconds are closed: idle ones, and those whose request's head does not arrive.
 
-    connect: the protocol factory of aiohttp, which also lists the open connections.
+    connect: a Connect.
     """
 
     def __init__(self, connect, server):
@@ -273,16 +310,18 @@ class Gate:
                     transport.abort()
 
 
-async def serve(server, host, port, ready, stop, drain_s):
-    """Listens until `stop`, an asyncio.Event, is set; then waits up to drain_s seconds for server.idle, and closes.
+async def serve(server, sockets, ready, stop, drain_s):
+    """Listens on bound sockets until `stop`, an asyncio.Event, is set; then waits up to drain_s seconds for server.idle, and closes.
 
     ready(port) is called once the server listens. Raises OSError where it cannot listen.
     """
     runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1, keepalive_timeout=server.idle_s)
     await runner.setup()
-    sockets, tasks = await listen(host, port), []
+    tasks = []
     try:
-        gate = Gate(runner.server, server)
+        for sock in sockets:
+            sock.listen(BACKLOG)
+        gate = Gate(Connect(runner.server), server)
         tasks += [asyncio.create_task(gate.accept(sock)) for sock in sockets]
         tasks.append(asyncio.create_task(gate.close_idle()))
         ready(sockets[0].getsockname()[1])
@@ -300,3 +339,4 @@ async def serve(server, host, port, ready, stop, drain_s):
             sock.close()
         await runner.cleanup()
         server.parsers.shutdown(wait=False, cancel_futures=True)
+        template.end()  # the process would wait for a thread that waits for a template

@@ -192,21 +192,26 @@ def _prompts(prompt):
 
 
 def _ids(prompt, tokenizer, length, field):
-    """Returns token ids. As in the text of a chat template, a special token that is spelled out in a text becomes that token."""
+    """Returns token ids. As in the text of a chat template, a special token that is spelled out in a text becomes that token.
+    A text that is far too long is not read to its end, so that it costs other clients no time."""
     ids = prompt
     if isinstance(prompt, str):
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
             raise Refused(f"{field} has half a surrogate pair, which is no character; send valid Unicode", field) from error
-        ids = tokenizer.encode(prompt, allow_special=True)
+        try:
+            ids = tokenizer.encode(prompt, allow_special=True, most=length)
+        except ValueError as error:
+            raise Refused(str(error)[:300], field) from error
     if not ids:
         raise Refused(f"{field} is empty; give at least one token", field)
     if not all(0 <= i < tokenizer.vocab_size for i in ids):
         raise Refused(f"{field} has ids outside the vocabulary of {tokenizer.vocab_size}", field)
     if len(ids) >= length:
+        count = len(ids) if len(ids) == length else f"more than {length}"
         raise Refused(
-            f"{field} has {len(ids)} tokens, and a prompt and its answer have room for {length}; shorten it",
+            f"{field} has {count} tokens, and a prompt and its answer have room for {length}; shorten it",
             field,
             code="context_length_exceeded",
         )

@@ -10,9 +10,7 @@ import os
 from absl import flags
 
 from experiments import flags as command_line
-from experiments.sweep import jobs as sweep_jobs
 from experiments.sweep import sweeps
-from experiments.sweep import table as sweep_table
 
 FLAGS = flags.FLAGS
 EXTRA = []  # the arguments after `--`, which are removed from sys.argv
@@ -36,8 +34,12 @@ def main(_):
             raise ValueError(f"--{name} is missing; give {'a file with sweep(add)' if name == 'config' else 'a folder for the sweep'}")
     if not os.path.isfile(FLAGS.config):
         raise ValueError(f"--config={FLAGS.config} is not a file")
-    sweep = sweep_jobs.Sweep(FLAGS.config, FLAGS.workdir, FLAGS.main, tuple(EXTRA), FLAGS.nproc)
     runs = sweeps.load(FLAGS.config)
+    # Imported here, so that wrong flags are answered before MindSpore is imported, which takes seconds.
+    from experiments.sweep import jobs as sweep_jobs
+    from experiments.sweep import table as sweep_table
+
+    sweep = sweep_jobs.Sweep(FLAGS.config, FLAGS.workdir, FLAGS.main, tuple(EXTRA), FLAGS.nproc)
     if FLAGS.list:
         for run in runs:
             print(f"{run.name}  {' '.join(sweep.command(run))}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mindspore as ms
+import numpy as np
 
 from experiments import hub
 from experiments.convert.weights import open_weights
@@ -192,12 +193,27 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
     tokenizer = beside if workdir and beside.is_dir() else weights.tokenizer
 
     def read_cast(path, slices):
-        return hf.cast(read(path, slices), dtype, path)
+        value = hf.cast(read(path, slices), dtype, path)
+        if not _finite(value):
+            raise ValueError(
+                f"{text}: the parameter {path} has values that are NaN or infinite; use another checkpoint, or copy the file again"
+            )
+        return value
 
     def params(sharding):
         return in_device_memory(load(sharding.mesh, place(sharding, own_specs(cfg, sharding.mesh)), read_cast, "used"))
 
     return Inference(cfg, params, tokenizer, weights.folder, text)
+
+
+def _finite(value):
+    """Whether all values of an array are finite. It reads the array once: a sum is finite only if all its terms are."""
+    if value.dtype.kind in "iub":
+        return True
+    if str(value.dtype) == "bfloat16":
+        return not ((value.view("uint16") & 0x7F80) == 0x7F80).any()  # an exponent of ones: NaN or infinite
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(value.sum(dtype=np.float32)) or np.isfinite(value).all())
 
 
 def _noted_base(workdir, base):

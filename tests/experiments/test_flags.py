@@ -311,11 +311,47 @@ def test_another_vocabulary_drops_the_token_ids_of_the_released_one():
     assert (cfg.vocab_size, cfg.eos_id, cfg.pad_id) == (512, None, None)
 
 
-@pytest.mark.parametrize("main", ["pretrain", "finetune", "launch", "preprocess", "compare"])
+MAINS = ["pretrain", "finetune", "launch", "preprocess", "compare"]
+PACKAGES = ["generate", "serve", "evaluate", "convert", "sweep", "dryrun", "bench"]
+
+
+@pytest.mark.parametrize("main", [*MAINS, *(f"{name}.__main__" for name in PACKAGES)])
 def test_a_main_checks_its_flags_before_it_imports_mindspore(main):
     """The import takes seconds, which a wrong flag need not wait for."""
     code = f"import sys, experiments.{main}; sys.exit('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+WRONG = {
+    "generate": ([], ["--hf_dir=a", "--workdir=b", "--prompt=x"], ["--hf_dir=a"], ["--hf_dir=a", "--prompt=x", "--stop_ids=a"]),
+    "serve": ([], ["--hf_dir=a", "--port=-1"], ["--hf_dir=a", "--api_key_file=/nothing"]),
+    "evaluate": (["--data=a"], ["--hf_dir=a", "--zero=1"]),
+    "convert": ([], ["inspekt"], ["verify", "--top=3"]),
+    "sweep": ([], ["--workdir=a", "--config=/nothing"]),
+    "dryrun": (["--search"], ["--config.train.stepz=3"], ["--config=experiments/configs/tiny.py", "--world_size=2", "--tp=7"]),
+    "bench": (["--what=speed"], ["--peer=nobody"], ["--steps=0"]),
+}
+ANSWERED = """
+import runpy, sys
+for arguments in {arguments}:
+    sys.argv = ["main", *arguments]
+    pid = __import__("os").fork()
+    if not pid:
+        try:
+            runpy.run_module("experiments.{main}", run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            print(ended.code, "mindspore" in sys.modules, flush=True)
+        __import__("os")._exit(0)
+    __import__("os").waitpid(pid, 0)
+"""
+
+
+@pytest.mark.parametrize("main", PACKAGES)
+def test_wrong_flags_are_answered_before_mindspore_is_imported(main):
+    code = ANSWERED.format(arguments=WRONG[main], main=main)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["2 False"] * len(WRONG[main]), done.stdout + done.stderr
+    assert done.stderr.count("error: ") == len(WRONG[main]), done.stderr
 
 
 def test_a_fresh_model_gets_as_many_ids_as_its_tokenizer_needs(monkeypatch, tmp_path):

@@ -327,7 +327,7 @@ WRONG = [
     (DENSE, dict(cp=2), "parallel.cp=2 splits rows, which only training supports; use --cp=1"),
     (DENSE, dict(tp=8), "parallel.tp=8 must divide num_heads=4"),
     (DENSE, dict(dp=2, ep=2), "parallel.ep=2 splits experts, and model=m is dense"),
-    (MOE, dict(tp=2, ep=2), "parallel.ep=2 takes 2 of the tp=2 ranks.*use --dp=2"),
+    (MOE, dict(tp=2, ep=2), "parallel.ep=2 uses 2 of the tp=2 ranks.*use --dp=2"),
     (MOE, dict(dp=4, ep=4), "parallel.ep=4 must divide num_experts=6"),
 ]
 

@@ -110,6 +110,16 @@ def test_every_key_has_a_whole_pair(tmp_path, folder, tok):
     assert f"p_text_document: {len(TEXTS)} documents" in out and "left out 0 bad records" in out
 
 
+def test_a_line_that_the_tokenizer_cannot_take_is_a_bad_record(tmp_path, folder, tok):
+    """Its neighbours, tokenised in one call with it, are kept."""
+    rows = [{"text": "one"}, {"text": "a" + " " * 3_000_000}, {"text": "two"}]
+    common = f"--input={jsonl(tmp_path / 'in.jsonl', rows)}", f"--tokenizer={folder}", f"--output_prefix={tmp_path}/p"
+    said = run(*common, status=2)
+    assert "in.jsonl, line 2: the text 'a" in said and "has 3,000,001 characters in a row without a place to cut it" in said
+    assert "left out 1 bad records" in run(*common, "--skip_bad")
+    assert documents(f"{tmp_path}/p_text_document") == wanted(tok, ["one", "two"])
+
+
 SEVERAL = ("jsonl", "json", "csv", "parquet", "arrow")
 
 

@@ -167,6 +167,24 @@ def test_more_than_may_wait_is_told_to_come_again(many, server):
     until_idle(server)
 
 
+def test_a_short_request_passes_a_large_one(many, server, model):
+    """It has the next slot, whatever waits before it, and the text that it has alone."""
+    want = greedy(model, ["def f"], 4)[0]
+
+    async def go():
+        large = asyncio.create_task(many.completions.create(model="tiny", prompt="x", n=MOST - 1, max_tokens=200, extra_body={"top_k": 5}))
+        while not health(server)["requests"]:
+            await asyncio.sleep(0.01)
+        short = await many.completions.create(model="tiny", prompt="def f", max_tokens=4, temperature=0)
+        left = health(server)["requests"]
+        large.cancel()
+        return short.choices[0].text, left
+
+    text, left = asyncio.run(go())
+    assert text == want and left > MOST // 2, left
+    until_idle(server)
+
+
 def test_samples_seeds_stops_and_log_probabilities(client, model, ids):
     cfg, params, tokenizer = model
     asked = {

@@ -3,11 +3,16 @@
 import asyncio
 import contextlib
 import errno
+import gzip
 import http.client as http_client
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +20,7 @@ import pytest
 from experiments.serve import requests as serve_requests
 from experiments.serve.engine import FAILURES, Full, Job, Worker
 from experiments.serve.replies import Choice, Reply
+from qwen3 import template
 from qwen3.engine import Event
 from qwen3.tokenizer import Tokenizer
 from tests.experiments import scoring_worker
@@ -52,6 +58,20 @@ def test_a_template_cannot_leave_its_sandbox(tokenizer):
     evil = Tokenizer(tokenizer._backend, {**tokenizer._config, "chat_template": "{{ messages.__class__.__mro__ }}"})
     with pytest.raises(serve_requests.Refused, match="chat template"):
         parse(evil, messages=[{"role": "user", "content": "x"}])
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised(tokenizer, monkeypatch):
+    from qwen3 import tokenizer as module
+
+    read, encoded = [], module._encoded
+    monkeypatch.setattr(module, "_encoded", lambda backend, pieces: read.append(sum(map(len, pieces))) or encoded(backend, pieces))
+    for text in ("many words, " * 80_000, "x" * 900_000, "é" * 400_000):
+        for body in ({"prompt": text}, {"messages": [{"role": "user", "content": text}]}):
+            read.clear()
+            kind = "completion" if "prompt" in body else "chat"
+            with pytest.raises(serve_requests.Refused, match="more than 200 tokens, and a prompt and its answer have room for 200"):
+                parse(tokenizer, kind, **body)
+            assert sum(read) < 20_000
 
 
 class FakeEngine:
@@ -144,6 +164,74 @@ def test_no_more_jobs_are_held_than_may_be(worker):
     assert [event.token for event in finished(worker.worker, [4])] == [4]
 
 
+class Slots(FakeEngine):
+    """Says a token of each of the first 4 requests that it holds, as an engine of 4 slots."""
+
+    def step(self, most):
+        waiting, self.waiting = self.waiting, dict(list(self.waiting.items())[:4])
+        events = super().step(most)
+        self.waiting = {number: left for number, left in waiting.items() if left}
+        return events
+
+
+def order_of_ends(jobs):
+    """The names of (name, client, group, number of tokens), submitted at the same time, in the order in which they end."""
+    ended = []
+
+    def put(name, event):
+        if event.finish_reason:
+            ended.append(name)
+            worker.release([job for job in made if job.put.args[0] == name])
+            if len(ended) == len(jobs):
+                worker.stop()
+
+    made = [Job(SimpleNamespace(prompt=[1] * n), partial(put, name), client=client, group=group) for name, client, group, n in jobs]
+    worker = Worker(Slots, 100, lambda function, argument: function(argument), slots=4)
+    worker.submit(made)
+    worker.run()
+    assert not worker.held
+    return ended
+
+
+def test_a_short_request_does_not_wait_for_all_texts_of_large_ones(worker):
+    """Slots are shared between clients, then between requests of a client, then by age."""
+    large = [(f"large {i}", "a", "A", 10) for i in range(60)]
+    assert order_of_ends([*large, ("short", "b", "B", 1)])[0] == "short"  # the last slot is never for the large one
+    assert order_of_ends([*large, ("short", "a", "B", 1)])[0] == "short"
+    two = [*large, *((f"other {i}", "b", "B", 10) for i in range(30)), ("short", "c", "C", 1)]
+    assert order_of_ends(two)[0] == "short"
+    many = [*((f"a {i}", "a", i, 10) for i in range(30)), *((f"b {i}", "b", 100 + i, 10) for i in range(4))]
+    ends = order_of_ends(many)
+    assert max(ends.index(f"b {i}") for i in range(4)) < 12  # of two clients each has half of the slots
+    assert [name for name in ends if name[0] == "a"] == [f"a {i}" for i in range(30)]
+    assert order_of_ends(large) == [name for name, *_ in large]  # one client alone is served to its end
+
+
+def test_a_prompt_is_not_read_behind_all_long_ones():
+    given, worker = [], Worker(Slots, 100, lambda function, argument: function(argument), slots=8)
+    jobs = [Job(SimpleNamespace(prompt=[1] * 1000), None, client="a", group=i) for i in range(16)]
+    waiting, running, unread = list(jobs), {}, {}
+    worker._start(waiting, running, unread)
+    assert len(running) == 2  # two long prompts at a time, though eight slots are free
+    short = Job(SimpleNamespace(prompt=[1]), None, client="b", group="s")
+    waiting.append(short)
+    unread.pop(jobs[0].number)
+    worker._start(waiting, running, unread)
+    given = list(running.values())
+    assert given[2] is short and len(given) == 4
+
+
+def test_the_end_of_a_job_of_an_engine_that_failed_does_not_touch_the_next_one(worker):
+    job, _, ended = ask(worker.worker, [13])
+    worker.worker.submit([job])
+    assert ended.wait(10)
+    slow, got, done = ask(worker.worker, [1] * 5000)  # it has the same number in the new engine
+    worker.worker.submit([slow])
+    until(lambda: got)
+    worker.worker.release([job])
+    assert done.wait(60) and len(got) == 5000
+
+
 def replied(tokenizer, events, kind="completion", prompts=((1, 2, 3),), **asked):
     """The whole answer to a request whose choices have these events of the engine."""
     asked = serve_requests.Asked(
@@ -230,21 +318,22 @@ class Talker:
 
 
 @contextlib.contextmanager
-def listening(tokenizer, **limits):
+def listening(tokenizer, hosts=None, **limits):
     """(port, the Worker) of a server with a Talker, in threads of their own."""
     pytest.importorskip("aiohttp")
-    from experiments.serve import http
+    from experiments.serve import access, http
 
+    sockets = access.bind("127.0.0.1", 0)
     loop, stop, ports, ready = asyncio.new_event_loop(), asyncio.Event(), [], threading.Event()
     worker = Worker(Talker, 4, loop.call_soon_threadsafe)
-    server = http.Server(http.Settings("m", tokenizer, 1 << 20, (7,), 2, 1 << 20), worker, **limits)
+    server = http.Server(http.Settings("m", tokenizer, 1 << 20, (7,), 2, 1 << 20, hosts=hosts), worker, **limits)
 
     def bound(port):
         ports.append(port)
         ready.set()
 
     threads = [
-        threading.Thread(target=lambda: loop.run_until_complete(http.serve(server, "127.0.0.1", 0, bound, stop, 0.1))),
+        threading.Thread(target=lambda: loop.run_until_complete(http.serve(server, sockets, bound, stop, 0.1))),
         threading.Thread(target=worker.run),
     ]
     for thread in threads:
@@ -353,24 +442,182 @@ def test_a_client_that_never_reads_its_stream_loses_its_place(tokenizer):
         assert asks(port, {"model": "m", "prompt": "a", "max_tokens": 3})[1]["usage"]["completion_tokens"] == 3
 
 
-def test_connections_leave_files_for_the_rest(monkeypatch):
-    pytest.importorskip("aiohttp")
+def unread_stream(port, tokens):
+    """A connection on which a stream of so many tokens was asked for, with few bytes of room for it."""
+    asked = {"model": "m", "messages": [{"role": "user", "content": "a"}], "stream": True, "max_tokens": tokens}
+    body = json.dumps({**asked, "logprobs": True, "top_logprobs": 20}).encode()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.connect(("127.0.0.1", port))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    client.sendall(head.encode() + b"Connection: close\r\n\r\n" + body)
+    return client
+
+
+def until(condition, most_s=30):
+    end = time.monotonic() + most_s
+    while not condition():
+        assert time.monotonic() < end, "too late"
+        time.sleep(0.01)
+
+
+def test_a_place_is_free_when_the_engine_is_done_and_the_text_can_still_be_read(tokenizer):
+    with listening(tokenizer, idle_s=60) as (port, worker):
+        with unread_stream(port, 8000) as client:
+            until(lambda: worker.held)
+            until(lambda: not worker.held)
+            assert asks(port)[1]["requests"] == 0
+            with client.makefile("rb") as answer:
+                text = answer.read()
+    assert text.count(b'"logprob"') > 8000 and b"data: [DONE]" in text
+
+
+def test_a_stream_that_is_too_far_behind_is_cut_off(tokenizer, monkeypatch):
     from experiments.serve import http
 
-    for files, asked, most in ((1024, 5000, 960), (1024, 10, 10), (http.resource.RLIM_INFINITY, 5000, 5000)):
-        monkeypatch.setattr(http.resource, "getrlimit", lambda _, files=files: (files, files))
-        assert http.connection_limit(asked) == most
-    monkeypatch.setattr(http.resource, "getrlimit", lambda _: (64, 64))
+    monkeypatch.setattr(http, "BEHIND", 2000)
+    with listening(tokenizer, idle_s=60) as (port, worker):
+        with unread_stream(port, 1_000_000) as client:
+            until(lambda: worker.held)
+            until(lambda: not worker.held, 20)
+            text = b""
+            with contextlib.suppress(ConnectionError):
+                while found := client.recv(1 << 20):
+                    text += found
+            assert b"[DONE]" not in text
+
+
+def raw(port, data):
+    """(status, JSON) of the answer to these bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as one:
+        one.sendall(data)
+        answer = http_client.HTTPResponse(one)
+        answer.begin()
+        return answer.status, json.loads(answer.read())
+
+
+JSON_HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
+ODD = {
+    "a false gzip": JSON_HEAD + b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nabcde",
+    "a cut gzip": JSON_HEAD + b"Content-Encoding: gzip\r\nContent-Length: 12\r\n\r\n" + gzip.compress(b"{}")[:12],
+    "a false deflate": JSON_HEAD + b"Content-Encoding: deflate\r\nContent-Length: 5\r\n\r\nabcde",
+    "an integer of 400 digits": JSON_HEAD
+    + b"Content-Length: 440\r\n\r\n"
+    + b'{"model":"m","prompt":"a","n":'
+    + b"9" * 400
+    + b" " * 9
+    + b"}",
+    "chunks that are none": JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nabc",
+    "an open bracket as host": b"GET /v1/models HTTP/1.1\r\nHost: [::1\r\nConnection: close\r\n\r\n",
+    "a port that is none": b"GET /v1/models HTTP/1.1\r\nHost: localhost:abc\r\nConnection: close\r\n\r\n",
+    "a port that is too large": b"GET /v1/models HTTP/1.1\r\nHost: localhost:99999999\r\nConnection: close\r\n\r\n",
+    "a host of odd bytes": b"GET /v1/models HTTP/1.1\r\nHost: \xff\xfe%%@/\\\r\nConnection: close\r\n\r\n",
+    "a length that is none": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+    "a header without end": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+    "an unknown version": b"GET /health HTTP/9.x\r\nHost: localhost\r\n\r\n",
+}
+
+
+def test_what_is_no_proper_request_is_answered_as_an_error_of_the_client(tokenizer, capfd):
+    """In OpenAI's JSON, also where it is no HTTP, and without a word in the log."""
+    with listening(tokenizer, hosts=("localhost",)) as (port, _):
+        for name, data in ODD.items():
+            status, found = raw(port, data)
+            assert 400 <= status < 500 and found["error"]["message"] and found["error"]["type"] == "invalid_request_error", (
+                name,
+                status,
+                found,
+            )
+        assert asks(port)[0] == 403  # it names 127.0.0.1
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_names_are_checked_on_every_address_of_the_loopback():
+    pytest.importorskip("aiohttp")
+    from experiments.serve.access import LOOPBACK, names
+
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2", "127.1", "127.255.255.254"):
+        assert set(LOOPBACK) <= set(names(host)), host
+    assert "127.0.0.2" in names("127.0.0.2") and names("no.such.host.invalid") == LOOPBACK
+    for host in ("0.0.0.0", "::", "192.0.2.7"):
+        assert names(host) is None
+
+
+def started(port, hf_dir):
+    command = [sys.executable, "-m", "experiments.serve", f"--port={port}", f"--hf_dir={hf_dir}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_a_port_that_is_taken_is_named_before_the_model_is_loaded(tmp_path):
+    pytest.importorskip("aiohttp")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        process = started(port, tmp_path / "nothing")
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 2 and said.startswith(f"error: --host=127.0.0.1 --port={port}: Address already in use"), said
+
+
+def test_a_signal_while_the_model_is_loaded_ends_the_server(tmp_path):
+    """Its port is taken already, and a client that connects is refused instead of waiting."""
+    pytest.importorskip("aiohttp")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = started(port, tmp_path)
+
+    def bound():
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                return True
+        assert process.poll() is None
+        return False
+
+    until(bound, 60)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM
+
+
+def test_a_template_without_end_does_not_keep_the_server(tokenizer):
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+    looping = Tokenizer(tokenizer._backend, {**tokenizer._config, "chat_template": endless})
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "a"}]}).encode()
+    template.end()
+    with listening(looping) as (port, _):
+        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
+        for client in clients:
+            client.sendall(JSON_HEAD.replace(b"completions", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: len(template._all) == 2 and not template._idle)
+        assert asks(port)[0] == 200
+        began = time.monotonic()
+    until(lambda: not any(thread.name.startswith("parse") for thread in threading.enumerate()))
+    assert time.monotonic() - began < template.LIMIT_S / 2
+    for client in clients:
+        client.close()
+
+
+def test_connections_leave_files_for_the_rest(monkeypatch):
+    pytest.importorskip("aiohttp")
+    from experiments.serve import access
+
+    for files, asked, most in ((1024, 5000, 960), (1024, 10, 10), (access.resource.RLIM_INFINITY, 5000, 5000)):
+        monkeypatch.setattr(access.resource, "getrlimit", lambda _, files=files: (files, files))
+        assert access.connection_limit(asked) == most
+    monkeypatch.setattr(access.resource, "getrlimit", lambda _: (64, 64))
     with pytest.raises(ValueError, match="the limit of open files, 64, leaves no room for connections"):
-        http.connection_limit(5)
+        access.connection_limit(5)
 
 
 def test_a_server_with_keys_wants_one_of_them(tokenizer, tmp_path):
     pytest.importorskip("aiohttp")
     from aiohttp.test_utils import TestClient, TestServer
 
-    from experiments.serve.http import Server
-    from experiments.serve.run import Settings, read_keys
+    from experiments.serve.access import read_keys
+    from experiments.serve.http import Server, Settings
 
     (tmp_path / "keys").write_text("a" * 16 + "\n\n" + "b" * 20 + "\n")
     (tmp_path / "short").write_text("abc\n")

@@ -213,6 +213,37 @@ def test_requests_leave_nothing_behind(params):
     assert not e.busy() and e.submit(requests[0]) == len(requests) + 1
 
 
+@pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernels", [None, pytest.param(Kernels(), marks=pytest.mark.slow)], ids=["fused", "reference"])
+def test_a_row_without_finite_logits_fails_alone(kind, kernels):
+    """At its prompt or at a token that is decoded, on the device or on the host; a later request in its slot is not touched."""
+    poisoned, cfg = random_params(KINDS[kind]), KINDS[kind].replace(tie_embeddings=False)
+    embedding = poisoned["embed"].asnumpy().copy()
+    poisoned["lm_head"] = ms.Tensor(embedding.copy())
+    embedding[60] = np.nan
+    poisoned["embed"] = ms.Tensor(embedding)
+    good = [[i for i in prompt if i != 60] for prompt in prompts(DENSE)[:4]]
+    clean = {**poisoned, "embed": ms.Tensor(np.nan_to_num(embedding))}
+    want = tokens(serve(engine(clean, cfg, kernels=kernels), [Request(p, COUNT) for p in good]))
+    assert not any(60 in row for row in want)
+    for more in ({}, {"logprobs": 0}):
+        e = engine(poisoned, cfg, kernels=kernels)
+        bad = [Request([5, 60, 7], COUNT, **more)]
+        served = serve(e, [*bad, Request(good[0], COUNT), Request(good[1], COUNT), *bad, Request(good[2], COUNT), Request(good[3], COUNT)])
+        assert [events[-1].finish_reason for events in served] == ["error", "length", "length", "error", "length", "length"]
+        assert tokens(served[1:3] + served[4:]) == want
+        e = engine(poisoned, cfg, kernels=kernels)
+        number, other = e.submit(Request(good[0], COUNT, **more)), e.submit(Request(good[1], COUNT))
+        while len(e._decoding()) < 2:
+            e.step(1)
+        next(row for _, row in e._decoding() if row.id == number).token = 60  # as if it had been drawn
+        found = []
+        while e.busy():
+            found += e.step()
+        assert [(event.id, event.finish_reason) for event in found if event.finish_reason] == [(number, "error"), (other, "length")]
+        assert [event.token for event in found if event.id == other] == want[1][-len([1 for event in found if event.id == other]) :]
+
+
 WRONG = [
     (dict(prompt=[]), "prompt is empty"),
     (dict(prompt=[1] * 65), "prompt of 65 tokens is longer than the cache of 64"),

@@ -100,6 +100,67 @@ def with_config(tok, path, **changes):
     return path
 
 
+def test_a_text_cut_anywhere_has_the_tokens_of_the_whole(tok, monkeypatch):
+    """Random texts of what may join over a cut: spaces, newlines, marks, contractions, digits, special tokens and parts of them."""
+    parts = [
+        *" \n\r\t,;.'a1sé，。あ一가Ж²",
+        "\u0301",
+        "\u1161",
+        "\u00a0",
+        "  ",
+        "\n\n",
+        "'ll",
+        "the",
+        "<|im_end|>",
+        "<|im_",
+        "_start|>",
+        "end",
+    ]
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(parts, 40)) for _ in range(300)]
+    whole = [(tok.encode(t), tok.encode(t, allow_special=True), tok.encode_offsets(t)) for t in texts]
+    monkeypatch.setattr(module, "PIECE", 1)
+    assert sum(len(list(module._pieces(t))) for t in texts) > 1000
+    for text, (plain, special, offsets) in zip(texts, whole):
+        assert (tok.encode(text), tok.encode(text, allow_special=True)) == (plain, special), repr(text)
+        assert all(np.array_equal(a, b) for a, b in zip(tok.encode_offsets(text), offsets)), repr(text)
+        assert tok.encode(text, most=len(plain)) == plain
+        short = tok.encode(text, most=3)
+        assert len(short) > 3 or short == plain
+
+
+def test_a_text_that_is_far_too_long_is_not_read_to_its_end(tok, monkeypatch):
+    """Neither one with places to cut nor one without."""
+    calls, encoded = [], module._encoded
+    monkeypatch.setattr(module, "_encoded", lambda backend, pieces: calls.append(sum(map(len, pieces))) or encoded(backend, pieces))
+    for text in ("a b, c\n" * 200_000, "x" * 1_000_000, "ä" * 1_000_000):
+        calls.clear()
+        assert len(tok.encode(text, allow_special=True, most=100)) > 100 and sum(calls) < 20_000
+
+
+def test_what_the_library_cannot_take_is_named(tok, monkeypatch):
+    monkeypatch.setattr(module, "LONGEST", 1000)
+    monkeypatch.setattr(module, "PIECE", 100)
+    fine = "a b " * 1000
+    assert tok.encode_batch([fine]) and tok.encode_offsets(fine)[0].size
+    for call in (tok.encode, tok.encode_offsets):
+        with pytest.raises(ValueError, match=r"the text 'a {11}'\.\.\. has 5,00\d characters in a row without a place to cut it"):
+            call("a" + " " * 5000)
+
+    class Panic(BaseException):
+        pass
+
+    class Broken:
+        def encode_batch_fast(self, *_, **more):
+            raise Panic("out of range")
+
+    monkeypatch.setattr(tok, "_plain", Broken())
+    with pytest.raises(
+        ValueError, match=r"the tokenizer fails \('out of range'\) at one of 2 texts, the longest of which has 3 characters"
+    ):
+        tok.encode_batch(["a", "bcd"])
+
+
 @pytest.mark.parametrize("text", ODD_TEXTS)
 def test_decode_gives_back_the_encoded_text(tok, text):
     assert tok.decode(tok.encode(text)) == text

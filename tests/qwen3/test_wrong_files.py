@@ -17,7 +17,7 @@ import pytest
 from experiments.data import readers
 from experiments.generate import defaults
 from experiments.serve import requests as serve_requests
-from experiments.serve.run import read_keys
+from experiments.serve.access import read_keys
 from layers import rope
 from qwen3 import hf, hf_files, peft
 from qwen3.chat import encode_chat, openai
