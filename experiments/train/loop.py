@@ -76,7 +76,9 @@ def _stop_if_wrong(metrics, step):
             f"step {step}: {lost:.0f} assignments of tokens to experts found no place in the buffers between expert parallel ranks; the run"
             " stops and keeps the checkpoints that it has saved. Raise model_args.moe_capacity_factor, or leave it out for the worst case"
         )
-    for name in ("objective",) if metrics.get("skipped") else ("objective", "grad_norm"):
+    # an infinite norm may be a spike, whose update is skipped; NaN is a mistake, and so is either before the running mean is known
+    spike = metrics.get("skipped") and not math.isnan(metrics["grad_norm"]) and step > optimizer.SPIKE_WARMUP_STEPS
+    for name in ("objective",) if spike else ("objective", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise FloatingPointError(
                 f"step {step}: {name}={metrics[name]} is not finite; the run stops and keeps the checkpoints that it has saved."

@@ -204,7 +204,7 @@ def test_the_bigram_baseline_counts_the_rows_that_the_run_saw(folder, monkeypatc
         (CHATS[0], {**CHATS[1], "data.split": "1,0,0"}, "data.split='1,0,0' leaves the valid split without one of the 60 sequences"),
         (PAIR, {"data.stream": True}, "data.stream=true reads text, and data.path=.* is a .bin/.idx pair"),
         ("", {"data.stream": True}, "data.stream=true needs data.path"),
-        (PAIR, {"data.max_bytes": 5}, "data.max_bytes=5 is for text, and data.path=.* is a .bin/.idx pair"),
+        (PAIR, {"data.max_bytes": 5}, "data.max_bytes=5 is for text or conversations .*, and data.path=.* is a .bin/.idx pair"),
         (PAIR, {"data.held_out": 0.3}, "data.held_out=0.3 is for text or a stream or conversations"),
         ("", {"data.split": "50,50"}, "data.split='50,50' is for a .bin/.idx pair or conversations .*, and data.path='' is text"),
         ("{}/one.jsonl", {"data.stream": True, "data.cache_dir": "x"}, "data.cache_dir='x' is for a .bin/.idx pair, and .* is a stream"),

@@ -1,5 +1,6 @@
 """The training step: deterministic, equal under accumulation and layer loops, compiled once, and stopped by what is not finite."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -360,6 +361,25 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_written(bad):
     with pytest.raises(FloatingPointError, match="step 3: objective=.* is not finite.*Lower optim.lr"):
         train.train(fake_program([1.0, 1.0, bad, 1.0]), 0, map(make_batch, itertools.count()), [make_batch(1)], config, writer, float)
     assert [step for step, _ in writer.records] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "norm, step, stops",
+    [(float("nan"), 1, True), (float("nan"), 30, True), (float("inf"), 1, True), (float("inf"), 30, False), (100.0, 30, False)],
+)
+def test_a_skipped_step_goes_on_only_after_a_spike(norm, step, stops):
+    """An infinite norm after the warm-up of the running mean is a spike; NaN never is."""
+    program = fake_program([1.0] * 40)
+    plain = program.step
+
+    def with_norm(state, batch, lr, at):
+        state, metrics = plain(state, batch, lr, at)
+        return state, {**metrics, **({"grad_norm": norm, "skipped": 1} if at + 1 == step else {"skipped": 0})}
+
+    config, data = make_config(**{"train.batch_size": 4, "train.steps": 40}), map(make_batch, itertools.count())
+    expected = pytest.raises(FloatingPointError, match=f"step {step}: grad_norm=") if stops else contextlib.nullcontext()
+    with expected:
+        train.train(dataclasses.replace(program, step=with_norm), 0, data, [make_batch(1)], config, Records(), float)
 
 
 def test_tokens_that_no_expert_had_room_for_stop_the_run():

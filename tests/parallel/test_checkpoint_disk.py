@@ -16,7 +16,8 @@ import pytest
 from parallel.checkpoint.files import CheckpointError, steps, write_text
 from parallel.checkpoint.read import Reader
 from parallel.checkpoint.save import Saver, Settings
-from parallel.checkpoint.store import piece_of, save
+from parallel.checkpoint.store import save
+from tests.parallel.checkpoint_pieces import piece_of
 
 
 class Disk:

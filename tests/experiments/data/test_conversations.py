@@ -25,7 +25,8 @@ def tokenizer(tmp_path_factory):
 
 def settings(path="", format="messages", **changes):
     return SimpleNamespace(
-        **{"path": str(path), "format": format, "enable_thinking": "none", "train_empty_think": False, "skip_bad": False, **changes}
+        **{"path": str(path), "format": format, "enable_thinking": "none", "train_empty_think": False, "skip_bad": False}
+        | {"max_samples": 0, "max_bytes": 0, **changes}
     )
 
 
