@@ -167,6 +167,12 @@ class Tokenizer:
         starts, ends = np.concatenate(offsets).T
         return np.concatenate([np.zeros(0, np.int32), *ids]), starts, ends
 
+    def check(self, text):
+        """Raises ValueError for a text that encode_batch refuses for its length; it takes little time."""
+        if len(text) > LONGEST:
+            for _ in self._cut(text, False):
+                pass
+
     def _cut(self, text, allow_special, size=None):
         """Yields a text in pieces, which together have its tokens. Raises ValueError for one of too many characters."""
         cut = self._can_cut_chats if allow_special else self._can_cut

@@ -174,6 +174,10 @@ class TextStream:
             text.encode("utf-8")
         except UnicodeEncodeError:
             return None, f"{self.key!r} has half a surrogate pair, which is no character"
+        try:
+            self.tokenizer.check(text)
+        except ValueError as error:
+            return None, str(error)
         return text, None
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from qwen3.generate import CHUNK
 
 STREAMED = 4  # most tokens of a row in one engine step while a client streams
+SPARED = 4  # of so many slots, or more, one request leaves one free; of fewer, that would cost too much of its speed
 UNREAD = 1024  # prompt tokens in the engine that are not read yet, above which no further prompt is given to it
 FAILURES = 3  # the worker stops after this many failed steps in a row
 
@@ -41,8 +42,8 @@ class Worker:
     function in the HTTP server's thread. Only that thread may call submit and release; any thread may call stop.
 
     Jobs wait here, and the engine has those that its slots take. A free slot goes to the client with the fewest running jobs, then to the
-    request with the fewest, then to the oldest job; and where there is more than one slot, one request may not take the last one. So a
-    short request waits for the next free slot, not for all texts of a large one.
+    request with the fewest, then to the oldest job; and of SPARED or more slots, one request may not take the last one. So a short request
+    waits for the next free slot, not for all texts of a large one.
     """
 
     def __init__(self, make, most, call, slots=1):
@@ -122,7 +123,7 @@ class Worker:
     def _next(self, waiting, jobs):
         """Returns the waiting job whose turn it is, or None."""
         clients, groups = Counter(job.client for job in jobs.values()), Counter(job.group for job in jobs.values())
-        most = max(1, self.slots - 1)
+        most = self.slots - 1 if self.slots >= SPARED else self.slots + 1
         allowed = [job for job in waiting if job.group is None or groups[job.group] < most]
         return min(allowed, key=lambda job: (clients[job.client], groups[job.group]), default=None)
 

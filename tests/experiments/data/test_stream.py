@@ -122,6 +122,16 @@ def test_shuffled_order_stays_the_same_between_releases(tmp_path, tokenizer):
     assert "".join(texts_of(stream, seed=0)[0]) == "061287435"
 
 
+def test_a_record_that_the_tokenizer_cannot_take_is_a_bad_one(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("qwen3.tokenizer.LONGEST", 1000)
+    monkeypatch.setattr("qwen3.tokenizer.PIECE", 100)
+    texts = ["one " * 500, "a" + " " * 3000, "two"]
+    folder = write_jsonl(tmp_path / "data", parts=1, texts=texts)
+    with pytest.raises(ValueError, match=r"part_0.jsonl, line 2: the text 'a {11}'... has 3,001 characters in a row without a place"):
+        epoch_length(TextStream(folder, tokenizer, 16))
+    assert texts_of(TextStream(folder, tokenizer, 16, skip_bad=True), seed=0)[0] == [texts[0], texts[2]]
+
+
 def test_held_out_records_are_in_no_training_row(tmp_path, tokenizer):
     stream = TextStream(write_jsonl(tmp_path / "data"), tokenizer, 16, held_out=0.3)
     held, text = stream.held_rows(1000)
