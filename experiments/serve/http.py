@@ -59,8 +59,8 @@ class Server:
         app = web.Application(client_max_size=self.settings.max_body, middlewares=[self._as_json, self._only_by_name, self._only_with_key])
         app.add_routes(
             [
-                web.post("/v1/chat/completions", self.chat),
-                web.post("/v1/completions", self.completion),
+                web.post("/v1/chat/completions", self.chat, expect_handler=expected),
+                web.post("/v1/completions", self.completion, expect_handler=expected),
                 web.get("/v1/models", self.models),
                 web.get("/v1/models/{name:.+}", self.model),
                 web.get("/health", self.health),
@@ -247,6 +247,19 @@ class _Protocol(web.RequestHandler):
         response = web.json_response(error(words, code="internal_error" if status >= 500 else "bad_http", status=status), status=status)
         response.force_close()
         return response
+
+    def log_exception(self, *args, exc_info=None, **options):
+        """Reports an error inside the server. A body that breaks off, or is not in its encoding, is the client's error."""
+        if isinstance(exc_info, Exception) and not isinstance(exc_info, web.RequestPayloadError):
+            report(exc_info)
+
+
+async def expected(request):
+    """Answers the header Expect: with 100 Continue, or with an error for anything else."""
+    if request.headers["Expect"].lower() != "100-continue":
+        return web.json_response(error("the only Expect that is known is 100-continue", code="bad_http", status=417), status=417)
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # the answer has not begun
 
 
 class Connect:

@@ -515,6 +515,15 @@ ODD = {
     "a length that is none": b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
     "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
     "a header without end": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+    "an unknown expectation": JSON_HEAD + b"Expect: tea\r\nContent-Length: 2\r\n\r\n{}",
+    "an encoding that is not installed": JSON_HEAD + b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\n{}",
+    "another one": JSON_HEAD + b"Content-Encoding: zstd\r\nContent-Length: 2\r\n\r\n{}",
+    "a path of odd bytes": b"GET /v1/models/%ff%00%zz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "a path of another host": b"GET http://[::1/v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "a star": b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "a tunnel": b"CONNECT localhost:22 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "two slashes": b"GET //[ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+    "two lengths": JSON_HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
     "an unknown version": b"GET /health HTTP/9.x\r\nHost: localhost\r\n\r\n",
 }
 
@@ -522,14 +531,24 @@ ODD = {
 def test_what_is_no_proper_request_is_answered_as_an_error_of_the_client(tokenizer, capfd):
     """In OpenAI's JSON, also where it is no HTTP, and without a word in the log."""
     with listening(tokenizer, hosts=("localhost",)) as (port, _):
+        kinds = "invalid_request_error", "not_found_error"
         for name, data in ODD.items():
-            status, found = raw(port, data)
-            assert 400 <= status < 500 and found["error"]["message"] and found["error"]["type"] == "invalid_request_error", (
+            try:
+                status, found = raw(port, data)
+            except ValueError as error:
+                raise AssertionError(name) from error
+            assert 400 <= status < 500 and found["error"]["message"] and found["error"]["type"] in kinds, (
                 name,
                 status,
                 found,
             )
         assert asks(port)[0] == 403  # it names 127.0.0.1
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as one:
+            body = b'{"model": "m", "prompt": "a", "max_tokens": 1}'
+            one.sendall(JSON_HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body))
+            assert one.recv(100).startswith(b"HTTP/1.1 100 Continue")
+            one.sendall(body)
+            assert one.recv(100).startswith(b"HTTP/1.1 200")
     out, err = capfd.readouterr()
     assert out == err == ""
 
