@@ -144,6 +144,8 @@ class Reader:
         if like is None:
             self._check_names(config)
         self._check_entries()
+        if (like or config).tie_embeddings and HEAD in self._files and "embed" in self._specs:
+            self._check_tied()
         self.config = config.replace(param_dtype=self.dtype("embed")) if "embed" in self._specs else config
 
     @property

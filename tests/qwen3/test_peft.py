@@ -107,7 +107,7 @@ REFUSED = {
     "init_lora_weights='pissa' changes the base's weights": {"init_lora_weights": "pissa"},
     "adapter_config.json: r=0 must be a whole number from 1 to 65536": {"r": 0},
     "lora_alpha is missing; give a number above 0": {"lora_alpha": None},
-    r"lora_A.weight has shape \[3, 24\], and the base makes it \[5, 24\]": {"r": 5},
+    r"lora_A.weight has shape \[3, 24\], but the base needs \[5, 24\]": {"r": 5},
 }
 
 
@@ -127,7 +127,7 @@ def test_tensors_that_are_missing_or_of_another_module_are_named(tmp_path):
     file = hf_files.TensorFile(tmp_path / "adapter" / peft.WEIGHTS)
     entries = [(name.replace("q_proj", "c_proj"), entry.code, entry.shape) for name, entry in file.entries.items()]
     hf_files.write_tensors(tmp_path / "adapter" / peft.WEIGHTS, entries, list(file.arrays(file.entries)))
-    with pytest.raises(ValueError, match="c_proj.lora_A.weight adapts none of the modules that can be adapted in this model: embed, q, k"):
+    with pytest.raises(ValueError, match="c_proj.lora_A.weight is of no module that an adapter of this model has here: embed, q, k"):
         peft.open_adapter(tmp_path / "adapter", cfg.base)
 
 
@@ -148,7 +148,7 @@ def test_the_embedding_that_peft_saves_beside_its_adapter_has_to_be_the_bases(tm
     assert all(np.array_equal(a.asnumpy(), b.asnumpy()) for (_, a), (_, b) in zip(tree_paths(before), tree_paths(after)))
     for name, array, said in (
         (peft.EMBEDDING, base["embed"].asnumpy() + 1e-3, "the embedding saved beside the adapter is not that of the base.*merge it into"),
-        (peft.EMBEDDING, np.zeros((7, 24), np.float32), r"base_layer.weight has shape \[7, 24\], and the base makes it \[61, 24\]"),
+        (peft.EMBEDDING, np.zeros((7, 24), np.float32), r"base_layer.weight has shape \[7, 24\], but the base needs \[61, 24\]"),
         (f"{peft.PREFIX}lm_head.lora_A.weight", np.zeros((3, 24), np.float32), "lm_head.lora_A.weight is of no module.*merge it into"),
     ):
         peft.save(tmp_path / "adapter", cfg, {p: np.zeros(s.shape) for p, s in peft.adapters(cfg).items()}, "", "")
