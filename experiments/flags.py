@@ -140,9 +140,9 @@ def _fit_vocabulary(config):
             config.model_args.vocab_size = size
 
 
-def check_source(flag_values):
+def check_source(hf_dir, workdir):
     """Raises ValueError unless one of --hf_dir and --workdir says where the model is."""
-    if bool(flag_values.hf_dir) == bool(flag_values.workdir):
+    if bool(hf_dir) == bool(workdir):
         raise ValueError("give --hf_dir=FOLDER, a Hugging Face folder, or --workdir=RUN, the folder of a training run; one of them")
 
 

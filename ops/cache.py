@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 NAME = "qwen3_mindspore"
+BLOCK_BYTES = 1 << 22
 
 
 def folder(name):
@@ -65,11 +66,11 @@ def library(path, build):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_built(path):
             with tempfile.TemporaryDirectory(dir=path.parent, suffix=".new") as aside:
-                made, digest = Path(aside) / path.name, Path(aside) / "digest"
+                made, beside = Path(aside) / path.name, Path(aside) / "digest"
                 build(made)
-                digest.write_text(_digest(made))
+                beside.write_text(digest(made))
                 os.chmod(made, 0o700)
-                os.replace(digest, _digest_path(path))
+                os.replace(beside, _digest_path(path))
                 os.replace(made, path)
     return str(path)
 
@@ -78,8 +79,15 @@ def _digest_path(path):
     return path.with_suffix(".sha256")
 
 
-def _digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def digest(path, tell=None):
+    """Returns the sha256 of a file, which is read in blocks. tell(bytes), if given, is called after each."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            found.update(block)
+            if tell:
+                tell(len(block))
+    return found.hexdigest()
 
 
 def _is_built(path):
@@ -88,6 +96,6 @@ def _is_built(path):
             found = os.lstat(file)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
                 return False
-        return _digest_path(path).read_text() == _digest(path)
+        return _digest_path(path).read_text() == digest(path)
     except (OSError, UnicodeDecodeError):
         return False

@@ -14,10 +14,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 NORM_PLACEMENTS = ("pre", "post", "both")
 
 
+def _is_number(value):
+    """Whether `value` is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_positive(value, or_zero=False):
     """Whether `value` is a finite number above 0. or_zero: 0 will do."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return number and (value > 0 or or_zero and value == 0)
+    return _is_number(value) and (value > 0 or or_zero and value == 0)
 
 
 @dataclass(frozen=True)
@@ -226,8 +230,7 @@ def _check(c):
         if field.type is bool:
             need(isinstance(value, bool), f"{field.name}={value!r} must be true or false")
         if field.type is float:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            need(number, f"{field.name}={value!r} must be a finite number")
+            need(_is_number(value), f"{field.name}={value!r} must be a finite number")
     need(c.rope_theta > 1, f"rope_theta={c.rope_theta} must be above 1")
     need(c.rms_norm_eps > 0, f"rms_norm_eps={c.rms_norm_eps} must be above 0")
     for key in ("initializer_range", "router_aux_coef", "router_z_coef"):

@@ -38,7 +38,9 @@ def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=()
     for i, kind in enumerate(kinds):  # one function serves all layers of a kind, so that MindSpore compiles it once
         if kind not in made:
             gathered = zero.gathered(op.sharding, specs[i])
-            own = own_ops.setdefault(kind[0], op.at(kind[0]))
+            if kind[0] not in own_ops:
+                own_ops[kind[0]] = op.at(kind[0])
+            own = own_ops[kind[0]]
             made[kind] = own, gathered, one_layer(kind[0], own, functions, specs[i], gathered, recompute, names)
     op.of_layer, op.gathered, op.run = (tuple(made[kind][which] for kind in kinds) for which in range(3))
     size = stats_size or (moe.stats_size(cfg) if cfg.moe_layers else 1)

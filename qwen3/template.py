@@ -19,11 +19,9 @@ import subprocess
 import sys
 import threading
 
-LIMIT_S, MEMORY, LARGEST = (
-    10.0,
-    1 << 30,
-    1 << 26,
-)  # seconds and characters of one text; bytes of the process's memory, its libraries included
+LIMIT_S = 10.0  # seconds for one text
+LARGEST = 1 << 26  # characters of one text
+MEMORY = 1 << 30  # bytes of the process's memory, its libraries included
 START_S = 120  # seconds that a child has to start and import jinja2
 CHILD = "import sys; sys.path[:] = sys.argv[1:]; from qwen3.template import answer; answer()"
 

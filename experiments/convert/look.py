@@ -1,6 +1,5 @@
 """The commands of experiments.convert that write no weights: inspect, diff and verify."""
 
-import hashlib
 import math
 import re
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.convert.weights import bar
+from ops import cache
 from qwen3 import hf, hf_files
 from qwen3.schema import IndexJson, checked
 
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](?:\./)?(.+)", re.IGNORECASE)
-READ_BYTES = 1 << 24
 
 
 def inspect(weights, norms):
@@ -141,7 +140,7 @@ def _check_sums(folder, sums, needed):
     total = sum(path.stat().st_size for path in there.values())
     with bar("sha256", total) as progress:
         for name, path in there.items():
-            found = _sha256(path, progress)
+            found = cache.digest(path, progress.update)
             if found != listed[name]:
                 wrong.append(f"{path} has sha256 {found}, and --sha256={sums} says {listed[name]}; fetch it again")
     return wrong
@@ -163,12 +162,3 @@ def read_sums(path):
     if not out:
         raise ValueError(f"--sha256={path} is empty; give one as `sha256sum *` writes it")
     return out
-
-
-def _sha256(path, progress):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-            progress.update(len(block))
-    return digest.hexdigest()

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ops import cache
+
 SPLITS = ("train", "valid", "test")
 BLOCK = 1 << 20  # documents of a stream whose lengths are summed at a time
 TURNS = 1 << 12  # steps of a blend whose products are made at a time
@@ -236,25 +238,16 @@ def cached(folder, kind, settings, arrays, names, build):
     paths = [Path(folder) / f"{kind}-{digest.hexdigest()}.{name}.npy" for name in names]
     sums = Path(folder) / f"{kind}-{digest.hexdigest()}.digests"
     try:
-        if sums.read_text() == _digests(paths):
+        if sums.read_text() == "\n".join(map(cache.digest, paths)):
             return tuple(np.load(path, mmap_mode="r") for path in paths)
     except (OSError, ValueError):
         pass
     os.makedirs(folder, exist_ok=True)
     for path, values in zip(paths, build()):
         _replace(path, partial(np.save, arr=values))
-    found = _digests(paths).encode()
+    found = "\n".join(map(cache.digest, paths)).encode()
     _replace(sums, lambda file: file.write(found))
     return tuple(np.load(path, mmap_mode="r") for path in paths)
-
-
-def _digests(paths):
-    """The digests of the contents of files, a line each."""
-    lines = []
-    for path in paths:
-        with open(path, "rb") as file:
-            lines.append(hashlib.file_digest(file, "blake2b").hexdigest())
-    return "\n".join(lines)
 
 
 def _replace(path, write):

@@ -34,7 +34,7 @@ def main(_):
     for name in ("init_from", "resume_from", "partial", "zero", "micro_batches"):
         if FLAGS[name].present:
             raise ValueError(f"--{name} has no use here; leave it out")
-    command_line.check_source(FLAGS)
+    command_line.check_source(FLAGS.hf_dir, FLAGS.workdir)
     # Imported here, so that wrong flags are answered before MindSpore is imported, which takes seconds.
     from experiments.evaluate import evaluation
     from experiments.train import weights

@@ -12,6 +12,7 @@ from absl import flags
 
 from experiments import flags as command_line
 from experiments.generate import flags as inference_flags
+from experiments.generate import prompts
 
 FLAGS = flags.FLAGS
 
@@ -31,14 +32,9 @@ def main(_):
     if FLAGS.logprobs is not None and not FLAGS.output_jsonl:
         raise ValueError(f"--logprobs={FLAGS.logprobs} needs a file to write to; add --output_jsonl=FILE")
     inference_flags.check()
-    if (
-        FLAGS.prompt is not None
-        and FLAGS.prompts_file is not None
-        or not FLAGS.chat
-        and FLAGS.prompt is None
-        and FLAGS.prompts_file is None
-    ):
-        raise ValueError("give --prompt=TEXT or --prompts_file=FILE, exactly one of them")
+    converses = FLAGS.chat and FLAGS.prompt is None and FLAGS.prompts_file is None
+    if not converses:
+        prompts.check(FLAGS.prompt, FLAGS.prompts_file)
     from experiments.generate import run
 
     run.generate()

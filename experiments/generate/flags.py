@@ -61,7 +61,7 @@ def define_generation_config():
 
 def check():
     """Raises ValueError for flags that no model can honour, before one is loaded."""
-    command_line.check_source(FLAGS)
+    command_line.check_source(FLAGS.hf_dir, FLAGS.workdir)
     stop_ids()
 
 

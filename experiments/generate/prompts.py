@@ -8,12 +8,17 @@ import numpy as np
 from qwen3.chat import prompt_text
 
 
+def check(text, path):
+    """Raises ValueError unless one of --prompt and --prompts_file is given."""
+    if (text is None) == (path is None):
+        raise ValueError("give --prompt=TEXT or --prompts_file=FILE, exactly one of them")
+
+
 def read(text=None, path=None):
     """Returns the prompts as a list; each is a text, or {"messages": [...], "tools": [...]}. text: a single prompt. path: a file with one
     prompt a line, without blank lines; in a .jsonl a line is a string, a list of messages, or an object with `prompt`, or with `messages`
     and `tools`. Raises ValueError that names the line."""
-    if (text is None) == (path is None):
-        raise ValueError("give --prompt=TEXT or --prompts_file=FILE, exactly one of them")
+    check(text, path)
     if path is None:
         return [text]
     path = os.path.expanduser(path)

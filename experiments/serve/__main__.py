@@ -42,7 +42,7 @@ def define_flags():
 def main(_):
     if world_size() > 1:
         raise ValueError("experiments.serve runs on one process; start it without experiments.launch")
-    command_line.check_source(FLAGS)
+    command_line.check_source(FLAGS.hf_dir, FLAGS.workdir)
     if importlib.util.find_spec("aiohttp") is None:
         raise ValueError("experiments.serve needs aiohttp: pip install -e '.[serve]'")
     keys, connections = access.read_keys(FLAGS.api_key_file), access.connection_limit(FLAGS.max_connections)

@@ -26,13 +26,14 @@ def start(workdir, cfg, config, mesh, program):
     if not own and not config.resume_from:
         return weights.initial(cfg, config)
     folder, partial_ = (step_folder(workdir, own), False) if own else (_other(config, mesh), config.partial)
-    done = Reader(folder).meta["step"]
-    if done > config.train.steps:
-        raise ValueError(f"{folder} is of step {done}, after the last of train.steps={config.train.steps}; ask for at least {done} steps")
     fresh = weights.initial_params(cfg, config)[0] if cfg.lora else weights.random(cfg, config)
     if cfg.lora:
         adapter.check_base(Reader(folder).meta.get("base"), adapter.base_of(cfg, config, fresh), folder)
-    return weights.from_checkpoint(folder, program, partial_, fresh)
+    found = weights.from_checkpoint(folder, program, partial_, fresh)
+    if found.step > config.train.steps:
+        last = f"after the last of train.steps={config.train.steps}; ask for at least {found.step} steps"
+        raise ValueError(f"{folder} is of step {found.step}, {last}")
+    return found
 
 
 def _other(config, mesh):

@@ -29,17 +29,14 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh, saved=True)
     """
     batches = loader.eval_batches(data.held_out, config.train.batch_size, mesh.index(("dp",)), mesh.dp)
     nats, weights = program.evaluate(state, batches), program.spread(state)
-    leaves = [leaf for path, leaf in tree_paths(weights) if not cfg.lora or config.train.sample_tokens or weights_of.is_adapter(path)]
     if mesh.rank != 0:
-        for leaf in leaves if config.train.sample_tokens or config.train.save_hf else ():
-            leaf.asnumpy()  # takes part in the gather, in the order in which rank 0 asks
+        if config.train.sample_tokens or config.train.save_hf:
+            take_part(cfg, weights, all_of_them=config.train.sample_tokens > 0)
         return
     if config.train.sample_tokens:
         weights = tree_map(lambda leaf: leaf.asnumpy(), weights)
-    if config.train.save_hf and cfg.lora:
-        save_adapter(os.path.join(workdir, "adapter"), cfg, weights, config)
-    elif config.train.save_hf:
-        save(os.path.join(workdir, "hf"), cfg.base, weights, data.tokenizer, config.init_from)
+    if config.train.save_hf:
+        save(os.path.join(workdir, "adapter" if cfg.lora else "hf"), cfg, weights, config, data.tokenizer)
     cfg = without_dropout(cfg)
     params = tree_map(ms.Tensor.from_numpy, weights) if config.train.sample_tokens else None
     if data.held_questions:
@@ -71,11 +68,24 @@ def save_at(step, program, state, cfg, config, tokenizer, workdir, mesh):
     weights, folder = program.spread(state), os.path.join(workdir, "hf_steps", f"step_{step:06}")
     if mesh.rank == 0:
         os.makedirs(os.path.dirname(folder), exist_ok=True)
-        save_adapter(folder, cfg, weights, config) if cfg.lora else save(folder, cfg.base, weights, tokenizer)
-        return
+        save(folder, cfg, weights, config, tokenizer)
+    else:
+        take_part(cfg, weights)
+
+
+def take_part(cfg, weights, all_of_them=False):
+    """Takes part in the gathers of the weights that rank 0 saves, in the order in which it asks: of LoRA the adapters, or all of them."""
     for path, leaf in tree_paths(weights):
-        if not cfg.lora or weights_of.is_adapter(path):
-            leaf.asnumpy()  # takes part in the gather, in the order in which rank 0 asks
+        if all_of_them or not cfg.lora or weights_of.is_adapter(path):
+            leaf.asnumpy()
+
+
+def save(folder, cfg, weights, config, tokenizer):
+    """Writes the weights as a Hugging Face folder, or of LoRA the adapters in PEFT's format."""
+    if cfg.lora:
+        save_adapter(folder, cfg, weights, config)
+    else:
+        save_model(folder, cfg.base, weights, tokenizer, config.init_from)
 
 
 def _final(found):
@@ -108,7 +118,7 @@ def answers(params, cfg, questions, kernels):
     return out
 
 
-def save(folder, cfg, weights, tokenizer, init_from=""):
+def save_model(folder, cfg, weights, tokenizer, init_from=""):
     """Writes a Hugging Face folder. The generation_config.json of the model that training began from comes along."""
     with tempfile.TemporaryDirectory() as files:
         tokenizer.save(files)

@@ -13,6 +13,7 @@ import subprocess
 from experiments.watch.records import CONFIG, METRICS, flat
 from parallel import collectives
 from parallel.checkpoint.files import FOLDER, clean, steps, sync_file, sync_folder, write_json
+from qwen3.json_files import read_text
 
 LOCK, FINISHED, TOKENIZER = ".lock", "finished.json", "tokenizer"
 # Keys, and prefixes of keys, that may change when a run is restarted: how it is computed, monitored and saved, and its length.
@@ -141,11 +142,11 @@ def _read(path):
     """Returns the JSON object in a file; None if there is no file."""
     if not os.path.exists(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        try:
-            found = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error}); is this the folder of a run?") from error
+    text = read_text(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); is this the folder of a run?") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {json.dumps(found)[:20]}, not a JSON object; is this the folder of a run?")
     return found

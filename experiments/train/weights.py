@@ -10,6 +10,7 @@ from typing import NamedTuple
 import mindspore as ms
 import numpy as np
 
+from experiments import flags as command_line
 from experiments import hub
 from experiments.convert.weights import open_weights
 from experiments.train import adapter
@@ -175,8 +176,7 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
     is merged into the weights as they are read. If workdir itself is a LoRA run, its base is the one that its checkpoint names.
     hf_dir may be a model's id on a hub, see experiments.hub. Raises ValueError or FileNotFoundError that name the flag.
     """
-    if bool(hf_dir) == bool(workdir):
-        raise ValueError("give --hf_dir=FOLDER, a Hugging Face folder, or --workdir=RUN, the folder of a training run; one of them")
+    command_line.check_source(hf_dir, workdir)
     key, path = ("hf_dir", hf_dir) if hf_dir else ("workdir", workdir)
     path = hub.folder_of("--hf_dir", path, download) if hf_dir else os.path.expanduser(path)
     beside, final = Path(path, TOKENIZER), os.path.join(path, "hf")

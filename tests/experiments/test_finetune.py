@@ -80,7 +80,7 @@ def test_a_base_model_that_learns_conversations_stops_where_a_turn_ends(base, lo
         (folder / name).write_text(json.dumps({**values, "do_sample": True} if name.startswith("gen") else values))
     cfg = corpus.with_token_ids(hf.load(folder)[0], tokenizer, trained=False, chats=True)
     assert cfg.eos_id == (tokenizer.eod_id, end) and corpus.with_token_ids(cfg, tokenizer, False, chats=True) == cfg
-    finish.save(tmp_path / "out", cfg, hf.load(folder)[1], tokenizer, str(folder))
+    finish.save_model(tmp_path / "out", cfg, hf.load(folder)[1], tokenizer, str(folder))
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [tokenizer.eod_id, end] and saved["do_sample"] is True
     assert Reader(step_folder(str(base), 4)).meta["model"]["eos_token_id"] == [tokenizer.eod_id, end]

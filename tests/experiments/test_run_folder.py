@@ -1,6 +1,7 @@
 """What a run's folder holds besides its checkpoints: a file that is not as it was written is told of by name, before anything is done."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -37,6 +38,15 @@ def test_a_config_that_is_none_is_named(content, tmp_path):
     ):
         with pytest.raises(ValueError, match=re.escape(f"{folder}/config.json ")):
             read()
+
+
+@pytest.mark.parametrize("name", ["config.json", "finished.json"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    folder = folder_of(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=re.escape(f"{folder}/{name} is no regular file")):
+        run_folder.own_step(folder, common.get_config())
 
 
 @pytest.mark.parametrize("content", BAD_FINISHED)

@@ -151,6 +151,18 @@ class Permute {
   uint32_t k_, experts_, width_, padded_;
 };
 
+// Loads columns c to c + n of the rows in which choices first to last of a token are, and gives their slots. One past the last row is not
+// loaded.
+template <typename T, uint32_t AHEAD>
+__aicore__ inline void LoadAhead(In<T, AHEAD> &in, GlobalTensor<T> &rows, GlobalTensor<int32_t> &slot, uint32_t token, uint32_t first,
+                                 uint32_t last, uint32_t c, uint32_t n, const PermuteTiling &tiling, uint32_t (&slots)[AHEAD]) {
+  for (uint32_t j = first; j < last; j++) {
+    const uint32_t at = static_cast<uint32_t>(slot.GetValue(static_cast<uint64_t>(token) * tiling.k + j));
+    if (at < tiling.rows) in.Load(rows[static_cast<uint64_t>(at) * tiling.width + c], 1, n);
+    slots[j - first] = at;
+  }
+}
+
 // out[t] = the sum over j of rows[slot[t, j]], WEIGHTED: times weight[t, j]; a slot past the last row adds nothing.
 template <typename T, bool WEIGHTED>
 class Combine {
@@ -171,10 +183,7 @@ class Combine {
     for (uint32_t first = 0; first < tiling.k; first += ROWS_AHEAD) {
       const uint32_t last = Least(first + ROWS_AHEAD, tiling.k);
       uint32_t slots[ROWS_AHEAD];
-      for (uint32_t j = first; j < last; j++) {
-        slots[j - first] = static_cast<uint32_t>(slot_.GetValue(static_cast<uint64_t>(token) * tiling.k + j));
-        if (slots[j - first] < tiling.rows) rows_in_.Load(rows_[static_cast<uint64_t>(slots[j - first]) * tiling.width + c], 1, n);
-      }
+      LoadAhead(rows_in_, rows_, slot_, token, first, last, c, n, tiling, slots);
       for (uint32_t j = first; j < last; j++) {
         if (slots[j - first] >= tiling.rows) continue;
         LocalTensor<float> row = rows_in_.Wait(n);
@@ -225,10 +234,7 @@ class CombineGrad {
       for (uint32_t first = 0; first < tiling.k; first += ROWS_AHEAD_OF_GRAD) {
         const uint32_t last = Least(first + ROWS_AHEAD_OF_GRAD, tiling.k);
         uint32_t slots[ROWS_AHEAD_OF_GRAD];
-        for (uint32_t j = first; j < last; j++) {
-          slots[j - first] = static_cast<uint32_t>(slot_.GetValue(static_cast<uint64_t>(token) * tiling.k + j));
-          if (slots[j - first] < tiling.rows) y_in_.Load(y_[static_cast<uint64_t>(slots[j - first]) * tiling.width + c], 1, n);
-        }
+        LoadAhead(y_in_, y_, slot_, token, first, last, c, n, tiling, slots);
         for (uint32_t j = first; j < last; j++)
           if (slots[j - first] < tiling.rows) Choice(token, j, slots[j - first], c, n, dout, tiling);
       }
