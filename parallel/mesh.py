@@ -172,8 +172,10 @@ STARTED_BY = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE
 
 
 def world_size():
-    """Returns the number of ranks of the job of this process: 1 unless experiments.launch started it. Raises ValueError in one of several
-    processes that another launcher started, each of which would be a job of its own."""
+    """Returns the number of ranks of the job of this process: 1 unless experiments.launch started it, or MindSpore simulates a cluster.
+    Raises ValueError in one of several processes that another launcher started, each of which would be a job of its own."""
+    if os.environ.get("MS_SIMULATION_LEVEL", "0") != "0":
+        return int(os.environ.get("RANK_SIZE", 1))
     if "MS_WORKER_NUM" in os.environ:
         return int(os.environ["MS_WORKER_NUM"])
     for launcher, name in STARTED_BY:

@@ -108,7 +108,7 @@ class Sharding:
 
     def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", check=False):
         self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
-        self.zero, self.lowering = zero, lowering
+        self.zero, self.lowering = zero, lowering if mesh.world > 1 else "manual"  # one rank has nothing to partition
         self.partial = False  # whether the cotangent of a replicated tensor is a partial sum on each rank, see lowering/partitioner.py
         self.in_region = False  # whether the ops are inside region()
 

@@ -35,7 +35,6 @@ def main(path):
     began = time.perf_counter()
     step, times = STEPS[job["step"]]
     if parallel.lowering == "shard":
-        dryrun_shard.prepare(mesh.world, parallel.zero)
         step = dryrun_shard.train_step
     found = step(config, cfg, sharding)
     found.update(steps=times, compile_s=time.perf_counter() - began, host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -18,8 +18,6 @@ def check(config, cfg, world=None):
     fix."""
     parallel = config.parallel
     sizes = axis_sizes(parallel, world)
-    if parallel.lowering == "shard":
-        raise ValueError("parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual")
     if parallel.zero not in (0, 1, 2, 3):
         raise ValueError(f"parallel.zero={parallel.zero} must be 0, 1, 2 or 3")
     _check_model(cfg, config, sizes)

@@ -4,6 +4,7 @@ import mindspore as ms
 import numpy as np
 
 from experiments.train import optim as optimizer
+from experiments.train import partitioned
 from experiments.train import pipeline as train_pipeline
 from experiments.train import step as train_step
 from experiments.train.state import Program, check_dtype, held_arrays, new_state, placements, restored, spread_arrays, uses_scan
@@ -33,6 +34,8 @@ def build_program(cfg, config, sharding=None, has_peers=True):
     check_dtype(cfg)
     sharding = sharding or Sharding()
     mesh, kernels = sharding.mesh, choose_kernels(config.ops, cfg, sharding)
+    if config.parallel.lowering == "shard":
+        return partitioned.build_program(cfg, config, sharding, kernels)
     if mesh.pp > 1:
         stages = train_pipeline.Stages(cfg, config, sharding, kernels)
         step, evaluate, executor = train_pipeline.build_step(stages, has_peers), train_pipeline.build_evaluate(stages), stages.executor

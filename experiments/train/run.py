@@ -28,7 +28,7 @@ from qwen3.model import check_frozen, choose_kernels, param_specs
 def train_in(workdir, config):
     """Trains in the folder `workdir`, from the start or from its newest checkpoint. config: from experiments.flags.resolve."""
     rank, _ = collectives.start()
-    cfg, parallel = command_line.model_config(config), config.parallel
+    cfg, parallel = command_line.model_config(config, ms.get_context("device_target")), config.parallel
     check_frozen(cfg)
     mesh = layout.mesh(cfg, parallel, rank)
     with run_folder.locked(workdir, mesh):
@@ -40,15 +40,16 @@ def train_in(workdir, config):
 def run(config, cfg, data, workdir, mesh):
     if (config.train.save_hf or config.train.save_hf_every) and not cfg.lora:
         _check_names(cfg)
-    sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
+    parallel = config.parallel
+    sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
     program = build_program(cfg, config, sharding)
     start = checkpoints.start(workdir, cfg, config, mesh, program)
-    peak = metrics.mesh_peak_flops(mesh)
+    peak = metrics.mesh_peak_flops(mesh, cfg.compute_dtype)
     if mesh.rank == 0:
         run_folder.begin(workdir, config, data.tokenizer)
         announce(cfg, config, data, sharding, peak, start)
 
-    place, dp, train_ = mesh.index(("dp",)), mesh.dp, config.train
+    (place, dp), train_ = ((0, 1) if sharding.lowering == "shard" else (mesh.index(("dp",)), mesh.dp)), config.train
     held = {key: value[: train_.eval_rows or None] for key, value in data.held_out.items()}
     eval_batches = list(loader.eval_batches(held, train_.batch_size, place, dp))
     cost = metrics.flops_per_token(cfg, train_.seq_len)
@@ -59,7 +60,7 @@ def run(config, cfg, data, workdir, mesh):
         begun = start.step, start.tokens
         saving = opened.enter_context(checkpoints.Saving(workdir, cfg, config, mesh, program, batches, writer, begun))
         of_bytes = corpus.bytes_per_target(data.tokenizer, held)
-        mfu_of = lambda speed: speed * cost / peak
+        mfu_of = lambda speed: speed * cost / peak if peak else 0.0
         if train_.monitor_every:
             probe = Probe(cfg, config, sharding, program, batches.sources if hasattr(data.train, "source_of") else None)
             monitor = monitors.Monitor(program, mesh, config.optim, train_.monitor_every, writer.write, probe)
@@ -98,4 +99,7 @@ def announce(cfg, config, data, sharding, peak, start):
     print(f"start      {start.text}{'; left out: ' * bool(start.not_loaded)}{start.not_loaded}")
     print(f"data       {corpus.describe(data, config.train.seq_len)}")
     cost, what = metrics.flops_per_token(cfg, config.train.seq_len), "these processes'" if mesh.world > 1 else "this machine's"
-    print(f"compute    {cost:.3g} FLOPs a token; {what} float32 matmul peak {peak / 1e9:.0f} GFLOP/s; {os.cpu_count()} cores", flush=True)
+    print(
+        f"compute    {cost:.3g} FLOPs a token; {what} {cfg.compute_dtype} matmul peak {peak / 1e9:.0f} GFLOP/s; {os.cpu_count()} cores",
+        flush=True,
+    )
