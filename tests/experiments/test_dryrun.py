@@ -279,7 +279,7 @@ def test_what_the_partitioner_is_not_given_is_refused_by_its_key():
         ("--pp=2", "train", "parallel.pp=2 with parallel.lowering=shard: MindSpore's pipeline needs Cells"),
         ("--cp=2", "train", "parallel.cp=2 with parallel.lowering=shard: MindSpore has no rule for a ring"),
         ("--config.optim.skip_spikes=2.0", "train", "optim.skip_spikes=2.0 with parallel.lowering=shard"),
-        ("--config.lora.rank=4", "train", "parallel.lowering=shard trains every parameter; leave out lora.rank"),
+        ("--config.optim.name=muon", "train", "optim.name=muon with parallel.lowering=shard needs whole matrices"),
         ("--seq_parallel", "generate", "--step=generate with parallel.lowering=shard"),
     ):
         config = read(*MODEL, "--dp=2", "--tp=2", option)

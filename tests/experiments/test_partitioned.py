@@ -18,6 +18,8 @@ from parallel.checkpoint.read import Reader
 from parallel.sharding import Sharding
 from parallel.simulation import dryrun, standin
 from parallel.trees import tree_map, tree_paths
+from tests.experiments.partitioned_cuts import CASES as CUTS
+from tests.experiments.partitioned_cuts import RESULT
 from tests.parallel import layouts
 from tests.tiny import error
 
@@ -154,3 +156,14 @@ def test_a_run_goes_from_flags_to_saved_checkpoints_in_simulation(tmp_path, text
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert json.loads((tmp_path / "one" / "finished.json").read_text())["step"] == 3
+
+
+@needs_standin
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("name", CUTS)
+def test_mindspore_cuts_each_parameter_as_the_layout_says(tmp_path, name, rank):
+    """Checkpoints and Hugging Face folders are written from these shards, by the layout's offsets."""
+    out = simulated(rank, tmp_path, "tests.experiments.partitioned_cuts", name)
+    found = json.loads(out.partition(RESULT)[2])
+    assert found["cut"] >= 10 and not found["wrong"]
