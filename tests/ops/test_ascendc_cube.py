@@ -30,8 +30,8 @@ def slow_but(names, *fast):
     return [name if name in fast else pytest.param(name, marks=SLOW) for name in names]
 
 
-# rows, experts, choices: one repeat has 64 experts
-ROUTERS = [(13, 7, 3), (70, 128, 8), (1, 1, 1), (100, 6, 2), (9, 300, 8)]
+# rows, experts, choices: one repeat has 64 experts, a list that is sorted 32; lists are merged by fours
+ROUTERS = [(13, 7, 3), (70, 128, 8), (1, 1, 1), (100, 6, 2), (9, 300, 8), (3, 500, 40), (5, 33, 33), (20, 160, 64), (4, 64, 12)]
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -55,6 +55,20 @@ def test_equal_experts_are_chosen_in_order():
     logits[:, 70] = 1
     expert = host(ascendc_routing.ascendc_top_k(4, True)(ms.Tensor(logits))[1])
     np.testing.assert_array_equal(expert, np.tile([70, 0, 1, 2], (9, 1)))
+    logits = np.random.default_rng(0).integers(0, 3, (9, 300)).astype(np.float32)  # over all lists and both merges
+    expert = host(ascendc_routing.ascendc_top_k(40, True)(ms.Tensor(logits))[1])
+    np.testing.assert_array_equal(expert, np.argsort(-logits, 1, kind="stable")[:, :40])
+
+
+def test_rows_without_probabilities_get_the_first_experts():
+    """And take nothing from the others. NaN has either sign."""
+    logits = draw(11, 70)
+    expected = host(ascendc_routing.ascendc_top_k(3, True)(ms.Tensor(logits))[1]).copy()
+    logits[1, 5], logits[2], logits[4, 0], logits[7, 69] = np.nan, -np.inf, np.inf, -np.float32(np.nan)
+    _, expert, weight = map(host, ascendc_routing.ascendc_top_k(3, True)(ms.Tensor(logits)))
+    expected[[1, 2, 4, 7]] = [0, 1, 2]
+    np.testing.assert_array_equal(expert, expected)
+    assert np.isnan(weight[[1, 2, 4, 7]]).all() and np.isfinite(np.delete(weight, [1, 2, 4, 7], 0)).all()
 
 
 @pytest.mark.parametrize("chip", CHIPS)
