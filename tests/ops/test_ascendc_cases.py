@@ -59,7 +59,7 @@ OTHERS = {("grouped_matmul", "test_views"): OUT_OF_ORDER, ("routing", "test_view
 
 SERVED = {  # of a test's parameters, those that the kernels serve
     "implementation": lambda name: name == "cpu",
-    "kind": lambda name: name == "cpu",
+    "kind": lambda name: name.startswith("cpu"),
     "limit": lambda rows: rows == 1,
     "name": lambda name: list(test_grouped_matmul.GROUPS[name][0]) == sorted(test_grouped_matmul.GROUPS[name][0]),
 }

@@ -7,7 +7,7 @@ from mindspore import ops
 
 from ops import attention, grouped_matmul, routing
 from ops.ascendc import attention as ascendc_attention
-from ops.ascendc import build
+from ops.ascendc import build, clock
 from ops.ascendc import grouped_matmul as ascendc_grouped_matmul
 from ops.ascendc import routing as ascendc_routing
 from tests.ops import test_attention as attention_cases
@@ -205,6 +205,29 @@ def test_attention_in_order_skips_later_keys(chip, size):
     mask = (segment, segment, order, order)
     with cores(chip):
         agree(attention.cpu(SCALE), ascendc_attention.ascendc(SCALE, in_order=True), qkv(1, 200, 200, 4, 2, size), mask, **EAGER)
+
+
+LENGTHS = [[70, 71, 200, 650], [300, 300, 640, 700]]  # of 700 tokens: several spans of keys, and tiles and spans of one document
+
+
+@pytest.mark.parametrize("chip", [*CHIPS, pytest.param(24, marks=SLOW)])
+@pytest.mark.parametrize("size", [16, pytest.param(130, marks=SLOW)])
+def test_attention_to_documents_given_by_their_cumulative_lengths(size, chip):
+    rows, tokens = (1, 700) if size == 16 and chip < 24 else (2, 700)
+    ends = np.array(LENGTHS[:rows], np.int32)
+    with cores(chip):
+        agree(attention.cpu_packed(SCALE), ascendc_attention.ascendc_packed(SCALE), qkv(rows, tokens, tokens, 2, 1, size), (ends,), **EAGER)
+
+
+def test_other_documents_are_skipped():
+    """By the emulator's clock, a row of 48 documents takes a part of the time of a row of one."""
+    time = {}
+    for count in (1, 48):
+        family, name, inputs, outputs, attrs, _ = clock.attention(1, 6144, 1, 2)
+        segment = (np.arange(6144, dtype=np.int32) * count // 6144)[None]
+        inputs = [*inputs[:3], segment, segment, *inputs[5:]]
+        time[count] = clock.predict(build.emulated(family), name, inputs, outputs, attrs, cores=2)["seconds"]
+    assert time[48] < time[1] / 2.5
 
 
 def test_attention_over_a_cache():

@@ -19,7 +19,7 @@ HALVES = {"float16": 2**-11, "bfloat16": 2**-8}
 # Spans are of 512 keys; heads of more than 128 are results in two panels; a kv head has up to 32 query heads.
 MORE = {
     "three spans": (4, 2, 16, 20, 128, 9, [1100, 512, 513, 0]),
-    "two panels": (4, 2, 144, 9, 64, 9, [70, 576]),
+    "two panels": (4, 2, 144, 12, 64, 9, [70, 576]),
     "a head of 256": (2, 2, 256, 5, 32, 2, [64, 33]),
     "many query heads": (32, 1, 24, 40, 16, 40, [600]),
     "odd groups": (15, 5, 12, 40, 16, 40, [530, 3]),
