@@ -34,8 +34,8 @@ namespace emulator {
 
 enum : uint32_t { SORTED_AT_ONCE = 32 };
 
-// Whether one value comes after a later one in a list: the order of equals stays. Where NaN goes is not documented; here it comes first, and
-// the last of several.
+// Whether one value comes after a later one in a list: the order of equals stays. Where NaN goes is not documented; here it comes first,
+// and the last of several.
 inline bool comes_after(float a, float b) { return b > a || std::isnan(b); }
 
 }  // namespace emulator

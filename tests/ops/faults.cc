@@ -33,6 +33,8 @@ enum Fault : uint32_t {
   ODD_LIST,
   MERGED_IN_PLACE,
   FAR_GATHER,
+  ADDED_COPY,
+  ADDS_LEFT,
   // of the mixed kernel
   L1_OVERRUN,
   NO_CROSS_WAIT,
@@ -134,7 +136,8 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   if (fault == LEFT_SET) SetFlag<HardEvent::V_S>(0);    // LEFT_SET
   out.EnQue(b);
   b = out.DeQue<float>();
-  DataCopy(to, b, n);
+  if (fault == ADDED_COPY) SetAtomicAdd<float>();
+  DataCopy(to, b, n);  // ADDED_COPY
   DataCopy(shared[me * n], b, n);  // NO_SYNC: what the other core reads
   out.FreeTensor(b);
   if (fault == SOME_SYNC && me) return;
@@ -144,6 +147,7 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   in.EnQue(a);
   a = in.DeQue<float>();
   in.FreeTensor(a);
+  if (fault == ADDS_LEFT) SetAtomicAdd<float>();
   while (fault == ENDLESS) spare.Get<float>().SetValue(0, 1.0f);  // ENDLESS
 }
 

@@ -22,7 +22,7 @@ static ge::graphStatus TilePagedAttention(gert::TilingContext *context) {
   const uint64_t spans = (page * pages + SPAN - 1) / SPAN, group = heads / kv_heads;
   const uint64_t padded = RoundUp(static_cast<uint32_t>(group), 8);
   if (spans * padded > MOST_NUMBERS)
-    return Refuse(context, "a table has too many tokens: up to 262,144 with up to 8 query heads a kv head, 131,072 with 16, 65,536 with 32");
+    return Refuse(context, "a table has too many tokens: up to 262,144 with 8 query heads a kv head, 131,072 with 16, 65,536 with 32");
   tiling.set_batch(static_cast<uint32_t>(batch));
   tiling.set_heads(static_cast<uint32_t>(heads));
   tiling.set_kv_heads(static_cast<uint32_t>(kv_heads));

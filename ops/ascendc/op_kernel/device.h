@@ -121,6 +121,17 @@ class Out {
     DataCopyPad(to[n], tile[elements], copy);
     queue_.FreeTensor(tile);
   }
+  // Writes `x`, computed elsewhere.
+  __aicore__ inline void StoreOf(const GlobalTensor<T> &to, const LocalTensor<float> &x, uint32_t rows, uint32_t n, uint32_t elements,
+                                 uint32_t gap) {
+    held_ = queue_.template AllocTensor<T>();
+    VectorBarrier();
+    if constexpr (IsSameType<T, float>::value)
+      Muls(held_, x, 1.0f, elements);
+    else
+      Cast(held_, x, RoundMode::CAST_RINT, elements);
+    Write(to, rows, n, gap, 0);
+  }
   // Writes `x`, computed elsewhere, and leaves in it what was written.
   __aicore__ inline void StoreRounded(const GlobalTensor<T> &to, const LocalTensor<float> &x, uint32_t rows, uint32_t n,
                                       uint32_t elements) {
