@@ -43,7 +43,7 @@ class PagedWrite {
   }
   __aicore__ inline void Store(int32_t slot, uint32_t column, uint32_t n) {
     LocalTensor<T> row = row_.template DeQue<T>();
-    if (slot >= 0 && static_cast<uint32_t>(slot) < slots_)
+    if (static_cast<uint32_t>(slot) < slots_)  // which those below 0 are not either
       DataCopyPad(cache_[static_cast<uint64_t>(slot) * width_ + column], row,
                   DataCopyExtParams{1, static_cast<uint32_t>(n * sizeof(T)), 0, 0, 0});
     row_.FreeTensor(row);
