@@ -10,14 +10,16 @@ skip later keys.
 
 import mindspore as ms
 from mindspore import nn, ops
-from mindspore.ops.auto_generate import FlashAttentionScore
+from mindspore.ops.auto_generate import FlashAttentionScore, SearchSorted
 
+from ops import iota
 from ops.custom import kernel
 from ops.signature import check
 
 MASKED = -1e9  # added to a score: exp of it is 0 in float32
 INTS = "segment int32 B S; key_segment int32 B T; order int32 B S; key_order int32 B T"
 ARGUMENTS, GROUPED = f"q B S N H; k same B T K H; v same B T K H; {INTS}", {"divides": ("K", "N")}
+PACKED = "q B S N H; k same B S K H; v same B S K H; ends int32 B D"
 HALF = ("bfloat16", "float16")  # the dtypes of MindSpore's kernel
 SCORES = 1 << 23  # scores that largest_logits computes at a time: 32 MiB
 FAR = 2**31 - 1  # the number by which MindSpore's kernel means all earlier, or all later, tokens
@@ -43,6 +45,39 @@ def reference(scale, in_order=False):
         return swap(reshape(o, (B, N, S, H)), (0, 2, 1, 3)) * expand(expand(sees, 2), 3)
 
     return attention
+
+
+def reference_packed(scale):
+    """Returns attention(q_BSNH, k_BSKH, v_BSKH, ends_BD int32) -> o_BSNH within the documents of packed rows, in order.
+
+    ends: the cumulative lengths of a row's documents, rising, from 0 to S. Equal ones are documents without tokens, and the tokens from the
+    last end on are a document too. So a row of fewer documents is filled up with S.
+    """
+    return packed(reference(scale, in_order=True))
+
+
+def packed(attend):
+    """Returns attention as reference_packed does by `attend`, attention to rows in order. Segments and orders take B * S integers each."""
+    require, segments_of = check("attention", PACKED, **GROUPED), segments()
+    count, tile, reshape = iota.reference(), ops.Tile(), ops.Reshape()
+
+    def attention(q, k, v, ends):
+        require((q.shape, k.shape, v.shape, ends.shape), (q.dtype, k.dtype, v.dtype, ends.dtype))
+        B, S = q.shape[:2]
+        segment, order = segments_of(ends, S), tile(reshape(count(S), (1, S)), (B, 1))
+        return attend(q, k, v, segment, segment, order, order)
+
+    return attention
+
+
+def segments():
+    """Returns segments(ends_BD, S) -> int32 [B, S], for each token the number of documents that end before it."""
+    search, count, tile, reshape = SearchSorted(ms.int32, True), iota.reference(), ops.Tile(), ops.Reshape()
+
+    def segments(ends, S):
+        return ops.stop_gradient(search(ends, tile(reshape(count(S), (1, S)), (ends.shape[0], 1)), None))
+
+    return segments
 
 
 def reference_parts(scale):
@@ -231,6 +266,11 @@ def cpu_with_lse(scale):
     the sum of their o, weighted by softmax(lse) over the sets.
     """
     return _Attention(scale)
+
+
+def cpu_packed(scale):
+    """Returns attention as reference_packed does, by the kernels of `cpu`. Its memory is linear in S."""
+    return packed(cpu(scale, in_order=True))
 
 
 def cpu_parts(scale):

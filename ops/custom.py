@@ -43,17 +43,17 @@ def kernel(source, name, arguments, shapes, dtypes, *, floats=("float32",), **co
     return primitive.add_prim_attr("instance", next(_instances))
 
 
-class InPlace(nn.Cell):
-    """f(array, a, b) -> the array, which the kernel NAME of ops/cpu/NAME.cc changes in place. Its output is an integer to wait for.
+class Writes(nn.Cell):
+    """f(array, a, b) -> the array, which the kernel `write` of an op changes in place. Its output is an integer to wait for.
 
     The write has no order relative to other reads of the given array, so read only the returned array. In a graph, a write whose result is
     not read does not happen. A graph that returns the result copies it, and the given array changes too. Differentiating f is an error.
     """
 
-    def __init__(self, name, arguments, floats):
+    def __init__(self, op, write):
         super().__init__()
-        self.write = kernel(name, name, arguments, _one, _int32, floats=floats)
-        self.no_gradient = f"the {name} kernel works in place and has no gradient; use ops.{name}=reference"
+        self.write = write
+        self.no_gradient = f"the {op} kernel works in place and has no gradient; use ops.{op}=reference"
 
     def __call__(self, array, a, b):
         """Makes the array contiguous. In an eager call a kernel gets a copy of a view, and what it writes to the copy would be lost."""
@@ -64,6 +64,13 @@ class InPlace(nn.Cell):
 
     def bprop(self, array, a, b, out, dout):
         raise RuntimeError(self.no_gradient)
+
+
+class InPlace(Writes):
+    """Writes by the kernel NAME of ops/cpu/NAME.cc."""
+
+    def __init__(self, name, arguments, floats):
+        super().__init__(name, kernel(name, name, arguments, _one, _int32, floats=floats))
 
 
 def _one(array, a, b):

@@ -38,6 +38,8 @@ class Kernels:
     grouped_matmul: str = "reference"
     head_loss: str = "reference"
     matmul: str = "reference"
+    paged_attention: str = "reference"
+    paged_write: str = "reference"
     rms_norm: str = "reference"
     rope: str = "reference"
     routing: str = "reference"

@@ -17,7 +17,7 @@ from ops import sampling as sampling_op
 B, S, D, F, V, E = BATCH, SEQ_LEN, *(MOE[key] for key in ("hidden_size", "ffn_size", "vocab_size", "num_experts"))
 N, K, H, TOP = (MOE[key] for key in ("num_heads", "num_kv_heads", "head_dim", "experts_per_token"))
 R, EPS, MOE_F = B * S, 1e-6, MOE["moe_ffn_size"]
-CACHE_B, CACHE_T = 16, 256  # rows and slots of the cache that a token is written to
+CACHE_B, CACHE_T, PAGE = 16, 256, 16  # rows and slots of the cache that a token is written to; tokens of a page
 STACK_L = 16  # layers whose arrays are stacked
 
 
@@ -184,6 +184,7 @@ def _of_updates():
     values = np.array([1e-3, 0.1, 0.05, 0], np.float32), np.float32(1), np.float32(1)
     new, cache = normal(CACHE_B, 1, K, H), normal(CACHE_B, CACHE_T, K, H)
     last = np.full((CACHE_B, 1), CACHE_T - 1, np.int32)
+    paged, slots = cache.reshape(-1, PAGE, K, H), np.arange(1, CACHE_B + 1, dtype=np.int32) * CACHE_T - 1
     make = partial(_call, 0.9, 0.95, 1e-8, 0.1, False)
     stacked = normal(STACK_L, D, F), np.int32(1), normal(D, F)
     adam = fixed((), (*values, w, normal(V, D), normal(V, D), np.abs(normal(V, D))))
@@ -191,6 +192,7 @@ def _of_updates():
         "adamw": Case("adamw", adam, (15 * w.size, None), make=make, bytes=(7 * w.nbytes, None), in_place=True),
         "adamw_squares": Case("adamw", fixed((), (w,)), (2 * w.size, None), "squares"),
         "cache_write": Case("cache_write", fixed((), (cache, new, last)), (0, None), bytes=(2 * new.nbytes, None), in_place=True),
+        "paged_write": Case("paged_write", fixed((), (paged, new[:, 0], slots)), (0, None), bytes=(2 * new.nbytes, None), in_place=True),
         "stack_write": Case("stack_write", fixed((), stacked), (0, None), bytes=(8 * D * F, None), in_place=True),
     }
 
@@ -202,7 +204,10 @@ def _of_decoding():
     caches = normal(1, CACHE_T, K, H), normal(1, CACHE_T, K, H) + 1
     attend = (x, w, *weights, normal(H), normal(H), np.cos(angles), np.sin(angles), last, *caches)
     flop = 2 * D * (2 * N + 2 * K) * H + 4 * N * H * CACHE_T
+    paged = normal(1, N, H), normal(CACHE_T // PAGE, PAGE, K, H), normal(CACHE_T // PAGE, PAGE, K, H)
+    pages = np.arange(CACHE_T // PAGE, dtype=np.int32)[None, ::-1].copy(), np.full(1, CACHE_T, np.int32)
     return {
         "decode_attention": Case("decode_attention", fixed((), attend), (flop, None), make=partial(_call, EPS, H**-0.5), in_place=True),
+        "paged_attention": Case("paged_attention", fixed((), (*paged, *pages)), (4 * N * H * CACHE_T, None), make=partial(_call, H**-0.5)),
         "decode_mlp": Case("decode_mlp", fixed((), (x, w, *mlp)), (6 * D * F, None), make=partial(_call, EPS)),
     }

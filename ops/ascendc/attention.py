@@ -4,7 +4,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ops.ascendc.custom import kernel
-from ops.attention import ARGUMENTS, GROUPED
+from ops.attention import ARGUMENTS, GROUPED, packed
 
 MOST_SIZE = 256  # the largest head_dim, as in op_host/attention.cpp
 
@@ -17,6 +17,11 @@ def ascendc(scale, in_order=False):
         return attend(q, k, v, segment, key_segment, order, key_order)[0]
 
     return attention
+
+
+def ascendc_packed(scale):
+    """Returns attention as reference_packed does. Spans of keys of other documents are skipped, forward and backward."""
+    return packed(ascendc(scale, in_order=True))
 
 
 def ascendc_parts(scale):

@@ -149,7 +149,21 @@ def cases(sizes=QWEN3):
         found["attention, 2 x 4,096, 4 kv heads"] = attention(2, t // 2, 4, N, H)
         found["attention, one head, 32,768, not causal"] = attention(1, 4 * t, 1, 1, H, 0)
     found[f"gradient of attention, 2 x {t // 2:,}"] = attention_grad(2, t // 2, K, N, H)
+    for row, length in ((64, t // 2), (1, 4 * t)) if sizes is QWEN3 else ((3, t),):
+        found[f"decoding {row} x {length:,} over pages"] = paged_attention(row, length, K, N, H)
+    slots = np.random.default_rng(0).permutation(t).astype(np.int32)
+    cache, new = ((t // 4, 4, K, H), HALF), ((t, K, H), HALF)
+    found["write into pages"] = ("paged_write", "qwen_paged_write", [cache, new, slots], [((1,), "int32")], None, 0)
     return found
+
+
+def paged_attention(batch, length, kv_heads, heads=QWEN3.N, size=QWEN3.H, page=128):
+    """One query a row over `length` keys each, in pages that lie in no order."""
+    each = -(-length // page)
+    table = np.random.default_rng(0).permutation(batch * each).astype(np.int32).reshape(batch, each)
+    q, cache = ((batch, heads, size), HALF), ((batch * each, page, kv_heads, size), HALF)
+    inputs = [q, cache, cache, table, np.full(batch, length, np.int32)]
+    return "paged_attention", "qwen_paged_attention", inputs, [q], [size**-0.5], 2 * batch * heads * length * size
 
 
 def _balanced(tokens, experts, choices):

@@ -46,8 +46,10 @@ constexpr Vector ADD = {10, 2, 14}, MUL = {10, 2, 15}, DIV = {11, 4, 19}, ADDS =
 constexpr Vector MAXS = {10, 1, 13}, MINS = {14, 1, 16}, EXP = {13, 2, 18}, LN = {13, 2, 20}, ABS = {13, 1, 16}, SQRT = {14, 2, 25};
 constexpr Vector DUPLICATE = {11, 1, 13}, BRCB = {6, 1, 18}, CAST = {14, 2, 18}, SUM = {14, 7, 32}, MOST = {14, 2, 32};
 constexpr Vector BLOCK_SUM = {14, 1, 24}, BLOCK_MOST = {14, 1, 17}, SELECT = {13, 2, 14}, GATHER = {24, 2, 20}, PICK = {14, 14, 20};
-constexpr Vector MERGE = {20, 78, 20}, COPY_LOCAL = {11, 1, 13};
-constexpr Vector ASSUMED_AXPY = {10, 2, 15}, ASSUMED_COMPARE = {10, 2, 14}, ASSUMED_SORT = {14, 32, 20};
+constexpr Vector COPY_LOCAL = {11, 1, 13};
+constexpr Vector ASSUMED_AXPY = {10, 2, 15}, ASSUMED_COMPARE = {10, 2, 14}, ASSUMED_SORT = {14, 32, 20}, ASSUMED_INDEX = {11, 4, 13};
+constexpr Vector ASSUMED_SHIFT = {13, 1, 18};
+constexpr double MERGE_START = 20, ASSUMED_MERGE = 78.0 / 128;  // of a merge, and for each pair: [arch] 20 + 78 for four lists of 32
 constexpr double ODD_COUNT = 16;  // more for an operation of two tensors on a count that is no whole number of repeats: [arch]
 
 // The scalar unit and what joins pipes and cores.

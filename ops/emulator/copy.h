@@ -44,6 +44,10 @@ inline void takes(const char *name, const char *operand, const AscendC::LocalTen
   tensor.aligned(name, operand, where);
 }
 
+inline void replaces(const char *name, Where where) {
+  if (core().adds) fail(where, text("%s after SetAtomicAdd: the emulator adds what Fixpipe writes alone", name));
+}
+
 // The bytes of a copy by count.
 template <typename T>
 inline size_t counted(uint32_t count, Where where) {
@@ -61,6 +65,14 @@ inline uint32_t whole_blocks(uint32_t bytes) { return (bytes + BLOCK - 1) / BLOC
 }  // namespace emulator
 
 namespace AscendC {
+
+// Whether what is written to global memory from now on is added to what is there, in one step. The emulator has it of Fixpipe, in float.
+template <typename T>
+inline void SetAtomicAdd() {
+  static_assert(std::is_same_v<T, float>, "the emulator adds floats in global memory");
+  emulator::core().adds = true;
+}
+inline void SetAtomicNone() { emulator::core().adds = false; }
 
 // From global memory: strides are the gaps between rows, of the source in bytes, of the destination in blocks. What fills the last block of
 // a row is `paddingValue`, or nobody's: NaN here.
@@ -94,6 +106,7 @@ template <typename T>
 inline void DataCopyPad(const GlobalTensor<T> &dst, const LocalTensor<T> &src, const DataCopyExtParams &p, EMULATOR_HERE) {
   using namespace emulator;
   takes("DataCopyPad", "src", src, {TPosition::VECOUT, TPosition::VECCALC}, where);
+  replaces("DataCopyPad", where);
   rows_in_range("DataCopyPad", p, where);
   issue(PIPE_MTE3, where, copy_work("DataCopyPad", rates::UB_TO_GM, p.blockCount, p.blockLen));
   const uint32_t row = whole_blocks(p.blockLen) / sizeof(T), step = row + p.srcStride * BLOCK / sizeof(T);
@@ -124,6 +137,7 @@ template <typename T>
 inline void DataCopy(const GlobalTensor<T> &dst, const LocalTensor<T> &src, const uint32_t count, EMULATOR_HERE) {
   using namespace emulator;
   takes("DataCopy", "src", src, {TPosition::VECOUT, TPosition::VECCALC}, where);
+  replaces("DataCopy", where);
   const size_t bytes = counted<T>(count, where);
   issue(PIPE_MTE3, where, copy_work("DataCopy", rates::UB_TO_GM, 1, bytes));
   global_access("DataCopy", PIPE_MTE3, dst.address(), bytes, true, where);

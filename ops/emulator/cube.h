@@ -209,12 +209,13 @@ inline void Fixpipe(const GlobalTensor<T> &dst, const LocalTensor<U> &src, const
   issue(PIPE_FIX, where, {rates::ASSUMED_FIX_START, std::max(rates::COPY, p.mSize * p.nSize * sizeof(T) / rates::L0C_TO_GM), 0, "Fixpipe"});
   for (uint32_t i = 0; i < p.mSize; i++) {
     T *to = dst.address() + static_cast<size_t>(i) * p.dstStride;
+    if (core().adds) global_access("Fixpipe", PIPE_FIX, to, p.nSize * sizeof(T), false, where);
     global_access("Fixpipe", PIPE_FIX, to, p.nSize * sizeof(T), true, where);
     if (dry) continue;
     for (uint32_t j = 0; j < p.nSize; j += 16) {
       const uint32_t n = std::min<uint32_t>(16, p.nSize - j);
       const float *from = src.touch("Fixpipe", PIPE_FIX, j * p.srcStride + i * 16, n, false, where);
-      for (uint32_t e = 0; e < n; e++) to[j + e] = from_float<T>(from[e]);
+      for (uint32_t e = 0; e < n; e++) to[j + e] = from_float<T>(core().adds ? to_float(to[j + e]) + from[e] : from[e]);
     }
   }
   copied(PIPE_FIX);

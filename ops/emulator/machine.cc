@@ -161,8 +161,8 @@ static void begin(Core &c, pipe_t pipe, uint32_t n, Where where, const Work &wor
 // An access to global memory, of the last instruction of a pipe: how much of it L2 has.
 static void fetch(Core &c, pipe_t pipe, size_t array, size_t from, size_t bytes) {
   if (pipe == PIPE_S) {
-    const uint64_t line = reinterpret_cast<uint64_t>(machine->launch.arrays[array].data + from) / 64;
-    uint64_t &held = c.line[line % 256];
+    const uint64_t line = static_cast<uint64_t>(array + 1) << 40 | from / 64;  // whatever the address on this machine
+    uint64_t &held = c.line[(from / 64 + array * 61) % 256];
     spend(held == line ? rates::LOCAL : rates::ASSUMED_GLOBAL);
     held = line;
     return;
@@ -448,6 +448,7 @@ static void start() {
   try {
     machine->body(machine->argument);
     Core &c = core();
+    if (c.adds) fail(c.last, "SetAtomicAdd holds at the end of the kernel: SetAtomicNone is missing");
     for (int from = 0; from < PIPES; from++)
       for (int to = 0; to < PIPES; to++)
         for (int event = 0; event < EVENTS; event++)

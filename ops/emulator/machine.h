@@ -81,6 +81,7 @@ struct Core {
   uint32_t queue_buffers[PIPES][PIPES] = {};
   std::deque<Clock> cross[2][CROSS_FLAGS];  // set for this core, by the first and second of the other kind, and not waited for
   bool finished = false, alone = false;  // alone: of a kernel whose cores may not wait for each other
+  bool adds = false;                     // SetAtomicAdd: what is written to global memory is added to what is there
   uint64_t barriers = 0;                 // SyncAll calls
   std::string waits;                     // for what, while it does
   Where last = {"", 0};

@@ -38,6 +38,13 @@ inline T difference(T a, T b) {
   else
     return a - b;
 }
+template <typename T>
+inline T product(T a, T b) {
+  if constexpr (std::is_same_v<T, int32_t>)
+    return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b));
+  else
+    return a * b;
+}
 
 template <typename T>
 inline void vector_operand(const char *name, const char *operand, const AscendC::LocalTensor<T> &x, Where where) {
@@ -125,7 +132,7 @@ namespace AscendC {
 
 EMULATOR_BINARY(Add, ADD, emulator::sum(a, b), float, half, int32_t)
 EMULATOR_BINARY(Sub, ADD, emulator::difference(a, b), float, half, int32_t)
-EMULATOR_BINARY(Mul, MUL, a *b, float, half)
+EMULATOR_BINARY(Mul, MUL, emulator::product(a, b), float, half, int32_t)
 EMULATOR_BINARY(Div, DIV, a / b, float, half)
 EMULATOR_BINARY(Max, ADD, a > b ? a : b, float, half, int32_t)
 EMULATOR_BINARY(Min, ADD, a < b ? a : b, float, half, int32_t)
@@ -140,7 +147,7 @@ EMULATOR_BINARY(Min, ADD, a < b ? a : b, float, half, int32_t)
   }
 
 EMULATOR_SCALAR(Adds, ADDS, emulator::sum(a, b))
-EMULATOR_SCALAR(Muls, MULS, a *b)
+EMULATOR_SCALAR(Muls, MULS, emulator::product(a, b))
 EMULATOR_SCALAR(Maxs, MAXS, a > b ? a : b)
 EMULATOR_SCALAR(Mins, MINS, a < b ? a : b)
 #undef EMULATOR_SCALAR
@@ -160,6 +167,14 @@ EMULATOR_UNARY(Ln, LN, std::log(a))
 EMULATOR_UNARY(Abs, ABS, std::fabs(a))
 EMULATOR_UNARY(Sqrt, SQRT, std::sqrt(a))
 #undef EMULATOR_UNARY
+
+// Signed numbers keep their sign.
+template <typename T>
+inline void ShiftRight(const LocalTensor<T> &dst, const LocalTensor<T> &src, const T &scalarValue, const int32_t &count, EMULATOR_HERE) {
+  static_assert(emulator::is_one_of<T, int32_t, uint32_t>, "ShiftRight does not take this type");
+  if (scalarValue < T(0) || scalarValue > T(31)) emulator::fail(where, "ShiftRight: the emulator shifts by 0 to 31");
+  emulator::unary("ShiftRight", dst, src, count, where, emulator::rates::ASSUMED_SHIFT, [by = scalarValue](T a) -> T { return a >> by; });
+}
 
 // dst += src * scalar
 template <typename T>

@@ -30,6 +30,11 @@ enum Fault : uint32_t {
   NO_BATCH,
   SMALL_WORK,
   INIT_AGAIN,
+  ODD_LIST,
+  MERGED_IN_PLACE,
+  FAR_GATHER,
+  ADDED_COPY,
+  ADDS_LEFT,
   // of the mixed kernel
   L1_OVERRUN,
   NO_CROSS_WAIT,
@@ -111,6 +116,13 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   if (fault == NOT_FREED) a = in.AllocTensor<float>();  // NOT_FREED
   LocalTensor<float> b = out.AllocTensor<float>(), c = spare.Get<float>();
   if (fault == WRONG_POSITION) DataCopy(b, from, n);  // WRONG_POSITION
+  LocalTensor<uint32_t> number = c[192].ReinterpretCast<uint32_t>();
+  if (fault == ODD_LIST) Sort32(c, c[72], number, 1);  // ODD_LIST: scores lie at whole lists of 32
+  Duplicate(number, static_cast<uint32_t>(4096), 8), PipeBarrier<PIPE_V>();
+  if (fault == FAR_GATHER) Gather(b, c, number, 0, 8);  // FAR_GATHER
+  MrgSort4Info two;
+  two.elementLengths[0] = two.elementLengths[1] = 8, two.validBit = 3;
+  if (fault == MERGED_IN_PLACE) MrgSort(c, MrgSortSrcList<float>(c, c[16], c, c), two);  // MERGED_IN_PLACE
   if (fault == SMALL_WORK) ReduceMax(b, c, c[320], 320);  // SMALL_WORK: 8 floats, for a value and an index of each of 5 repeats
   Muls(c, a, 2.0f, n);
   if (fault != NO_BARRIER) PipeBarrier<PIPE_V>();
@@ -124,7 +136,8 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   if (fault == LEFT_SET) SetFlag<HardEvent::V_S>(0);    // LEFT_SET
   out.EnQue(b);
   b = out.DeQue<float>();
-  DataCopy(to, b, n);
+  if (fault == ADDED_COPY) SetAtomicAdd<float>();
+  DataCopy(to, b, n);  // ADDED_COPY
   DataCopy(shared[me * n], b, n);  // NO_SYNC: what the other core reads
   out.FreeTensor(b);
   if (fault == SOME_SYNC && me) return;
@@ -134,6 +147,7 @@ extern "C" void copy(GM_ADDR x, GM_ADDR y, GM_ADDR workspace, GM_ADDR tiling) {
   in.EnQue(a);
   a = in.DeQue<float>();
   in.FreeTensor(a);
+  if (fault == ADDS_LEFT) SetAtomicAdd<float>();
   while (fault == ENDLESS) spare.Get<float>().SetValue(0, 1.0f);  // ENDLESS
 }
 

@@ -7,7 +7,7 @@ from mindspore import ops
 
 from ops import attention, grouped_matmul, routing
 from ops.ascendc import attention as ascendc_attention
-from ops.ascendc import build
+from ops.ascendc import build, clock
 from ops.ascendc import grouped_matmul as ascendc_grouped_matmul
 from ops.ascendc import routing as ascendc_routing
 from tests.ops import test_attention as attention_cases
@@ -30,8 +30,8 @@ def slow_but(names, *fast):
     return [name if name in fast else pytest.param(name, marks=SLOW) for name in names]
 
 
-# rows, experts, choices: one repeat has 64 experts
-ROUTERS = [(13, 7, 3), (70, 128, 8), (1, 1, 1), (100, 6, 2), (9, 300, 8)]
+# rows, experts, choices: one repeat has 64 experts, a list that is sorted 32; lists are merged by fours
+ROUTERS = [(13, 7, 3), (70, 128, 8), (1, 1, 1), (100, 6, 2), (9, 300, 8), (3, 500, 40), (5, 33, 33), (20, 160, 64), (4, 64, 12)]
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -55,6 +55,20 @@ def test_equal_experts_are_chosen_in_order():
     logits[:, 70] = 1
     expert = host(ascendc_routing.ascendc_top_k(4, True)(ms.Tensor(logits))[1])
     np.testing.assert_array_equal(expert, np.tile([70, 0, 1, 2], (9, 1)))
+    logits = np.random.default_rng(0).integers(0, 3, (9, 300)).astype(np.float32)  # over all lists and both merges
+    expert = host(ascendc_routing.ascendc_top_k(40, True)(ms.Tensor(logits))[1])
+    np.testing.assert_array_equal(expert, np.argsort(-logits, 1, kind="stable")[:, :40])
+
+
+def test_rows_without_probabilities_get_the_first_experts():
+    """And take nothing from the others. NaN has either sign."""
+    logits = draw(11, 70)
+    expected = host(ascendc_routing.ascendc_top_k(3, True)(ms.Tensor(logits))[1]).copy()
+    logits[1, 5], logits[2], logits[4, 0], logits[7, 69] = np.nan, -np.inf, np.inf, -np.float32(np.nan)
+    _, expert, weight = map(host, ascendc_routing.ascendc_top_k(3, True)(ms.Tensor(logits)))
+    expected[[1, 2, 4, 7]] = [0, 1, 2]
+    np.testing.assert_array_equal(expert, expected)
+    assert np.isnan(weight[[1, 2, 4, 7]]).all() and np.isfinite(np.delete(weight, [1, 2, 4, 7], 0)).all()
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -191,6 +205,29 @@ def test_attention_in_order_skips_later_keys(chip, size):
     mask = (segment, segment, order, order)
     with cores(chip):
         agree(attention.cpu(SCALE), ascendc_attention.ascendc(SCALE, in_order=True), qkv(1, 200, 200, 4, 2, size), mask, **EAGER)
+
+
+LENGTHS = [[70, 71, 200, 650], [300, 300, 640, 700]]  # of 700 tokens: several spans of keys, and tiles and spans of one document
+
+
+@pytest.mark.parametrize("chip", [*CHIPS, pytest.param(24, marks=SLOW)])
+@pytest.mark.parametrize("size", [16, pytest.param(130, marks=SLOW)])
+def test_attention_to_documents_given_by_their_cumulative_lengths(size, chip):
+    rows, tokens = (1, 700) if size == 16 and chip < 24 else (2, 700)
+    ends = np.array(LENGTHS[:rows], np.int32)
+    with cores(chip):
+        agree(attention.cpu_packed(SCALE), ascendc_attention.ascendc_packed(SCALE), qkv(rows, tokens, tokens, 2, 1, size), (ends,), **EAGER)
+
+
+def test_other_documents_are_skipped():
+    """By the emulator's clock, a row of 48 documents takes a part of the time of a row of one."""
+    time = {}
+    for count in (1, 48):
+        family, name, inputs, outputs, attrs, _ = clock.attention(1, 6144, 1, 2)
+        segment = (np.arange(6144, dtype=np.int32) * count // 6144)[None]
+        inputs = [*inputs[:3], segment, segment, *inputs[5:]]
+        time[count] = clock.predict(build.emulated(family), name, inputs, outputs, attrs, cores=2)["seconds"]
+    assert time[48] < time[1] / 2.5
 
 
 def test_attention_over_a_cache():

@@ -72,6 +72,46 @@ def test_the_formula_hides_what_it_should():
     np.testing.assert_allclose(lse.ravel(), [0, np.log(2), 0, attention.MASKED])
 
 
+# cumulative lengths of the documents of two rows of 9 tokens; one a row; one a token in the first; tokens after the last end
+ENDS = {
+    "documents": [[2, 3, 7, 9], [4, 4, 9, 9]],
+    "one": [[9], [9]],
+    "each": [list(range(10)), [9] * 10],
+    "rest": [[2, 5], [0, 8]],
+}
+
+
+def one_by_one(q, k, v, ends):
+    """Attention to each document on its own, in float64."""
+    out, S = np.zeros(q.shape), q.shape[1]
+    for b, row in enumerate(ends):
+        bounds = [0, *row, S]
+        for first, last in zip(bounds[:-1], bounds[1:]):
+            if last > first:
+                order = np.arange(last - first)[None]
+                mask = _ints(np.ones_like(order), np.ones_like(order), order, order)
+                out[b, first:last] = formula(*(x[b : b + 1, first:last].astype(np.float64) for x in (q, k, v)), *mask)[0][0]
+    return out
+
+
+@pytest.mark.parametrize("kind", ["reference_packed", "cpu_packed"])
+@pytest.mark.parametrize("ends", ENDS)
+def test_documents_given_by_their_cumulative_lengths(ends, kind):
+    ends = np.array(ENDS[ends], np.int32)
+    check(getattr(attention, kind)(SCALE), one_by_one, qkv(2, 9, 9, 2, 1, 3), (ends,))
+
+
+def test_cumulative_lengths_in_a_graph():
+    inputs, ends = qkv(2, 9, 9, 4, 2, 5), np.array(ENDS["documents"], np.int32)
+    agree(attention.reference_packed(SCALE), attention.cpu_packed(SCALE), inputs, (ends,), ways=("compiled",))
+    for wrong, message in (
+        (ends.astype(np.int64), "ends is int64 and has to be int32"),
+        (ends[:1], r"ends is \[1, 4\] and has to be \[B, D\]"),
+    ):
+        with pytest.raises(ValueError, match=f"attention: {message}"):
+            attention.cpu_packed(SCALE)(*tensors(*inputs, wrong))
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_matches_float64_and_its_differences(kind, kv_heads):

@@ -34,6 +34,10 @@ COPY = {
     "NO_BATCH": r"SyncAll in an operator whose tiling function does not call SetScheduleMode.1.",
     "INIT_AGAIN": "InitBuffer of a queue a second time: after Reset too it goes on from the buffer it was at; use another queue",
     "SMALL_WORK": "ReduceMax: sharedTmpBuffer has 8 elements and needs 16: a value and an index for each of 5 repeats",
+    "ODD_LIST": "Sort32: src0 begins at byte [0-9]+, which is not a multiple of 128",
+    "MERGED_IN_PLACE": "MrgSort: dst overlaps a list of src",
+    "FAR_GATHER": "Gather: 4 bytes from byte 4[0-9]+ of a buffer of 1312 bytes in UB .VECCALC.: it overruns the buffer",
+    "ADDED_COPY": "DataCopy after SetAtomicAdd: the emulator adds what Fixpipe writes alone",
     "ODD_COPY": "DataCopy: 252 bytes are no whole blocks of 32",
 }
 MIXED = {
@@ -82,6 +86,11 @@ def test_cores_that_no_flag_orders():
     _, _, message = run("copy", "NO_SYNC")
     text = r"faults.cc:\d+: DataCopy (reads|writes) bytes of global memory that vector core \d may still be (reading|writing)"
     assert re.search(text, message), message
+
+
+def test_additions_in_global_memory_that_nothing_ends():
+    _, _, message = run("copy", "ADDS_LEFT")
+    assert "SetAtomicAdd holds at the end of the kernel: SetAtomicNone is missing" in message
 
 
 def test_flags_that_nothing_waited_for():

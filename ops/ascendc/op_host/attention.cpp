@@ -28,17 +28,18 @@ static ge::graphStatus TileAttention(gert::TilingContext *context, bool grad) {
   const int64_t in_order = *context->GetAttrs()->GetInt(1);
   if (in_order && queries != keys) return Refuse(context, "rows in order have as many queries as keys");
   tiling.set_in_order(static_cast<uint32_t>(in_order));
-  const uint64_t panels = (size + PANEL - 1) / PANEL, high = grad ? ROWS / panels : ROWS, wide = KEYS / panels;
-  const uint64_t tiles = batch * heads * ((queries + high - 1) / high), of_keys = batch * kv_heads * ((keys + wide - 1) / wide);
-  const uint32_t blocks = static_cast<uint32_t>(std::min<uint64_t>(grad ? std::max(tiles, of_keys) : tiles, CubeCores(context)));
-  // Of a block: scores of three spans, weights and results of two; of the gradient scores
-  // and their gradients of three spans, p and ds of two.
+  const uint64_t panels = (size + PANEL - 1) / PANEL;
+  const uint64_t tasks = grad ? batch * heads : batch * heads * ((queries + ROWS - 1) / ROWS);
+  const uint32_t blocks = static_cast<uint32_t>(std::min<uint64_t>(tasks, CubeCores(context)));
+  // Of a block: scores of three spans, weights and results of two; of the gradient scores and their gradients of three spans, p and ds of
+  // two.
   const uint64_t width = WidthOf(context->GetInputDesc(0)->GetDataType());
   const uint64_t each =
-      grad ? ROWS * (512 / width) * (6 * 4 + 4 * width) : ROWS * SPAN * (3 * 4 + 2 * width) + 2 * ROWS * panels * PANEL * 4;
-  // Of all: the ranges of segments and orders; of the gradient deltas.
-  const uint64_t ranges = batch * ((queries + ROWS - 1) / ROWS + (keys + SPAN - 1) / SPAN) * 4 * 4;
-  const uint64_t shared = ranges + (grad ? batch * heads * RoundUp(static_cast<uint32_t>(queries), 8) * 4 : 0);
+      grad ? KEYS * (256 / width) * (6 * 4 + 4 * width) : ROWS * SPAN * (3 * 4 + 2 * width) + 2 * ROWS * panels * PANEL * 4;
+  // Of all: the ranges of segments and orders; of the gradient deltas, and sums of dq and of each query head's dk and dv.
+  const uint64_t unit = grad ? KEYS : SPAN, ranges = batch * ((queries + ROWS - 1) / ROWS + (keys + unit - 1) / unit) * 4 * 4;
+  const uint64_t row = RoundUp(static_cast<uint32_t>(size), 16), delta = RoundUp(static_cast<uint32_t>(queries), 8);
+  const uint64_t shared = ranges + (grad ? batch * heads * (delta + (queries + 2 * keys) * row) * 4 : 0);
   StartTogether(context);
   return Finish(context, tiling, blocks, DtypeKey(context->GetInputDesc(0)->GetDataType()), each * blocks + shared);
 }

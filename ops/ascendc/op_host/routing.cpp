@@ -14,14 +14,13 @@ REGISTER_TILING_DATA_CLASS(QwenCombineGrad, PermuteTiling)
 
 constexpr uint32_t MOST_EXPERTS = 2040, MOST_CHOICES = 64, MOST_ROWS = 64;
 
-static ge::graphStatus Choose(gert::TilingContext *context, uint32_t k, uint32_t shares) {
+// row: the bytes of UB that a row takes, fixed: those beside the rows.
+static ge::graphStatus Choose(gert::TilingContext *context, uint32_t k, uint32_t shares, uint32_t row, uint32_t fixed) {
   TopKTiling tiling;
   const uint32_t rows = static_cast<uint32_t>(DimOf(context, 0, 0)), experts = static_cast<uint32_t>(DimOf(context, 0, 1));
   if (rows == 0 || experts == 0 || experts > MOST_EXPERTS) return Refuse(context, "there have to be rows, and 1 to 2040 experts");
   if (k == 0 || k > experts || k > MOST_CHOICES) return Refuse(context, "k has to be 1 to 64, and at most the number of experts");
-  // Six arrays of [rows, experts] and six of [rows, k], and what lies beside a row.
-  const uint32_t row = 24 * RoundUp(experts, 8) + 24 * RoundUp(k, 8) + 64 + 8 * ((experts + 63) / 64 + 1);
-  const uint32_t fit = (UbBytes(context) - UB_SPARE - 4 * RoundUp(experts, 8)) / row, blocks = std::min(VectorCores(context), rows);
+  const uint32_t fit = (UbBytes(context) - UB_SPARE - fixed) / row, blocks = std::min(VectorCores(context), rows);
   if (fit < 8) return Refuse(context, "eight rows do not fit UB");
   tiling.set_rows(rows);
   tiling.set_experts(experts);
@@ -32,10 +31,18 @@ static ge::graphStatus Choose(gert::TilingContext *context, uint32_t k, uint32_t
 }
 
 static ge::graphStatus TileTopK(gert::TilingContext *context) {
-  return Choose(context, static_cast<uint32_t>(*context->GetAttrs()->GetInt(0)), static_cast<uint32_t>(*context->GetAttrs()->GetInt(1)));
+  const uint32_t k = static_cast<uint32_t>(*context->GetAttrs()->GetInt(0));
+  const uint32_t shares = static_cast<uint32_t>(*context->GetAttrs()->GetInt(1));
+  // Seven arrays of [rows, experts], five of [rows, k], lists of up to 32 pairs of each 32 experts while they are merged, and what lies
+  // beside a row.
+  const uint32_t padded = RoundUp(static_cast<uint32_t>(DimOf(context, 0, 1)), 32), choices = RoundUp(k, 8);
+  const uint32_t merged = RoundUp(padded / 32, 4) * std::min(choices, 32u) * 8;
+  return Choose(context, k, shares, 28 * padded + 20 * choices + merged + 32 + 108, 8 * padded);
 }
 static ge::graphStatus TileTopKGrad(gert::TilingContext *context) {
-  return Choose(context, static_cast<uint32_t>(DimOf(context, 1, 1)), static_cast<uint32_t>(*context->GetAttrs()->GetInt(0)));
+  // Six arrays of [rows, experts] and nine of [rows, k].
+  const uint32_t padded = RoundUp(static_cast<uint32_t>(DimOf(context, 0, 1)), 8), k = static_cast<uint32_t>(DimOf(context, 1, 1));
+  return Choose(context, k, static_cast<uint32_t>(*context->GetAttrs()->GetInt(0)), 24 * padded + 36 * RoundUp(k, 8) + 76, 0);
 }
 
 // choices: the input of [tokens, k]; rows: that of [..., width]; experts: 0 where their number does not matter.

@@ -23,7 +23,7 @@ class Attention {
     GM_ADDR mine = user + BlockOf() * bytes;
     scores_.SetGlobalBuffer((__gm__ float *)mine), result_.SetGlobalBuffer((__gm__ float *)mine + SLOTS_OF_SCORES * ROWS * SPAN);
     weights_.SetGlobalBuffer((__gm__ T *)(mine + floats * sizeof(float)));
-    ranges_.Init(in_, user + GetBlockNum() * bytes);
+    ranges_.Init(in_, user + GetBlockNum() * bytes, SPAN);
     if ASCEND_IS_AIC
       CubeBuffers();
     else

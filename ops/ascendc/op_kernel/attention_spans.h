@@ -11,20 +11,20 @@ constexpr uint32_t SPAN = 512;         // keys that the forward hands over at a 
 constexpr float LOWEST_TOP = -8.0e8f;  // a running maximum is at least this, so that exp of a hidden score is 0
 constexpr int32_t LEAST_INT = -2147483647, LARGEST_INT = 2147483647, LATER = 1 << 30;
 
-// The least and the largest segment and order of tiles of queries and of spans of keys: 4 numbers each, queries first.
+// The least and the largest segment and order of tiles of queries and of `unit` keys each: 4 numbers each, queries first.
 class Ranges {
  public:
   static constexpr uint32_t NUMBERS = 4;
   template <typename T>
-  __aicore__ inline void Init(const Inputs<T> &in, GM_ADDR at) {
+  __aicore__ inline void Init(const Inputs<T> &in, GM_ADDR at, uint32_t unit) {
     numbers_.SetGlobalBuffer((__gm__ int32_t *)at);
-    tiles_ = (in.S + ROWS - 1) / ROWS, spans_ = (in.keys + SPAN - 1) / SPAN;
+    tiles_ = (in.S + ROWS - 1) / ROWS, unit_ = unit, spans_ = (in.keys + unit - 1) / unit;
   }
   __aicore__ inline uint64_t Tile(uint32_t b, uint32_t first) const {
     return (static_cast<uint64_t>(b) * (tiles_ + spans_) + first / ROWS) * NUMBERS;
   }
   __aicore__ inline uint64_t Span(uint32_t b, uint32_t key) const {
-    return (static_cast<uint64_t>(b) * (tiles_ + spans_) + tiles_ + key / SPAN) * NUMBERS;
+    return (static_cast<uint64_t>(b) * (tiles_ + spans_) + tiles_ + key / unit_) * NUMBERS;
   }
   __aicore__ inline int32_t At(uint64_t i) const { return numbers_.GetValue(i); }
   // n numbers on their way in, up to SPAN, and their end.
@@ -53,8 +53,8 @@ class Ranges {
     for (uint32_t i = GetBlockIdx(); i < in.batch * each; i += cores) {
       const uint32_t b = i / each, u = i % each;
       const bool of_keys = u >= tiles_;
-      const uint32_t first = of_keys ? (u - tiles_) * SPAN : u * ROWS;
-      const uint32_t n = of_keys ? Least(SPAN, in.keys - first) : Least(ROWS, in.S - first);
+      const uint32_t first = of_keys ? (u - tiles_) * unit_ : u * ROWS;
+      const uint32_t n = of_keys ? Least(unit_, in.keys - first) : Least(ROWS, in.S - first);
       const uint64_t at = static_cast<uint64_t>(b) * (of_keys ? in.keys : in.S) + first;
       LocalTensor<int32_t> out = out_.AllocTensor<int32_t>();
       Sync<HardEvent::MTE3_S>();
@@ -93,7 +93,7 @@ class Ranges {
   }
 
   GlobalTensor<int32_t> numbers_;
-  uint32_t tiles_, spans_;
+  uint32_t tiles_, spans_, unit_;
   TQue<TPosition::VECIN, 1> ints_;
   LocalTensor<int32_t> held_;
   TQue<TPosition::VECOUT, 1> out_;
@@ -159,34 +159,32 @@ class Walk {
   int32_t least_segment_, largest_segment_, least_order_, largest_order_;
 };
 
-// The other way round: for each tile of `wide` keys of a kv head, over the heads that share it and spans of `high` queries.
+// The other way round: for each head, over its tiles of `wide` keys, and for each of them over spans of `high` queries.
 template <typename T>
 class KeyWalk {
  public:
   __aicore__ inline void Begin(const Inputs<T> *in, const Ranges *ranges, uint32_t high, uint32_t wide) {
-    in_ = in, ranges_ = ranges, high_ = high, wide_ = wide, tiles_ = (in->keys + wide - 1) / wide;
-    tasks_ = in->batch * in->kv_heads * tiles_, group_ = in->heads / in->kv_heads;
-    next_task_ = BlockOf(), at.ends = true, at.task = 0;
+    in_ = in, ranges_ = ranges, high_ = high, wide_ = wide;
+    next_task_ = BlockOf(), at.ends = true, at.task = 0, at.key = in->keys;
   }
   __aicore__ inline bool Next() {
     if (at.ends) {
-      if (next_task_ >= tasks_) return false;
-      at.b = next_task_ / tiles_ / in_->kv_heads, kv_ = next_task_ / tiles_ % in_->kv_heads, at.key = next_task_ % tiles_ * wide_;
+      at.key += wide_;
+      if (at.key >= in_->keys) {
+        if (next_task_ >= in_->batch * in_->heads) return false;
+        at.b = next_task_ / in_->heads, at.head = next_task_ % in_->heads, at.key = 0, next_task_ += GetBlockNum();
+      }
       at.n = Least(wide_, in_->keys - at.key), span_ = ranges_->Span(at.b, at.key);
       least_segment_ = ranges_->At(span_), largest_segment_ = ranges_->At(span_ + 1), least_order_ = ranges_->At(span_ + 2),
       largest_order_ = ranges_->At(span_ + 3);
-      next_ = Seek(0), head_ = 0;
-      if (next_ >= in_->S) next_ = 0, none_ = true;  // keys that no query sees have one span of queries, all of it hidden
-      else none_ = false;
-      first_ = next_;
-      next_task_ += GetBlockNum(), at.task++, at.begins = true;
+      next_ = Seek(0), none_ = next_ >= in_->S;
+      if (none_) next_ = 0;  // keys that no query sees have one span of queries, all of it hidden
+      at.task++, at.begins = true;
     } else {
       at.begins = false;
     }
-    at.head = kv_ * group_ + head_, at.first = next_, at.rows = Least(high_, in_->S - next_), at.masked = MaskOf();
-    next_ = none_ ? in_->S : Seek(at.first + high_);
-    if (next_ >= in_->S && head_ + 1 < group_ && !none_) next_ = first_, head_++;
-    at.ends = next_ >= in_->S;
+    at.first = next_, at.rows = Least(high_, in_->S - next_), at.masked = MaskOf();
+    next_ = none_ ? in_->S : Seek(at.first + high_), at.ends = next_ >= in_->S;
     return true;
   }
   Handover at;
@@ -222,7 +220,7 @@ class KeyWalk {
   }
   const Inputs<T> *in_;
   const Ranges *ranges_;
-  uint32_t high_, wide_, tiles_, tasks_, group_, next_task_, kv_, head_, next_, first_;
+  uint32_t high_, wide_, next_task_, next_;
   uint64_t span_;
   int32_t least_segment_, largest_segment_, least_order_, largest_order_;
   bool none_;
@@ -232,11 +230,11 @@ class KeyWalk {
 // Orders are below 2^30.
 class SpanMask {
  public:
-  static constexpr uint32_t AT_ONCE = 4;  // rows
+  static constexpr uint32_t AREA = 4 * SPAN;  // elements at a time
   __aicore__ inline void Init(TPipe &pipe, uint32_t wide, Ranges *numbers) {
     wide_ = wide, numbers_ = numbers;
     pipe.InitBuffer(segments_, HALF * 32), pipe.InitBuffer(orders_, HALF * 32), pipe.InitBuffer(columns_, 2 * wide * sizeof(int32_t));
-    pipe.InitBuffer(hidden_, AT_ONCE * wide * sizeof(float)), pipe.InitBuffer(spare_, AT_ONCE * wide * sizeof(float));
+    pipe.InitBuffer(hidden_, AREA * sizeof(float)), pipe.InitBuffer(spare_, AREA * sizeof(float));
   }
   __aicore__ inline void Rows(const GlobalTensor<int32_t> &segment, const GlobalTensor<int32_t> &order, uint32_t n) {
     const uint8_t repeats = AlignUp(n, FLOATS) / FLOATS;
@@ -254,8 +252,9 @@ class SpanMask {
   // x += HIDE where hidden, [rows, wide]; `row`: the first of the rows.
   __aicore__ inline void Apply(const LocalTensor<float> &x, uint32_t row, uint32_t rows, uint32_t wide, Masked masked, bool turned) {
     LocalTensor<float> hidden = hidden_.Get<float>();
-    for (uint32_t r = 0; r < rows; r += AT_ONCE) {
-      const uint32_t n = Least(AT_ONCE, rows - r), count = n * wide;
+    const uint32_t at_once = AREA / wide_;
+    for (uint32_t r = 0; r < rows; r += at_once) {
+      const uint32_t n = Least(at_once, rows - r), count = n * wide;
       Find(row + r, n, wide, masked, turned);
       Axpy(x[r * wide], hidden, HIDE, count);
       VectorBarrier();

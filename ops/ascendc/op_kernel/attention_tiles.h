@@ -2,15 +2,11 @@
 // its two vector cores the rest for 64 queries. They exchange tiles through global memory, with one flag for each kind of tile. A row of 64
 // keys is one repeat. Results with more than 128 elements a head have two panels of up to 128 columns, each a tile of its own.
 #pragma once
-#include "product.h"
+#include "mixed.h"
 
 namespace qwen {
 
-constexpr uint32_t ROWS = 128, HALF = 64, KEYS = 64;  // queries of a tile, and of a vector core; keys of a tile
-constexpr float HIDE = -1e9f;                         // added to a score, so that exp of it is 0
-
-// Flags between the cores of a block.
-constexpr uint16_t SCORES_READY = 0, WEIGHTS_READY = 1, RESULT_READY = 2;
+constexpr uint32_t ROWS = 128, KEYS = 64;  // queries of a tile; keys of a tile
 
 template <typename T>
 struct Inputs {
@@ -42,26 +38,5 @@ struct Inputs {
   // The keys that queries up to `last` may see.
   __aicore__ inline uint32_t KeysFor(uint32_t last) const { return in_order ? Least(keys, last + 1) : keys; }
 };
-
-// The queries of a tile that are this vector core's: `rows` from `first`, which may be none, behind `skipped` of the tile.
-struct Mine {
-  uint32_t first, rows, skipped;
-};
-__aicore__ inline Mine MineOf(uint32_t first, uint32_t rows, uint32_t half = HALF) {
-  const uint32_t skipped = GetSubBlockIdx() * half;
-  return {first + skipped, rows > skipped ? Least(half, rows - skipped) : 0, skipped};
-}
-
-__aicore__ inline uint64_t BlockOf() {
-  if ASCEND_IS_AIC return GetBlockIdx();
-  return GetBlockIdx() / 2;
-}
-
-// Numbers of rows, as a block each.
-__aicore__ inline void SpreadRows(const LocalTensor<float> &to, const LocalTensor<float> &numbers, uint32_t rows) {
-  VectorBarrier();
-  Brcb(to, numbers, static_cast<uint8_t>(AlignUp(rows, FLOATS) / FLOATS), {1, 8});
-  VectorBarrier();
-}
 
 }  // namespace qwen

@@ -35,10 +35,11 @@ class In {
     pipe.InitBuffer(queue_, buffers, elements * sizeof(T));
     if constexpr (!IsSameType<T, float>::value) pipe.InitBuffer(wide_, elements * sizeof(float));
   }
-  // Begins to copy `rows` of n elements, with `gap` elements between them.
-  __aicore__ inline void Load(const GlobalTensor<T> &from, uint32_t rows, uint32_t n, uint32_t gap = 0) {
+  // Begins to copy `rows` of n elements, with `gap` elements between them; in UB they begin `pitch` elements apart, or lie side by side.
+  __aicore__ inline void Load(const GlobalTensor<T> &from, uint32_t rows, uint32_t n, uint32_t gap = 0, uint32_t pitch = 0) {
     LocalTensor<T> tile = queue_.template AllocTensor<T>();
     DataCopyExtParams copy{static_cast<uint16_t>(rows), static_cast<uint32_t>(n * sizeof(T)), static_cast<uint32_t>(gap * sizeof(T)), 0, 0};
+    if (pitch) copy.dstStride = (pitch - Padded<T>(n)) * sizeof(T) / 32;
     DataCopyPadExtParams<T> pad{false, 0, 0, T()};
     DataCopyPad(tile, from, copy, pad);
     queue_.EnQue(tile);
@@ -96,14 +97,15 @@ class Out {
       return wide_.template Get<float>();
     }
   }
-  // Writes it: `rows` of n elements, with `gap` elements between them, of `elements` with what pads them.
-  __aicore__ inline void Store(const GlobalTensor<T> &to, uint32_t rows, uint32_t n, uint32_t elements, uint32_t gap = 0) {
+  // Writes it: `rows` of n elements, with `gap` elements between them, of `elements` with what pads them; `pitch` as for In::Load.
+  __aicore__ inline void Store(const GlobalTensor<T> &to, uint32_t rows, uint32_t n, uint32_t elements, uint32_t gap = 0,
+                               uint32_t pitch = 0) {
     if constexpr (!IsSameType<T, float>::value) {
       held_ = queue_.template AllocTensor<T>();
       VectorBarrier();
       Cast(held_, wide_.template Get<float>(), RoundMode::CAST_RINT, elements);
     }
-    Write(to, rows, n, gap);
+    Write(to, rows, n, gap, pitch);
   }
   __aicore__ inline void StoreHalves(const GlobalTensor<T> &to, uint32_t rows, uint32_t n, uint32_t elements) {
     if constexpr (!IsSameType<T, float>::value) {
@@ -119,6 +121,17 @@ class Out {
     DataCopyPad(to[n], tile[elements], copy);
     queue_.FreeTensor(tile);
   }
+  // Writes `x`, computed elsewhere.
+  __aicore__ inline void StoreOf(const GlobalTensor<T> &to, const LocalTensor<float> &x, uint32_t rows, uint32_t n, uint32_t elements,
+                                 uint32_t gap) {
+    held_ = queue_.template AllocTensor<T>();
+    VectorBarrier();
+    if constexpr (IsSameType<T, float>::value)
+      Muls(held_, x, 1.0f, elements);
+    else
+      Cast(held_, x, RoundMode::CAST_RINT, elements);
+    Write(to, rows, n, gap, 0);
+  }
   // Writes `x`, computed elsewhere, and leaves in it what was written.
   __aicore__ inline void StoreRounded(const GlobalTensor<T> &to, const LocalTensor<float> &x, uint32_t rows, uint32_t n,
                                       uint32_t elements) {
@@ -130,14 +143,15 @@ class Out {
       VectorBarrier();
       Cast(x, held_, RoundMode::CAST_NONE, elements);
     }
-    Write(to, rows, n, 0);
+    Write(to, rows, n, 0, 0);
   }
 
  private:
-  __aicore__ inline void Write(const GlobalTensor<T> &to, uint32_t rows, uint32_t n, uint32_t gap) {
+  __aicore__ inline void Write(const GlobalTensor<T> &to, uint32_t rows, uint32_t n, uint32_t gap, uint32_t pitch) {
     queue_.EnQue(held_);
     LocalTensor<T> tile = queue_.template DeQue<T>();
     DataCopyExtParams copy{static_cast<uint16_t>(rows), static_cast<uint32_t>(n * sizeof(T)), 0, static_cast<uint32_t>(gap * sizeof(T)), 0};
+    if (pitch) copy.srcStride = (pitch - Padded<T>(n)) * sizeof(T) / 32;
     DataCopyPad(to, tile, copy);
     queue_.FreeTensor(tile);
   }

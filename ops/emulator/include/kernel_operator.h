@@ -22,4 +22,5 @@ enum KernelMetaType { KERNEL_TYPE_AIV_ONLY, KERNEL_TYPE_AIC_ONLY, KERNEL_TYPE_MI
 #include "../copy.h"
 #include "../vector.h"
 #include "../reduce.h"
+#include "../sort.h"
 #include "../cube.h"
