@@ -140,7 +140,7 @@ def open_adapter(folder, cfg):
     config = read_config(folder)
     if not hf_files.exists(folder / WEIGHTS):
         raise FileNotFoundError(f"{folder / WEIGHTS} is missing; pickle files (adapter_model.bin) are not read, save it as safetensors")
-    file = hf_files.TensorFile(folder / WEIGHTS)
+    file = hf_files.TensorFile(hf_files.inside(folder, WEIGHTS))
     lora = _lora(folder, config, file, cfg)
     specs = adapters(cfg.base.replace(lora=lora))
     where = {path: names(path, spec.shape) for path, spec in specs.items()}

@@ -13,6 +13,7 @@ import subprocess
 from experiments.watch.records import CONFIG, METRICS, flat
 from parallel import collectives
 from parallel.checkpoint.files import FOLDER, clean, steps, sync_file, sync_folder, write_json
+from parallel.json_text import loads
 from qwen3.json_files import read_text
 
 LOCK, FINISHED, TOKENIZER = ".lock", "finished.json", "tokenizer"
@@ -144,7 +145,7 @@ def _read(path):
         return None
     text = read_text(path)
     try:
-        found = json.loads(text)
+        found = loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); is this the folder of a run?") from error
     if not isinstance(found, dict):

@@ -10,6 +10,8 @@ import os
 
 import numpy as np
 
+from parallel.json_text import loads
+
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 AXES = ("step", "tokens", "time")
 
@@ -137,7 +139,7 @@ def config_differences(folders):
 def _config(folder):
     try:
         with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
-            config = json.load(file)
+            config = loads(file.read())
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
