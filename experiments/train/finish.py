@@ -16,6 +16,7 @@ from parallel.checkpoint.files import CheckpointError
 from parallel.trees import tree_map, tree_paths
 from qwen3 import generate, hf, hf_files, peft
 from qwen3.model import choose_kernels
+from qwen3.text_stream import printable
 
 ANSWERED_AT_ONCE = 50  # questions in a batch of generation
 
@@ -156,5 +157,5 @@ def sample(params, cfg, config, data, workdir):
             options = {"stop_ids": (tokenizer.eod_id, tokenizer.eos_id, *cfg.eos_ids), "kernels": kernels, **options}
             new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, **options)[0]
             text = f"--- sample, {name}\n{tokenizer.decode(prompt)}|{tokenizer.decode(new)}\n"
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
             file.write(text)

@@ -9,6 +9,7 @@ import mindspore as ms
 from experiments import flags as command_line
 from experiments.data import corpus, loader
 from experiments.layout import check as layout
+from experiments.layout import memory as layout_memory
 from experiments.layout import table as layout_table
 from experiments.train import checkpoints, run_folder
 from experiments.train.finish import finish, save_at
@@ -31,6 +32,7 @@ def train_in(workdir, config):
     cfg, parallel = command_line.model_config(config), config.parallel
     check_frozen(cfg)
     mesh = layout.mesh(cfg, parallel, rank)
+    layout_memory.check(config, cfg, sharding_of(config, mesh))
     with run_folder.locked(workdir, mesh):
         data = corpus.load(config, cfg.vocab_size)
         cfg = corpus.with_token_ids(cfg, data.tokenizer, not config.data.tokenizer, bool(config.data.format or config.data.conversations))
@@ -40,7 +42,7 @@ def train_in(workdir, config):
 def run(config, cfg, data, workdir, mesh):
     if (config.train.save_hf or config.train.save_hf_every) and not cfg.lora:
         _check_names(cfg)
-    sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
+    sharding = sharding_of(config, mesh)
     program = build_program(cfg, config, sharding)
     start = checkpoints.start(workdir, cfg, config, mesh, program)
     peak = metrics.mesh_peak_flops(mesh)
@@ -77,6 +79,10 @@ def run(config, cfg, data, workdir, mesh):
         saved = saving.end(state)
         if not saving.stopped:
             finish(program, state, cfg, config, data, writer, workdir, mesh, saved)
+
+
+def sharding_of(config, mesh):
+    return Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
 
 
 def _check_names(cfg):
