@@ -16,7 +16,7 @@ import traceback
 from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from experiments import hub, interrupts, number_flags
+from experiments import hub, interrupts, number_flags, run_tokenizer
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
@@ -145,8 +145,7 @@ def resolve(flag_values, world=None, cfg=None):
 def _start_from(config, folder):
     """Sets the config's model, initial weights and tokenizer to those of a folder: a Hugging Face model, or a run of this project."""
     config.model = config.init_from = folder
-    own = os.path.join(folder, "tokenizer")  # where a run keeps it
-    config.data.tokenizer = config.data.tokenizer or (own if os.path.isdir(own) else folder)
+    config.data.tokenizer = config.data.tokenizer or run_tokenizer.of(folder) or folder
 
 
 def _fit_vocabulary(config):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from dataclasses import replace
+from functools import partial
 
 import mindspore as ms
 
@@ -12,7 +13,7 @@ from experiments.layout import check as layout
 from experiments.layout import memory as layout_memory
 from experiments.layout import table as layout_table
 from experiments.train import checkpoints, run_folder
-from experiments.train.finish import finish, save_at
+from experiments.train.finish import check_results, finish, save_at
 from experiments.train.loop import train
 from experiments.train.program import build_program
 from experiments.train.state import uses_scan
@@ -47,7 +48,7 @@ def run(config, cfg, data, workdir, mesh):
     start = checkpoints.start(workdir, cfg, config, mesh, program)
     peak = metrics.mesh_peak_flops(mesh)
     if mesh.rank == 0:
-        run_folder.begin(workdir, config, data.tokenizer)
+        check_results(workdir, cfg, config)
         announce(cfg, config, data, sharding, peak, start)
 
     place, dp, train_ = mesh.index(("dp",)), mesh.dp, config.train
@@ -55,6 +56,9 @@ def run(config, cfg, data, workdir, mesh):
     eval_batches = list(loader.eval_batches(held, train_.batch_size, place, dp))
     cost = metrics.flops_per_token(cfg, train_.seq_len)
     micro, state = config.parallel.micro_batches, start.make(program)
+    if mesh.rank == 0:  # once everything of an earlier start is read: what is refused leaves the folder as it was
+        metrics.check(workdir, start.step)
+        run_folder.begin(workdir, config, data.tokenizer)
     with contextlib.ExitStack() as opened:
         writer = opened.enter_context(metrics.Writer(workdir if mesh.rank == 0 else None, start.step))
         batches = opened.enter_context(loader.Loader(data.train, train_.batch_size, train_.seed, place, dp, micro, start.loader))
@@ -78,7 +82,7 @@ def run(config, cfg, data, workdir, mesh):
         state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, after_step, of_bytes)
         saved = saving.end(state)
         if not saving.stopped:
-            finish(program, state, cfg, config, data, writer, workdir, mesh, saved)
+            saving.finish(partial(finish, program, state, cfg, config, data, writer, workdir, mesh, saved))
 
 
 def sharding_of(config, mesh):
