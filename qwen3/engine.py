@@ -60,6 +60,11 @@ class Request:
     sample: int = 0
     logprobs: int | None = None
 
+    @property
+    def needs_logits(self):
+        """Whether the tokens of this request are chosen on the host, which needs their logits."""
+        return self.logprobs is not None or self.repetition_penalty != 1
+
 
 @dataclass(frozen=True)
 class Event:
@@ -100,8 +105,7 @@ class _Row:
 
     @property
     def needs_logits(self):
-        """Whether the tokens of this request are chosen on the host, which needs their logits."""
-        return self.request.logprobs is not None or self.request.repetition_penalty != 1
+        return self.request.needs_logits
 
 
 @dataclass
