@@ -1,4 +1,10 @@
 import os
+import sys
+
+from experiments import interrupts
+
+if sys.argv[:1] == ["-m"]:  # `python -m experiments.NAME` begins; it is not a test or a notebook that imports a part
+    interrupts.install()
 
 # Shows MindSpore's errors alone: it would warn of every function that is compiled for a second shape. Set GLOG_v=2 to see warnings.
 os.environ.setdefault("GLOG_v", "3")

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from absl import app, flags
 
+from experiments import interrupts, number_flags
 from experiments.sweep import compare_page
 from experiments.watch import records
 from parallel.checkpoint.files import write_text
+from qwen3.text_stream import printable
 
 FLAGS = flags.FLAGS
 POINTS = 1000  # most points drawn of a run
@@ -21,7 +23,7 @@ POINTS = 1000  # most points drawn of a run
 def define_flags():
     flags.DEFINE_multi_string("metric", ["loss", "eval_loss"], "a name in metrics.jsonl; repeat the flag for several")
     flags.DEFINE_enum("x", "step", list(records.AXES), "the horizontal axis: steps, tokens seen, or hours of training")
-    flags.DEFINE_integer("smooth", 1, "draw the mean of this many values at each point, but not of evaluations", lower_bound=1)
+    number_flags.integer("smooth", 1, "draw the mean of this many values at each point, but not of evaluations", 1)
     flags.DEFINE_string("output", "compare", "folder for the page and the pictures; made if missing")
 
 
@@ -51,7 +53,7 @@ def main(argv):
     write_text(page, compare_page.page(curves, differences, names, FLAGS.x, FLAGS.smooth, groups))
     print(table(names, found, FLAGS.metric))
     for key, values in differences.items():
-        print(f"{key}: {values_of(values)}")
+        print(printable(f"{key}: {values_of(values)}"))
     print(f"wrote {page}")
 
 
@@ -112,10 +114,14 @@ def table(names, found, metrics):
 
 def run():
     define_flags()
+    interrupts.main_runs()
     try:
         app.run(main)
+    except KeyboardInterrupt:
+        print(interrupts.WORDS, file=sys.stderr)
+        sys.exit(interrupts.STATUS)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

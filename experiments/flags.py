@@ -16,7 +16,7 @@ import traceback
 from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
-from experiments import hub
+from experiments import hub, interrupts, number_flags, run_tokenizer
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
@@ -24,11 +24,13 @@ from ops.registry import IMPLEMENTATIONS, OPS
 from parallel.checkpoint.files import COMPRESSIONS
 from parallel.checkpoint.read import Reader, find
 from parallel.hints import nearest
-from parallel.mesh import AXES, world_size
+from parallel.mesh import AXES, MOST_RANKS, world_size
 from parallel.pipeline.schedule import SCHEDULES
 from qwen3.chat import FORMATS
 from qwen3.config import SIZES, Lora, Qwen3Config, RopeScaling, check_compute_dtype
 from qwen3.json_files import read_json
+from qwen3.schema import LARGEST, LIMITS, LORA_LIMITS, YARN_LIMIT
+from qwen3.text_stream import printable
 from qwen3.tokenizer import Tokenizer
 
 # Mains that train, on any number of ranks, and their default config
@@ -43,7 +45,8 @@ def define(default_config=None, flag_values=flags.FLAGS):
     flag_values["config"].default = default_config  # loaded by parse(), where errors are reported
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=flag_values)
     for name in AXES + ("micro_batches", "zero"):
-        flags.DEFINE_integer(name, None, f"overrides config.parallel.{name}", flag_values=flag_values)
+        # check() knows the range
+        number_flags.integer(name, None, f"overrides config.parallel.{name}", -LARGEST, flag_values=flag_values)
     flags.DEFINE_boolean("seq_parallel", None, "overrides config.parallel.seq_parallel", flag_values=flag_values)
     flags.DEFINE_string("lowering", None, "overrides config.parallel.lowering: manual or shard", flag_values=flag_values)
     flags.DEFINE_string("profile_steps", None, "overrides config.train.profile_steps: FIRST:LAST, such as 10:15", flag_values=flag_values)
@@ -65,12 +68,18 @@ def run(main, define_flags=None):
         define_flags()
     if "traceback" not in flags.FLAGS:
         flags.DEFINE_boolean("traceback", False, "show the whole traceback of an error")
+    interrupts.main_runs()
     try:
         app.run(main, flags_parser=parse)
+    except KeyboardInterrupt:
+        if "--traceback" in sys.argv:
+            raise
+        print(interrupts.WORDS, file=sys.stderr)
+        sys.exit(interrupts.STATUS)
     except (ValueError, FileNotFoundError, FloatingPointError, flags.Error) as error:
         if "--traceback" in sys.argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         if flags.FLAGS.is_parsed():  # main() raised it, so it may be a bug instead of a user's mistake
             print("(--traceback shows where)", file=sys.stderr)
         sys.exit(2)
@@ -78,6 +87,9 @@ def run(main, define_flags=None):
 
 def parse(argv, flag_values=flags.FLAGS):
     """Parses argv, which must be sys.argv because config_flags reads that. Returns [program]; raises ValueError or flags.Error."""
+    for argument in argv[1:]:
+        if not _is_utf8(argument):
+            raise ValueError(f"{ascii(argument)} is not UTF-8; rename the file or folder that it names, and write its new name")
     if "config" in flag_values:
         argv = _with_config(argv, flag_values["config"].default)
     rest = flag_values(argv)
@@ -86,6 +98,14 @@ def parse(argv, flag_values=flags.FLAGS):
     if rest[1:]:
         raise ValueError(f"unexpected argument {rest[1]!r}; write options as --name=value")
     return rest
+
+
+def _is_utf8(text):
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def resolve(flag_values, world=None, cfg=None):
@@ -115,7 +135,7 @@ def resolve(flag_values, world=None, cfg=None):
         config.init_from = hub.folder_of("init_from", config.init_from, flag_values.download)
     if config.data.tokenizer:
         config.data.tokenizer = hub.folder_of("data.tokenizer", config.data.tokenizer, flag_values.download)
-    _check(config)
+    check(config)
     _fit_vocabulary(config)
     sizes = layout.check(config, cfg or model_config(config, "any"), world_size() if world is None else world or None)
     config.parallel.update(sizes)
@@ -125,8 +145,7 @@ def resolve(flag_values, world=None, cfg=None):
 def _start_from(config, folder):
     """Sets the config's model, initial weights and tokenizer to those of a folder: a Hugging Face model, or a run of this project."""
     config.model = config.init_from = folder
-    own = os.path.join(folder, "tokenizer")  # where a run keeps it
-    config.data.tokenizer = config.data.tokenizer or (own if os.path.isdir(own) else folder)
+    config.data.tokenizer = config.data.tokenizer or run_tokenizer.of(folder) or folder
 
 
 def _fit_vocabulary(config):
@@ -185,9 +204,10 @@ def model_config(config, device="CPU"):
     """
     args = {name: value for name, value in config.model_args.items() if value is not None}
     if "mlp_only_layers" in args:
-        args["mlp_only_layers"] = tuple(args["mlp_only_layers"])
-        if any(not isinstance(i, int) for i in args["mlp_only_layers"]):
-            raise ValueError(f"model_args.mlp_only_layers={args['mlp_only_layers']} must be layer numbers, such as (0,1)")
+        given = args["mlp_only_layers"]
+        if not isinstance(given, tuple | list) or any(type(i) is not int for i in given):
+            raise ValueError(f"model_args.mlp_only_layers={given!r} must be layer numbers, such as (0,1)")
+        args["mlp_only_layers"] = tuple(given)
     base = _base_model(config.model)
     if args.get("vocab_size", base.vocab_size) != base.vocab_size:  # another tokenizer, so the ids of the special tokens are unknown
         args = {"bos_id": None, "eos_id": None, "pad_id": None, **args}
@@ -352,6 +372,7 @@ CHECKS = {
             "train.save_hf_every",
             "data.max_bytes",
             "data.max_samples",
+            "data.shuffle_buffer",
         ),
         NOT_NEGATIVE,
     ),
@@ -360,6 +381,10 @@ CHECKS = {
     "checkpoint.on_error": _one_of("stop", "continue"),
     "checkpoint.timeout_s": POSITIVE,
     "lora.rank": NOT_NEGATIVE,
+    "parallel.stage_layers": (
+        (lambda value: all(type(n) is int and 0 <= n <= LIMITS["num_layers"] for n in value)),
+        "must be numbers of layers, such as (7,9)",
+    ),
     "lora.alpha": POSITIVE,
     "lora.dropout": BELOW_ONE,
     "lora.init": _one_of("kaiming", "gaussian"),
@@ -367,6 +392,7 @@ CHECKS = {
     "data.format": _one_of("", *FORMATS),
     "data.enable_thinking": _one_of("none", "true", "false"),
     "data.packing": _one_of("packed", "padded"),
+    "data.too_long": _one_of("truncate", "drop", "error"),
     "train.recompute": _one_of("none", "full", "attention"),
     **{f"ops.{op}": _one_of("auto", *IMPLEMENTATIONS) for op in OPS},
     "optim.name": _one_of("adamw", "lion", "sgd", "muon"),
@@ -390,13 +416,59 @@ CHECKS = {
 }
 
 
-def _check(config):
+# The most of each number, and why
+COUNTED = LARGEST, "an int32 counts them"
+FLOAT32 = 3.4e38, "float32 holds no more"
+MOST = {
+    **dict.fromkeys(
+        ("train.steps", "train.batch_size", "train.seq_len", "train.log_every", "train.eval_every", "train.eval_rows"), COUNTED
+    ),
+    **dict.fromkeys(("train.sample_tokens", "train.exact_match_rows", "train.monitor_every", "train.save_hf_every"), COUNTED),
+    **dict.fromkeys(("checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "optim.warmup_steps"), COUNTED),
+    **dict.fromkeys(("data.max_samples", "data.shuffle_buffer", "parallel.micro_batches", "yarn.original_max_position"), COUNTED),
+    **dict.fromkeys(("optim.lr", "optim.eps", "optim.weight_decay", "optim.clip_norm", "optim.skip_spikes"), FLOAT32),
+    "optim.router_bias_rate": FLOAT32,
+    "train.seed": (2**32 - 1, "the generators take 32 bits of it"),
+    "checkpoint.timeout_s": (1e9, "that is 30 years"),
+    "lora.rank": (LORA_LIMITS["rank"], "no matrix of a model is so large"),
+    "lora.alpha": (LORA_LIMITS["alpha"], "a saved adapter could not be read again"),
+    "data.vocab_size": (LIMITS["vocab_size"], "no model has more"),
+    "data.max_bytes": (2**63 - 1, "an int64 counts them"),
+    "yarn.factor": (YARN_LIMIT, "a saved model could not be read again"),
+    **dict.fromkeys((f"parallel.{axis}" for axis in AXES), (MOST_RANKS, "no job has more ranks")),
+    "parallel.virtual_stages": (LIMITS["num_layers"], "no model has more layers"),
+    "parallel.cp_ulysses": (MOST_RANKS, "no job has more ranks"),
+}
+
+
+def check(config):
+    """Raises ValueError for a value that is of another type than the key's default, is not finite, or is out of the key's range."""
+    defaults = common.get_config()
+    for key in _keys(config):
+        _check_type(key, _value(config, key), _value(defaults, key))
     for key, (ok, rule) in CHECKS.items():
-        section, name = key.split(".")
-        value = config[section][name]
-        if value is None or not ok(value):
+        value = _value(config, key)
+        if not ok(value):
             raise ValueError(f"{key}={value!r} {rule}")
     for key in _keys(config):
-        value = config.get(key) if "." not in key else config[key.split(".")[0]][key.split(".")[1]]
+        value = _value(config, key)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key}={value} is not a finite number")
+    for key, (most, why) in MOST.items():
+        value = _value(config, key)
+        if value > most:
+            raise ValueError(f"{key}={value!r} must be at most {most}: {why}")
+
+
+def _value(config, key):
+    return config.get(key) if "." not in key else config[key.split(".")[0]][key.split(".")[1]]
+
+
+def _check_type(key, value, default):
+    """The keys of model_args are checked with the model, and data.path by its rule."""
+    if key.startswith("model_args.") or key == "data.path":
+        return
+    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,), tuple: (tuple, list)}[type(default)]
+    if type(value) not in kinds:
+        needed = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list"}[type(default)]
+        raise ValueError(f"{key}={value!r} must be {needed}")

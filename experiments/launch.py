@@ -8,18 +8,24 @@ After `--` comes a module or a .py file, with its arguments. --nproc is the numb
 from absl import flags
 
 from experiments import flags as command_line
+from experiments import number_flags
 from parallel.launch import job as launch
+from parallel.mesh import MOST_RANKS
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("nproc", None, "processes on this node, one per device (msrun's local_worker_num); the job has nproc * nnodes ranks")
-flags.DEFINE_integer("nnodes", 1, "number of nodes; start a launcher on each (msrun's worker_num / local_worker_num)")
-flags.DEFINE_integer("node_rank", None, "this node's number, from 0; needed with several nodes")
+PROCESSES = "processes on this node, one per device (msrun's local_worker_num); the job has nproc * nnodes ranks"
+number_flags.integer("nproc", None, PROCESSES, 1, number_flags.MOST_PROCESSES)
+number_flags.integer("nnodes", 1, "number of nodes; start a launcher on each (msrun's worker_num / local_worker_num)", 1, MOST_RANKS)
+number_flags.integer("node_rank", None, "this node's number, from 0; needed with several nodes", 0, MOST_RANKS - 1)
 flags.DEFINE_string("master_addr", None, "name or IP address of node 0; needed with several nodes")
-flags.DEFINE_integer("master_port", None, "port of the scheduler on node 0; needed with several nodes; the port after it is used too")
+PORT = "port of the scheduler on node 0; needed with several nodes; the port after it is used too"
+number_flags.integer("master_port", None, PORT, 1024, 65535)
 LOGS = "folder for rank_<r>.log and scheduler.log, which are overwritten; made if missing; default: a new folder in logs/"
 flags.DEFINE_string("log_dir", None, LOGS, allow_override=True)  # replaces a flag of absl's logging, which is not used here
-flags.DEFINE_float("timeout_s", 600, "seconds in which all nodes must start and all ranks connect (msrun's cluster_time_out)")
-flags.DEFINE_float("save_s", 60, "seconds after SIGTERM for the ranks to save a checkpoint and end; a second signal ends them at once")
+TIMEOUT = "seconds in which all nodes must start and all ranks connect (msrun's cluster_time_out)"
+number_flags.real("timeout_s", 600, TIMEOUT, 1, number_flags.MOST_S)
+SAVE = "seconds after SIGTERM for the ranks to save a checkpoint and end; a second signal ends them at once"
+number_flags.real("save_s", 60, SAVE, 0, number_flags.MOST_S)
 OPTIONS = ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_dir", "timeout_s", "save_s")
 TARGET = []  # the command after `--`
 

@@ -14,9 +14,11 @@ import numpy as np
 from absl import flags
 
 from experiments import flags as command_line
+from experiments import number_flags
 from experiments.data import encode, pairs, readers
 from experiments.data.megatron import best_dtype
 from qwen3.chat import FORMATS
+from qwen3.text_stream import printable
 from qwen3.tokenizer import Tokenizer
 
 FLAGS = flags.FLAGS
@@ -28,22 +30,22 @@ flags.DEFINE_string("tokenizer", None, "folder with tokenizer.json and tokenizer
 flags.DEFINE_list("json_keys", "text", "keys of a record whose texts are tokenized; each key gets its own pair of files")
 flags.DEFINE_list("map_keys", "", "from:to,... renames keys of the records before anything else")
 flags.DEFINE_boolean("append_eod", True, "end each document with the tokenizer's end-of-document id")
-flags.DEFINE_integer("workers", 1, "number of processes that tokenize, each on one core")
-flags.DEFINE_integer("max_samples", 0, "most records to read; 0 = all")
+number_flags.integer("workers", 1, "number of processes that tokenize, each on one core", 1, number_flags.MOST_PROCESSES)
+number_flags.integer("max_samples", 0, "most records to read; 0 = all", 0)
 flags.DEFINE_boolean("skip_bad", False, "leave out records that cannot be used, and report how many; otherwise they are errors")
 flags.DEFINE_boolean("per_line", False, "for .txt files: each line is a document")
 flags.DEFINE_boolean("detokenize", False, "for WikiText: undo @-@, @,@, @.@ and the spaces around punctuation")
 flags.DEFINE_enum("format", None, list(FORMATS), "records are conversations of this format")
 flags.DEFINE_enum("enable_thinking", "none", list(encode.THINKING), "value of enable_thinking for the chat template; none = not set")
 flags.DEFINE_boolean("train_empty_think", False, "with --format: loss on the empty think block before answers without reasoning")
-flags.DEFINE_integer("document", 0, "the document that inspect shows")
+number_flags.integer("document", 0, "the document that inspect shows", 0)
 INSPECTED = []  # the prefix after `inspect` on the command line
 
 
 def main(_):
     folder = os.path.expanduser(FLAGS.tokenizer or "")
     if INSPECTED:
-        return print(pairs.describe(INSPECTED[0], Tokenizer.load(folder) if folder else None, FLAGS.document))
+        return print(printable(pairs.describe(INSPECTED[0], Tokenizer.load(folder) if folder else None, FLAGS.document)))
     for key in ("input", "output_prefix", "tokenizer"):
         if not FLAGS[key].value:
             raise ValueError(f"--{key} is missing; {FLAGS[key].help}")
@@ -51,8 +53,6 @@ def main(_):
         raise ValueError(f"--json_keys={','.join(FLAGS.json_keys)} has no use with --format={FLAGS.format}; leave it out")
     if not FLAGS.format and FLAGS.enable_thinking != "none":
         raise ValueError(f"--enable_thinking={FLAGS.enable_thinking} needs --format={'|'.join(FORMATS)}")
-    if FLAGS.max_samples < 0:
-        raise ValueError(f"--max_samples={FLAGS.max_samples} must be 0 or more")
     if not FLAGS.format and FLAGS.train_empty_think:
         raise ValueError(f"--train_empty_think needs --format={'|'.join(FORMATS)}")
     thinking = {"enable_thinking": encode.THINKING[FLAGS.enable_thinking], "train_empty_think": FLAGS.train_empty_think}

@@ -17,9 +17,10 @@ ARGUMENTS = "logits float32 B V; u float32 B; options float64 B 4"
 
 def options(batch_size, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0):
     """Returns the options of every row, float64 [B, 4]. temperature 0 is greedy. Raises ValueError for values out of range."""
-    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:  # not NaN either
+    if not 0 <= temperature < float("inf") or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:  # not NaN either
         raise ValueError(
-            f"sampling: temperature={temperature}, top_k={top_k}, top_p={top_p}, min_p={min_p}; need >= 0, >= 0, in (0, 1] and in [0, 1]"
+            f"sampling: temperature={temperature}, top_k={top_k}, top_p={top_p}, min_p={min_p}; need >= 0 and finite, >= 0,"
+            " in (0, 1] and in [0, 1]"
         )
     return np.tile(np.array([temperature, top_k, top_p, min_p], np.float64), (batch_size, 1))
 

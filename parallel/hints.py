@@ -1,11 +1,13 @@
 """Endings of error messages that name values which would work."""
 
 import difflib
+import math
 
 
 def divisors(n):
     """Returns the divisors of n as text: "1, 2, 3, 6" for 6."""
-    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return ", ".join(map(str, sorted({*low, *(n // d for d in low)})))
 
 
 def nearest(name, known):

@@ -19,6 +19,7 @@ from parallel.hints import divisors
 
 AXES = ("dp", "tp", "pp", "cp", "ep")
 WORLD = ("pp", "dp", "cp", "tp")  # outermost first
+MOST_RANKS = 2**20  # of a job, more than any machine has; what is made for each rank stays in proportion
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ def axis_sizes(parallel, world=None):
         raise ValueError(f"parallel.{free[0]} and parallel.{free[1]} are both -1; set one of them to a number")
     fixed = math.prod(n for axis, n in sizes.items() if n > 0 and axis != "ep")
     text = " x ".join(f"{axis}={sizes[axis]}" for axis in WORLD if sizes[axis] > 1) or "dp=1"
+    if fixed > MOST_RANKS:
+        raise ValueError(f"parallel.{text} is {fixed} ranks, and a job has at most {MOST_RANKS}; lower one of them")
     if free:
         world = fixed if world is None else world
         if world % fixed:

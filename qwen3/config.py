@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from parallel.hints import divisors, nearest
-from qwen3.schema import LIMITS, ConfigJson, checked, short
+from qwen3.schema import LARGEST, LIMITS, LORA_LIMITS, REAL_LIMITS, YARN_LIMIT, ConfigJson, checked, short
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2")
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -45,6 +45,8 @@ class RopeScaling:
                     raise ValueError(f"YaRN: truncate={value!r} must be true or false")
             elif value is not None and not _is_positive(value, or_zero=field.name.startswith("mscale")):
                 raise ValueError(f"YaRN: {field.name}={value!r} must be a finite number above 0")
+            elif value is not None and value > (most := LARGEST if field.name == "original_max_position" else YARN_LIMIT):
+                raise ValueError(f"YaRN: {field.name}={value!r} must be at most {most}")
         if self.factor < 1:
             raise ValueError(f"YaRN: factor={self.factor} must be 1 or more")
 
@@ -80,8 +82,10 @@ class Lora:
     rslora: bool = False
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora.rank={self.rank} must be 1 or more")
+        if type(self.rank) is not int or not 1 <= self.rank <= LORA_LIMITS["rank"]:
+            raise ValueError(f"lora.rank={short(self.rank)} must be a whole number from 1 to {LORA_LIMITS['rank']}")
+        if not _is_positive(self.alpha) or self.alpha > LORA_LIMITS["alpha"]:
+            raise ValueError(f"lora.alpha={short(self.alpha)} must be a number above 0, up to {LORA_LIMITS['alpha']:g}")
         undropped = [name for name in self.targets if name == "router" or name.startswith("experts.")]
         if self.dropout and undropped:
             raise ValueError(
@@ -216,9 +220,9 @@ def _check(c):
     experts = () if c.model_type != "qwen3_moe" else ("num_experts", "experts_per_token", "moe_ffn_size")
     for key, most in LIMITS.items():
         value = getattr(c, key)
-        if key in experts or not key.startswith(("num_experts", "experts", "moe_ffn")):
-            right = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most
-            need(right, f"{key}={short(value)} must be a whole number from 1 to {most}")
+        least = 0 if key not in experts and key.startswith(("num_experts", "experts", "moe_ffn")) else 1
+        right = type(value) is int and least <= value <= most
+        need(right, f"{key}={short(value)} must be a whole number from {least} to {most}")
     need(c.head_dim % 2 == 0, f"head_dim={c.head_dim} must be even: rotary embedding turns pairs")
     need(
         c.num_heads % c.num_kv_heads == 0,
@@ -229,9 +233,15 @@ def _check(c):
         value = getattr(c, field.name)
         if field.type is bool:
             need(isinstance(value, bool), f"{field.name}={value!r} must be true or false")
-        if field.type is float:
+        if field.type is float or (field.name in REAL_LIMITS and value is not None):
+            most = REAL_LIMITS.get(field.name, math.inf)
             need(_is_number(value), f"{field.name}={value!r} must be a finite number")
+            need(value <= most, f"{field.name}={value!r} must be at most {most:g}")
     need(c.rope_theta > 1, f"rope_theta={c.rope_theta} must be above 1")
+    outside = [i for i in c.mlp_only_layers if type(i) is not int or not 0 <= i < c.num_layers]
+    need(not outside, f"mlp_only_layers={short(list(c.mlp_only_layers))} names layers outside 0..{c.num_layers - 1}")
+    factor = c.moe_capacity_factor
+    need(factor is None or factor > 0, f"moe_capacity_factor={factor} must be above 0; leave it out for the worst case")
     need(c.rms_norm_eps > 0, f"rms_norm_eps={c.rms_norm_eps} must be above 0")
     for key in ("initializer_range", "router_aux_coef", "router_z_coef"):
         need(getattr(c, key) >= 0, f"{key}={getattr(c, key)} must be 0 or more")
@@ -242,16 +252,12 @@ def _check(c):
             c.experts_per_token <= c.num_experts,
             f"experts_per_token={c.experts_per_token} must be from 1 to num_experts={c.num_experts}",
         )
-        factor = c.moe_capacity_factor
-        need(factor is None or factor > 0, f"moe_capacity_factor={factor} must be above 0; leave it out for the worst case")
-        outside = [i for i in c.mlp_only_layers if not 0 <= i < c.num_layers]
-        need(not outside, f"mlp_only_layers={list(c.mlp_only_layers)} names layers outside 0..{c.num_layers - 1}")
     else:
         need(c.num_experts == 0, f"num_experts={c.num_experts} needs model_type=qwen3_moe")
     for key in ("bos_id", "eos_id", "pad_id"):
         value = getattr(c, key)
         ids = value if key == "eos_id" and isinstance(value, tuple) else () if value is None else (value,)
-        inside = all(isinstance(i, int) and 0 <= i < c.vocab_size for i in ids)
+        inside = all(type(i) is int and 0 <= i < c.vocab_size for i in ids)
         need(inside, f"{key}={value} is outside the vocabulary of {c.vocab_size}")
 
 

@@ -22,7 +22,7 @@ import mindspore as ms
 import numpy as np
 
 from ops import sampling as sampling_op
-from parallel import collectives
+from parallel import collectives, host_memory
 from parallel.random import hash_uniform
 from parallel.sharding import DATA, Sharding
 from qwen3.cache import RowsCache, round_up
@@ -59,6 +59,11 @@ class Request:
     seed: int = 0
     sample: int = 0
     logprobs: int | None = None
+
+    @property
+    def needs_logits(self):
+        """Whether the tokens of this request are chosen on the host, which needs their logits."""
+        return self.logprobs is not None or self.repetition_penalty != 1
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,7 @@ class _Row:
 
     @property
     def needs_logits(self):
-        """Whether the tokens of this request are chosen on the host, which needs their logits."""
-        return self.request.logprobs is not None or self.request.repetition_penalty != 1
+        return self.request.needs_logits
 
 
 @dataclass
@@ -139,6 +143,9 @@ class Engine:
         self.kernels = kernels or choose_kernels({}, cfg, sharding)
         in_place = self.kernels.cache_write == "cpu"
         layers, staged = len(own_layers(cfg, sharding.mesh)), sharding.mesh.pp > 1
+        needed = 8 * layers * slots * self.length * (cfg.num_kv_heads // sharding.shards("kv")) * cfg.head_dim
+        if ms.get_context("device_target") == "CPU":
+            host_memory.check({f"the cache of slots={slots} rows of length={self.length} tokens": needed}, "use fewer or shorter rows")
         self.cache = RowsCache(cfg, slots, self.length, cfg.num_kv_heads // sharding.shards("kv"), in_place, layers)
         self._staged = build_extend(self.cfg, sharding, self.kernels) if staged else None
         self._sample = sampling_op.cpu() if self.kernels.sampling == "cpu" else sampling_op.reference()

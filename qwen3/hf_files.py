@@ -150,7 +150,7 @@ def _entry(path, name, item, base):
 def open_weights(folder):
     """{tensor name: TensorFile} of a folder with one model.safetensors, or shards named by model.safetensors.index.json."""
     if exists(folder / WEIGHTS):
-        file = TensorFile(folder / WEIGHTS)
+        file = TensorFile(inside(folder, WEIGHTS))
         return dict.fromkeys(file.entries, file)
     index = folder / INDEX
     if not exists(index):

@@ -1,8 +1,9 @@
-"""Reading files that come from outside: regular files alone, of bounded size, and JSON of bounded depth."""
+"""Reading files that come from outside: regular files alone, of bounded size, and JSON of bounded depth, each key of an object once."""
 
-import json
 import os
 import stat
+
+from parallel.json_text import DuplicateKey, loads
 
 MAX_JSON_BYTES = 256 << 20  # of a file that is read whole; a tokenizer.json has some 10 MB, the index of the largest models 10 MB
 MAX_DEPTH = 64  # of lists and objects in one another: files and requests have a few, tools' JSON schemas perhaps ten
@@ -10,7 +11,9 @@ MAX_DEPTH = 64  # of lists and objects in one another: files and requests have a
 
 def parse_json(path, text):
     try:
-        value = json.loads(text)
+        value = loads(text)
+    except DuplicateKey as error:
+        raise ValueError(f"{path}: {error}; keep one of them, or fetch the file again") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: broken JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):

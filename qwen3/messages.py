@@ -7,13 +7,13 @@ has no loss). A call is {"type": "function", "function": {"name", "arguments"}} 
 {"type": "function", "function": {"name", ...}}. Source: OpenAI's chat API and its format for fine-tuning; what other tools write.
 """
 
-import json
 import re
 import warnings
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict
 
+from parallel.json_text import loads
 from qwen3.schema import FieldError, Fields, Object, Text, checked, real, short, told
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -25,7 +25,7 @@ UNUSED = ("role", "content", "tool_call_id", "name")  # a template need not use 
 def parse_json(key, text):
     """The value of a JSON text; None for an empty one. Raises ValueError with the key."""
     try:
-        return json.loads(text) if text.strip() else None
+        return loads(text) if text.strip() else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{key!r} is not JSON: {short(str(error), 100)}") from error
 

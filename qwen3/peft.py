@@ -112,7 +112,7 @@ def save(folder, cfg, leaves, base, fingerprint):
     for path, spec in found.items():
         shape = spec.shape[-2:][::-1]
         entries += [(name, "F32", shape) for name in names(path, spec.shape)]
-    with hf_files.replacing(Path(folder), _check_replaceable) as new:
+    with hf_files.replacing(Path(folder), check_replaceable) as new:
         hf_files.write_tensors(new / WEIGHTS, entries, _arrays(found, leaves), {FINGERPRINT: fingerprint})
         hf_files.write_json(new / CONFIG, config)
 
@@ -125,7 +125,7 @@ def _arrays(found, leaves):
             yield matrix.T
 
 
-def _check_replaceable(folder):
+def check_replaceable(folder):
     other = (
         [] if not folder.exists() else [p.name for p in folder.iterdir() if p.name not in (CONFIG, WEIGHTS)] if folder.is_dir() else [""]
     )
@@ -140,7 +140,7 @@ def open_adapter(folder, cfg):
     config = read_config(folder)
     if not hf_files.exists(folder / WEIGHTS):
         raise FileNotFoundError(f"{folder / WEIGHTS} is missing; pickle files (adapter_model.bin) are not read, save it as safetensors")
-    file = hf_files.TensorFile(folder / WEIGHTS)
+    file = hf_files.TensorFile(hf_files.inside(folder, WEIGHTS))
     lora = _lora(folder, config, file, cfg)
     specs = adapters(cfg.base.replace(lora=lora))
     where = {path: names(path, spec.shape) for path, spec in specs.items()}

@@ -30,6 +30,16 @@ LIMITS = {
     "decoder_sparse_step": 4096,
     "moe_block_size": 2**20,
 }
+REAL_LIMITS = {
+    "rms_norm_eps": 1.0,
+    "initializer_range": 1e3,
+    "rope_theta": 1e15,
+    "router_aux_coef": 1e6,
+    "router_z_coef": 1e6,
+    "moe_capacity_factor": 1e6,
+}
+YARN_LIMIT = 1e6  # of each number of YaRN, except original_max_position
+LORA_LIMITS = {"rank": 2**16, "alpha": 1e9}
 
 
 class FieldError(ValueError):
@@ -128,16 +138,16 @@ Object = told(dict[str, Any], "an object")
 class Rope(Fields):
     """`rope_scaling` of transformers 4, `rope_parameters` of 5."""
 
-    rope_theta: real(1, 1e15, above=True) = None
+    rope_theta: real(1, REAL_LIMITS["rope_theta"], above=True) = None
     rope_type: Text = None
     type: Text = None
-    factor: real(0, 1e6, above=True) = None
+    factor: real(0, YARN_LIMIT, above=True) = None
     original_max_position_embeddings: whole(1, LARGEST) = None
-    beta_fast: real(0, 1e6, above=True) = None
-    beta_slow: real(0, 1e6, above=True) = None
-    attention_factor: real(0, 1e6, above=True) = None
-    mscale: real(0, 1e6) = None
-    mscale_all_dim: real(0, 1e6) = None
+    beta_fast: real(0, YARN_LIMIT, above=True) = None
+    beta_slow: real(0, YARN_LIMIT, above=True) = None
+    attention_factor: real(0, YARN_LIMIT, above=True) = None
+    mscale: real(0, YARN_LIMIT) = None
+    mscale_all_dim: real(0, YARN_LIMIT) = None
     truncate: Yes = None
 
 
@@ -154,8 +164,8 @@ class ConfigJson(Fields):
     head_dim: whole(1, LIMITS["head_dim"]) = None
     intermediate_size: whole(1, LIMITS["ffn_size"]) = None
     hidden_act: Text = None
-    rms_norm_eps: real(0, 1, above=True) = None
-    initializer_range: real(0, 1e3) = None
+    rms_norm_eps: real(0, REAL_LIMITS["rms_norm_eps"], above=True) = None
+    initializer_range: real(0, REAL_LIMITS["initializer_range"]) = None
     max_position_embeddings: whole(1, LIMITS["max_position"]) = None
     tie_word_embeddings: Yes = None
     attention_dropout: real(0, 1) = None
@@ -163,7 +173,7 @@ class ConfigJson(Fields):
     use_sliding_window: Yes = None
     layer_types: told(list[str], "a list of texts") = None
     quantization_config: Object = None
-    rope_theta: real(1, 1e15, above=True) = None
+    rope_theta: real(1, REAL_LIMITS["rope_theta"], above=True) = None
     rope_scaling: told(Rope, "an object") = None
     rope_parameters: told(Rope, "an object") = None
     num_experts: whole(1, LIMITS["num_experts"]) = None
@@ -175,8 +185,8 @@ class ConfigJson(Fields):
     mlp_only_layers: told(
         Annotated[list[whole(0, LIMITS["num_layers"])], Field(max_length=LIMITS["num_layers"])], "a list of numbers of layers"
     ) = None
-    router_aux_loss_coef: real(0, 1e6) = None
-    router_z_loss_coef: real(0, 1e6) = None
+    router_aux_loss_coef: real(0, REAL_LIMITS["router_aux_coef"]) = None
+    router_z_loss_coef: real(0, REAL_LIMITS["router_z_coef"]) = None
     router_bias: Yes = None
     qk_norm: Yes = None
     qkv_bias: Yes = None
@@ -232,8 +242,8 @@ class AdapterJson(Fields):
     """adapter_config.json of PEFT."""
 
     peft_type: Text = None
-    r: whole(1, 2**16)
-    lora_alpha: real(0, 1e9, above=True)
+    r: whole(1, LORA_LIMITS["rank"])
+    lora_alpha: real(0, LORA_LIMITS["alpha"], above=True)
     lora_dropout: Annotated[float, Field(ge=0, lt=1, description="a number from 0 to below 1")] = 0.0
     use_rslora: Yes = False
     init_lora_weights: told(bool | str, "true, false, or the name of a kind") = True

@@ -22,6 +22,7 @@ import threading
 LIMIT_S = 10.0  # seconds for one text
 LARGEST = 1 << 26  # characters of one text
 MEMORY = 1 << 30  # bytes of the process's memory, its libraries included
+LONG_S, LOW_PRIORITY = 0.5, 15  # seconds of processor time after which a text's process has this priority, as of nice(1)
 START_S = 120  # seconds that a child has to start and import jinja2
 CHILD = "import sys; sys.path[:] = sys.argv[1:]; from qwen3.template import answer; answer()"
 
@@ -110,6 +111,7 @@ def answer():
     """Is the child: renders a line of JSON after the other until its parent closes the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside a long operation of C
+    signal.signal(signal.SIGVTALRM, _let_others_run)
     signal.setitimer(signal.ITIMER_REAL, START_S)
     with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -119,6 +121,7 @@ def answer():
     for line in sys.stdin.buffer:
         template, context, limit_s = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, limit_s)
+        signal.setitimer(signal.ITIMER_VIRTUAL, LONG_S)
         try:
             found = ["text", _text(template, context)]
         except MemoryError:
@@ -130,8 +133,15 @@ def answer():
         except MemoryError:
             data = json.dumps(["error", f"it needs more than {MEMORY >> 20} MiB of memory"]).encode()
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         out.write(data + b"\n")
         out.flush()
+
+
+def _let_others_run(number, frame):
+    """A text that takes long gets the processor time that others leave: it may be a loop without an end."""
+    if os.getpriority(os.PRIO_PROCESS, 0) < LOW_PRIORITY:
+        os.setpriority(os.PRIO_PROCESS, 0, LOW_PRIORITY)
 
 
 def _text(template, context):

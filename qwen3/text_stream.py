@@ -13,6 +13,12 @@ A token may end inside a character or inside a stop string, so text that could b
 import codecs
 
 
+def printable(text):
+    """Returns a text that is safe to print: characters that could move a terminal's cursor, or change its colours or title, are escaped as
+    in Python, such as \\x1b. Newlines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 class TextStream:
     """A stream whose texts, joined, are Tokenizer.decode of the ids.
 

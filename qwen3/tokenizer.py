@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from qwen3 import template
-from qwen3.json_files import exists, read_bytes, read_json, read_text
+from qwen3.json_files import exists, parse_json, read_bytes, read_json, read_text
 from qwen3.schema import Token, TokenizerJson, checked, short
 
 EOD, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -115,6 +115,7 @@ class Tokenizer:
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise
             raise ValueError(f"{path / 'tokenizer.json'} cannot be read: {short(str(e), 200)}; copy or save it again") from e
+        parse_json(path / "tokenizer.json", text)  # the library takes the last of two values of a key
         if exists(path / "chat_template.jinja"):
             config["chat_template"] = read_text(path / "chat_template.jinja")
         try:

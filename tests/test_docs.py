@@ -63,7 +63,8 @@ def flags_of(path):
     tree, found = ast.parse(path.read_text()), set()
     defines = any(isinstance(node, ast.Attribute) and node.attr in ("define", "define_flags") for node in ast.walk(tree))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("DEFINE_"):
+        called = node.func if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else None
+        if called and (called.attr.startswith("DEFINE_") or getattr(called.value, "id", "") == "number_flags"):
             found |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set(LAYOUT)
         if isinstance(node, ast.ImportFrom) and defines:
             for name in (alias.name for alias in node.names if (node.module, alias.name) in WITH_FLAGS):

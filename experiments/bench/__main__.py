@@ -7,31 +7,32 @@ implementation on the same work, in turns with ours (pip install -e '.[peers]').
 from absl import flags
 
 from experiments import flags as command_line
+from experiments import number_flags
 from experiments.bench.peer_list import PEERS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("what", "train", ["train", "decode", "ops", "data", "checkpoint", "memory", "monitors", "context"], "what to measure")
 flags.DEFINE_string("json", None, "file to which the figures are written")
-flags.DEFINE_integer(
+number_flags.integer(
     "steps",
     None,
     "train: timed steps (20); decode: generations (5); ops: calls (20); data: steps (10); checkpoint: turns (5);"
     " memory: steps (6); monitors: steps (20); context: (2)",
-    lower_bound=1,
+    1,
 )
 flags.DEFINE_boolean("moe", False, "train, decode, monitors: 16 experts of ffn 256, 4 per token, instead of a dense ffn of 768")
-flags.DEFINE_multi_integer("batch", [1, 16], "decode: prompts at a time; repeat the flag for several", lower_bound=1)
+number_flags.integers("batch", [1, 16], "decode: prompts at a time; repeat the flag for several", 1, 2**16)
 flags.DEFINE_multi_enum("peer", [], list(PEERS), "train, decode: another implementation to measure; repeat the flag for several")
 flags.DEFINE_string("peer_python", None, "Python interpreter for peers whose package this one does not have")
 flags.DEFINE_enum("kernels", "auto", ["auto", "reference", "cpu"], "train, decode, memory, monitors: implementation of our ops")
 flags.DEFINE_boolean("check", False, "train, decode: also measure ours with the reference ops")
 flags.DEFINE_enum("layer_loop", "auto", ["auto", "unroll", "scan"], "train, monitors: how the layers are compiled")
-flags.DEFINE_integer("seq_len", 32768, "context: tokens of the row", lower_bound=8)
+number_flags.integer("seq_len", 32768, "context: tokens of the row", 8)
 flags.DEFINE_enum("cp_attention", "ring", ["ring", "ulysses"], "context: how ranks share attention")
 flags.DEFINE_list("ops", [], "ops: names of the cases to measure; default: all")
-flags.DEFINE_float("state_gb", 2.0, "checkpoint: size of the state, in 1e9 bytes", lower_bound=0.001)
+number_flags.real("state_gb", 2.0, "checkpoint: size of the state, in 1e9 bytes", 0.001, 1e5)
 flags.DEFINE_string("folder", None, "checkpoint: a folder on the disk to measure; default: the system's temporary one")
-flags.DEFINE_float("bin_gb", 2.0, "data: size of the generated .bin file to load from, in 1e9 bytes", lower_bound=0.001)
+number_flags.real("bin_gb", 2.0, "data: size of the generated .bin file to load from, in 1e9 bytes", 0.001, 1e5)
 
 
 def main(_):

@@ -6,11 +6,20 @@ The config is locked: a key that is not here is an error, both in a config file 
 import dataclasses
 import typing
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict as _ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
 from ops.registry import OPS
 from qwen3.config import Qwen3Config
+
+
+class ConfigDict(_ConfigDict):
+    """A ConfigDict in which true and false are no numbers: ml_collections would make 1 and 0 of them."""
+
+    def __setitem__(self, key, value):
+        if isinstance(value, bool) and key in self and self.get_type(key) in (int, float):
+            raise TypeError(f"{key}={value} is true or false, and a number is needed")
+        super().__setitem__(key, value)
 
 
 def get_config():

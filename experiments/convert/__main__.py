@@ -16,6 +16,7 @@ import sys
 from absl import flags
 
 from experiments import flags as command_line
+from experiments import number_flags
 from parallel.hints import nearest
 from qwen3.config import DTYPES
 
@@ -26,8 +27,9 @@ flags.DEFINE_string("base", None, "with merge-lora: folder of the base: a Huggin
 flags.DEFINE_enum("dtype", None, list(DTYPES), "dtype of the output; default: the input's. With diff: both are rounded to it first")
 flags.DEFINE_boolean("state", False, "include a checkpoint's optimizer state, m and v")
 flags.DEFINE_boolean("norms", True, "read the arrays, to show their norms and largest values")
-flags.DEFINE_integer("top", 20, "with diff: how many arrays to show; 0 for all")
-flags.DEFINE_float("max_diff", None, "with diff: fail where max|a - b| / max|a| of an array is above this, or only one has an array")
+number_flags.integer("top", 20, "with diff: how many arrays to show; 0 for all", 0)
+MAX_DIFF = "with diff: fail where max|a - b| / max|a| of an array is above this, or only one has an array"
+number_flags.real("max_diff", None, MAX_DIFF, 0, 1e9)
 flags.DEFINE_string("sha256", None, "with verify: a file that `sha256sum *` wrote, to check a Hugging Face folder's files")
 COMMANDS = {  # command: its flags
     "hf-to-native": ("input", "output", "dtype"),

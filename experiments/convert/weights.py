@@ -10,7 +10,7 @@ import numpy as np
 import tensorstore as ts
 from tqdm import tqdm
 
-from experiments.train.run_folder import TOKENIZER
+from experiments import run_tokenizer
 from parallel.checkpoint import store as checkpoint_store
 from parallel.checkpoint.arrays import match
 from parallel.checkpoint.files import FOLDER, step_folder
@@ -120,8 +120,10 @@ def _native(folder, state):
     def read(name, slices=None):
         return _as_numpy(saved.read(name if name.startswith(("m/", "v/")) else f"params/{name}", slices))
 
-    beside = folder.parent.parent / TOKENIZER
+    beside = folder.parent.parent / run_tokenizer.FOLDER
     tokenizer = beside if folder.parent.name == FOLDER and beside.is_dir() and hf_files.tokenizer_files(beside) else None
+    if tokenizer:
+        run_tokenizer.check(folder.parent.parent, saved.meta.get("tokenizer"))
     config = config.replace(param_dtype=arrays["embed"][1])
     text = f"step {saved.meta.get('step', 0)}"
     return Weights("checkpoint", folder, arrays, read, config, tokenizer, text, saved)
@@ -176,9 +178,9 @@ def to_native(weights, output):
     meta = {"step": 0, "model": weights.config.to_hf()}
     with hf_files.replacing(output, _check_new) as new, bar("hf-to-native", weights.total_bytes) as progress:
         if weights.tokenizer:
-            (new / TOKENIZER).mkdir()
+            (new / run_tokenizer.FOLDER).mkdir()
             for file in hf.carried_files(weights.tokenizer):
-                hf_files.copy_file(file, new / TOKENIZER)
+                hf_files.copy_file(file, new / run_tokenizer.FOLDER)
         (new / FOLDER).mkdir()
         checkpoint_store.save(step_folder(str(new), 0), _pieces(weights, progress), meta)
 

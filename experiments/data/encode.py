@@ -48,6 +48,12 @@ class Batch(NamedTuple):
     size: int
 
 
+class Missing(NamedTuple):
+    """Stands for the text of a record that lacks a key. keys: those that it has."""
+
+    keys: tuple
+
+
 def encode(records, job, workers=1):
     """Batches of tokens, in the order of the records, `workers` processes at work on them; 1 is this process. Each uses one core.
 
@@ -65,7 +71,7 @@ def _batches(records, job):
     for record in records:
         value = _renamed(record.value, job.map_keys) if job.map_keys else record.value
         if job.format is None:
-            value = [value.get(key, ...) if key in value else list(value) for key in job.keys]
+            value = [value[key] if key in value else Missing(tuple(value)) for key in job.keys]
             characters += sum(len(v) for v in value if isinstance(v, str))
         else:
             characters += BATCH_CHARACTERS // 64
@@ -193,8 +199,8 @@ class _Encoder:
 
 
 def _not_text(key, value):
-    if isinstance(value, list):
-        return f"key {key!r} is missing; the keys are {', '.join(map(str, value))}"
+    if isinstance(value, Missing):
+        return f"key {key!r} is missing; the keys are {', '.join(map(str, value.keys))}"
     if not isinstance(value, str):
         return f"{key!r} is {type(value).__name__}; give text"
     try:

@@ -3,6 +3,8 @@
 import codecs
 import json
 
+from parallel.json_text import distinct
+
 CHUNK = 1 << 20  # bytes
 EDGE = 16  # characters: an error nearer to the end of what is read may be a value cut there
 
@@ -13,7 +15,7 @@ class JsonStream:
     def __init__(self, stream):
         self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._place, self._line, self._ended, self._broken = "", 0, 1, False, None
-        self._json = json.JSONDecoder()
+        self._json = json.JSONDecoder(object_pairs_hook=distinct)
 
     def records(self):
         """(line, value) of the elements of an array, or of values after one another, as far as they can be read."""

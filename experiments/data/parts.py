@@ -5,13 +5,13 @@ the Records (see readers.py) of a part, less the first `start`. bad(message) is 
 """
 
 import itertools
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 
 from experiments.data import readers
+from qwen3.json_files import read_json
 
 SCHEME = "hf:"
 INSTALL = "pip install 'datasets>=4' 'numpy<2' 'pyarrow<26'"  # alone, datasets would bring a numpy that MindSpore cannot use
@@ -92,7 +92,10 @@ class HfParts:
         """A Dataset, memory-mapped, or an IterableDataset."""
         splits = self.folder / "dataset_dict.json"
         if splits.is_file():
-            return datasets.load_from_disk(str(self.folder / self._choose(json.loads(splits.read_text(encoding="utf-8"))["splits"])))
+            names = read_json(splits).get("splits")
+            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f'{splits} must have "splits", a list of names; save the dataset again')
+            return datasets.load_from_disk(str(self.folder / self._choose(names)))
         if (self.folder / "state.json").is_file():
             if self.split:
                 raise ValueError(f"data.path={self.title}: the folder holds one dataset without splits; use hf:{self.folder}")

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import gzip
 import io
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from experiments.data import wikitext
 from experiments.data.json_stream import JsonStream
+from parallel.json_text import loads
 
 ROWS = 256
 KINDS = {
@@ -183,7 +183,7 @@ def _jsonl(file):
             continue
         if not wrong:
             try:
-                value = json.loads(line)
+                value = loads(line)
             except (ValueError, RecursionError) as e:
                 wrong = f"not JSON: {e}"
             else:

@@ -12,24 +12,26 @@ import sys
 from absl import flags
 
 from experiments import flags as command_line
-from parallel.mesh import AXES
+from experiments import number_flags
+from parallel.mesh import AXES, MOST_RANKS
 
 FLAGS = flags.FLAGS
 
 
 def define_flags():
     command_line.define("experiments/configs/qwen3_32b.py")
-    flags.DEFINE_integer("world_size", None, "ranks of the job; default: as many as the layout asks for", lower_bound=1)
+    number_flags.integer("world_size", None, "ranks of the job; default: as many as the layout asks for", 1, MOST_RANKS)
     flags.DEFINE_list("ranks", ["0"], "ranks whose programs are compiled, each in its own process")
     flags.DEFINE_list("layers", [], "two depths to compile, from which the figures of all layers are extrapolated; default: compile all")
     flags.DEFINE_enum("step", "train", ["train", "generate"], "what to compile: a training step, or reading a prompt and one more token")
-    flags.DEFINE_float("hbm_gb", 58.0, "device memory that a job may use, in GiB", lower_bound=0.1)
-    flags.DEFINE_integer("jobs", 1, "processes at a time; each takes some GB of this machine's memory if the model is deep", lower_bound=1)
+    number_flags.real("hbm_gb", 58.0, "device memory that a job may use, in GiB", 0.1, 1e6)
+    jobs = "processes at a time; each takes some GB of this machine's memory if the model is deep"
+    number_flags.integer("jobs", 1, jobs, 1, number_flags.MOST_PROCESSES)
     flags.DEFINE_string("json", None, "file to which all figures are written")
     flags.DEFINE_string("plot", None, "file for a plot of memory over time, .svg or .png")
     flags.DEFINE_boolean("search", False, "rank the layouts of --world_size by formulas, and compile the first --compile of them")
-    flags.DEFINE_integer("compile", 0, "number of layouts of --search to compile too, the fastest first", lower_bound=0)
-    flags.DEFINE_integer("top", 10, "how many layouts --search prints", lower_bound=1)
+    number_flags.integer("compile", 0, "number of layouts of --search to compile too, the fastest first", 0)
+    number_flags.integer("top", 10, "how many layouts --search prints", 1)
 
 
 def main(_):

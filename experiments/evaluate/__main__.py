@@ -12,6 +12,7 @@ import os
 from absl import flags
 
 from experiments import flags as command_line
+from experiments import number_flags
 from experiments.configs import common
 from parallel.checkpoint.files import write_json
 
@@ -22,11 +23,11 @@ def define_flags():
     command_line.define(common.__file__)  # a full path, so that it is found from any current folder
     flags.DEFINE_string("data", None, "a text file or folder, the prefix of a .bin/.idx pair, weight,prefix,..., or files for a stream")
     flags.DEFINE_enum("part", "all", ["all", "held_out"], "which part of --data: all of it, or the rows that a training run would hold out")
-    flags.DEFINE_integer("rows", 0, "the most rows of --data; 0 for all")
+    number_flags.integer("rows", 0, "the most rows of --data; 0 for all", 0)
     flags.DEFINE_list("tasks", "", "files of tasks, or names of tasks of lm-evaluation-harness")
     flags.DEFINE_string("task_folder", None, "folder of YAML files that define more tasks for lm-evaluation-harness")
-    flags.DEFINE_integer("limit", None, "the most documents of each task of lm-evaluation-harness")
-    flags.DEFINE_integer("max_length", None, "the most tokens of a text; default: the model's longest")
+    number_flags.integer("limit", None, "the most documents of each task of lm-evaluation-harness", 1)
+    number_flags.integer("max_length", None, "the most tokens of a text; default: the model's longest", 2)
     flags.DEFINE_string("json", None, "file to write the results to")
 
 

@@ -7,7 +7,6 @@
 "delimiter", by default a space, stands between the context and a choice or target. answer is the index of the right choice, from 0.
 """
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ import numpy as np
 
 from experiments.evaluate import scoring
 from experiments.watch.metrics import held_out
+from parallel.json_text import loads
 
 KEYS = {"choices": {"context", "choices", "answer"}, "target": {"context", "target"}, "text": {"text"}}  # kind of task: its keys
 
@@ -46,7 +46,7 @@ def read(path):
 
 def _parse_line(text, where):
     try:
-        line = json.loads(text)
+        line = loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     kind = next((kind for kind in KEYS if isinstance(line, dict) and kind in line), None)

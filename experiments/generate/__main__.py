@@ -11,6 +11,7 @@ python -m experiments.launch --nproc=4 -- experiments.generate --hf_dir=DIR --pr
 from absl import flags
 
 from experiments import flags as command_line
+from experiments import number_flags
 from experiments.generate import flags as inference_flags
 from experiments.generate import prompts
 
@@ -22,8 +23,9 @@ def define_flags():
     flags.DEFINE_string("prompt", None, "text to continue")
     flags.DEFINE_string("prompts_file", None, "a file of prompts: text with one a line, or .jsonl")
     flags.DEFINE_boolean("chat", False, "apply the chat template: a prompt is a user's message; without a prompt, chat on the terminal")
-    flags.DEFINE_integer("num_samples", 1, "results for each prompt", lower_bound=1)
-    flags.DEFINE_integer("logprobs", None, "write each token's log-probability, and those of this many likeliest tokens, to --output_jsonl")
+    number_flags.integer("num_samples", 1, "results for each prompt", 1)
+    logprobs = "write each token's log-probability, and those of this many likeliest tokens, to --output_jsonl"
+    number_flags.integer("logprobs", None, logprobs, 0)
     flags.DEFINE_string("output", ".", "folder of text_generation_result.txt, or a file that ends in .txt")
     flags.DEFINE_string("output_jsonl", None, "a file for results with tokens, finish reasons and timings, one JSON object a line")
 

@@ -4,6 +4,7 @@ import sys
 
 from experiments.generate.batch import run
 from experiments.generate.prompts import encode
+from qwen3.text_stream import printable
 
 MOST = 4  # tokens of one engine step, after which the new text is shown
 HELP = "Type a message, and end it with a newline. /reset starts a new conversation; /exit, or the end of the input, ends."
@@ -14,7 +15,7 @@ def chat(engine, model, enable_thinking=None, stop=(), lines=sys.stdin, out=sys.
     messages = []
 
     def show(text):
-        out.write("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))  # no output of the model may move the cursor
+        out.write(printable(text))
         out.flush()
 
     show(f"{HELP}\n\n> ")

@@ -6,9 +6,12 @@ Nothing here imports MindSpore, see experiments/train/command.py.
 from absl import flags
 
 from experiments import flags as command_line
+from experiments import number_flags
 from parallel.mesh import AXES
+from qwen3.schema import LARGEST, short
 
 FLAGS = flags.FLAGS
+MOST_CHUNK = 2**16  # tokens of a prompt that are read at a time; more would save nothing
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 
 
@@ -19,31 +22,29 @@ def define():
     flags.DEFINE_string("workdir", None, "instead of --hf_dir: the folder of a training run, for its newest checkpoint and its tokenizer")
     flags.DEFINE_string("adapter", None, "a LoRA adapter to merge into the weights: a folder in PEFT's format, or of a finetune run")
     for axis in AXES:
-        flags.DEFINE_integer(axis, None, f"ranks of the mesh axis {axis}, under experiments.launch; default 1; prompts are split over dp")
-    flags.DEFINE_integer(
-        "batch_size", None, "rows that a data parallel rank decodes together; default: the number of its texts, up to 8", lower_bound=1
+        text = f"ranks of the mesh axis {axis}, under experiments.launch; default 1; prompts are split over dp"
+        number_flags.integer(axis, None, text, -LARGEST)  # layout.for_inference() knows the range
+    number_flags.integer(
+        "batch_size", None, "rows that a data parallel rank decodes together; default: the number of its texts, up to 8", 1
     )
-    flags.DEFINE_integer(
-        "max_length",
-        None,
-        "tokens in a row of the cache, prompt and new ones together; default: enough for the longest prompt",
-        lower_bound=1,
+    number_flags.integer(
+        "max_length", None, "tokens in a row of the cache, prompt and new ones together; default: enough for the longest prompt", 1
     )
-    flags.DEFINE_integer("prefill_chunk", 256, "tokens of a prompt that one prefill step processes", lower_bound=1)
-    flags.DEFINE_integer(
-        "max_new_tokens", None, "the most new tokens of a text; default: generation_config.json's, else 128", lower_bound=1
-    )
+    number_flags.integer("prefill_chunk", 256, "tokens of a prompt that one prefill step processes", 1, MOST_CHUNK)
+    number_flags.integer("max_new_tokens", None, "the most new tokens of a text; default: generation_config.json's, else 128", 1)
     define_generation_config()
-    flags.DEFINE_float(
-        "temperature", None, "0: the likeliest token. Default of this and the flags below: as in generation_config.json, else off"
+    number_flags.real(
+        "temperature", None, "0: the likeliest token. Default of this and the flags below: as in generation_config.json, else off", 0, 100
     )
-    flags.DEFINE_integer("top_k", None, "sample from this many likeliest tokens; 0: from all")
-    flags.DEFINE_float("top_p", None, "sample from the fewest likeliest tokens whose probabilities sum to this; 1: from all")
-    flags.DEFINE_float("min_p", None, "sample from tokens with at least this fraction of the likeliest one's probability; 0: from all")
-    flags.DEFINE_float(
-        "repetition_penalty", None, "divides the positive logits of tokens already in the text, multiplies the negative; 1: off"
-    )
-    flags.DEFINE_integer("seed", 0, "seed of the sampling; the same seed gives the same text in each run and for each order of prompts")
+    number_flags.integer("top_k", None, "sample from this many likeliest tokens; 0: from all", 0)
+    top_p = "sample from the fewest likeliest tokens whose probabilities sum to this; 1: from all"
+    number_flags.real("top_p", None, top_p, 0, 1, above=True)
+    min_p = "sample from tokens with at least this fraction of the likeliest one's probability; 0: from all"
+    number_flags.real("min_p", None, min_p, 0, 1)
+    penalty = "divides the positive logits of tokens already in the text, multiplies the negative; 1: off"
+    number_flags.real("repetition_penalty", None, penalty, 1e-3, 1e3)
+    seed = "seed of the sampling; the same seed gives the same text in each run and for each order of prompts"
+    number_flags.integer("seed", 0, seed, 0, 2**32 - 1)
     flags.DEFINE_multi_string("stop", [], "text that ends a result and is left out of it; repeat the flag for several")
     flags.DEFINE_list("stop_ids", [], "token ids that end a result, in addition to the model's own")
     flags.DEFINE_boolean("ignore_eos", False, "do not stop at the model's own stop ids")
@@ -73,4 +74,6 @@ def stop_ids():
 def _id(text):
     if not text.strip().isdigit():
         raise ValueError(f"--stop_ids={text} must be token ids, such as 151643,151645")
+    if int(text[:20]) > LARGEST:
+        raise ValueError(f"--stop_ids={short(text)} must be at most {LARGEST}; no vocabulary has more ids")
     return int(text)

@@ -1,10 +1,10 @@
 """Reads prompts, from the command line or a file, and turns them into token ids."""
 
-import json
 import os
 
 import numpy as np
 
+from parallel.json_text import loads
 from qwen3.chat import prompt_text
 
 
@@ -36,7 +36,7 @@ def read(text=None, path=None):
 
 def _record(line, where):
     try:
-        found = json.loads(line)
+        found = loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if isinstance(found, dict) and isinstance(found.get("prompt"), str):

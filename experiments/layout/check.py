@@ -11,6 +11,7 @@ from parallel.hints import divisors
 from parallel.mesh import AXES, Mesh, axis_sizes
 from parallel.pipeline.schedule import check as check_schedule
 from parallel.pipeline.schedule import stage_ranges
+from qwen3.schema import LARGEST
 
 
 def check(config, cfg, world=None):
@@ -127,6 +128,12 @@ def _check_context(cfg, config, sizes):
 
 
 def _check_batch(config, sizes, mesh):
+    tokens = config.train.batch_size * config.train.seq_len
+    if tokens > LARGEST:
+        raise ValueError(
+            f"train.batch_size={config.train.batch_size} rows of train.seq_len={config.train.seq_len} are {tokens} tokens, and an int32"
+            f" counts up to {LARGEST}; lower one of them"
+        )
     train, micro, dp, tp = config.train, config.parallel.micro_batches, sizes["dp"], sizes["tp"]
     if train.batch_size % (dp * micro):
         raise ValueError(

@@ -13,6 +13,7 @@ import os
 from absl import flags
 
 from experiments import flags as command_line
+from experiments import number_flags
 from experiments.generate import flags as inference_flags
 from experiments.serve import access
 from parallel.mesh import world_size
@@ -24,19 +25,17 @@ def define_flags():
     flags.DEFINE_string("hf_dir", None, "folder of a Hugging Face model")
     flags.DEFINE_string("workdir", None, "folder of a training run, whose newest checkpoint is served")
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on; any address but the loopback lets other machines connect")
-    flags.DEFINE_integer("port", 8000, "port to listen on; 0 takes a free one", lower_bound=0, upper_bound=65535)
+    number_flags.integer("port", 8000, "port to listen on; 0 takes a free one", 0, 65535)
     flags.DEFINE_string("model_name", None, "the model's name in requests; default: the folder's name")
-    flags.DEFINE_integer("slots", 8, "texts that are generated at the same time", lower_bound=1)
-    flags.DEFINE_integer("length", 2048, "the most tokens of a prompt and its answer together", lower_bound=2)
-    flags.DEFINE_integer("max_waiting", 64, "the most texts that wait for a slot; a request beyond them gets status 429", lower_bound=0)
-    flags.DEFINE_integer("max_body", 1 << 20, "the most bytes of a request's body; a larger one gets status 413", lower_bound=1)
-    flags.DEFINE_integer(
-        "max_connections", 1000, "the most open connections; fewer where the limit of open files is lower. More wait", lower_bound=1
-    )
-    flags.DEFINE_float("idle_s", 60, "seconds after which a connection without a request at work is closed", lower_bound=1)
+    number_flags.integer("slots", 8, "texts that are generated at the same time", 1)
+    number_flags.integer("length", 2048, "the most tokens of a prompt and its answer together", 2)
+    number_flags.integer("max_waiting", 64, "the most texts that wait for a slot; a request beyond them gets status 429", 0)
+    number_flags.integer("max_body", 1 << 20, "the most bytes of a request's body; a larger one gets status 413", 1)
+    number_flags.integer("max_connections", 1000, "the most open connections; fewer where the limit of open files is lower. More wait", 1)
+    number_flags.real("idle_s", 60, "seconds after which a connection without a request at work is closed", 1, number_flags.MOST_S)
     flags.DEFINE_string("api_key_file", None, "file with the API keys that are accepted, one a line; without it no key is needed")
     inference_flags.define_generation_config()
-    flags.DEFINE_float("drain_s", 30, "after SIGTERM, seconds that running requests have to end", lower_bound=0)
+    number_flags.real("drain_s", 30, "after SIGTERM, seconds that running requests have to end", 0, number_flags.MOST_S)
 
 
 def main(_):

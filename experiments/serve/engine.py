@@ -1,8 +1,10 @@
 """The thread that runs the engine. The HTTP server's thread hands it a limited number of jobs and gets each job's events back."""
 
+import gc
 import itertools
 import queue
 import sys
+import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,6 +12,8 @@ from dataclasses import dataclass, field
 from qwen3.generate import CHUNK
 
 STREAMED = 4  # most tokens of a row in one engine step while a client streams
+HALF_S, LATELY_S, CLIENTS = 10.0, 60.0, 1000  # of what clients have had: seconds in which it halves, and is known; the most clients
+GUESTS = 4  # places a slot beyond the limit, for clients that have none
 SPARED = 4  # of so many slots, or more, one request leaves one free; of fewer, that would cost too much of its speed
 UNREAD = 1024  # prompt tokens in the engine that are not read yet, above which no further prompt is given to it
 FAILURES = 3  # the worker stops after this many failed steps in a row
@@ -35,6 +39,34 @@ class Job:
     number: int | None = field(default=None, repr=False)
 
 
+class Shares:
+    """What each client has lately had of the engine: its tokens, read and made, which count half as much HALF_S seconds later."""
+
+    def __init__(self, clock=time.monotonic):
+        self.clock, self.spent = clock, {}  # client: (tokens, when)
+
+    def add(self, client, tokens):
+        now = self.clock()
+        self.spent[client] = (self._left(client, now) + tokens, now)
+        if len(self.spent) > CLIENTS:  # forgets the one that has had the least of late
+            del self.spent[min(self.spent, key=lambda each: self._left(each, now))]
+
+    def heavy(self, clients):
+        """Returns those of the clients that have had more than twice as much as another one of the last LATELY_S seconds."""
+        now = self.clock()
+        lately = {client: self._left(client, now) for client, (_, when) in self.spent.items() if now - when < LATELY_S}
+        return {client for client in clients if 2 * min(lately.values(), default=0) < lately.get(client, 0)}
+
+    def one_alone(self):
+        """Whether no more than one client was there in the last LATELY_S seconds."""
+        now = self.clock()
+        return sum(now - when < LATELY_S for _, when in self.spent.values()) <= 1
+
+    def _left(self, client, now):
+        tokens, when = self.spent.get(client, (0.0, now))
+        return tokens * 0.5 ** ((now - when) / HALF_S)
+
+
 class Worker:
     """Runs an engine in the thread that creates this object and calls run().
 
@@ -42,17 +74,23 @@ class Worker:
     function in the HTTP server's thread. Only that thread may call submit and release; any thread may call stop.
 
     Jobs wait here, and the engine has those that its slots take. A free slot goes to the client with the fewest running jobs, then to the
-    request with the fewest, then to the oldest job; and of SPARED or more slots, one request may not take the last one. So a short request
-    waits for the next free slot, not for all texts of a large one.
+    request with the fewest, then to the oldest job; and of SPARED or more slots, one request may not take the last one, nor may a client
+    that has lately had more than its share (see Shares). So a short request waits for the next free slot, not for all texts of a large one,
+    and beside clients that always ask for more there is a slot free for one that asks for little.
     """
 
     def __init__(self, make, most, call, slots=1):
         self.make, self.most, self.call, self.slots = make, most, call, slots
+        self.guests, self.shares = GUESTS * slots, Shares()
         self.engine, self.held, self.inbox = make(), set(), queue.SimpleQueue()
 
     def submit(self, jobs):
-        """Accepts all jobs, or raises Full and accepts none. Their places are free when they have ended or are released."""
-        if len(self.held) + len(jobs) > self.most:
+        """Accepts all jobs, or raises Full and accepts none. Their places are free when they have ended or are released.
+
+        Where other clients fill all places, a client that has none may still have a few: `guests` of them, shared by all such clients.
+        """
+        alone = len(jobs) <= self.slots and not any(job.client == jobs[0].client for job in self.held)
+        if len(self.held) + len(jobs) > self.most + (self.guests if alone else 0):
             raise Full
         self.held.update(jobs)
         for job in jobs:
@@ -73,7 +111,7 @@ class Worker:
         while self._take(waiting, jobs):
             try:
                 self._start(waiting, jobs, unread)
-                events = self.engine.step(STREAMED if any(job.streamed for job in jobs.values()) else CHUNK)
+                events = self.engine.step(_most_tokens(jobs.values()))
                 failures = 0
             except Exception as error:  # no error of one step may end the requests that come later
                 failures += 1
@@ -88,12 +126,16 @@ class Worker:
             self._deliver([(jobs[event.id], event) for event in events if event.id in jobs])
             for event in events:
                 unread.pop(event.id, None)
+                if event.id in jobs:
+                    self.shares.add(jobs[event.id].client, 1)
                 if event.finish_reason:
                     jobs.pop(event.id, None)
 
     def _take(self, waiting, jobs):
         """Handles the messages in the inbox; waits for one where there is no job. Returns False after a "stop" message, else True."""
         while not (jobs or waiting) or not self.inbox.empty():
+            if not (jobs or waiting) and self.inbox.empty():
+                gc.collect()  # see run.py: while requests are at work it is put off
             command, job = self.inbox.get()
             if command == "stop":
                 return False
@@ -119,13 +161,18 @@ class Worker:
                 self._deliver([(job, error)])
                 continue
             jobs[job.number], unread[job.number] = job, len(job.request.prompt)
+            self.shares.add(job.client, len(job.request.prompt))
 
     def _next(self, waiting, jobs):
         """Returns the waiting job whose turn it is, or None."""
         clients, groups = Counter(job.client for job in jobs.values()), Counter(job.group for job in jobs.values())
-        most = self.slots - 1 if self.slots >= SPARED else self.slots + 1
-        allowed = [job for job in waiting if job.group is None or groups[job.group] < most]
-        return min(allowed, key=lambda job: (clients[job.client], groups[job.group]), default=None)
+        if self.slots >= SPARED:
+            heavy = self.shares.heavy({job.client for job in waiting}) if len(jobs) >= self.slots - 1 else ()
+            most = self.slots - 1
+            if len(jobs) >= self.slots and not self.shares.one_alone():  # the one more would be before others that come
+                waiting = [job for job in waiting if not clients[job.client]]
+            waiting = [job for job in waiting if job.client not in heavy and (job.group is None or groups[job.group] < most)]
+        return min(waiting, key=lambda job: (clients[job.client], groups[job.group]), default=None)
 
     def _deliver(self, found):
         if found:
@@ -136,6 +183,14 @@ class Worker:
             if isinstance(event, Exception) or event.finish_reason:
                 self.held.discard(job)  # its place is free, even if its client has not read the text yet
             job.put(event)
+
+
+def _most_tokens(jobs):
+    """Returns the most tokens of a row in the next step, during which no prompt that comes is looked at. Of rows whose tokens the host
+    chooses, many in a step would save nothing."""
+    if any(job.request.needs_logits for job in jobs):
+        return 1
+    return STREAMED if any(job.streamed for job in jobs) else CHUNK
 
 
 def report(error):

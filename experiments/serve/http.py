@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import hmac
 import weakref
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http import HTTPStatus
@@ -16,13 +17,14 @@ from experiments.serve.replies import Choice, Reply, error, event
 from experiments.serve.requests import Refused, parse
 from qwen3 import template
 from qwen3.engine import Request
+from qwen3.schema import short
 
 BODY_S = 30  # seconds that a request's body may take to arrive
 CONNECTIONS, IDLE_S = 1000, 60.0  # default limits of connections: their number, and seconds without a request at work
 LOOK_S, RETRY_S = 0.05, 0.2  # seconds between two looks at connections; after accept() failed
 BEHIND = 1 << 15  # tokens that a stream may be behind the engine; a client that reads more slowly is cut off
 BACKLOG = 128  # connections that wait to be accepted
-PARSERS = 2  # threads that check and tokenize requests
+PARSERS, RENDERERS = 2, 4  # threads that check and tokenize completions, and chats, which may wait for a template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Server:
         self.last = weakref.WeakKeyDictionary()  # transport -> when its last request ended, or when it was accepted
         self.draining, self.idle, self.answering = False, asyncio.Event(), set()  # idle: no request is being answered
         self.idle.set()
-        self.parsers = ThreadPoolExecutor(PARSERS, "parse")
+        self.parsers = {"completion": ThreadPoolExecutor(PARSERS, "parse"), "chat": ThreadPoolExecutor(RENDERERS, "chat")}
+        self.turns = weakref.WeakValueDictionary()  # (client, kind of request) -> the lock of the thread that it may use
 
     def app(self):
         app = web.Application(client_max_size=self.settings.max_body, middlewares=[self._as_json, self._only_by_name, self._only_with_key])
@@ -177,13 +180,27 @@ class Server:
             raise Refused("Content-Type must be application/json", status=415)
         try:
             data = await asyncio.wait_for(request.read(), BODY_S)
+            data = _unpacked(data, request.headers.get("Content-Encoding", "identity").strip().lower(), self.settings.max_body)
         except asyncio.TimeoutError as late:
             raise Refused(f"the body did not arrive within {BODY_S} s", status=408) from late
-        except (web.RequestPayloadError, ValueError) as wrong:  # such as plain text with Content-Encoding: gzip
+        except (web.RequestPayloadError, ValueError, zlib.error) as wrong:  # such as plain text with Content-Encoding: gzip
             raise Refused("the body does not have the Content-Encoding or Transfer-Encoding that its headers name") from wrong
         s = self.settings
-        arguments = (data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults)
-        return await asyncio.get_running_loop().run_in_executor(self.parsers, parse, *arguments)
+        return await self._in_turn(request, kind, data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults)
+
+    async def _in_turn(self, request, kind, *arguments):
+        """Returns parse(*arguments), run in a thread. A client has one thread of a kind at a time, also for requests that it has dropped:
+        so its templates without an end, or its huge prompts, do not keep others waiting."""
+        turn = self.turns.setdefault((self._client(request), kind), asyncio.Lock())
+        await turn.acquire()
+        parsed = asyncio.get_running_loop().run_in_executor(self.parsers[kind], parse, *arguments)
+
+        def end(parsed):
+            turn.release()
+            parsed.cancelled() or parsed.exception()  # looked at here, as the client may have gone
+
+        parsed.add_done_callback(end)
+        return await asyncio.shield(parsed)
 
     async def _pushed(self, jobs, choices, events):
         """Yields (index, new text, logprobs entries) as choices grow, until all have ended. Raises Refused where the engine raised."""
@@ -228,6 +245,23 @@ class Server:
         except ConnectionError:  # the client disconnected
             pass
         return response
+
+
+def _unpacked(data, encoding, most):
+    """Returns the body in a Content-Encoding. Of a body that unpacks to more than `most` bytes, no more than that is unpacked: aiohttp
+    would unpack all that has arrived, for 0.2 s in which nothing else is answered. Raises zlib.error, ValueError for a body that breaks
+    off, and the errors of what is not supported."""
+    if encoding == "identity":
+        return data
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise Refused(f"Content-Encoding: {short(encoding)} is not supported; use gzip, or none", status=415)
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS if encoding == "deflate" else zlib.MAX_WBITS | 16)
+    found = unpacker.decompress(data, most + 1)
+    if len(found) > most:
+        raise web.HTTPRequestEntityTooLarge(most, len(found))
+    if not unpacker.eof or unpacker.unused_data:
+        raise ValueError("the body breaks off, or goes on after its end")
+    return found
 
 
 class _Protocol(web.RequestHandler):
@@ -328,7 +362,8 @@ async def serve(server, sockets, ready, stop, drain_s):
 
     ready(port) is called once the server listens. Raises OSError where it cannot listen.
     """
-    runner = web.AppRunner(server.app(), access_log=None, handler_cancellation=True, shutdown_timeout=1, keepalive_timeout=server.idle_s)
+    options = {"access_log": None, "handler_cancellation": True, "shutdown_timeout": 1, "keepalive_timeout": server.idle_s}
+    runner = web.AppRunner(server.app(), **options, auto_decompress=False)  # see _unpacked
     await runner.setup()
     tasks = []
     try:
@@ -351,5 +386,6 @@ async def serve(server, sockets, ready, stop, drain_s):
         for sock in sockets:
             sock.close()
         await runner.cleanup()
-        server.parsers.shutdown(wait=False, cancel_futures=True)
+        for pool in server.parsers.values():
+            pool.shutdown(wait=False, cancel_futures=True)
         template.end()  # the process would wait for a thread that waits for a template

@@ -3,13 +3,13 @@
 Nothing in a body is trusted. A field that is unknown, wrong or not supported raises a Refused that names it.
 """
 
-import json
 import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from parallel.json_text import DuplicateKey, loads
 from qwen3 import chat
 from qwen3.json_files import MAX_DEPTH, depth
 from qwen3.messages import normal_tools
@@ -133,7 +133,9 @@ def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None):
 def _body(data, kind):
     """The checked fields of a body, of a class declared above."""
     try:
-        body = json.loads(data)
+        body = loads(data)
+    except DuplicateKey as error:
+        raise Refused(f"the body is not clear: {error}; send each key once", error.key[:64]) from error
     except (ValueError, RecursionError) as error:
         raise Refused("the body is not JSON in UTF-8") from error
     if not isinstance(body, dict):

@@ -10,6 +10,7 @@ import os
 from absl import flags
 
 from experiments import flags as command_line
+from experiments import number_flags
 from experiments.sweep import sweeps
 
 FLAGS = flags.FLAGS
@@ -20,8 +21,8 @@ def define_flags():
     flags.DEFINE_string("config", None, "a file with get_config() and sweep(add)")
     flags.DEFINE_string("workdir", None, "folder of the sweep, with one for each run")
     flags.DEFINE_enum("main", "experiments.pretrain", list(command_line.MAINS), "the module that each run executes")
-    flags.DEFINE_integer("parallel_jobs", 1, "runs at a time, which share this machine's cores", lower_bound=1)
-    flags.DEFINE_integer("nproc", 1, "processes of each run, started by experiments.launch", lower_bound=1)
+    number_flags.integer("parallel_jobs", 1, "runs at a time, which share this machine's cores", 1, number_flags.MOST_PROCESSES)
+    number_flags.integer("nproc", 1, "processes of each run, started by experiments.launch", 1, number_flags.MOST_PROCESSES)
     flags.DEFINE_list("metrics", ["final_loss", "eval_loss", "loss"], "columns of the tables: the last value of each in metrics.jsonl")
     flags.DEFINE_list("over", ["train.seed"], "config keys, such as seeds, over which the summary takes mean and spread")
     flags.DEFINE_boolean("list", False, "print the runs; start none")

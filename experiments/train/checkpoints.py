@@ -6,6 +6,7 @@ import signal
 import threading
 from functools import partial
 
+from experiments import run_tokenizer
 from experiments.train import adapter, run_folder, weights
 from parallel import collectives
 from parallel.checkpoint.arrays import pieces
@@ -26,6 +27,8 @@ def start(workdir, cfg, config, mesh, program):
     if not own and not config.resume_from:
         return weights.initial(cfg, config)
     folder, partial_ = (step_folder(workdir, own), False) if own else (_other(config, mesh), config.partial)
+    if own:
+        _check_own(workdir, folder, config)
     fresh = weights.initial_params(cfg, config)[0] if cfg.lora else weights.random(cfg, config)
     if cfg.lora:
         adapter.check_base(Reader(folder).meta.get("base"), adapter.base_of(cfg, config, fresh), folder)
@@ -34,6 +37,17 @@ def start(workdir, cfg, config, mesh, program):
         last = f"after the last of train.steps={config.train.steps}; ask for at least {found.step} steps"
         raise ValueError(f"{folder} is of step {found.step}, {last}")
     return found
+
+
+def _check_own(workdir, folder, config):
+    """Raises ValueError for a run's checkpoint that was saved with another config than config.json says, or with another tokenizer."""
+    meta = Reader(folder).meta
+    if changed := run_folder.differences(meta.get("config"), run_folder.to_dict(config), run_folder.MAY_CHANGE):
+        raise ValueError(
+            f"{folder} was saved with {changed[0]}, other than {os.path.join(workdir, run_folder.CONFIG)} says; put the run's own"
+            " config.json back, or use another folder"
+        )
+    run_tokenizer.check(workdir, meta.get("tokenizer"))
 
 
 def _other(config, mesh):
@@ -45,12 +59,13 @@ def _other(config, mesh):
         raise FileNotFoundError(f"resume_from={path} has no checkpoint; give the folder of a run that has saved one, or of a checkpoint")
     free, saved = run_folder.MAY_CHANGE_ELSEWHERE + ("model", "model_args.") * config.partial, Reader(folder).meta.get("config", {})
     changed = run_folder.differences(saved, run_folder.to_dict(config), free)
-    before = saved.get("optim", {}).get("name", "adamw")
-    if before != config.optim.name:  # its state has other arrays
-        changed.append(f"optim.name={before!r} instead of {config.optim.name!r}")
     if changed:
         raise ValueError(f"resume_from={path} was saved with {changed[0]}; use the same, or --init_from={path} for its weights alone")
     return folder
+
+
+class Stopped(BaseException):
+    """SIGTERM came while a run was finishing."""
 
 
 class Saving:
@@ -64,7 +79,10 @@ class Saving:
         self.workdir, self.mesh, self.program, self.loader, self.writer = workdir, mesh, program, loader, writer
         self.done, self.tokens = begun
         self.settings, self.stopped, self._asked, self._before = config.checkpoint, False, False, {}
+        self._ends_at_once = False
         self.kept = {"config": run_folder.to_dict(config), "model": cfg.to_hf()}
+        if mesh.rank == 0:  # whose metadata is saved
+            self.kept["tokenizer"] = run_tokenizer.digests(workdir)
         if cfg.lora:
             self.kept["lora"] = dataclasses.asdict(cfg.lora)
             self.kept["base"] = adapter.base_of(cfg, config, weights.initial_params(cfg, config)[0])
@@ -82,6 +100,9 @@ class Saving:
 
     def _ask(self, number, frame):
         self._asked = True
+        if self._ends_at_once:
+            self._ends_at_once = False
+            raise Stopped
 
     def __exit__(self, kind, *_):
         for number, handler in self._before.items():
@@ -107,7 +128,9 @@ class Saving:
 
     def end(self, state):
         """Saves the last checkpoint, and waits until every checkpoint is written. Returns whether the last one was."""
-        if self.settings.on_exit and not self.stopped:
+        (asked,) = self._sums([float(self._asked)])
+        self._asked = self._asked or bool(asked)
+        if (self.settings.on_exit or asked) and not self.stopped:
             self._save(state)
         safe = self.saver.wait()
         if self.stopped and self.mesh.rank == 0:
@@ -116,3 +139,23 @@ class Saving:
             )
             print(f"stopped    after step {self.done}, by SIGTERM; {how}", flush=True)
         return safe
+
+    def finish(self, work):
+        """Calls work(), which is what comes after end() and takes no part in checkpoints. SIGTERM ends it at once, and what is saved is
+        printed."""
+        try:
+            self._ends_at_once = True
+            if self._asked:  # while the last checkpoint was saved
+                raise Stopped
+            work()
+        except BaseException:  # MindSpore makes another error of an exception that passes through its compiler
+            if not self._asked:
+                raise
+            self.stopped = True
+            if self.mesh.rank == 0:
+                saved = self.saver.saved == self.done
+                where = f"which is saved in {step_folder(self.workdir, self.done)}" if saved else "which is not saved"
+                print(f"stopped    by SIGTERM after step {self.done}, {where}, before all results were written;", flush=True)
+                print("           the same command goes on from the newest checkpoint and writes them", flush=True)
+        finally:
+            self._ends_at_once = False

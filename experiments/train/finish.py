@@ -12,10 +12,11 @@ from experiments.train import adapter, run_folder
 from experiments.train import weights as weights_of
 from experiments.watch import metrics
 from layers.lora import without_dropout
-from parallel.checkpoint.files import CheckpointError
+from parallel.checkpoint.files import CheckpointError, write_text
 from parallel.trees import tree_map, tree_paths
 from qwen3 import generate, hf, hf_files, peft
 from qwen3.model import choose_kernels
+from qwen3.text_stream import printable
 
 ANSWERED_AT_ONCE = 50  # questions in a batch of generation
 
@@ -51,6 +52,14 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh, saved=True)
             " the same command trains again from the newest checkpoint that is there"
         )
     run_folder.finish(workdir, config.train.steps)
+
+
+def check_results(workdir, cfg, config):
+    """Raises ValueError where the weights could not be written at the end: a folder with other things in it is not replaced."""
+    if config.train.save_hf and cfg.lora:
+        peft.check_replaceable(Path(workdir, "adapter"))
+    elif config.train.save_hf:
+        hf_files.check_replaceable(Path(workdir, "hf"))
 
 
 def report(nats, cfg, config, data, writer, workdir):
@@ -151,10 +160,10 @@ def sample(params, cfg, config, data, workdir):
     tokenizer, kernels = data.tokenizer, choose_kernels(config.ops, cfg)
     asked = list(data.held_questions[0][0]) if data.held_questions else tokenizer.encode(data.held_text)[:32]
     prompt = tokenizer.encode(config.train.sample_prompt) or asked
-    with open(os.path.join(workdir, "sample.txt"), "w", encoding="utf-8") as file:
-        for name, options in (("greedy", {}), ("temperature 0.8, top_p 0.95", {"temperature": 0.8, "top_p": 0.95})):
-            options = {"stop_ids": (tokenizer.eod_id, tokenizer.eos_id, *cfg.eos_ids), "kernels": kernels, **options}
-            new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, **options)[0]
-            text = f"--- sample, {name}\n{tokenizer.decode(prompt)}|{tokenizer.decode(new)}\n"
-            print(text, end="", flush=True)
-            file.write(text)
+    texts = []
+    for name, options in (("greedy", {}), ("temperature 0.8, top_p 0.95", {"temperature": 0.8, "top_p": 0.95})):
+        options = {"stop_ids": (tokenizer.eod_id, tokenizer.eos_id, *cfg.eos_ids), "kernels": kernels, **options}
+        new = generate.generate(params, [prompt], cfg, config.train.sample_tokens, **options)[0]
+        texts.append(f"--- sample, {name}\n{tokenizer.decode(prompt)}|{tokenizer.decode(new)}\n")
+        print(printable(texts[-1]), end="", flush=True)
+    write_text(os.path.join(workdir, "sample.txt"), "".join(texts))

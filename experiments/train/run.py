@@ -3,15 +3,17 @@
 import contextlib
 import os
 from dataclasses import replace
+from functools import partial
 
 import mindspore as ms
 
 from experiments import flags as command_line
 from experiments.data import corpus, loader
 from experiments.layout import check as layout
+from experiments.layout import memory as layout_memory
 from experiments.layout import table as layout_table
 from experiments.train import checkpoints, run_folder
-from experiments.train.finish import finish, save_at
+from experiments.train.finish import check_results, finish, save_at
 from experiments.train.loop import train
 from experiments.train.program import build_program
 from experiments.train.state import uses_scan
@@ -31,6 +33,7 @@ def train_in(workdir, config):
     cfg, parallel = command_line.model_config(config, ms.get_context("device_target")), config.parallel
     check_frozen(cfg)
     mesh = layout.mesh(cfg, parallel, rank)
+    layout_memory.check(config, cfg, sharding_of(config, mesh))
     with run_folder.locked(workdir, mesh):
         data = corpus.load(config, cfg.vocab_size)
         cfg = corpus.with_token_ids(cfg, data.tokenizer, not config.data.tokenizer, bool(config.data.format or config.data.conversations))
@@ -40,13 +43,12 @@ def train_in(workdir, config):
 def run(config, cfg, data, workdir, mesh):
     if (config.train.save_hf or config.train.save_hf_every) and not cfg.lora:
         _check_names(cfg)
-    parallel = config.parallel
-    sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
+    sharding = sharding_of(config, mesh)
     program = build_program(cfg, config, sharding)
     start = checkpoints.start(workdir, cfg, config, mesh, program)
     peak = metrics.mesh_peak_flops(mesh, cfg.compute_dtype)
     if mesh.rank == 0:
-        run_folder.begin(workdir, config, data.tokenizer)
+        check_results(workdir, cfg, config)
         announce(cfg, config, data, sharding, peak, start)
 
     (place, dp), train_ = ((0, 1) if sharding.lowering == "shard" else (mesh.index(("dp",)), mesh.dp)), config.train
@@ -54,6 +56,9 @@ def run(config, cfg, data, workdir, mesh):
     eval_batches = list(loader.eval_batches(held, train_.batch_size, place, dp))
     cost = metrics.flops_per_token(cfg, train_.seq_len)
     micro, state = config.parallel.micro_batches, start.make(program)
+    if mesh.rank == 0:  # once everything of an earlier start is read: what is refused leaves the folder as it was
+        metrics.check(workdir, start.step)
+        run_folder.begin(workdir, config, data.tokenizer)
     with contextlib.ExitStack() as opened:
         writer = opened.enter_context(metrics.Writer(workdir if mesh.rank == 0 else None, start.step))
         batches = opened.enter_context(loader.Loader(data.train, train_.batch_size, train_.seed, place, dp, micro, start.loader))
@@ -77,7 +82,12 @@ def run(config, cfg, data, workdir, mesh):
         state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, after_step, of_bytes)
         saved = saving.end(state)
         if not saving.stopped:
-            finish(program, state, cfg, config, data, writer, workdir, mesh, saved)
+            saving.finish(partial(finish, program, state, cfg, config, data, writer, workdir, mesh, saved))
+
+
+def sharding_of(config, mesh):
+    parallel = config.parallel
+    return Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
 
 
 def _check_names(cfg):

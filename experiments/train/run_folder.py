@@ -10,17 +10,18 @@ import os
 import secrets
 import subprocess
 
+from experiments.configs import common
+from experiments.run_tokenizer import FOLDER as TOKENIZER
+from experiments.train import resume_rules
 from experiments.watch.records import CONFIG, METRICS, flat
 from parallel import collectives
 from parallel.checkpoint.files import FOLDER, clean, steps, sync_file, sync_folder, write_json
+from parallel.json_text import loads
 from qwen3.json_files import read_text
 
-LOCK, FINISHED, TOKENIZER = ".lock", "finished.json", "tokenizer"
-# Keys, and prefixes of keys, that may change when a run is restarted: how it is computed, monitored and saved, and its length.
-MAY_CHANGE = ("parallel.", "ops.", "checkpoint.", "init_from", "resume_from", "partial", "data.cache_dir", "data.skip_bad")
-MAY_CHANGE += tuple(f"train.{key}" for key in ("steps", "log_every", "eval_every", "eval_rows", "layer_loop", "save_hf", "save_hf_every"))
-MAY_CHANGE += ("train.monitor_every", "train.profile_steps", "train.sample_tokens", "train.sample_prompt", "train.exact_match_rows")
-MAY_CHANGE_ELSEWHERE = (*MAY_CHANGE, "optim.", "train.batch_size")  # for --resume_from: a new run that continues another one
+LOCK, FINISHED = ".lock", "finished.json"
+MAY_CHANGE = resume_rules.keys(resume_rules.IN_PLACE)
+MAY_CHANGE_ELSEWHERE = resume_rules.keys(resume_rules.IN_PLACE, resume_rules.ELSEWHERE)  # for --resume_from
 
 
 @contextlib.contextmanager
@@ -144,7 +145,7 @@ def _read(path):
         return None
     text = read_text(path)
     try:
-        found = json.loads(text)
+        found = loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); is this the folder of a run?") from error
     if not isinstance(found, dict):
@@ -158,8 +159,11 @@ def to_dict(config):
 
 
 def differences(old, new, may_change):
-    """["key=old value instead of new value"] for keys that differ. may_change: keys, or prefixes such as "optim.", that are ignored."""
-    old, new = flat(old), flat(new)
+    """["key=old value instead of new value"] for keys that differ. may_change: keys, or prefixes such as "model_args.", that are ignored. A
+    key that `old` lacks, as a config of an earlier release may, had the value that is now its default. An empty `old` says nothing."""
+    if not old:
+        return []
+    old, new = {**flat(to_dict(common.get_config())), **flat(old)}, flat(new)
     keys = [key for key in new if not any(key == m or (m.endswith(".") and key.startswith(m)) for m in may_change)]
     return [f"{key}={old[key]!r} instead of {new[key]!r}" for key in keys if key in old and old[key] != new[key]]
 

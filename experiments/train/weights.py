@@ -11,10 +11,9 @@ import mindspore as ms
 import numpy as np
 
 from experiments import flags as command_line
-from experiments import hub
+from experiments import hub, run_tokenizer
 from experiments.convert.weights import open_weights
 from experiments.train import adapter
-from experiments.train.run_folder import TOKENIZER
 from layers.lora import DROPOUT_LAYER
 from parallel.checkpoint.arrays import match, wanted
 from parallel.checkpoint.read import Reader, find
@@ -179,7 +178,7 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
     command_line.check_source(hf_dir, workdir)
     key, path = ("hf_dir", hf_dir) if hf_dir else ("workdir", workdir)
     path = hub.folder_of("--hf_dir", path, download) if hf_dir else os.path.expanduser(path)
-    beside, final = Path(path, TOKENIZER), os.path.join(path, "hf")
+    beside, final = run_tokenizer.of(path) if workdir else None, os.path.join(path, "hf")
     if workdir and not adapter_dir and (base := adapter.base_name(path)):
         adapter_dir, path = path, _noted_base(workdir, base)
     elif workdir and os.path.isdir(final) and not find(path):
@@ -190,7 +189,7 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
     if adapter_dir:
         cfg, read = adapter.merged(cfg, read, adapter.open_adapter(os.path.expanduser(adapter_dir), cfg, read, path))
         text += f", with the adapter of {adapter_dir}"
-    tokenizer = beside if workdir and beside.is_dir() else weights.tokenizer
+    tokenizer = Path(beside) if beside else weights.tokenizer
 
     def read_cast(path, slices):
         value = hf.cast(read(path, slices), dtype, path)

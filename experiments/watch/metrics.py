@@ -107,6 +107,12 @@ class Writer:
             self.board.close()
 
 
+def check(workdir, begun):
+    """Raises ValueError for a metrics.jsonl that a Writer of a run that goes on could not read."""
+    if begun:
+        read_records(os.path.join(workdir, METRICS))
+
+
 def plot_losses(path, records, bigram=None):
     """Draws the loss curves to a PNG file. records: dicts with step, and loss, eval_loss or final_loss (nats per target). bigram: the loss
     of a bigram model, drawn as a line."""

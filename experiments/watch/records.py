@@ -10,6 +10,8 @@ import os
 
 import numpy as np
 
+from parallel.json_text import loads
+
 METRICS, CONFIG = "metrics.jsonl", "config.json"
 AXES = ("step", "tokens", "time")
 
@@ -21,10 +23,9 @@ def read_records(path):
     if os.path.exists(path):
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                text = _text_of(path, number, line)
                 try:
-                    record = json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError:
-                    raise ValueError(f"{path}, line {number} is not text; remove the line, or move the file away") from None
+                    record = json.loads(text)
                 except (ValueError, RecursionError):
                     continue
                 if isinstance(record, dict) and isinstance(record.get("step"), int | float):
@@ -32,8 +33,16 @@ def read_records(path):
     return records
 
 
+def _text_of(path, number, line):
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}, line {number} is not text; remove the line, or move the file away") from None
+
+
 def columns(path, names):
-    """Returns {name: float array} with one element per line of the file, NaN where the line has no such number."""
+    """Returns {name: float array} with one element per line of the file, NaN where the line has no such number. Raises ValueError for a
+    line that is not text."""
     import pyarrow as pa  # imported here to save memory, because training does not need it
     from pyarrow import json as arrow_json
 
@@ -44,20 +53,23 @@ def columns(path, names):
     try:
         table = arrow_json.read_json(io.BytesIO(complete), parse_options=options)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # NaN, a list in place of a number, or a broken line
-        return _by_json(complete, names)  # slower
+        return _by_json(path, complete, names)  # slower
     return {name: table[name].to_numpy() for name in names}
 
 
-def _by_json(data, names):
+def _by_json(path, data, names):
     out = {name: [] for name in names}
-    for line in data.splitlines():
+    for number, line in enumerate(data.split(b"\n"), 1):
+        text = _text_of(path, number, line)
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
             continue
         for name in names:
             value = record.get(name) if isinstance(record, dict) else None
             out[name].append(value if isinstance(value, int | float) else np.nan)
+    if data.strip() and not out[names[0]]:
+        raise ValueError(f"{path} has no line with a step; remove it, or put back the file that the run wrote")
     return {name: np.array(values, np.float64) for name, values in out.items()}
 
 
@@ -71,7 +83,10 @@ def series(folder, metrics, axis="step"):
     if not os.path.isfile(path):
         raise ValueError(f"{folder} has no {METRICS}; give the folder of a run, its --workdir")
     table = columns(path, ["step", "tokens_seen", "step_time_s", *metrics])
-    step, x = table["step"], _along(table, axis)
+    step = table["step"]
+    if len(step) and np.isnan(step).all():
+        raise ValueError(f"{path} has no line with a step; remove it, or put back the file that the run wrote")
+    x = _along(table, axis)
     out = {}
     for metric in metrics:
         rows = np.flatnonzero(~np.isnan(table[metric]) & ~np.isnan(step))
@@ -137,7 +152,7 @@ def config_differences(folders):
 def _config(folder):
     try:
         with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
-            config = json.load(file)
+            config = loads(file.read())
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

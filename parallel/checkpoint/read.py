@@ -1,6 +1,5 @@
 """Reads a checkpoint: slices of its arrays, with checksums checked on reading, and verifies all of it."""
 
-import json
 import math
 import os
 
@@ -8,6 +7,7 @@ import tensorstore as ts
 
 from parallel.checkpoint.files import CheckpointError, reason, step_folder, steps
 from parallel.checkpoint.store import FORMAT, MANIFEST, VERSION, context, crc, digest, zarr
+from parallel.json_text import loads
 
 PART_BYTES = 64 << 20  # verify() reads about so many bytes of an array at a time
 
@@ -139,7 +139,7 @@ def _manifest(folder):
         raise FileNotFoundError(f"{folder} is no checkpoint: it has no {MANIFEST}; give a folder such as RUN/checkpoints/step_000100")
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.loads(file.read())
+            found = loads(file.read())
         sound = found.pop("digest") == digest(found)
     except OSError as error:
         raise CheckpointError(reason(error, path, "read")) from error

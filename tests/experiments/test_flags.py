@@ -278,6 +278,26 @@ def test_a_main_runs_and_its_mistakes_exit_with_status_2_and_one_line():
     assert shown.returncode == 1 and "in axis_sizes" in shown.stderr
 
 
+NOT_UTF8 = """
+import sys
+from absl import flags as absl_flags
+from experiments import flags
+def main(_):
+    raise ValueError(f"--workdir={absl_flags.FLAGS.workdir} \\x1b[31m \\x07is wrong")
+flags.run(main, lambda: absl_flags.DEFINE_string("workdir", None, ""))
+"""
+
+
+def test_an_argument_that_is_not_utf8_is_named_and_errors_show_no_control_characters():
+    def told(argument):
+        return subprocess.run([sys.executable, "-c", NOT_UTF8, argument], capture_output=True, text=True, timeout=60).stderr.splitlines()
+
+    assert told(b"--workdir=runs/\xff") == [
+        r"error: '--workdir=runs/\udcff' is not UTF-8; rename the file or folder that it names, and write its new name"
+    ]
+    assert told("--workdir=é\x1b]0;x\x07")[0] == r"error: --workdir=é\x1b]0;x\x07 \x1b[31m \x07is wrong"
+
+
 LOGGING = """
 import logging, sys
 from experiments import flags

@@ -316,7 +316,7 @@ def test_a_conversation_goes_on_from_all_of_it(engine, tokenizer):
     first, second, third, _ = asked
     assert first == "<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n"
     answer = second[len(first) : second.index("<|im_end|>\n<|im_start|>user\nlazy")]
-    shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in answer)
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in answer)
     assert answer and shown in out.getvalue() and "\x12" not in out.getvalue()  # no control character is shown
     assert third == "<|im_start|>user\nquick<|im_end|>\n<|im_start|>assistant\n"
     assert "is longer than the cache of 64" in out.getvalue() and "never" not in out.getvalue()

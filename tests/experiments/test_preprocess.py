@@ -200,7 +200,7 @@ def test_a_key_that_is_renamed_replaces_one_of_that_name(folder, tok):
 @pytest.mark.parametrize(
     "row, message",
     [({"a": 1, "b": 2}, "key 'text' is missing; the keys are a, b"), ({"text": None}, "'text' is NoneType; give text")]
-    + [({"text": "x\udc00"}, "'text' has half a surrogate pair")],
+    + [({"text": "x\udc00"}, "'text' has half a surrogate pair"), ({"text": ["a"]}, "'text' is list; give text")],
 )
 def test_what_a_worker_cannot_encode_is_named_by_file_and_line(tmp_path, folder, workers, row, message):
     path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, row])
@@ -354,7 +354,10 @@ MISTAKES = [
     (("--input=setup.cfg", "--output_prefix=p", "--tokenizer=none", "--format=alpaca"), "setup.cfg: its name tells no kind of file"),
     (("--input=a", "--output_prefix=p", "--tokenizer=t", "--format=messages", "--json_keys=a"), "--json_keys=a has no use with"),
     (("--input=a", "--output_prefix=p", "--tokenizer=t", "--enable_thinking=true"), "--enable_thinking=true needs --format"),
-    (("--input=a", "--output_prefix=p", "--tokenizer=t", "--max_samples=-1"), "--max_samples=-1 must be 0 or more"),
+    (
+        ("--input=a", "--output_prefix=p", "--tokenizer=t", "--max_samples=-1"),
+        "flag --max_samples=-1: it must be a whole number from 0 to 2147483647",
+    ),
     (("--input=a", "--output_prefix=p", "--tokenizer=t", "--map_keys=a"), "--map_keys=a must be from:to"),
     (("--input=a", "--output_prefix=p", "--tokenizer=t", "--map_keys=a:b,c:b"), "each name once"),
     (("--input=a", "--output_prefix=p", "--tokenizer=t", "--json_keys=a,a"), "--json_keys=a,a must name at least one key"),

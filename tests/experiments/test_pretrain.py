@@ -134,6 +134,15 @@ def test_the_sample_is_made_with_the_runs_ops(tmp_path, monkeypatch):
     assert asked == [without] * 2  # greedy, and by temperature
 
 
+def test_a_sample_is_printed_with_its_control_characters_escaped_and_written_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finish.generate, "generate", lambda *_, **__: [[1]])
+    tokenizer = SimpleNamespace(encode=list, decode=lambda ids: "a\x1b[2J\r\n", eod_id=0, eos_id=0)
+    data = SimpleNamespace(tokenizer=tokenizer, held_questions=(), held_text="")
+    finish.sample({}, DENSE, make_config(""), data, str(tmp_path))
+    assert "a\\x1b[2J\\r\n|a\\x1b[2J\\r\n" in capsys.readouterr().out
+    assert b"a\x1b[2J\r\n|a" in (tmp_path / "sample.txt").read_bytes()
+
+
 def test_transformers_opens_what_a_run_saved(finished):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     run = finished[1]

@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
 
 from experiments import pretrain
 from experiments.layout import table
-from experiments.train import checkpoints, run_folder
+from experiments.train import checkpoints, finish, run_folder
 from parallel.checkpoint import save
 from parallel.checkpoint.files import CheckpointError, step_folder, steps
 from parallel.checkpoint.read import Reader
@@ -134,6 +135,71 @@ def test_a_run_goes_on_elsewhere_with_all_or_with_the_weights_alone(whole, text,
     assert "step_000006; left out: 6 of another shape: params/layers.0.mlp.w_gate [32, 48] instead of [32, 64]" in out
     first, last = records(tmp_path / "part")[0], records(whole)[-1]
     assert first["step"] == 0 and first["eval_loss"] != last["final_loss"]
+
+
+FULL = {"train.save_hf": True, "train.sample_tokens": 2}
+PHASES = {  # where SIGTERM comes: what of the results is there then
+    "evaluation": (finish.loader, "eval_batches", ()),
+    "weights": (finish.hf, "save", ()),
+    "report": (finish, "report", ("hf",)),
+    "sample": (finish.generate, "generate", ("hf", "loss.png")),
+    "mark": (finish.run_folder, "finish", ("hf", "loss.png", "sample.txt")),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """A run that nothing stopped, with all results."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    pretrain.pretrain(config_of(text, **FULL), str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("phase", [phase if phase == "sample" else pytest.param(phase, marks=pytest.mark.slow) for phase in PHASES])
+def test_sigterm_while_a_run_finishes_ends_it_and_the_same_command_finishes(phase, finished, text, tmp_path, monkeypatch, capsys):
+    (holder, name, there), run = PHASES[phase], tmp_path / "run"
+    results = ("hf", "loss.png", "sample.txt", "finished.json")
+    with monkeypatch.context() as patch:
+        plain = getattr(holder, name)
+
+        def signalled(*args, **options):
+            if steps(str(run))[-1:] == [6]:  # the last checkpoint is written
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+            return plain(*args, **options)
+
+        patch.setattr(holder, name, signalled)
+        pretrain.pretrain(config_of(text, **FULL), str(run))
+    out = capsys.readouterr().out
+    assert f"stopped    by SIGTERM after step 6, which is saved in {step_folder(str(run), 6)}, before all results were written;" in out
+    assert [name for name in results if (run / name).exists()] == list(there)
+    assert not [path for path in run.iterdir() if path.name.startswith(".hf.")], "a half-written folder is left"
+    pretrain.pretrain(config_of(text, **FULL), str(run))
+    assert all((run / name).exists() for name in results) and (run / "sample.txt").read_text() == (finished / "sample.txt").read_text()
+    assert records(run)[-1] == records(finished)[-1] and "final_loss" in records(run)[-1]
+    for name in os.listdir(finished / "hf"):
+        assert (run / "hf" / name).read_bytes() == (finished / "hf" / name).read_bytes(), name
+
+
+def test_sigterm_while_the_last_checkpoint_is_written_is_noticed_before_the_results(text, tmp_path, monkeypatch, capsys):
+    run, write = tmp_path / "run", save.checkpoint_store.write_part
+
+    def signalled(folder, *args):
+        if "000006" in str(folder):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(folder, *args)
+
+    monkeypatch.setattr(save.checkpoint_store, "write_part", signalled)
+    monkeypatch.setattr(finish.run_folder, "finish", lambda *_: pytest.fail("the run finished"))
+    pretrain.pretrain(config_of(text, **{"checkpoint.every": 0}), str(run))
+    assert "stopped    by SIGTERM after step 6, which is saved in" in capsys.readouterr().out
+    assert steps(str(run)) == [6] and "final_loss" not in records(run)[-1]
+
+
+def test_an_error_while_a_run_finishes_stays_an_error(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(finish, "report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretrain.pretrain(config_of(text), str(tmp_path / "run"))
 
 
 def test_only_one_run_at_a_time_uses_a_folder(whole, text):

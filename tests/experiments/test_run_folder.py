@@ -14,6 +14,7 @@ from experiments.sweep import table
 from experiments.sweep.sweeps import Run
 from experiments.train import run_folder
 from experiments.watch.metrics import Writer
+from experiments.watch.records import series
 from tests.parallel.test_checkpoint_disk import Disk
 
 DEEP = b"[" * 100_000
@@ -76,6 +77,16 @@ def test_lines_of_metrics_without_a_step_are_passed_over_and_other_bytes_are_nam
     path.write_bytes(b'{"step": 1}\n\xff\xfe\n')
     with pytest.raises(ValueError, match=re.escape(f"{path}, line 2 is not text; remove the line, or move the file away")):
         Writer(str(tmp_path / "r"), 1)
+
+
+@pytest.mark.parametrize("content", [b"\x93\x00\xff\xfe\n", b'{"step": 1, "loss": 2}\n{"step": 2, "loss": "\xff"}\n', bytes(range(256))])
+def test_metrics_that_are_not_text_are_named_where_runs_are_compared(content, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    said = r"(, line \d is not text| has no line with a step); remove"
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/metrics.jsonl") + said):
+        series(str(tmp_path), ["loss"])
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": NaN}\n{"step": 2, "loss": 3.0}\n{"step": 3, "lo')
+    assert series(str(tmp_path), ["loss"])["loss"][1].tolist()[-1] == 3.0
 
 
 class Tokens:

@@ -12,16 +12,19 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from experiments.serve import requests as serve_requests
-from experiments.serve.engine import FAILURES, Full, Job, Worker
+from experiments.serve.engine import CLIENTS, FAILURES, GUESTS, LATELY_S, STREAMED, Full, Job, Shares, Worker, _most_tokens
 from experiments.serve.replies import Choice, Reply
 from qwen3 import template
-from qwen3.engine import Event
+from qwen3.engine import Event, Request
+from qwen3.generate import CHUNK
 from qwen3.tokenizer import Tokenizer
 from tests.experiments import scoring_worker
 
@@ -131,7 +134,7 @@ def ask(worker, prompt):
         if isinstance(event, Exception) or event.finish_reason:
             ended.set()
 
-    return Job(SimpleNamespace(prompt=prompt), put), got, ended
+    return Job(Request(prompt), put), got, ended
 
 
 def finished(worker, prompt):
@@ -185,7 +188,7 @@ def order_of_ends(jobs):
             if len(ended) == len(jobs):
                 worker.stop()
 
-    made = [Job(SimpleNamespace(prompt=[1] * n), partial(put, name), client=client, group=group) for name, client, group, n in jobs]
+    made = [Job(Request([1] * n), partial(put, name), client=client, group=group) for name, client, group, n in jobs]
     worker = Worker(Slots, 100, lambda function, argument: function(argument), slots=4)
     worker.submit(made)
     worker.run()
@@ -207,13 +210,61 @@ def test_a_short_request_does_not_wait_for_all_texts_of_large_ones(worker):
     assert order_of_ends(large) == [name for name, *_ in large]  # one client alone is served to its end
 
 
+def test_a_slot_stays_free_beside_a_client_that_has_had_much_of_late():
+    """Of several requests too. A client that is alone has all slots, and is not remembered for ever."""
+    now, worker = [0.0], Worker(Slots, 100, lambda function, argument: function(argument), slots=4)
+    worker.shares = Shares(lambda: now[0])
+    greedy = [Job(Request([1] * 10), None, client="a", group=i) for i in range(9)]
+    waiting, running, unread = list(greedy), {}, {}
+    worker._start(waiting, running, unread)
+    assert len(running) == 5  # one more than there are slots
+    for number in list(running):
+        worker.engine.cancel(number)
+    running.clear(), unread.clear()
+    worker.shares.add("b", 1)  # another one, that asks for little
+    worker._start(waiting, running, unread)
+    assert len(running) == 3 and len(waiting) == 1
+    waiting.append(Job(Request([1]), None, client="b", group="b"))
+    worker._start(waiting, running, unread)
+    assert [job.client for job in running.values()] == ["a", "a", "a", "b"] and len(waiting) == 1
+    now[0] = LATELY_S + 1
+    assert worker.shares.one_alone() and not worker.shares.heavy({"a", "b"})
+    worker._start(waiting, running, unread)
+    assert len(running) == 5
+    for number in range(CLIENTS + 5):
+        worker.shares.add(number, number)
+    assert len(worker.shares.spent) == CLIENTS and "b" not in worker.shares.spent
+
+
+def test_a_client_that_has_no_place_has_one_where_others_have_taken_all():
+    worker = Worker(Slots, 8, lambda function, argument: function(argument), slots=4)
+    job = lambda client: Job(Request([1]), None, client=client)
+    worker.submit([job("a") for _ in range(8)])
+    for refused in ([job("a")], [job("b") for _ in range(5)]):
+        with pytest.raises(Full):
+            worker.submit(refused)
+    worker.submit([job("b")])
+    with pytest.raises(Full):
+        worker.submit([job("b")])
+    for number in range(GUESTS * 4 - 1):
+        worker.submit([job(number)])
+    with pytest.raises(Full):
+        worker.submit([job("last")])
+
+
+def test_rows_whose_tokens_the_host_chooses_make_one_in_a_step():
+    """So that what comes waits for one token at most."""
+    by_host, streamed = Job(Request([1], logprobs=2), None), Job(Request([1]), None, streamed=True)
+    assert [_most_tokens(jobs) for jobs in ([], [streamed], [by_host, streamed])] == [CHUNK, STREAMED, 1]
+
+
 def test_a_prompt_is_not_read_behind_all_long_ones():
     given, worker = [], Worker(Slots, 100, lambda function, argument: function(argument), slots=8)
-    jobs = [Job(SimpleNamespace(prompt=[1] * 1000), None, client="a", group=i) for i in range(16)]
+    jobs = [Job(Request([1] * 1000), None, client="a", group=i) for i in range(16)]
     waiting, running, unread = list(jobs), {}, {}
     worker._start(waiting, running, unread)
     assert len(running) == 2  # two long prompts at a time, though eight slots are free
-    short = Job(SimpleNamespace(prompt=[1]), None, client="b", group="s")
+    short = Job(Request([1]), None, client="b", group="s")
     waiting.append(short)
     unread.pop(jobs[0].number)
     worker._start(waiting, running, unread)
@@ -601,6 +652,55 @@ def test_a_signal_while_the_model_is_loaded_ends_the_server(tmp_path):
     assert process.wait(10) == -signal.SIGTERM
 
 
+def test_templates_without_end_of_one_client_do_not_keep_others_waiting(tokenizer):
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    looping = Tokenizer(
+        tokenizer._backend, {**tokenizer._config, "chat_template": f"{{% if messages[0].content == 'loop' %}}{loop}{{% endif %}}a"}
+    )
+    template.end()
+    with listening(looping) as (port, _), contextlib.ExitStack() as opened:
+        for number in range(12):  # half of them go away, and their templates go on
+            body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "loop"}]}).encode()
+            client = opened.enter_context(socket.create_connection(("127.0.0.1", port), source_address=("127.0.0.2", 0)))
+            client.sendall(JSON_HEAD.replace(b"completions", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            if number % 2:
+                client.close()
+        until(lambda: template._all and not template._idle)
+        start = time.monotonic()
+        for path, asked in (("chat/completions", {"messages": [{"role": "user", "content": "x"}]}), ("completions", {"prompt": "a"})):
+            other = http_client.HTTPConnection("127.0.0.1", port, timeout=30, source_address=("127.0.0.3", 0))
+            opened.callback(other.close)
+            other.request("POST", f"/v1/{path}", json.dumps({"model": "m", "max_tokens": 1, **asked}), {"Content-Type": "application/json"})
+            assert other.getresponse().status == 200
+        assert time.monotonic() - start < template.LIMIT_S / 2
+
+
+def test_a_body_is_unpacked_up_to_the_limit_of_a_body_alone():
+    web = pytest.importorskip("aiohttp").web
+    from experiments.serve import http
+
+    text = b'{"model": "m"}' * 9
+    for encoding, data in (
+        ("gzip", gzip.compress(text)),
+        ("x-gzip", gzip.compress(text)),
+        ("deflate", zlib.compress(text)),
+        ("identity", text),
+    ):
+        assert http._unpacked(data, encoding, len(text)) == text
+    bomb = gzip.compress(b" " * 100_000_000)
+    tracemalloc.start()
+    with pytest.raises(web.HTTPRequestEntityTooLarge):
+        http._unpacked(bomb, "gzip", 1000)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    with pytest.raises(serve_requests.Refused, match="Content-Encoding: 'br' is not supported; use gzip, or none") as error:
+        http._unpacked(b"", "br", 1)
+    assert error.value.status == 415
+    for cut in (gzip.compress(text)[:-3], gzip.compress(text) + b"x"):
+        with pytest.raises(ValueError, match="breaks off, or goes on"):
+            http._unpacked(cut, "gzip", 1000)
+
+
 def test_a_template_without_end_does_not_keep_the_server(tokenizer):
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
     looping = Tokenizer(tokenizer._backend, {**tokenizer._config, "chat_template": endless})
@@ -610,10 +710,10 @@ def test_a_template_without_end_does_not_keep_the_server(tokenizer):
         clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(4)]
         for client in clients:
             client.sendall(JSON_HEAD.replace(b"completions", b"chat/completions") + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        until(lambda: len(template._all) == 2 and not template._idle)
+        until(lambda: len(template._all) == 1 and not template._idle)  # of one client one at a time
         assert asks(port)[0] == 200
         began = time.monotonic()
-    until(lambda: not any(thread.name.startswith("parse") for thread in threading.enumerate()))
+    until(lambda: not any(thread.name.startswith(("parse", "chat")) for thread in threading.enumerate()))
     assert time.monotonic() - began < template.LIMIT_S / 2
     for client in clients:
         client.close()

@@ -129,6 +129,37 @@ def _link_out(folder):
     shard.symlink_to(folder.parent / "outside.safetensors")
 
 
+def test_weights_in_one_file_may_not_lead_out_of_their_folder_either(folder):
+    outside = folder.parent / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+    with pytest.raises(ValueError, match="model.safetensors leads outside of .*; put the file itself into the folder"):
+        hf.load(folder)
+    outside.rename(folder / "inside.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("inside.safetensors")
+    hf.load(folder)
+
+
+@pytest.mark.parametrize("name", ["folder", "sharded"])
+def test_the_cache_of_a_hub_loads_though_its_snapshots_link_to_blobs(name, request, tmp_path):
+    """models--X--Y/snapshots/REVISION/FILE is a link to ../../blobs/DIGEST. A link to that snapshot, too, is such a folder."""
+    folder, cache = request.getfixturevalue(name), tmp_path / "models--X--Y"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(cache / "blobs" / f"{number:064}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064}")
+    (tmp_path / "link").symlink_to(snapshot)
+    assert_same(hf.load(snapshot)[1], hf.load(tmp_path / "link")[1])
+    weights = sorted(snapshot.glob("*.safetensors"))[-1]
+    weights.unlink()
+    weights.symlink_to("../../../elsewhere")
+    with pytest.raises(ValueError, match=f"{weights.name} leads outside of"):
+        hf.load(snapshot)
+
+
 BAD_INDEX = {
     "parent": (_weight_map(lambda m, f: {**m, NORM: "../secret.safetensors"}), ValueError, "leads outside"),
     "back_in": (_weight_map(lambda m, f: {**m, NORM: f"../{f.name}/{m[NORM]}"}), ValueError, "leads outside"),

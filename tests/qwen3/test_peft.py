@@ -36,6 +36,15 @@ def saved(folder, cfg, **changes):
     return cfg, tree_map(ms.Tensor, params)
 
 
+def test_an_adapters_file_may_not_lead_out_of_its_folder(tmp_path):
+    cfg, _ = saved(tmp_path, DENSE)
+    file = tmp_path / "adapter" / peft.WEIGHTS
+    file.rename(tmp_path / "outside.safetensors")
+    file.symlink_to(tmp_path / "outside.safetensors")
+    with pytest.raises(ValueError, match=f"{peft.WEIGHTS} leads outside of .*; put the file itself into the folder"):
+        peft.open_adapter(tmp_path / "adapter", cfg)
+
+
 PEERS = {
     "dense, untied": (DENSE.replace(tie_embeddings=False), {"rslora": True}),
     "dense, tied": (DENSE, {}),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qwen3.text_stream import TextStream
+from qwen3.text_stream import TextStream, printable
 from qwen3.tokenizer import train_bpe
 
 TEXT = "Grüße, 你好 🙂!\n\nThe second paragraph. <|im_end|> End: END"
@@ -87,3 +87,9 @@ def test_nothing_comes_after_a_stop_string(tok):
 def test_an_empty_stop_string_is_refused(tok):
     with pytest.raises(ValueError, match="stop='' is empty"):
         TextStream(tok, stop=("a", ""))
+
+
+def test_what_is_printed_cannot_move_the_cursor():
+    text = "a\n\tb\x1b[2J\x07\r\x00\x9b31m\u202e\u2028é你\udcff"
+    assert printable(text) == "a\n\tb\\x1b[2J\\x07\\r\\x00\\x9b31m\\u202e\\u2028é你\\udcff"
+    assert printable("plain 🙂\\n") == "plain 🙂\\n"
