@@ -20,6 +20,7 @@ from experiments import hub
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
+from experiments.train import lr_groups
 from ops.registry import IMPLEMENTATIONS, OPS
 from parallel.checkpoint.files import COMPRESSIONS
 from parallel.checkpoint.read import Reader, find
@@ -396,6 +397,7 @@ def _check(config):
         value = config[section][name]
         if value is None or not ok(value):
             raise ValueError(f"{key}={value!r} {rule}")
+    lr_groups.parse(config.optim.lr_groups)
     for key in _keys(config):
         value = config.get(key) if "." not in key else config[key.split(".")[0]][key.split(".")[1]]
         if isinstance(value, float) and not math.isfinite(value):

@@ -24,6 +24,7 @@ REFUSED = {
     "parallel.pp": (1, "MindSpore's pipeline needs Cells that share no primitive, and separate ranks for each stage, see docs/dryrun.md"),
     "parallel.cp": (1, "MindSpore has no rule for a ring"),
     "optim.name": ("adamw", "other optimizers are not supported there"),
+    "optim.lr_groups": ("", "groups of learning rates are not supported there"),
     "optim.skip_spikes": (0.0, "skipping of updates is not supported there"),
 }
 

@@ -10,7 +10,7 @@ from experiments import flags as command_line
 from experiments.data import corpus, loader
 from experiments.layout import check as layout
 from experiments.layout import table as layout_table
-from experiments.train import checkpoints, run_folder
+from experiments.train import checkpoints, lr_groups, run_folder
 from experiments.train.finish import finish, save_at
 from experiments.train.loop import train
 from experiments.train.program import build_program
@@ -30,6 +30,7 @@ def train_in(workdir, config):
     rank, _ = collectives.start()
     cfg, parallel = command_line.model_config(config), config.parallel
     check_frozen(cfg)
+    lr_groups.check(config.optim.lr_groups, param_specs(cfg))
     mesh = layout.mesh(cfg, parallel, rank)
     with run_folder.locked(workdir, mesh):
         data = corpus.load(config, cfg.vocab_size)
