@@ -20,6 +20,7 @@ from experiments import hub, interrupts, number_flags, run_tokenizer
 from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
+from experiments.train import lr_groups
 from ops.registry import IMPLEMENTATIONS, OPS
 from parallel.checkpoint.files import COMPRESSIONS
 from parallel.checkpoint.read import Reader, find
@@ -450,6 +451,7 @@ def check(config):
         value = _value(config, key)
         if not ok(value):
             raise ValueError(f"{key}={value!r} {rule}")
+    lr_groups.parse(config.optim.lr_groups)
     for key in _keys(config):
         value = _value(config, key)
         if isinstance(value, float) and not math.isfinite(value):

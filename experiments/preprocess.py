@@ -56,7 +56,7 @@ def main(_):
     if not FLAGS.format and FLAGS.train_empty_think:
         raise ValueError(f"--train_empty_think needs --format={'|'.join(FORMATS)}")
     thinking = {"enable_thinking": encode.THINKING[FLAGS.enable_thinking], "train_empty_think": FLAGS.train_empty_think}
-    job = encode.Job(folder, _keys(), FLAGS.append_eod, _mapping(), FLAGS.format, **thinking)
+    job = encode.Job(folder, _keys(), FLAGS.append_eod, _mapping(), FLAGS.format, any_weight=False, **thinking)
     preprocess(FLAGS.input, os.path.expanduser(FLAGS.output_prefix), job)
 
 

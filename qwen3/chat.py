@@ -35,13 +35,14 @@ def prompt_text(tokenizer, messages, tools=None, enable_thinking=None, strict=Fa
 
 
 def encode_chat(tokenizer, messages, tools=None, enable_thinking=None, train_empty_think=False):
-    """(ids int32 [n], mask uint8 [n]) of a conversation in any form of qwen3/messages.py; the text is what the chat template makes of it.
+    """(ids int32 [n], mask [n]) of a conversation in any form of qwen3/messages.py; the text is what the chat template makes of it.
 
-    mask is 1 on the tokens that an assistant produces: what follows its generation prompt, up to and with the token that closes the
-    turn; 0 on turns of weight 0. A token that is part the assistant's counts as its own. An empty think block, which templates of thinking
-    models put before an answer without reasoning, is 0, so that learning such answers does not unlearn thinking; with train_empty_think it
-    is 1 where the model writes it, and still 0 where enable_thinking=False puts it into the prompt. Raises ValueError if the template
-    fails or hides where a turn starts or ends.
+    The mask is uint8, or float32 where a turn has another weight than 0 and 1. It is 1 on the tokens that an assistant produces: what
+    follows its generation prompt, up to and with the token that closes the turn; on a turn with a weight, that weight. A token that is part
+    the assistant's counts as its own. An empty think block, which templates of thinking models put before an answer without reasoning, is
+    0, so that learning such answers does not unlearn thinking; with train_empty_think it has its turn's weight where the model writes it,
+    and still 0 where enable_thinking=False puts it into the prompt. Raises ValueError if the template fails or hides where a turn starts or
+    ends.
     """
     messages, tools = normal(messages, tools)
     trained = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
@@ -60,12 +61,12 @@ def encode_chat(tokenizer, messages, tools=None, enable_thinking=None, train_emp
         text.encode("utf-8")
     except UnicodeEncodeError as e:
         raise ValueError("the conversation has half a surrogate pair, which is no character; mend or drop it") from e
-    if all(trained):
+    if {*trained} == {1}:
         trained = [1] * len(spans)
     elif len(spans) != len(trained):
         raise ValueError(f"chat template: it tags {len(spans)} turns of {len(trained)} as the assistant's; {_TAG} once a turn")
     ids, start, end = tokenizer.encode_offsets(text)
-    mask = np.zeros(len(ids), np.uint8)
+    mask = np.zeros(len(ids), np.uint8 if {*trained} <= {0, 1} else np.float32)
     for (first, last), weight in zip(spans, trained):
         mask[(start < last) & (np.maximum(end, start + 1) > first)] = weight
         if closed:

@@ -2,9 +2,10 @@
 
     messages, tools = normal(messages, tools)
 
-A message then has a role, a content that is text, and perhaps reasoning_content, tool_calls, tool_call_id, name and weight (0: the turn
-has no loss). A call is {"type": "function", "function": {"name", "arguments"}} with an object of arguments, a tool
-{"type": "function", "function": {"name", ...}}. Source: OpenAI's chat API and its format for fine-tuning; what other tools write.
+A message then has a role, a content that is text, and perhaps reasoning_content, tool_calls, tool_call_id, name and weight, by which the
+loss of the turn is multiplied (0: it has none). A call is {"type": "function", "function": {"name", "arguments"}} with an object of
+arguments, a tool {"type": "function", "function": {"name", ...}}. Source: OpenAI's chat API and its format for fine-tuning; what other
+tools write.
 """
 
 import re
@@ -18,7 +19,9 @@ from qwen3.schema import FieldError, Fields, Object, Text, checked, real, short,
 
 ROLES = ("system", "user", "assistant", "tool")
 SPELLINGS = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}  # as transformers 5.24 reads them
-TRAINED = ("weight", "loss", "train", "training")  # what says of a message whether it has loss: OpenAI, ms-swift, axolotl
+WEIGHTS = ("weight", "loss_scale")  # by which the loss of a turn is multiplied: OpenAI, where it is 0 or 1, and ms-swift
+TRAINED = (*WEIGHTS, "loss", "train", "training")  # what says of a message whether it has loss: the former, ms-swift, axolotl
+MOST_WEIGHT = 100
 UNUSED = ("role", "content", "tool_call_id", "name")  # a template need not use these
 
 
@@ -64,6 +67,7 @@ class Part(Fields):
 
 
 Flag = told(bool | real(0, 1), "0, 1, true or false")
+Weight = told(bool | real(0, MOST_WEIGHT), f"a number from 0 to {MOST_WEIGHT}, true or false")
 
 
 class Message(Fields):
@@ -78,7 +82,8 @@ class Message(Fields):
     function_call: Annotated[told(Call, "an object with name and arguments"), BeforeValidator(_from_text)] = None
     tool_call_id: Text = None
     name: Text = None
-    weight: Flag = None
+    weight: Weight = None
+    loss_scale: Weight = None
     loss: Flag = None
     train: Flag = None
     training: Flag = None
@@ -121,8 +126,8 @@ def _message(message, where):
     if content is None and not calls and not any(said.values()):
         raise ValueError(f"{where}: a message of role {found.role!r} has neither content nor tool calls; leave it out")
     out.update({key: getattr(found, key) for key in ("tool_call_id", "name") if getattr(found, key) is not None})
-    if not _trains(found, where):
-        out["weight"] = 0
+    if (weight := _weight(found, where)) != 1:
+        out["weight"] = weight
     return {**out, **{key: value for key, value in (found.model_extra or {}).items() if value not in ([], {}, "")}}
 
 
@@ -138,19 +143,21 @@ def _calls(message, where):
     return out
 
 
-def _trains(message, where):
-    """Whether the loss is taken on a message, as far as it says so itself."""
+def _weight(message, where):
+    """The factor of the loss on a message, as far as it says so itself; else 1."""
     given = {key: value for key in TRAINED if (value := getattr(message, key)) is not None}
     if "mask" in (message.model_extra or {}):
         raise ValueError(f"{where}.mask is read in two ways, as what has loss and as what has none; say weight: 0 for a turn without loss")
     for key, value in given.items():
-        if value not in (0, 1):
-            raise ValueError(f"{where}.{key}={value} must be 0 or 1: a turn has its loss or has none")
+        if key not in WEIGHTS and value not in (0, 1):
+            raise ValueError(f"{where}.{key}={value} must be 0 or 1; use weight for a loss that counts less or more")
         if value and message.role != "assistant":
             raise ValueError(f"{where}.{key}={value}: only an assistant's turn has loss, and the message's role is {message.role}")
-    if len(set(map(bool, given.values()))) > 1:
+    weights = {key: float(given[key]) for key in WEIGHTS if key in given}
+    if len(set(map(bool, given.values()))) > 1 or len(set(weights.values())) > 1:
         raise ValueError(f"{where} has {' and '.join(given)}, which differ; keep one")
-    return all(given.values())
+    weight = next(iter(weights.values()), 1.0) if all(given.values()) else 0.0
+    return int(weight) if weight == int(weight) else weight
 
 
 def normal_tools(tools):

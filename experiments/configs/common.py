@@ -114,6 +114,8 @@ def _optim():
     # with AdamW for all other parameters
     o.name = "adamw"
     o.lr = 3e-4  # the highest learning rate
+    # factors of the learning rate by patterns of parameter paths, such as "embed=0.1,layers.3.*=0.5"; the last pattern that matches counts
+    o.lr_groups = ""
     o.schedule = "cosine"  # constant, linear, cosine, or wsd (warm up, stay, decay)
     o.warmup_steps = 100  # steps in which the learning rate rises linearly from 0 to lr
     o.warmup_ratio = 0.0  # instead of warmup_steps, as a fraction of train.steps; 0 = warmup_steps
@@ -157,7 +159,7 @@ def _data():
     d.held_out = 0.05  # fraction of the text, or of a stream's records, kept for evaluation
     d.split = "95,5,0"  # relative sizes of the train, valid and test splits of a pair
     d.max_bytes = 0  # the most bytes of text, or of conversations as JSON, to read; 0 = all
-    d.max_samples = 0  # the most conversations to read, the first ones; 0 = all
+    d.max_samples = 0  # the most conversations, or records of a stream, to read, the first ones; 0 = all
     d.reset_at_eod = True  # tokens attend only within their document, and positions start at 0 in each; False = a row is one text
     # the pair contains conversations, written by preprocess --format: no conversation is split, and the loss mask beside the pair is used
     d.conversations = False

@@ -18,7 +18,8 @@ PACKING = ("packed", "padded")
 
 @dataclass(frozen=True)
 class Conversations:
-    """ids int32 and mask uint8, both [tokens], of all conversations joined; ends int64 [count + 1], where each begins and the last ends."""
+    """All conversations joined. ids: int32 [tokens]. mask: uint8 [tokens], or float32 with weights other than 0 and 1. ends: int64
+    [count + 1], where each begins and the last ends."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -132,8 +133,9 @@ def questions(conversations, count):
     """[(ids up to the last answer, ids of that answer)] of the first `count` conversations. The answer ends in the token that closes it."""
     out = []
     for i in range(min(count, len(conversations))):
-        ids, mask = conversations[i]
+        ids, weights = conversations[i]
+        mask = weights > 0
         last = len(mask) - int(np.argmax(mask[::-1]))
-        first = last - int(np.argmin(np.concatenate([mask[:last][::-1], [0]])))
+        first = last - int(np.argmin(np.concatenate([mask[:last][::-1], [False]])))
         out.append((ids[:first].tolist(), ids[first:last].tolist()))
     return out

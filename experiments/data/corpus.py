@@ -31,7 +31,7 @@ ONLY_FOR = {
     "skip_bad": ("a stream", RECORDS),
     "held_out": ("text", "a stream", RECORDS),
     "max_bytes": ("text", RECORDS),
-    "max_samples": (RECORDS,),
+    "max_samples": (RECORDS, "a stream"),
 }
 TABLES = ("jsonl", "json", "csv", "parquet", "arrow")
 
@@ -232,7 +232,7 @@ def _stream(config, vocab_size):
 
 def _text_stream(data, tokenizer, seq_len, held_out):
     options = {"key": data.json_key, "reset": data.reset_at_eod, "shuffle_buffer": data.shuffle_buffer, "skip_bad": data.skip_bad}
-    return TextStream(data.path, tokenizer, seq_len, held_out=held_out, **options)
+    return TextStream(data.path, tokenizer, seq_len, held_out=held_out, most=data.max_samples, **options)
 
 
 def _held_rows(config):

@@ -34,6 +34,7 @@ class Job(NamedTuple):
     format: str | None = None
     enable_thinking: bool | None = None
     train_empty_think: bool = False
+    any_weight: bool = True  # False: a conversation with weights other than 0 and 1 is a bad record
 
     @property
     def outputs(self):
@@ -57,7 +58,8 @@ class Missing(NamedTuple):
 def encode(records, job, workers=1):
     """Batches of tokens, in the order of the records, `workers` processes at work on them; 1 is this process. Each uses one core.
 
-    Ids are int32, loss masks uint8. With append_eod the end-of-document id follows each document that is not empty, without loss.
+    Ids are int32; loss masks are uint8, or float32 where a turn has another weight than 0 and 1. With append_eod the end-of-document id
+    follows each document that is not empty, without loss.
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be 1 or more")
@@ -154,7 +156,7 @@ class _Encoder:
     def __call__(self, batch, size):
         bad = []
         documents = self._texts(batch, bad) if self.job.format is None else self._chats(batch, bad)
-        return Batch({name: _flat(d, np.uint8 if self._is_loss(name) else np.int32) for name, d in documents.items()}, bad, size)
+        return Batch({name: (_flat_masks if self._is_loss(name) else _flat)(d) for name, d in documents.items()}, bad, size)
 
     def _is_loss(self, name):
         return self.job.format is not None and name == "loss"
@@ -193,6 +195,11 @@ class _Encoder:
             except (ValueError, RecursionError) as e:
                 bad.append(f"{where}: {e}")
                 continue
+            if mask.dtype != np.uint8 and not self.job.any_weight:
+                bad.append(
+                    f"{where}: a turn has a weight of {mask.max():g}, and the masks beside a pair are 0 or 1; train with data.format"
+                )
+                continue
             out["text"].append(ids.tolist() + self.end)
             out["loss"].append(mask.tolist() + [0] * len(self.end))
         return out
@@ -209,6 +216,11 @@ def _not_text(key, value):
         return f"{key!r} has half a surrogate pair, which is no character; mend or drop it"
 
 
-def _flat(documents, dtype):
+def _flat_masks(documents):
+    masks, lengths = _flat(documents, np.float32)
+    return (masks.astype(np.uint8) if np.isin(masks, (0, 1)).all() else masks), lengths
+
+
+def _flat(documents, dtype=np.int32):
     lengths = np.array([len(d) for d in documents], np.int64)
     return np.fromiter(itertools.chain.from_iterable(documents), dtype, lengths.sum()), lengths

@@ -24,20 +24,23 @@ class TextStream:
 
     held_out is the fraction of records, chosen by a hash of file name and number, that rows() passes over and held_rows() gives. A
     record that cannot be used is an error, or with skip_bad counted and left out. A Loader restores a stream by reading the file it
-    was in from its start, without tokenising again what is behind. Every rank of it reads and tokenises the whole stream and keeps its
+    was in from its start, without tokenising again what is behind. most: take the first so many records alone, in the order of the files,
+    held-out ones among them; 0 = all. Every rank of it reads and tokenises the whole stream and keeps its
     own rows; where that is too slow, preprocess. Memory is that of a group of records, or of N.
     """
 
-    def __init__(self, path, tokenizer, seq_len, *, key="text", reset=True, held_out=0.0, shuffle_buffer=0, skip_bad=False):
+    def __init__(self, path, tokenizer, seq_len, *, key="text", reset=True, held_out=0.0, shuffle_buffer=0, skip_bad=False, most=0):
         if shuffle_buffer < 0:
             raise ValueError(f"data.shuffle_buffer={shuffle_buffer} must be 0 or more; 0 = in the order of the files")
         self.parts, self.key = parts.find(path, key), key
         self.tokenizer, self.seq_len, self.reset, self.held_out, self.shuffle_buffer = tokenizer, seq_len, reset, held_out, shuffle_buffer
         # Not skip_bad: a run that stopped at a bad record may go on without it.
         settings = (self.parts.identity, seq_len, key, reset, held_out, shuffle_buffer, _tokenizer_digest(tokenizer))
+        settings += (most,) if most else ()
         what = hashlib.blake2b(repr(settings).encode(), digest_size=8).hexdigest()
         self.fingerprint = f"stream of {self.parts.title}, {len(self.parts.names)} files x{seq_len} {what}"
         self.bad, self._seen = Skipped(skip_bad, "--config.data.skip_bad=true"), {}
+        self._most = _first_of_parts(self.parts, most) if most else [None] * len(self.parts.names)
 
     def rows(self, seed, state=None):
         """Yields (row, state after it) without end. The state has sample, the rows so far; epoch; and where the next row starts: part,
@@ -150,7 +153,9 @@ class TextStream:
                 self._seen[part] = tuple(at)
                 self.bad(message)
 
-        for number, read in enumerate(self.parts.records(part, start, bad), start):
+        most = self._most[part]
+        found = itertools.islice(self.parts.records(part, start, bad), None if most is None else max(0, most - start))
+        for number, read in enumerate(found, start):
             at[:] = number + 1, 0
             text, wrong = self._text(read.value)
             if wrong:
@@ -179,6 +184,16 @@ class TextStream:
         except ValueError as error:
             return None, str(error)
         return text, None
+
+
+def _first_of_parts(found, most):
+    """How many records of each part are among the first `most` of all; None for a part that ends before. These are read once."""
+    out, left = [], most
+    for part in range(len(found.names)):
+        count = sum(1 for _ in itertools.islice(found.records(part, 0, lambda message: None), left)) if left else 0
+        out.append(None if count < left else left)
+        left -= count
+    return out
 
 
 def _groups(texts):

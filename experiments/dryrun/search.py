@@ -146,7 +146,9 @@ def _calls(config, cfg, sharding, placed):
     rest, layers = layout_traffic.model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
     layers = layers + layout_traffic.recomputed_calls(config, cfg, sharding, layers, cfg.num_layers) + traffic.again(layers, 1)
     mine = Counter({call: count / pp for call, count in layers.items()})
-    return traffic.times(rest + mine, micro) + traffic.of_update(sharding, placed, micro)
+    return (
+        traffic.times(rest + mine, micro) + traffic.of_update(sharding, placed, micro) + layout_traffic.muon_calls(config, sharding, placed)
+    )
 
 
 def _rate(ranks):

@@ -8,6 +8,7 @@ from experiments import flags as command_line
 from experiments.layout import check as layout
 from experiments.layout import pipeline as layout_pipeline
 from experiments.layout import traffic as layout_traffic
+from experiments.train import lr_groups
 from experiments.train.optim_rules import MOMENTS
 from parallel.mesh import AXES
 from parallel.placement import local_shape, nbytes, place
@@ -22,6 +23,7 @@ def describe(config):
     """Returns the table as text. config: from experiments.flags.resolve. Equal parameters of several layers share a line."""
     cfg = command_line.model_config(config, "any")
     check_frozen(cfg)
+    lr_groups.check(config.optim.lr_groups, param_specs(cfg))
     mesh = layout.mesh(cfg, config.parallel)
     sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
     placed = tree_leaves(place(sharding, param_specs(cfg)))

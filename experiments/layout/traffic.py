@@ -7,6 +7,7 @@ from functools import partial
 import mindspore as ms
 import numpy as np
 
+from experiments.train import muon
 from experiments.train.pipeline import count_metrics
 from experiments.train.state import placements, stage_placements, uses_scan
 from layers import attention, embed, norm
@@ -63,8 +64,15 @@ def step_calls(config, cfg, sharding):
     if scan:
         layers = layers + traffic.again(layers)
     placed = [p for p in tree_leaves(placements(cfg, sharding, scan)) if p.spec.trains]
-    update = traffic.of_update(sharding, placed, micro, BYTES[cfg.compute_dtype])
+    update = traffic.of_update(sharding, placed, micro, BYTES[cfg.compute_dtype]) + muon_calls(config, sharding, placed)
     return traffic.times(rest + layers, micro) + update
+
+
+def muon_calls(config, sharding, placed):
+    """Returns a Counter of the calls by which Muon orthogonalises matrices whole. placed: the flat list of Placed of what trains."""
+    if config.optim.name != "muon":
+        return Counter()
+    return sum((traffic.of_whole_matrices(sharding.mesh, p) for p in placed if muon.is_matrix(p.spec)), Counter())
 
 
 def recomputed_calls(config, cfg, sharding, layers, count):
@@ -221,7 +229,7 @@ def pipeline_calls(config, cfg, sharding):
         spare += repeated
     each = [tree_leaves(stages[s]) for s in mine]
     placed = [p for leaves in each for p in leaves]
-    update = traffic.of_update(sharding, placed, micro)
+    update = traffic.of_update(sharding, placed, micro) + muon_calls(config, sharding, placed)
     if sharding.zero >= 2:  # the gradients of each stage are summed separately
         update -= traffic.of_sums(sharding, placed, micro)
         update += sum((traffic.of_sums(sharding, leaves, micro) for leaves in each), Counter())

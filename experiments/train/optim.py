@@ -10,7 +10,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from experiments.train import muon, optim_rules
+from experiments.train import lr_groups, muon, optim_rules
 from experiments.train.optim_rules import MOMENTS
 from ops.identity import identity
 from ops.registry import pick
@@ -20,6 +20,7 @@ from parallel.trees import tree_leaves, tree_map
 
 NO_DECAY, SIGN, MUON = 0.0, -1.0, -2.0  # kinds of leaves; any value above 0 is a weight decay
 NORM_MEMORY = 0.95  # decay of the running mean of gradient norms
+SCALARS = 4  # elements of scalars(), of which the first is the learning rate
 SPIKE_WARMUP_STEPS = 20  # no update is skipped before the running mean has seen this many
 
 
@@ -86,6 +87,21 @@ def scalars(optim, lr, step):
     return ms.Tensor(np.array([lr, *corrections, step >= SPIKE_WARMUP_STEPS], np.float32))
 
 
+def own_rates(optim, placed):
+    """Returns nested tuples of tensors by which the leaves of a tree of Placed multiply the scalars of a step, for optim.lr_groups: float32
+    [4], or [L, 4] for a leaf whose L stacked layers differ. None if all factors are 1."""
+    groups = lr_groups.parse(optim.lr_groups)
+    if all(lr_groups.factors(groups, p) == (1.0,) for p in tree_leaves(placed)):
+        return None
+    return to_tuple(tree_map(lambda p: _own_rate(lr_groups.factors(groups, p)), placed))
+
+
+def _own_rate(factors):
+    rows = np.ones((len(factors), SCALARS), np.float32)
+    rows[:, 0] = factors
+    return ms.Tensor(rows if len(factors) > 1 else rows[0])
+
+
 def build_clip(specs, optim, kernels, norm_squared=None):
     """Returns clip(flat gradients, running mean, scalars, after) -> (norm, factor, keep, running mean), for use in a graph.
 
@@ -106,19 +122,31 @@ def build_clip(specs, optim, kernels, norm_squared=None):
     return clip
 
 
-def build_update(specs, optim, kernels):
+def build_update(specs, optim, kernels, rates=None, directions=None):
     """Returns update(params, grads, m, v, factor, keep, scalars) -> nested tuples with (p, m, v) at each leaf, for use in a graph.
 
     The arguments are nested tuples of the structure of `specs`; factor and keep come from clip. Without a second moment, v is None and a
     leaf is (p, m). Leaves with two dims or more have weight decay. A leaf of spec.optimizer "sign" moves by router_bias_rate against the
     sign of its gradient. in_place() tells which leaves are updated in place.
+    rates: nested tuples of what each leaf multiplies the scalars by, see own_rates(); None where all learning rates are lr.
+    directions: muon.directions in a layout; default: on one device.
     """
     kinds, each = to_tuple(tree_map(partial(leaf_kind, optim), specs)), ops.HyperMap()
-    leaf, second = leaf_update(optim, kernels), "v" in MOMENTS[optim.name]
+    leaf, by_muon, second = leaf_update(optim, kernels), optim.name == "muon", "v" in MOMENTS[optim.name]
+    if by_muon:
+        directions = directions or muon.directions(specs, optim)
+
+    def own_rate(values, factor, keep, rate, kind, *arrays):
+        return leaf(values * rate, factor, keep, kind, *arrays)
 
     def update(params, grads, m, v, factor, keep, values):
-        moments = (m, v) if second else (m,)
-        return each(partial(leaf, values, factor, keep), kinds, params, grads, *moments)
+        arrays = (m, v) if second else (m,)
+        if by_muon:
+            grads, new_m = directions(grads, m, factor)
+            arrays += (new_m,)
+        if rates is None:
+            return each(partial(leaf, values, factor, keep), kinds, params, grads, *arrays)
+        return each(partial(own_rate, values, factor, keep), rates, kinds, params, grads, *arrays)
 
     return update
 
@@ -183,22 +211,21 @@ def norm_control(optim):
 
 
 def leaf_update(optim, kernels):
-    """Returns leaf(values, scale, keep, leaf_kind, p, g, m, v) -> (p, m, v); without v if the optimizer has no second moment."""
+    """Returns leaf(values, scale, keep, leaf_kind, p, g, m, v) -> (p, m, v); without v if the optimizer has no second moment.
+
+    For Muon, g of a matrix is its direction, and a last argument is the new m, see muon.directions."""
     # an in-place update must also be skipped for a gradient that is not finite: the old values would be lost
-    skips, in_memory = bool(optim.skip_spikes), changes_in_place(kernels)
-    by_rule = partial(optim_rules.build, skips=skips or in_memory, in_place=in_memory)
+    skips, in_memory, decay = bool(optim.skip_spikes), changes_in_place(kernels), float(optim.weight_decay)
     if optim.name in optim_rules.RULES:
-        decayed, plain = (by_rule(optim_rules.RULES[optim.name](optim, decay)) for decay in (float(optim.weight_decay), NO_DECAY))
+        by_rule = partial(optim_rules.build, skips=skips or in_memory, in_place=in_memory)
+        decayed, plain = (by_rule(optim_rules.RULES[optim.name](optim, each)) for each in (decay, NO_DECAY))
     else:
         make = partial(pick(kernels, "adamw"), optim.b1, optim.b2, optim.eps, skips=skips or kernels.adamw != "reference")
-        decayed, plain = make(decay=float(optim.weight_decay)), make(decay=NO_DECAY)
-    turned = by_rule(muon.rule(optim, float(optim.weight_decay)))
+        decayed, plain = make(decay=decay), make(decay=NO_DECAY)
+    take = optim_rules.taken(skips or in_memory, in_memory)
     rate, sign, cast = optim.router_bias_rate, ops.Sign(), ops.Cast()
 
     def leaf(values, scale, keep, kind, p, g, m, v):
-        if kind == MUON:
-            p, m = turned(values, scale, keep, p, g, m)
-            return p, m, v
         if kind == SIGN:
             return p - cast(rate * keep * sign(g), p.dtype), m, v
         if kind > 0:
@@ -212,4 +239,12 @@ def leaf_update(optim, kernels):
             return decayed(values, scale, keep, p, g, m)
         return plain(values, scale, keep, p, g, m)
 
+    def leaf_of_muon(values, scale, keep, kind, p, g, m, v, new_m):
+        if kind != MUON:
+            return leaf(values, scale, keep, kind, p, g, m, v)
+        p, m = take(keep, p, m, muon.moved(values, p, g, decay), new_m)
+        return p, m, v
+
+    if optim.name == "muon":
+        return leaf_of_muon
     return leaf if "v" in MOMENTS[optim.name] else leaf_of_one

@@ -8,6 +8,7 @@ from mindspore import ops
 from mindspore.ops.auto_generate import InplaceCopy
 
 from experiments.train import muon
+from ops.adamw import rate
 
 # The optimizer's arrays, by optim.name. Muon's v is for the parameters that AdamW trains; it stays 0 for matrices
 MOMENTS = {"adamw": ("m", "v"), "muon": ("m", "v"), "lion": ("m",), "sgd": ("m",)}
@@ -16,13 +17,13 @@ MOMENTS = {"adamw": ("m", "v"), "muon": ("m", "v"), "lion": ("m",), "sgd": ("m",
 def lion(optim, decay):
     """Returns new(values, scale, p, g, m) -> (p, m): p moves by lr against the sign of b1 m + (1 - b1) g.
 
-    values: float32 [lr, ...], see optim.scalars. scale: the factor of the gradient g.
+    values: float32 [lr, ...], see optim.scalars, or a row of them a layer. scale: the factor of the gradient g.
     """
     b1, b2, sign = optim.b1, optim.b2, ops.Sign()
 
     def new(values, scale, p, g, m):
-        g = g * scale
-        return p * (1 - values[0] * decay) - values[0] * sign(b1 * m + (1 - b1) * g), b2 * m + (1 - b2) * g
+        g, lr = g * scale, rate(values, p)
+        return p * (1 - lr * decay) - lr * sign(b1 * m + (1 - b1) * g), b2 * m + (1 - b2) * g
 
     return new
 
@@ -32,8 +33,8 @@ def sgd(optim, decay):
     b1 = optim.b1
 
     def new(values, scale, p, g, m):
-        m = b1 * m + g * scale
-        return p * (1 - values[0] * decay) - values[0] * m, m
+        m, lr = b1 * m + g * scale, rate(values, p)
+        return p * (1 - lr * decay) - lr * m, m
 
     return new
 
@@ -46,23 +47,28 @@ def build(new, skips, in_place):
 
     skips: nothing changes unless keep is above 0. in_place: p and m, which must be in device memory, are overwritten and returned.
     """
-    select, cast, copy = ops.Select(), ops.Cast(), InplaceCopy() if in_place else None
+    keep_or_take, cast = taken(skips, in_place), ops.Cast()
 
     def update(values, scale, keep, p, g, m):
-        return new(values, scale, p, cast(g, ms.float32), m)
-
-    def update_or_skip(values, scale, keep, p, g, m):
         new_p, new_m = new(values, scale, p, cast(g, ms.float32), m)
-        keeps = ops.BroadcastTo(p.shape)(keep > 0)
-        return select(keeps, new_p, p), select(keeps, new_m, m)
+        return keep_or_take(keep, p, m, new_p, new_m)
 
-    chosen = update_or_skip if skips else update
+    return update
 
-    def update_in_place(values, scale, keep, p, g, m):
-        new_p, new_m = chosen(values, scale, keep, p, g, m)
-        return ops.depend(p, copy(p, new_p)), ops.depend(m, copy(m, new_m))
 
-    return update_in_place if in_place else chosen
+def taken(skips, in_place):
+    """Returns f(keep, p, m, new p, new m) -> (p, m). skips, in_place: as for build()."""
+    select, copy = ops.Select(), InplaceCopy() if in_place else None
+
+    def take(keep, p, m, new_p, new_m):
+        if skips:
+            keeps = ops.BroadcastTo(p.shape)(keep > 0)
+            new_p, new_m = select(keeps, new_p, p), select(keeps, new_m, m)
+        if in_place:
+            return ops.depend(p, copy(p, new_p)), ops.depend(m, copy(m, new_m))
+        return new_p, new_m
+
+    return take
 
 
 def momentum(optim, spec):

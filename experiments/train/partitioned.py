@@ -40,6 +40,7 @@ def check(config, cfg):
             "MindSpore's pipeline needs Cells that share no primitive, and separate ranks for each stage, see docs/dryrun.md",
         ),
         "parallel.cp": (1, "MindSpore has no rule for a ring"),
+        "optim.lr_groups": ("", "groups of learning rates are not supported there"),
         "optim.skip_spikes": (0.0, "skipping of updates is not supported there"),
     }
     for name, (only, why) in refused.items():

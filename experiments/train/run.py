@@ -12,7 +12,7 @@ from experiments.data import corpus, loader
 from experiments.layout import check as layout
 from experiments.layout import memory as layout_memory
 from experiments.layout import table as layout_table
-from experiments.train import checkpoints, run_folder
+from experiments.train import checkpoints, lr_groups, run_folder
 from experiments.train.finish import check_results, finish, save_at
 from experiments.train.loop import train
 from experiments.train.program import build_program
@@ -32,6 +32,7 @@ def train_in(workdir, config):
     rank, _ = collectives.start()
     cfg, parallel = command_line.model_config(config, ms.get_context("device_target")), config.parallel
     check_frozen(cfg)
+    lr_groups.check(config.optim.lr_groups, param_specs(cfg))
     mesh = layout.mesh(cfg, parallel, rank)
     layout_memory.check(config, cfg, sharding_of(config, mesh))
     with run_folder.locked(workdir, mesh):

@@ -30,10 +30,9 @@ def build_update(specs, trainable, sharding, optim, kernels):
     With ZeRO 1 and 2 a rank has full parameters but only its shard of the optimizer's state. It updates its shard of the parameters; then
     an all-gather of the new shards overwrites the old parameters.
     """
-    if optim.name == "muon":
-        muon.check_whole(tree_leaves(specs), tree_leaves(trainable))
     flat, like = tree_leaves(trainable), to_tuple(specs)
-    optimize = optimizer.build_update(specs, optim, kernels)
+    directions = muon.directions(specs, optim, sharding, flat) if optim.name == "muon" else None
+    optimize = optimizer.build_update(specs, optim, kernels, optimizer.own_rates(optim, trainable), directions)
     nest, flatten = rebuild_flat(like), flatten_in_graph(like)
     own_shards, gather = zero.split_params(sharding, flat), zero.join_params(sharding, flat)
     second = "v" in optimizer.MOMENTS[optim.name]

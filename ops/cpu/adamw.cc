@@ -2,26 +2,29 @@
 #include "common.h"
 
 // values [lr, 1 - b1**t, 1 - b2**t, ...], scale, keep, constants [b1, 1 - b1, b2, 1 - b2, eps, decay, skips], g, p, m, v -> token [1].
-// Changes p, m and v. If skips is set and keep <= 0, it changes nothing.
+// Changes p, m and v. If skips is set and keep <= 0, it changes nothing. values may have a row for each layer of p [L, ...].
 KERNEL(adamw) {
   if (!a.are("fffffffff")) return WRONG_TYPES;
   const int64_t n = a.size(5);
-  if (a.size(0) < 3 || a.size(1) != 1 || a.size(2) != 1 || a.size(3) != 7) return WRONG_SHAPES;
+  const int64_t layers = a.ndims[0] == 2 ? a.dim(0, 0) : 1, columns = a.dim(0, -1), each = layers ? n / layers : 0;
+  if (columns < 3 || each * layers != n || a.size(1) != 1 || a.size(2) != 1 || a.size(3) != 7) return WRONG_SHAPES;
   for (int i : {4, 6, 7})
     if (a.size(i) != n) return WRONG_SHAPES;
   const float *values = a.get(0), *constants = a.get(3), *g = a.get(4);
-  const float scale = *a.get(1), keep = *a.get(2), lr = values[0], c1 = values[1], c2 = values[2];
+  const float scale = *a.get(1), keep = *a.get(2), c1 = values[1], c2 = values[2];
   const float b1 = constants[0], b1_rest = constants[1], b2 = constants[2], b2_rest = constants[3], eps = constants[4];
-  const float shrink = 1.0f - lr * constants[5];
   float *p = a.get(5), *m = a.get(6), *v = a.get(7);
   *a.get(8) = 1.0f;
   if (constants[6] != 0.0f && !(keep > 0.0f)) return 0;
-#pragma omp parallel for simd schedule(static) if (parallel : n >= THREADS_FROM)
-  for (int64_t i = 0; i < n; i++) {
-    float x = g[i] * scale;
-    float new_m = b1 * m[i] + b1_rest * x, new_v = b2 * v[i] + b2_rest * x * x;
-    m[i] = new_m, v[i] = new_v;
-    p[i] = p[i] * shrink - lr * (new_m / c1) / (std::sqrt(new_v / c2) + eps);
+  for (int64_t layer = 0; layer < layers; layer++) {
+    const float lr = values[layer * columns], shrink = 1.0f - lr * constants[5];
+#pragma omp parallel for simd schedule(static) if (parallel : each >= THREADS_FROM)
+    for (int64_t i = layer * each; i < (layer + 1) * each; i++) {
+      float x = g[i] * scale;
+      float new_m = b1 * m[i] + b1_rest * x, new_v = b2 * v[i] + b2_rest * x * x;
+      m[i] = new_m, v[i] = new_v;
+      p[i] = p[i] * shrink - lr * (new_m / c1) / (std::sqrt(new_v / c2) + eps);
+    }
   }
   return 0;
 }

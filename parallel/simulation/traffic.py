@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mindspore import nn
 
-from parallel import zero
+from parallel import matrices, zero
 from parallel.lowering.manual import entering, op_steps, varying, wrapped
 from parallel.placement import local_shape
 from parallel.sharding import DATA, Sharding, parse
@@ -268,6 +268,14 @@ def of_gathered(layout, placed):
         if split and layout.zero == 3:  # in the shard lowering zero_dim is None, since MindSpore gathers
             out[Call("forward", "AllGather", atoms, elements)] += 1
             out[Call("backward", "ReduceScatter", atoms, elements)] += 1
+    return out
+
+
+def of_whole_matrices(mesh, placed):
+    """Returns the Counter of the Calls of matrices.on_whole for a parameter: of the exchanges, one there and one back."""
+    out = Counter()
+    for move in matrices.moves(mesh, local_shape(mesh, placed.spec, placed.state), placed.state):
+        out[Call("update", move.kind, (move.atom,), move.elements)] += 2 if move.kind == "AlltoAll" else 1
     return out
 
 

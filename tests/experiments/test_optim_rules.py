@@ -5,18 +5,20 @@ import numpy as np
 import pytest
 
 from experiments import flags
-from experiments.train import muon, optim, optim_rules
+from experiments.train import lr_groups, optim, optim_rules
 from experiments.train import program as train_program
+from experiments.train.state import placements
 from experiments.watch.monitors import Monitor
+from parallel import matrices
+from parallel.graph.jit import jit
 from parallel.graph.nested import to_tuple
-from parallel.mesh import ONE_DEVICE
-from parallel.placement import place
+from parallel.mesh import ONE_DEVICE, Mesh
 from parallel.specs import ParamSpec, init_params, normal
 from parallel.trees import tree_leaves, tree_map, tree_paths
 from qwen3.model import param_specs
 from tests.experiments.test_train import make_batch, optim_config, optimizer_step
 from tests.parallel import layouts
-from tests.tiny import DENSE, FUSED, random_params
+from tests.tiny import DENSE, FUSED, REFERENCE, random_params
 
 RULES = tuple(optim_rules.RULES)
 
@@ -127,7 +129,129 @@ def turned(x):
     return (u * s[..., None, :]) @ v
 
 
-@pytest.mark.parametrize("options, why", [(dict(tp=2), "tensor parallelism"), (dict(dp=2, zero=1), "ZeRO")])
-def test_muon_refuses_parts_of_matrices(options, why):
-    with pytest.raises(ValueError, match=f"muon needs whole matrices, and layers.0.* is sharded by {why}; use --zero=0 and --tp=1"):
-        muon.check_whole(*map(tree_leaves, (param_specs(DENSE), place(layouts.sharding_of(DENSE, options), param_specs(DENSE)))))
+SHARDS = {  # name -> (shape of a rank's shard, atoms of its dims, [(kind, count, padded)] of the moves)
+    "a single matrix over two axes": ((4, 6), (("dp0",), ("tp0",)), [("AllGather", 1, 1), ("AllGather", 1, 1)]),
+    "five layers over two ranks": ((5, 4, 6), ((), ("dp0",), ()), [("AlltoAll", 5, 6)]),
+    "layers and experts": ((3, 2, 4, 6), ((), ("ep0",), ("tp0",), ("dp0",)), [("AlltoAll", 6, 6), ("AlltoAll", 3, 4)]),
+    "fewer layers than ranks": ((2, 4, 6), ((), ("dp0", "tp0"), ()), [("AlltoAll", 2, 2), ("AllGather", 1, 1)]),
+    "not sharded": ((2, 4, 6), ((), (), ()), []),
+}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_ranks_exchange_stacked_matrices_and_gather_single_ones(name):
+    shape, axes, want = SHARDS[name]
+    found = matrices.moves(Mesh(dp=2, tp=2), shape, axes)
+    assert [(move.kind, move.count, move.padded) for move in found] == want
+
+
+STACK, PER_LAYER = 3, (0.5, 1.0, 2.0)  # factors of the layers of a stack
+
+
+def grouped_step(o, specs, factors, params, grads, kernels):
+    """Three steps with factors of the learning rate. factors: of each parameter, or of its layers."""
+    rates = tuple(optim._own_rate(each) for each in factors) if factors else None
+    clip, update = optim.build_clip(specs, o, kernels), optim.build_update(specs, o, kernels, rates)
+
+    def step(params, grads, m, v, mean_norm, values):
+        norm, factor, keep, mean_norm = clip(grads, mean_norm, values, ())
+        return update(params, grads, m, v, factor, keep, values)
+
+    step, state = jit(step), optim.init_state(params, o)
+    m, v = state["m"], state.get("v")
+    for at, g in enumerate(grads):
+        new = step(params, g, m, v, state["norm"], optim.scalars(o, 0.1, at))
+        params, m = (tuple(leaf[i] for leaf in new) for i in range(2))
+        v = tuple(leaf[2] for leaf in new) if v is not None else None
+    return [x.asnumpy().copy() for x in params]
+
+
+@pytest.mark.parametrize("kernels", [REFERENCE, FUSED], ids=["reference", "fused"])
+@pytest.mark.parametrize("name", sorted(optim_rules.MOMENTS))
+def test_stacked_layers_move_by_their_own_learning_rates_as_single_ones_do(name, kernels):
+    o, rng = optim_config(name=name, clip_norm=0.0, weight_decay=0.3), np.random.default_rng(0)
+    start, *grads = rng.standard_normal((4, STACK, 5, 7)).astype(np.float32)
+
+    def tensors(x):
+        return tuple(ms.Tensor(np.ascontiguousarray(each)) for each in x)
+
+    single = {str(i): ParamSpec((5, 7), ("embed", "ffn"), normal(1.0)) for i in range(STACK)}
+    stack = {"all": ParamSpec((STACK, 5, 7), ("layers", "embed", "ffn"), normal(1.0))}
+    one_by_one = grouped_step(o, single, [(f,) for f in PER_LAYER], tensors(start), [tensors(g) for g in grads], kernels)
+    (stacked,) = grouped_step(o, stack, [PER_LAYER], tensors([start]), [tensors([g]) for g in grads], kernels)
+    plain = grouped_step(o, single, None, tensors(start), [tensors(g) for g in grads], kernels)
+    for i, factor in enumerate(PER_LAYER):
+        np.testing.assert_allclose(stacked[i], one_by_one[i], rtol=2e-6, atol=1e-6)
+        assert factor == 1.0 or np.abs(one_by_one[i] - plain[i]).max() > 1e-2
+    np.testing.assert_array_equal(one_by_one[1], plain[1])  # a factor of 1 changes no bit
+
+
+GROUPS = "layers.*=0.5,layers.1.*norm=3,embed=0.1,layers.0.attention.wq=0.25"
+
+
+def test_a_pattern_names_one_layer_of_a_stack():
+    """The factors that each array of a step gets."""
+    config, sharding = layouts.run_config({"groups": GROUPS}), layouts.sharding_of(DENSE, {})
+    found = {}
+    for looped in (False, True):
+        placed = placements(DENSE, sharding, looped)
+        for (path, _), x in zip(tree_paths(placed), tree_leaves(optim.own_rates(config.optim, placed))):
+            found[looped, path] = x.asnumpy()[..., 0].tolist()
+            assert (x.asnumpy()[..., 1:] == 1).all()
+    assert found[True, "layers.attention.wq"] == [found[False, f"layers.{i}.attention.wq"] for i in range(2)] == [0.25, 0.5]
+    assert found[True, "layers.mlp_norm"] == [found[False, f"layers.{i}.mlp_norm"] for i in range(2)] == [0.5, 3]
+    assert found[True, "layers.mlp.w_up"] == 0.5 and found[True, "embed"] == found[False, "embed"] == pytest.approx(0.1)
+    assert found[True, "final_norm"] == 1
+    config.optim.lr_groups = ""
+    assert optim.own_rates(config.optim, placed) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["unroll", "scan"])
+def test_a_pattern_reaches_one_layer_also_where_layers_are_looped_over(loop):
+    """One step of SGD without momentum, clipping or decay: each parameter moves by its own factor."""
+    moved = {}
+    for groups in ("", GROUPS):
+        config = layouts.run_config({"optim": "sgd", "loop": loop})
+        config.optim.b1 = config.optim.weight_decay = config.optim.clip_norm = 0.0
+        config.optim.lr_groups = groups
+        program = train_program.build_program(DENSE, config)
+        start = tree_map(lambda w: w.asnumpy().copy(), random_params(DENSE))
+        state, _ = program.step(program.init(start), make_batch(0, vocab=DENSE.vocab_size), 1e-1, 0)
+        before = dict(tree_paths(start))
+        moved[groups] = {path: w.asnumpy() - before[path] for path, w in tree_paths(program.params(state))}
+    for path, step in moved[""].items():
+        want = {"embed": 0.1, "layers.0.attention.wq": 0.25, "final_norm": 1.0}.get(
+            path, 3.0 if path.startswith("layers.1.") and path.endswith("norm") else 0.5
+        )
+        np.testing.assert_allclose(moved[GROUPS][path], want * step, rtol=1e-3, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("layers.9.*=2", "'layers.9.\\*' matches no parameter"),
+        ("embd=2", "'embd' matches no parameter; did you mean 'embed'"),
+        ("embed", "'embed' must be PATTERN=FACTOR, such as"),
+        ("embed=x", "'embed=x' must be PATTERN=FACTOR"),
+        ("embed=-1", "'embed=-1' must be PATTERN=FACTOR"),
+        ("=2", "'=2' must be PATTERN=FACTOR"),
+        ("embed=inf", "'embed=inf' must be PATTERN=FACTOR"),
+        ("embed=0", "'embed=0' trains nothing of what it matches; use --config.train.freeze_include='embed'"),
+        ("layers.0.*=2", "'layers.0.\\*' matches only what has no learning rate: frozen parameters or the router's bias"),
+    ],
+)
+def test_a_group_that_would_change_nothing_is_an_error(text, why):
+    with pytest.raises(ValueError, match=f"optim.lr_groups: {why}"):
+        lr_groups.check(text, param_specs(DENSE.replace(frozen=(("layers.0.*",), ()))))
+
+
+def test_the_last_pattern_that_matches_counts():
+    groups = lr_groups.parse(" *=2, layers.1.* = 0.5 ,layers.1.mlp.*=3,")
+    assert [lr_groups.factor(groups, path) for path in ("embed", "layers.0.mlp.w_up", "layers.1.attention.wq", "layers.1.mlp.w_up")] == [
+        2,
+        2,
+        0.5,
+        3,
+    ]
+    lr_groups.check("layers.1.*=2,*norm=3", param_specs(DENSE))

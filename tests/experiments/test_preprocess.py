@@ -330,6 +330,13 @@ def test_conversation_that_cannot_be_used_is_named_by_file_and_line(tmp_path, fo
     assert run(*common, status=2).startswith(f"error: {path}, line 1: key 'messages' is missing; the keys are text")
 
 
+def test_a_weight_that_a_pair_cannot_hold_is_refused(tmp_path, folder):
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0.5}]
+    path = jsonl(tmp_path / "in.jsonl", [{"messages": turns}])
+    said = run(f"--input={path}", f"--output_prefix={tmp_path}/p", f"--tokenizer={folder}", "--format=messages", status=2)
+    assert said.startswith(f"error: {path}, line 1: a turn has a weight of 0.5, and the masks beside a pair are 0 or 1")
+
+
 def test_inspect(tmp_path, folder, tok):
     path = jsonl(tmp_path / "in.jsonl", CHAT + [{"instruction": "x", "output": "y"}])
     run(f"--input={path}", f"--output_prefix={tmp_path}/p", f"--tokenizer={folder}", "--format=alpaca")

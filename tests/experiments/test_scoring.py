@@ -15,7 +15,8 @@ from qwen3.generate import generate
 from qwen3.model import forward
 from tests import processes
 from tests.experiments import scoring_worker
-from tests.tiny import DENSE
+from tests.golden import make_harness
+from tests.tiny import DENSE, MOE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 
@@ -209,6 +210,21 @@ def test_lm_evaluation_harness_runs_tasks_of_its_own(model, tmp_path):
     assert values["acc"] == want[0]["acc"] == 0.5 and errors["acc"] == pytest.approx(want[1]["acc"]) and count == 4
     with pytest.raises(ValueError, match="--tasks=nothing: neither a file, nor a task"):
         harness.run(model, ["nothing"])
+
+
+@pytest.mark.parametrize("name", make_harness.MODELS)
+def test_scores_are_the_stored_ones_of_the_harness_own_back_end(name, tmp_path):
+    """Its cuts, its windows and its task on transformers' model, as tests/golden/make_harness.py stored them."""
+    stored = json.loads(make_harness.PATH.read_text())[name]
+    model = scoring_worker.scorer({"dense": DENSE, "moe": MOE}[name], {}, 0)
+    assert model.length == make_harness.LENGTH and {greedy for *_, greedy in stored["pairs"]} == {True, False}
+    found = scoring.loglikelihood(model, [(context, continuation) for context, continuation, *_ in stored["pairs"]])
+    np.testing.assert_allclose([x for x, _ in found], [x for *_, x, _ in stored["pairs"]], rtol=1e-5)
+    assert [greedy for _, greedy in found] == [greedy for *_, greedy in stored["pairs"]]
+    np.testing.assert_allclose(scoring.loglikelihood_rolling(model, make_harness.TEXTS), stored["rolling"], rtol=1e-5)
+    lines = [{"context": d["q"], "choices": d["choices"], "answer": d["gold"], "delimiter": ""} for d in make_harness.DOCUMENTS]
+    values, _ = tasks.run(model, tasks.read(write(tmp_path / "ours.jsonl", *lines)))
+    assert {key: values[key] for key in ("acc", "acc_norm")} == {key: stored[key] for key in ("acc", "acc_norm")}
 
 
 def test_a_missing_harness_is_named(model, monkeypatch):

@@ -82,6 +82,15 @@ LAYOUTS = {
     "adapters, dp2, ZeRO 1": ("adapters", dict(dp=2, zero=1)),
     "adapters, dp2, ZeRO 2": ("adapters", dict(dp=2, zero=2)),
     "adapters, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan": ("adapters, moe", dict(dp=2, tp=2, ep=2, seq=True, zero=1, loop="scan")),
+    "tp2, Muon": ("untied", dict(tp=2, optim="muon")),
+    "moe, dp2, ZeRO 2, Muon": ("moe", dict(dp=2, zero=2, optim="muon")),
+    "dp2, ZeRO 1, scan, Muon": ("deep", dict(dp=2, zero=1, loop="scan", optim="muon")),
+    "dp2, ZeRO 3, Muon": ("dense", dict(dp=2, zero=3, optim="muon")),
+    "tp2 of 1 kv head, sequence parallel, scan, Muon": ("qwen2", dict(tp=2, seq=True, loop="scan", optim="muon")),
+    "dp2, ZeRO 1, scan, groups of learning rates": (
+        "deep",
+        dict(dp=2, zero=1, loop="scan", groups="layers.[0-2].*=0.5,layers.4.*=2,embed=0.1"),
+    ),
     "cp2, ring": ("untied", dict(cp=2, micro=2, evaluate=True)),
     "cp2, Ulysses": ("dense", dict(cp=2, ulysses=2)),
     "cp2, ring, packed, scan": ("dense", dict(cp=2, packed=True, loop="scan")),
@@ -119,6 +128,14 @@ LAYOUTS = {
     "moe, dp2 tp2 ep4, sequence parallel, ZeRO 3, Lion": ("moe8", dict(dp=2, tp=2, ep=4, seq=True, zero=3, optim="lion")),
     "moe, pp2 dp2 ep2, Muon": ("moe8", dict(pp=2, dp=2, ep=2, micro=2, optim="muon")),
     "dp2 cp2, 2 micro-batches, Muon": ("qwen2", dict(dp=2, cp=2, micro=2, optim="muon")),
+    "dp2 tp2, ZeRO 1, scan, Muon": ("dense", dict(dp=2, tp=2, zero=1, loop="scan", optim="muon")),
+    "dp2 tp2, ZeRO 3, Muon": ("dense", dict(dp=2, tp=2, zero=3, optim="muon")),
+    "moe, dp2 tp2 ep2, sequence parallel, ZeRO 2, scan, Muon": (
+        "moe8",
+        dict(dp=2, tp=2, ep=2, seq=True, zero=2, loop="scan", optim="muon"),
+    ),
+    "pp2 dp2, ZeRO 2, tied, in place, Muon": ("dense", dict(pp=2, dp=2, micro=2, zero=2, in_place=True, optim="muon")),
+    "pp2 dp2, ZeRO 1, groups of learning rates": ("dense", dict(pp=2, dp=2, micro=2, zero=1, groups="layers.1.*=0.5,embed=0.1")),
     "moe, pp2 dp2 ep2, ZeRO 1": ("moe", dict(pp=2, dp=2, ep=2, micro=2, zero=1)),
     "pp4, 1F1B, tied": ("deep", dict(pp=4, micro=4)),
     "pp4, GPipe, two stages without layers": ("untied", dict(pp=4, micro=2, schedule="gpipe")),
@@ -207,6 +224,16 @@ SLOW = (
     "moe, dp2 tp2 ep4, sequence parallel, ZeRO 3, Lion",
     "moe, pp2 dp2 ep2, Muon",
     "dp2 cp2, 2 micro-batches, Muon",
+    "tp2, Muon",
+    "dp2, ZeRO 1, scan, Muon",
+    "dp2, ZeRO 3, Muon",
+    "tp2 of 1 kv head, sequence parallel, scan, Muon",
+    "dp2, ZeRO 1, scan, groups of learning rates",
+    "dp2 tp2, ZeRO 1, scan, Muon",
+    "dp2 tp2, ZeRO 3, Muon",
+    "moe, dp2 tp2 ep2, sequence parallel, ZeRO 2, scan, Muon",
+    "pp2 dp2, ZeRO 2, tied, in place, Muon",
+    "pp2 dp2, ZeRO 1, groups of learning rates",
     "moe, dp2 tp2",
     "moe, dp2 tp2 ep2, sequence parallel, ZeRO 1, scan",
     "moe, dp4 ep4, ZeRO 3, scan",
@@ -328,7 +355,7 @@ def run_config(options):
     config.parallel.micro_batches = options.get("micro", 1)
     config.parallel.pp_schedule, config.parallel.virtual_stages = options.get("schedule", "1f1b"), options.get("virtual", 1)
     config.parallel.stage_layers = options.get("layers", ())
-    config.optim.name = options.get("optim", "adamw")
+    config.optim.name, config.optim.lr_groups = options.get("optim", "adamw"), options.get("groups", "")
     config.optim.eps = 1e-5  # at 1e-8 rounding alone moves parameters
     config.optim.clip_norm = 0.5  # acts in every step, so that the norm enters the gradients
     return config

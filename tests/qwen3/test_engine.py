@@ -147,6 +147,19 @@ def test_a_row_that_stops_lets_the_next_one_in_before_the_others_are_done(params
             assert third_id in [event.id for event in e.step(1)]
 
 
+@pytest.mark.parametrize("by_host", [False, True])
+def test_a_row_at_its_limit_lets_the_next_one_in_before_the_others_are_done(params, by_host):
+    more = {"logprobs": 0} if by_host else {}
+    first, second, third = prompts(DENSE)[:3]
+    e = engine(params, slots=2)
+    long, short = e.submit(Request(first, 40, **more)), e.submit(Request(second, 6, **more))
+    while len(e._decoding()) < 2:  # both prompts are read
+        e.step(1)
+    third_id = e.submit(Request(third, 3, **more))
+    ids = [event.id for event in e.step(32)]
+    assert ids.count(long) <= 6 and short in ids and third_id in [event.id for event in e.step(1)]
+
+
 def test_a_row_ends_where_the_cache_does(params):
     long, full = prompts(DENSE, (60, 64))
     served = serve(engine(params), [Request(long, 100), Request(full, 100)])

@@ -134,6 +134,19 @@ def test_a_turn_of_weight_0_has_no_loss(base, key, no):
         encode_chat(tok, [USER, {**first, key: no}])
 
 
+@pytest.mark.parametrize("more", [{"weight": 0.5}, {"loss_scale": 0.5}, {"weight": 0.5, "train": True}])
+def test_the_loss_of_a_turn_counts_by_its_weight(base, more):
+    tok = with_call(base, TOJSON)
+    first, second = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+    ids, mask = encode_chat(tok, [USER, {**first, **more}, USER, second])
+    plain, ones = encode_chat(tok, [USER, first, USER, second])
+    assert np.array_equal(ids, plain) and ones.dtype == np.uint8 and mask.dtype == np.float32
+    assert tok.decode(ids[mask == 0.5]) == "yes<|im_end|>" and tok.decode(ids[mask == 1]) == "no<|im_end|>"
+    assert np.array_equal(mask > 0, ones > 0)
+    _, twice = encode_chat(tok, [USER, {**first, "weight": 2}])
+    assert set(twice.tolist()) == {0.0, 2.0}
+
+
 def test_a_tagged_template_takes_weights_too(base):
     turn = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"
     tagged = "{% for m in messages %}{{ m.role }} TURN{% endfor %}".replace("TURN", turn)
@@ -161,8 +174,12 @@ def bot(**fields):
 
 WRONG = {
     "messages[1].mask is read in two ways": bot(mask=1),
-    "messages[1].weight=0.5 must be 0 or 1": bot(weight=0.5),
-    "messages[1].weight=2 must be 0, 1, true or false": bot(weight=2),
+    "messages[1].loss=0.5 must be 0 or 1": bot(loss=0.5),
+    "messages[1].weight=-1 must be a number from 0 to 100": bot(weight=-1),
+    "messages[1].weight='x' must be a number from 0 to 100": bot(weight="x"),
+    "messages[1] has weight and loss_scale, which differ": bot(weight=0.5, loss_scale=2),
+    "messages[1] has weight and loss, which differ": bot(weight=0.5, loss=0),
+    "messages[1].loss_scale=2.0: only an assistant's turn has loss": {"role": "user", "content": "y", "loss_scale": 2},
     "messages[1] has weight and train, which differ": bot(weight=0, train=True),
     "messages[1].train=True: only an assistant's turn has loss": {"role": "user", "content": "y", "train": True},
     "messages[1] has reasoning and thinking, which differ": bot(reasoning="a", thinking="b"),

@@ -128,6 +128,25 @@ def test_data_without_a_target_says_so(loaded):
         ConversationRows(loaded, 4, 0)
 
 
+def test_a_turn_with_a_weight_has_it_in_its_row_and_stays_a_whole_answer(tokenizer, tmp_path):
+    record = {"messages": [dict(m, weight=0.25) if m["role"] == "assistant" else m for m in RECORDS[0]["messages"]]}
+    found = conversations.load(settings(written(tmp_path, [record, RECORDS[1]], "jsonl")), tokenizer)
+    plain = conversations.load(settings(written(tmp_path, RECORDS[:2], "jsonl")), tokenizer)
+    assert np.array_equal(found.ids, plain.ids) and np.array_equal(found[0][1], plain[0][1] * 0.25) and same_pair(found[1], plain[1])
+    weights = ConversationRows(found, 256, 0).row(0)["loss_weights"]
+    assert set(weights.tolist()) == {0.0, 0.25, 1.0} and weights.dtype == np.float32
+    assert conversations.questions(found, 2) == conversations.questions(plain, 2)
+    mixed = {"messages": [*RECORDS[0]["messages"], {"role": "user", "content": "again"}, dict(record["messages"][-1])]}
+    (question,) = conversations.questions(conversations.load(settings(written(tmp_path, [mixed], "jsonl")), tokenizer), 1)
+    assert Tokenizer.load(tokenizer).decode(question[1]).startswith(RECORDS[0]["messages"][-1]["content"]) and len(question[0]) > len(
+        plain[0][0]
+    )
+
+
+def same_pair(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b))
+
+
 def test_instructions_have_the_right_answers():
     for record in instructions.records(400, seed=1):
         (task, *words), answer = record["messages"][0]["content"].split(), record["messages"][1]["content"].split()

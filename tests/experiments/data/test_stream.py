@@ -243,6 +243,46 @@ def test_of_a_few_records_none_may_be_held_out_and_a_line_says_so(tmp_path, toke
     assert "data.held_out=0.001 holds out no text of data.jsonl; eval_loss is of training data" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("most", [1, 7, 15, 30, 44, 99])
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+def test_a_stream_of_the_first_records_is_one_of_a_file_of_them(write, most, tmp_path, tokenizer):
+    """Three files of 15, 15 and 14 records, or one."""
+    folder = write(tmp_path / "data")
+    stream = TextStream(folder, tokenizer, 16, most=most)
+    want = pack(tokenizer.encode_batch(TEXTS[:most]), 16, tokenizer.eod_id, True)
+    assert epoch_length(stream) == len(want["tokens"])
+    same(first_rows(stream, len(want["tokens"]), 0), want)
+    shuffled = TextStream(folder, tokenizer, 16, most=most, shuffle_buffer=5)
+    assert sorted(texts_of_an_epoch(shuffled)) == sorted(TEXTS[:most])
+    held = TextStream(folder, tokenizer, 16, most=most, held_out=0.3)
+    taken = texts_of_an_epoch(held) if most > 1 else []
+    assert set(taken) <= set(TEXTS[:most]) and (most < 7 or len(taken) < min(most, len(TEXTS)))
+    assert TextStream(folder, tokenizer, 16).fingerprint != stream.fingerprint
+
+
+def texts_of_an_epoch(stream):
+    return [text for text, _ in stream._in_order(0, 0, 0, 0, 0)]
+
+
+def test_of_the_first_records_no_later_file_is_read(tmp_path, tokenizer):
+    folder = write_jsonl(tmp_path / "data")
+    (folder / "part_2.jsonl").write_text("{broken")
+    rows = TextStream(folder, tokenizer, 16, most=20).rows(0)
+    assert all(state["epoch"] < 3 for _, (_, state) in zip(range(60), rows))
+    with pytest.raises(ValueError, match="part_2.jsonl, line 1: not JSON"):
+        first_rows(TextStream(folder, tokenizer, 16, most=31), 900, 0)
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 6])
+def test_of_the_first_records_a_restored_loader_goes_on(shuffle_buffer, tmp_path, tokenizer):
+    folder, options = write_jsonl(tmp_path / "data"), {"most": 20, "shuffle_buffer": shuffle_buffer}
+    want = list(itertools.islice(TextStream(folder, tokenizer, 16, **options).rows(0), 80))
+    for at in (0, 7, 30, 55):
+        for (row, state), (again, after) in zip(want[at + 1 :], TextStream(folder, tokenizer, 16, **options).rows(0, want[at][1])):
+            same(row, again)
+            assert state == after
+
+
 def test_without_held_out_records_none_are_looked_for(tmp_path, tokenizer):
     (tmp_path / "data.jsonl").write_text("never read")
     with pytest.raises(ValueError, match="data.held_out=0.0 holds out no text of data.jsonl; raise it"):
