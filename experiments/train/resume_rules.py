@@ -48,7 +48,9 @@ RULES = {
     **_of("train", "freeze_include freeze_exclude", NEVER, TRAINED),
     **_of("lora", "rank alpha rslora dropout init targets adapter", NEVER, MODEL),
     "optim.name": (NEVER, "its state has other arrays"),
-    **_of("optim", "lr lr_groups schedule warmup_steps warmup_ratio decay_fraction min_lr_ratio b1 b2 muon_momentum eps", ELSEWHERE, UPDATE),
+    **_of(
+        "optim", "lr lr_groups schedule warmup_steps warmup_ratio decay_fraction min_lr_ratio b1 b2 muon_momentum eps", ELSEWHERE, UPDATE
+    ),
     **_of("optim", "weight_decay clip_norm skip_spikes router_bias_rate", ELSEWHERE, UPDATE),
     **_of("checkpoint", "every on_exit keep_last keep_every async_save compression on_error timeout_s", IN_PLACE, SAVING),
     **_of(
