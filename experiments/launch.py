@@ -26,7 +26,9 @@ TIMEOUT = "seconds in which all nodes must start and all ranks connect (msrun's 
 number_flags.real("timeout_s", 600, TIMEOUT, 1, number_flags.MOST_S)
 SAVE = "seconds after SIGTERM for the ranks to save a checkpoint and end; a second signal ends them at once"
 number_flags.real("save_s", 60, SAVE, 0, number_flags.MOST_S)
-OPTIONS = ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_dir", "timeout_s", "save_s")
+SIMULATE = "simulate the NPUs on this machine: the main runs from its flags to its files, compiled for Ascend, and nothing is computed"
+flags.DEFINE_boolean("simulate", False, SIMULATE)
+OPTIONS = ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_dir", "timeout_s", "save_s", "simulate")
 TARGET = []  # the command after `--`
 
 

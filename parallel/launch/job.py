@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from parallel.launch.nodes import Nodes, bind
 from parallel.launch.process import POLL_S, Cause, Process, end
+from parallel.simulation import standin
 
 SCHEDULER = "from mindspore.communication import init; init()"  # with MS_ROLE=MS_SCHED, init() returns when all workers have ended
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -36,6 +37,7 @@ class Job:
     show_rank: the rank whose output goes to the terminal.
     save_s: the time for the ranks to save and end after a launcher got SIGTERM.
     grace_s: the time from SIGTERM to SIGKILL in other cases.
+    simulate: the ranks are simulated NPUs. MindSpore compiles for them and computes nothing; they exchange files and no values.
     Raises ValueError with the key, its value and the fix.
     """
 
@@ -50,6 +52,7 @@ class Job:
     show_rank: int = 0
     save_s: float = 60
     grace_s: float = 3
+    simulate: bool = False
 
     def __post_init__(self):
         for key in ("nproc", "nnodes", "timeout_s"):
@@ -62,6 +65,8 @@ class Job:
             for key, what in needed.items():
                 if getattr(self, key) is None:
                     raise ValueError(f"--{key} is missing; --nnodes={self.nnodes} needs {what}")
+        if self.simulate and self.nnodes > 1:
+            raise ValueError(f"--simulate with --nnodes={self.nnodes}: a simulated job has one node; use --nproc for all of its ranks")
         if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
             raise ValueError(f"--node_rank={self.node_rank} must be from 0 to {self.nnodes - 1}, as --nnodes={self.nnodes}")
         last = 65535 if self.nnodes == 1 else 65534  # the launcher takes the next port
@@ -92,7 +97,10 @@ def run(job):
     the log folder cannot be made, or other nodes do not connect in time.
     """
     command = command_of(job.target)
-    check_devices(job.nproc)
+    if not job.simulate:
+        check_devices(job.nproc)
+    elif reason := standin.unavailable():
+        raise ValueError(f"--simulate: {reason}")
     with _signals() as received, contextlib.ExitStack() as held:
         address = held.enter_context(_scheduler_address(job))
         nodes = held.enter_context(contextlib.closing(Nodes(job.node, job.nnodes, (address[0], address[1] + 1))))
@@ -201,6 +209,8 @@ def _announce(job, address, log_dir):
     where = f" on node {job.node}" if job.nnodes > 1 else ""
     print(f"launch     {ranks} of {job.world}{where}; cores: {cores}, threads a rank: {threads}; scheduler at {address[0]}:{address[1]}")
     shown = f"rank {job.show_rank}'s output follows" if job.show_rank in job.ranks else f"rank {job.show_rank} shows on its own node"
+    if job.simulate:
+        print("simulated  NPUs: the program is compiled for Ascend and nothing is computed, so losses and weights mean nothing")
     print(f"logs       {os.path.join(log_dir, 'rank_<r>.log')}; {shown}", flush=True)
 
 
@@ -211,8 +221,12 @@ def threads_of(nproc):
 
 def environment(job, address, rank=None):
     """Returns the environment of a rank, or of the scheduler if rank is None, as msrun sets it for MindSpore's dynamic cluster."""
+    as_log = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}  # the log has what was printed before a crash, and the place of the crash
+    if job.simulate:
+        return {**os.environ, **standin.environment(job.world, rank), **as_log, "OMP_NUM_THREADS": "1"}
     env = {
         **os.environ,
+        **as_log,
         "MS_ROLE": "MS_SCHED" if rank is None else "MS_WORKER",
         "MS_WORKER_NUM": str(job.world),
         "MS_SCHED_HOST": address[0],
@@ -220,8 +234,6 @@ def environment(job, address, rank=None):
         "MS_TOPO_TIMEOUT": str(int(job.timeout_s)),
         "RANK_SIZE": str(job.world),
         "RANK_ID": str(rank or 0),
-        "PYTHONUNBUFFERED": "1",  # so that the log has what was printed before a crash
-        "PYTHONFAULTHANDLER": "1",  # so that the log has the place of a crash
     }
     env.setdefault("OMP_NUM_THREADS", str(threads_of(job.nproc)))
     if rank is not None:
@@ -230,8 +242,8 @@ def environment(job, address, rank=None):
 
 
 def _start(job, command, address, log_dir):
-    """Starts the processes one by one, the scheduler first."""
-    if job.node == 0:
+    """Starts the processes one by one, the scheduler first; simulated ranks need none."""
+    if job.node == 0 and not job.simulate:
         log = os.path.join(log_dir, "scheduler.log")
         yield Process("the scheduler", [sys.executable, "-c", SCHEDULER], environment(job, address), log, is_worker=False)
     for rank in job.ranks:
