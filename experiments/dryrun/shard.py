@@ -1,5 +1,6 @@
 """The training step of a dry run with --lowering=shard: the trainer's own (experiments/train/partitioned.py)."""
 
+from experiments.layout.check import check_partitioned
 from experiments.train import partitioned
 from parallel.placement import place
 from parallel.trees import tree_paths
@@ -8,9 +9,9 @@ from qwen3.model import choose_kernels, param_specs
 TRAIN_STEPS = 2
 
 
-def check(config, cfg, step):
+def check(config, step):
     """Raises ValueError, naming the key, for a config that --lowering=shard cannot compile."""
-    partitioned.check(config, cfg)
+    check_partitioned(config)
     if step != "train":
         raise ValueError(f"--step={step} with parallel.lowering=shard: it compiles training steps; use --lowering=manual")
 

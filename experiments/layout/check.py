@@ -19,6 +19,8 @@ def check(config, cfg, world=None):
     fix."""
     parallel = config.parallel
     sizes = axis_sizes(parallel, world)
+    if parallel.lowering == "shard":
+        check_partitioned(config)
     if parallel.zero not in (0, 1, 2, 3):
         raise ValueError(f"parallel.zero={parallel.zero} must be 0, 1, 2 or 3")
     _check_model(cfg, config, sizes)
@@ -28,6 +30,34 @@ def check(config, cfg, world=None):
     _check_pipeline(config, cfg, sizes)
     made.size(("tp", "cp"))  # raises ValueError if the sub-axes of an axis do not fit
     return sizes
+
+
+def check_partitioned(config):
+    """Raises ValueError, naming the key, for a config that --lowering=shard cannot train."""
+    refused = {
+        "parallel.pp": (
+            1,
+            "MindSpore's pipeline needs Cells that share no primitive, and separate ranks for each stage, see docs/dryrun.md",
+        ),
+        "parallel.cp": (1, "MindSpore has no rule for a ring"),
+        "optim.lr_groups": ("", "groups of learning rates are not supported there"),
+        "optim.skip_spikes": (0.0, "skipping of updates is not supported there"),
+    }
+    for name, (only, why) in refused.items():
+        section, key = name.split(".")
+        if (value := config[section][key]) != only:
+            raise ValueError(f"{name}={value} with parallel.lowering=shard: {why}; use {name}={only}, or --lowering=manual")
+    if config.optim.name == "muon":
+        raise ValueError(
+            "optim.name=muon with parallel.lowering=shard: it needs whole matrices; use optim.name=adamw, or --lowering=manual"
+        )
+    if config.train.layer_loop == "scan":
+        raise ValueError("train.layer_loop=scan with parallel.lowering=shard: its layers are unrolled; use --config.train.layer_loop=auto")
+    if config.train.monitor_every:
+        raise ValueError(
+            "train.monitor_every with parallel.lowering=shard: monitors read gradients that stay inside MindSpore's graph;"
+            " use train.monitor_every=0, or --lowering=manual"
+        )
 
 
 def for_inference(asked, cfg, model, world):

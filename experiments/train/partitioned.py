@@ -16,6 +16,7 @@ import numpy as np
 from mindspore import ops
 from mindspore.common.initializer import initializer
 
+from experiments.layout.check import check_partitioned
 from experiments.train import optim as optimizer
 from experiments.train.batch import metric_weight, metrics_of, number, shares, split_batch, tensors, with_dropout_seeds
 from experiments.train.state import Program, held_arrays, new_state, restored, split_trainable, spread_arrays
@@ -32,38 +33,10 @@ BATCH = ("tokens", "targets", "segment_ids", "positions", "loss_weights")
 ONE_RANK = Mesh()  # every rank has the global batch, as one rank would
 
 
-def check(config, cfg):
-    """Raises ValueError, naming the key, for a config that --lowering=shard cannot train."""
-    refused = {
-        "parallel.pp": (
-            1,
-            "MindSpore's pipeline needs Cells that share no primitive, and separate ranks for each stage, see docs/dryrun.md",
-        ),
-        "parallel.cp": (1, "MindSpore has no rule for a ring"),
-        "optim.lr_groups": ("", "groups of learning rates are not supported there"),
-        "optim.skip_spikes": (0.0, "skipping of updates is not supported there"),
-    }
-    for name, (only, why) in refused.items():
-        section, key = name.split(".")
-        if (value := config[section][key]) != only:
-            raise ValueError(f"{name}={value} with parallel.lowering=shard: {why}; use {name}={only}, or --lowering=manual")
-    if config.optim.name == "muon":
-        raise ValueError(
-            "optim.name=muon with parallel.lowering=shard: it needs whole matrices; use optim.name=adamw, or --lowering=manual"
-        )
-    if config.train.layer_loop == "scan":
-        raise ValueError("train.layer_loop=scan with parallel.lowering=shard: its layers are unrolled; use --config.train.layer_loop=auto")
-    if config.train.monitor_every:
-        raise ValueError(
-            "train.monitor_every with parallel.lowering=shard: monitors read gradients that stay inside MindSpore's graph;"
-            " use train.monitor_every=0, or --lowering=manual"
-        )
-
-
 def build_program(cfg, config, sharding, kernels):
     """Returns the Program of experiments.train.program.build_program, for --lowering=shard. Its state's arrays are Parameters, which every
     step updates in place."""
-    check(config, cfg)
+    check_partitioned(config)
     mesh, placed = sharding.mesh, place(sharding, param_specs(cfg))
     if split_trainable(placed)[0] is None:
         raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")

@@ -128,7 +128,8 @@ def test_the_batch_has_two_documents_a_row_and_no_loss_between_them():
     assert (batch["targets"][:, :-1] == batch["tokens"][:, 1:]).all() and batch["tokens"].max() < 61
 
 
-@pytest.mark.parametrize("name", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "moe"])
 def test_training_with_default_and_reference_ops_gives_one_loss(name):
     found = bench_train(options(check=True), SIZES[name], 2, 16)
     assert all(np.isfinite(found[key]) and np.isfinite(found[f"reference_{key}"]) for key in FIGURES)

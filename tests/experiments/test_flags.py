@@ -89,7 +89,6 @@ BAD = [
     ("--dp=-2", "parallel.dp=-2 must be 1 or more, or -1 for all remaining ranks"),
     ("--config.parallel.ep=4", "parallel.ep=4 must divide dp x cp x tp = 1 x 1 x 1 = 1; use 1"),
     ("--zero=4", "parallel.zero=4 must be 0, 1, 2 or 3"),
-    ("--lowering=shard", "parallel.lowering='shard' compiles for Ascend and does not train yet; use --lowering=manual"),
     ("--lowering=magic", "parallel.lowering='magic' is not one of manual, shard"),
     ("--micro_batches=0", "parallel.micro_batches=0 must be above 0"),
     (

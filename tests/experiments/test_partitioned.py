@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import flags as command_line
 from experiments.configs import common
-from experiments.train import partitioned
+from experiments.layout.check import check_partitioned
 from experiments.train.program import build_program
 from parallel.checkpoint.read import Reader
 from parallel.sharding import Sharding
@@ -100,7 +99,7 @@ def test_what_the_partitioner_cannot_train_is_refused_by_name(key, value, said):
     section, name = key.split(".")
     config[section][name] = value
     with pytest.raises(ValueError, match=said.replace(".", r"\.")):
-        partitioned.check(config, command_line.model_config(config, "any"))
+        check_partitioned(config)
 
 
 def run_main(*words, env=None):

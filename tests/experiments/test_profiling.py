@@ -46,4 +46,4 @@ def test_bad_steps_are_named(config):
     for text in ("3", "0:2", "5:3", "a:b", "1:2:3"):
         config.train.profile_steps = text
         with pytest.raises(ValueError, match="train.profile_steps=.* must be FIRST:LAST"):
-            flags._check(config)
+            flags.check(config)

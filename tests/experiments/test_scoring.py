@@ -233,9 +233,8 @@ def test_a_missing_harness_is_named(model, monkeypatch):
         harness.run(model, ["hellaswag"])
 
 
-@pytest.mark.parametrize(
-    "layouts", [scoring_worker.LAYOUTS, pytest.param(scoring_worker.SLOW_LAYOUTS, marks=pytest.mark.slow)], ids=" and ".join
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layouts", [scoring_worker.LAYOUTS, scoring_worker.SLOW_LAYOUTS], ids=" and ".join)
 def test_any_layout_scores_as_one_process(layouts):
     ranks = processes.run("tests.experiments.scoring_worker:main", 2, json.dumps(list(layouts)))
     for name, (cfg, sizes) in layouts.items():

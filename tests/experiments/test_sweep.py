@@ -108,9 +108,8 @@ def tables(folder):
     return [(Path(folder) / name).read_text() for name in ("runs.csv", "summary.csv", "table.md")]
 
 
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGTERM, 128 + signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_a_sweep_killed_in_the_middle_ends_with_the_table_of_one_that_was_not(tmp_path, config, number, code):
     whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
     assert start(config, whole, 3).wait() == 0

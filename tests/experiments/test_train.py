@@ -135,6 +135,7 @@ def biased():
     return train_program.build_program(BIASED, make_config(**GENTLE, **BIAS_RATE))
 
 
+@pytest.mark.slow
 def test_scanned_experts_train_as_unrolled_ones(biased):
     a = run(BIASED, make_config(**GENTLE, **BIAS_RATE), 3, program=biased)
     b = run(BIASED, make_config(**{"train.layer_loop": "scan", **GENTLE, **BIAS_RATE}), 3)
@@ -294,6 +295,7 @@ def test_steps_work_in_place_on_nothing_but_the_state(loop, gentle):
     assert any((a != b).any() for a, b in zip(values_of(program.params(state)), held))  # in place, so the test above can fail
 
 
+@pytest.mark.slow
 def test_the_update_of_ascend_gives_the_numbers_of_the_reference(monkeypatch):
     """On CPU, where its primitive works too: in place, after everything that reads the old values."""
     cfg, found = DENSE.replace(num_layers=1), {}

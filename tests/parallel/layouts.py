@@ -177,6 +177,8 @@ LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
 # Left out of the default tests: more of the same, at 10 seconds of a core for each process. The others have 2 processes and, between them,
 # each kind of parallelism, ZeRO, adapters and experts; test_manual.py has the ops on 4.
 SLOW = (
+    "adapters, tp2, sequence parallel, scan",
+    "moe, dp2, ZeRO 2, Muon",
     "dp2",
     "tp2, sequence parallel",
     "moe, pp2 dp2 ep2, ZeRO 1",

@@ -42,6 +42,7 @@ def test_a_function_compiles_for_ascend(tmp_path):
 
 
 @needs_standin
+@pytest.mark.slow
 def test_processes_that_make_the_library_at_once_share_one(tmp_path):
     make = [sys.executable, "-c", f"from parallel.simulation import standin; print(standin.library({str(tmp_path)!r}))"]
     with ThreadPoolExecutor(2) as pool:
