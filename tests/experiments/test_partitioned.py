@@ -144,7 +144,7 @@ def test_a_run_goes_from_flags_to_saved_checkpoints_in_simulation(tmp_path, text
     done = run_main(*launch, "experiments.pretrain", *flags, *layout, f"--workdir={tmp_path}/run")
     assert "simulated  NPUs" in done and "which transformers opens" in done
     assert json.loads((tmp_path / "run" / "finished.json").read_text())["step"] == 2
-    names = Reader(tmp_path / "run" / "checkpoints" / "step_000002").names()
+    names = Reader(tmp_path / "run" / "checkpoints" / "step_000002").names
     assert {"params/embed", "m/embed", "v/layers.0.attention.wq"} <= set(names)
     one = [flag.replace("steps=2", "steps=3") for flag in (*flags, *layout) if flag.startswith("--config") and "compute" not in flag]
     one += ["--partial"] if "bfloat16" in name else []  # CPU computes in float32
