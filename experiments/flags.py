@@ -231,10 +231,8 @@ def _with_trainable(cfg, config):
     if not config.lora.rank:
         return cfg.replace(frozen=(include, exclude))
     if include or exclude:
-        raise ValueError(
-            f"train.freeze_*={','.join(include + exclude)!r}: lora.rank={config.lora.rank} freezes all parameters but the adapters;"
-            " leave it out"
-        )
+        given = " and ".join(f"{key}={config.train[key]!r}" for key in ("freeze_include", "freeze_exclude") if config.train[key])
+        raise ValueError(f"train.{given}: lora.rank={config.lora.rank} freezes all parameters but the adapters; leave it out")
     known, chosen = cfg.lora_targets, set()
     for pattern in _patterns(config.lora.targets):
         found = {name for name in known if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")}
