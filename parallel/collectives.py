@@ -179,10 +179,11 @@ def _ascend_wire(group, ranks, at):
     n, whole = len(ranks), ops.AllGather(group)
 
     def from_root(root):
-        send = ops.Broadcast(ranks[root], group)
+        """By an all-gather: of ops.Broadcast it is not clear whether it takes the rank in the job or in the group (docs/mindspore.md)."""
 
         def broadcast(x):
-            return send((x,))[0]
+            rows = x.shape[0]
+            return whole(x)[root * rows : (root + 1) * rows]
 
         return broadcast
 
