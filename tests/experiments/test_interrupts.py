@@ -84,7 +84,7 @@ def test_a_process_that_was_started_to_ignore_it_does_and_a_notebook_keeps_its_o
 
 @pytest.mark.slow
 def test_at_any_moment_of_a_start(tmp_path):
-    """Not in Python's own start, before a line of ours runs; and while MindSpore compiles a graph, its own handler makes a SIGTERM of it."""
+    """Not in Python's own start, before a line of ours runs. While it compiles a graph, MindSpore's own handler makes a SIGTERM of it."""
     rng, ended = random.Random(3), 0
     for number in range(40):
         command = [sys.executable, "-m", *TRAINS, f"--workdir={tmp_path}/{number}", "--config.train.steps=2"]
