@@ -1,11 +1,9 @@
 """Ctrl-C of every main, while it imports and while it works: one line on stderr and status 130, whatever library is being imported."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -80,23 +78,3 @@ def test_a_process_that_was_started_to_ignore_it_does_and_a_notebook_keeps_its_o
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
     command = f"trap '' INT; {sys.executable} -m experiments.compare --help >/dev/null & kill -INT $!; wait $!"
     assert subprocess.run(["bash", "-c", command], cwd=ROOT, timeout=60, capture_output=True).returncode == 1  # that of --help
-
-
-@pytest.mark.slow
-def test_at_any_moment_of_a_start(tmp_path):
-    """Not in Python's own start, before a line of ours runs. While it compiles a graph, MindSpore's own handler makes a SIGTERM of it."""
-    rng, ended = random.Random(3), 0
-    for number in range(40):
-        command = [sys.executable, "-m", *TRAINS, f"--workdir={tmp_path}/{number}", "--config.train.steps=2"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while "experiments" not in Path(f"/proc/{process.pid}/cmdline").read_text():
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.15, 8))
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
-        assert "Fatal" not in err and "Traceback" not in err, err
-        if (process.returncode, err) == (-signal.SIGTERM, ""):
-            continue
-        assert process.returncode == 130 and err.splitlines()[-1] == "stopped    by Ctrl-C", (number, process.returncode, err)
-        ended += 1
-    assert ended >= 20
