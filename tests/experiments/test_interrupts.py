@@ -1,7 +1,6 @@
 """Ctrl-C of every main, while it imports and while it works: one line on stderr and status 130, whatever library is being imported."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
