@@ -2,6 +2,7 @@
 
 from experiments.layout.check import check_partitioned
 from experiments.train import partitioned
+from experiments.train.batch import blank
 from parallel.placement import place
 from parallel.trees import tree_paths
 from qwen3.model import choose_kernels, param_specs
@@ -23,6 +24,6 @@ def train_step(config, cfg, sharding):
     arrays = partitioned.Arrays(sharding, place(sharding, param_specs(cfg)), config)
     step, state = partitioned.build_step(cfg, config, sharding, kernels, arrays), arrays.state(0.0)
     for at in range(TRAIN_STEPS):
-        state, _ = step(state, partitioned.blank_batch(cfg, config), 1e-3, at)
+        state, _ = step(state, blank(config.train.batch_size, config.train.seq_len), 1e-3, at)
     held = {"params": [w for _, w in tree_paths(arrays.tree)], "optimizer": [w for flat in arrays.moments.values() for w in flat]}
     return {kind: {w.name: [list(w.shape), "float32"] for w in tensors} for kind, tensors in held.items()}

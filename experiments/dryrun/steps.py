@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from experiments.train import optim
+from experiments.train.batch import blank
 from experiments.train.program import build_program
 from experiments.train.state import local_shapes, placements, split_trainable, stage_placements
 from ops import signature
@@ -35,8 +36,9 @@ def train_step(config, cfg, sharding):
     paths, frozen_paths = ([p.path for p in tree_leaves(tree or ())] for tree in (trainable, frozen))
     given = {kind: [[list(w.shape), "float32"] for w in tree_leaves(state[kind])] for kind in state}
     state = optim.resident(choose_kernels(config.ops, cfg, sharding))({**state, "norm": ms.Tensor(0.0, ms.float32)})
+    batch = blank(config.train.batch_size // sharding.mesh.dp, config.train.seq_len)
     for step in range(TRAIN_STEPS):
-        state, _ = program.step(state, _batch(config, sharding.mesh.dp), 1e-3, step)
+        state, _ = program.step(state, batch, 1e-3, step)
     params = {**dict(zip(paths, given["params"])), **dict(zip(frozen_paths, given.get("frozen", ())))}
     taken = [gradients.get(tuple(shape), [shape, "float32"]) for shape, _ in given["m"]]
     optimizer = {f"{kind}.{path}": w for kind in optim.MOMENTS[config.optim.name] for path, w in zip(paths, given[kind])}
@@ -63,12 +65,6 @@ def _gradients_to(found):
 
 def _blank(tree, dtype="float32"):
     return tree_map(lambda like: ms.Tensor.from_numpy(np.zeros(like.shape, NUMPY[dtype])), tree)
-
-
-def _batch(config, dp):
-    shape = config.train.batch_size // dp, config.train.seq_len
-    ints = ("tokens", "targets", "segment_ids", "positions")
-    return {**{key: np.ones(shape, np.int32) for key in ints}, "loss_weights": np.ones(shape, np.float32)}
 
 
 def generate_step(config, cfg, sharding):

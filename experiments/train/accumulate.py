@@ -63,11 +63,21 @@ def _add_in_place(count):
     return function("add(share, arrays, gradients)", [*lines, f"return depend(share, ({done}))"], into=into, depend=ops.depend)
 
 
-def _clear():
-    copy, greater, cast = InplaceCopy(), ops.Greater(), ops.Cast()
+def cleared():
+    """Returns f(x) -> float32 zeros, also where x is not finite. Of ops.ZerosLike a graph would keep a constant of full size."""
+    greater, cast = ops.Greater(), ops.Cast()
 
-    def into(total):  # not zeros_like: a graph would keep its result as a constant of the full size
-        return copy(total, cast(greater(total, float("inf")), ms.float32))
+    def zeros(x):
+        return cast(greater(x, float("inf")), ms.float32)
+
+    return zeros
+
+
+def _clear():
+    copy, zeros = InplaceCopy(), cleared()
+
+    def into(total):
+        return copy(total, zeros(total))
 
     def clear(arrays, token):
         return ops.depend(token, EACH(into, arrays))

@@ -38,6 +38,34 @@ def shares(mesh, slices):
     return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / len(weights))
 
 
+def over_micro_batches(mesh, batch, count, names, compute):
+    """Returns (loss, metrics called `names`) of a step of `count` micro-batches; see shares() for `mesh`.
+
+    compute(share, micro-batch) -> (loss, metrics) of one of them; it also accumulates the gradients.
+    """
+    loss, aux, slices = 0.0, [0.0] * len(names), split_batch(batch, count)
+    for share, micro_batch in zip(shares(mesh, slices), slices):
+        one_loss, one_aux = compute(share, micro_batch)
+        loss += share * number(one_loss)
+        aux = [a + metric_weight(name, share) * x.asnumpy() for name, a, x in zip(names, aux, one_aux)]
+    return loss, aux
+
+
+def mean_over_targets(losses):
+    """Returns the mean, in nats per target, of pairs of tensors (nats per target, number of targets)."""
+    nats, targets = 0.0, 0.0
+    for loss, count in losses:
+        loss, count = number(loss), number(count)
+        nats, targets = nats + loss * count, targets + count
+    return nats / max(targets, 1.0)
+
+
+def blank(rows, seq_len):
+    """Returns a batch in which no target counts, for compiling."""
+    ints = ("tokens", "targets", "segment_ids", "positions")
+    return {**{key: np.ones((rows, seq_len), np.int32) for key in ints}, "loss_weights": np.zeros((rows, seq_len), np.float32)}
+
+
 def tensors(batch):
     return {key: ms.Tensor(np.ascontiguousarray(value)) for key, value in batch.items()}
 

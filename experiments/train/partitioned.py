@@ -18,8 +18,9 @@ from mindspore.common.initializer import initializer
 
 from experiments.layout.check import check_partitioned
 from experiments.train import optim as optimizer
-from experiments.train.batch import metric_weight, metrics_of, number, shares, split_batch, tensors, with_dropout_seeds
-from experiments.train.state import Program, held_arrays, new_state, restored, split_trainable, spread_arrays
+from experiments.train.accumulate import cleared
+from experiments.train.batch import blank, mean_over_targets, metrics_of, number, over_micro_batches, tensors, with_dropout_seeds
+from experiments.train.state import Program, check_trains, held_arrays, new_state, restored, split_trainable, spread_arrays
 from layers import lora
 from parallel import zero
 from parallel.graph.nested import to_tuple
@@ -38,8 +39,7 @@ def build_program(cfg, config, sharding, kernels):
     step updates in place."""
     check_partitioned(config)
     mesh, placed = sharding.mesh, place(sharding, param_specs(cfg))
-    if split_trainable(placed)[0] is None:
-        raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
+    check_trains(placed)
     arrays = Arrays(sharding, placed, config)
     step = build_step(cfg, config, sharding, kernels, arrays)
     evaluate = build_evaluate(cfg, config, sharding, kernels, arrays)
@@ -52,9 +52,9 @@ def build_program(cfg, config, sharding, kernels):
 
     def began(state):
         if mesh.world > 1 and not arrays.are_shards():
-            blank = blank_batch(cfg, config)
-            step(arrays.state(0.0), blank, 0.0, 0)  # its results are overwritten: compiling is what makes MindSpore cut the Parameters
-            evaluate(arrays.state(0.0), [blank])
+            batch = blank(config.train.batch_size, config.train.seq_len)
+            step(arrays.state(0.0), batch, 0.0, 0)  # its results are overwritten: compiling is what makes MindSpore cut the Parameters
+            evaluate(arrays.state(0.0), [batch])
         return arrays.filled(state)
 
     def held(state=None):
@@ -77,7 +77,6 @@ class Arrays:
     """
 
     def __init__(self, sharding, placed, config):
-        self.placed, self.mesh = placed, sharding.mesh
         self.tree = unflatten(placed, [_parameter(sharding, p, path) for path, p in tree_paths(placed)])
         by_path = dict(tree_paths(self.tree))
         self.trainable_placed, self.frozen_placed = split_trainable(placed)
@@ -129,13 +128,6 @@ def _like(w, kind):
     return state
 
 
-def blank_batch(cfg, config):
-    """Returns a global batch in which no target counts, of the shape of a run's batches."""
-    shape = config.train.batch_size, config.train.seq_len
-    ints = ("tokens", "targets", "segment_ids", "positions")
-    return {**{key: np.ones(shape, np.int32) for key in ints}, "loss_weights": np.zeros(shape, np.float32)}
-
-
 @contextlib.contextmanager
 def partitioned(sharding):
     """Inside it, MindSpore partitions the graphs that this process compiles. zero: the ZeRO stage, which is MindSpore's optimizer_level."""
@@ -170,7 +162,7 @@ def build_step(cfg, config, sharding, kernels, arrays):
         return loss, aux, ops.depend(update(grads, values), (loss, aux))
 
     total, places = tuple(arrays.sums), range(len(arrays.sums))
-    assign, depend, clear = ops.Assign(), ops.depend, _cleared()
+    assign, depend, clear = ops.Assign(), ops.depend, cleared()
 
     @ms.jit
     def accumulate(share, *batch):
@@ -199,12 +191,12 @@ def build_step(cfg, config, sharding, kernels, arrays):
             with partitioned(sharding):
                 loss, aux, norm = step_in_one_graph(values, *flat(batch))
         else:
-            loss, aux, slices = 0.0, [0.0] * len(names), split_batch(batch, micro_batches)
-            for share, micro_batch in zip(shares(ONE_RANK, slices), slices):
+
+            def compute(share, micro_batch):
                 with partitioned(sharding):
-                    one_loss, one_aux = accumulate(ms.Tensor(share, ms.float32), *flat(micro_batch))
-                loss += share * number(one_loss)
-                aux = [a + metric_weight(name, share) * x.asnumpy() for name, a, x in zip(names, aux, one_aux)]
+                    return accumulate(ms.Tensor(share, ms.float32), *flat(micro_batch))
+
+            loss, aux = over_micro_batches(ONE_RANK, batch, micro_batches, names, compute)
             norm = finish(values)
         return state, metrics_of(cfg, config, lr, loss, aux, norm, 0.0)
 
@@ -259,17 +251,6 @@ def _update(config, sharding, arrays, kernels):
     return update
 
 
-def _cleared():
-    """Returns f(x) -> zeros, also where x is not finite. ops.ZerosLike is not used, because a graph stores its result as a constant of full
-    size."""
-    greater, cast = ops.Greater(), ops.Cast()
-
-    def cleared(x):
-        return cast(greater(x, float("inf")), ms.float32)
-
-    return cleared
-
-
 def build_evaluate(cfg, config, sharding, kernels, arrays):
     """Returns evaluate(state, batches) -> cross-entropy in nats per target. batches: global batches, on every rank."""
     loss_fn = build(lora.without_dropout(cfg), sharding, kernels=kernels).loss_fn
@@ -277,12 +258,11 @@ def build_evaluate(cfg, config, sharding, kernels, arrays):
     lines = [f"aux = loss_fn(tree, {{{batch}}})[1]", 'return aux["loss"], aux["tokens"]']
     loss_of = ms.jit(function(f"loss_of({', '.join(BATCH)})", lines, loss_fn=loss_fn, tree=arrays.tree))
 
+    def loss_and_targets(batch):
+        with partitioned(sharding):
+            return loss_of(*(tensors(batch)[key] for key in BATCH))
+
     def evaluate(state, batches):
-        nats, targets = 0.0, 0.0
-        for batch in batches:
-            with partitioned(sharding):
-                loss, tokens = map(number, loss_of(*(tensors(batch)[key] for key in BATCH)))
-            nats, targets = nats + loss * tokens, targets + tokens
-        return nats / max(targets, 1.0)
+        return mean_over_targets(map(loss_and_targets, batches))
 
     return evaluate

@@ -89,6 +89,12 @@ def split_trainable(tree):
     return (trainable if trainable is None or frozen is None else shallow(trainable)), frozen
 
 
+def check_trains(placed):
+    """Raises ValueError if no parameter of a tree of ParamSpec or Placed is trainable."""
+    if split_trainable(placed)[0] is None:
+        raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
+
+
 def _trains(leaf):
     return getattr(leaf, "spec", leaf).trains
 

@@ -5,8 +5,8 @@ from mindspore import ops
 
 from experiments.train import optim as optimizer
 from experiments.train.accumulate import RunningSum
-from experiments.train.batch import metric_weight, metrics_of, number, shares, split_batch, tensors, with_dropout_seeds
-from experiments.train.state import full_tree, local_shapes, split_trainable
+from experiments.train.batch import mean_over_targets, metrics_of, over_micro_batches, tensors, with_dropout_seeds
+from experiments.train.state import check_trains, full_tree, local_shapes, split_trainable
 from experiments.train.update import build_clip, build_update
 from layers import lora
 from parallel import zero
@@ -23,9 +23,8 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
 
     placed: the tree of Placed of the model; with scan, its layers are stacked. Raises ValueError if no parameter is trainable.
     """
-    trainable, frozen = split_trainable(placed)
-    if trainable is None:
-        raise ValueError("train.freeze_include leaves nothing to train; take patterns out, or name what trains in train.freeze_exclude")
+    check_trains(placed)
+    trainable, _ = split_trainable(placed)
     specs, _ = split_trainable(stacked_specs(cfg) if scan else param_specs(cfg))
     micro_batches, names = config.parallel.micro_batches, metric_names(cfg)
     reduce_every_micro_batch = micro_batches > 1 and sharding.zero >= 2  # then the running sum has this rank's shard alone
@@ -72,13 +71,14 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
             loss, aux, norm, skipped, new = step_in_one_graph(params, frozen, m, v, mean_norm, values, tensors(batch))
         else:
             running_sum.start()
-            loss, aux, slices = 0.0, [0.0] * len(names), split_batch(batch, micro_batches)
-            for share, micro_batch in zip(shares(sharding.mesh, slices), slices):
-                weight = ms.Tensor(share, ms.float32)
-                one_loss, one_aux, added = accumulate(params, frozen, running_sum.arrays, weight, tensors(micro_batch))
+
+            def compute(share, micro_batch):
+                share = ms.Tensor(share, ms.float32)
+                loss, aux, added = accumulate(params, frozen, running_sum.arrays, share, tensors(micro_batch))
                 running_sum.take(added)
-                loss += share * number(one_loss)
-                aux = [a + metric_weight(name, share) * x.asnumpy() for name, a, x in zip(names, aux, one_aux)]
+                return loss, aux
+
+            loss, aux = over_micro_batches(sharding.mesh, batch, micro_batches, names, compute)
             norm, skipped, new = finish(params, running_sum.arrays, m, v, mean_norm, values)
         return merge(state, new), metrics_of(cfg, config, lr, loss, aux, norm, skipped)
 
@@ -116,10 +116,7 @@ def build_evaluate(cfg, sharding, kernels, placed, scan):
     loss_of = jit(loss_of)
 
     def evaluate(state, batches):
-        params, nats, targets = full_tree(placed, state["params"], state.get("frozen")), 0.0, 0.0
-        for batch in batches:
-            loss, tokens = map(number, loss_of(params, tensors(context.cut(sharding.mesh, batch))))
-            nats, targets = nats + loss * tokens, targets + tokens
-        return nats / max(targets, 1.0)
+        params = full_tree(placed, state["params"], state.get("frozen"))
+        return mean_over_targets(loss_of(params, tensors(context.cut(sharding.mesh, batch))) for batch in batches)
 
     return evaluate

@@ -17,6 +17,7 @@ from mindspore.communication import init
 from mindspore.parallel import _utils
 
 from experiments.train import partitioned
+from experiments.train.batch import blank
 from parallel.placement import cut, place
 from parallel.sharding import Sharding
 from parallel.trees import tree_leaves
@@ -59,7 +60,7 @@ def main(name):
     with mock.patch.object(partitioned, "_parameter", with_values), mock.patch.object(_utils, "_load_tensor_by_layout", seen):
         arrays = partitioned.Arrays(sharding, placed, config)
         step = partitioned.build_step(cfg, config, sharding, choose_kernels(config.ops, cfg, sharding), arrays)
-        step(arrays.state(0.0), partitioned.blank_batch(cfg, config), 1e-3, 0)
+        step(arrays.state(0.0), blank(config.train.batch_size, config.train.seq_len), 1e-3, 0)
     wrong = []
     for p in tree_leaves(placed):
         want = cut(mesh, p.spec, p.stored, known[p.path].__getitem__)

@@ -57,6 +57,15 @@ class RowNumbers {
   uint32_t n_, padded_;
 };
 
+// Writes where each row of a tile begins, in bytes, eight times a row. numbers: space for one element a row.
+__aicore__ inline void RowBegins(const LocalTensor<int32_t> &begins, const LocalTensor<int32_t> &numbers, uint32_t rows, uint32_t padded) {
+  CreateVecIndex(numbers, static_cast<int32_t>(0), rows);
+  VectorBarrier();
+  Muls(numbers, numbers, static_cast<int32_t>(padded * sizeof(float)), rows);
+  VectorBarrier();
+  Brcb(begins, numbers, static_cast<uint8_t>(rows / FLOATS), {1, 8});
+}
+
 class TopK {
  public:
   __aicore__ inline void Run(GM_ADDR logits, GM_ADDR bias, GM_ADDR probs, GM_ADDR expert, GM_ADDR weight, const TopKTiling &tiling) {
@@ -95,12 +104,7 @@ class TopK {
     } last = {MINUS_INFINITY};
     if (padded_ > n_) Duplicate(score_.Get<float>(), last.value, tile_ * padded_);
     CreateVecIndex(columns_.Get<int32_t>(), static_cast<int32_t>(0), padded_);
-    LocalTensor<int32_t> row = bits_.Get<int32_t>();
-    CreateVecIndex(row, static_cast<int32_t>(0), tile_);
-    VectorBarrier();
-    Muls(row, row, static_cast<int32_t>(padded_ * sizeof(float)), tile_);
-    VectorBarrier();
-    Brcb(begins_.Get<int32_t>(), row, static_cast<uint8_t>(tile_ / FLOATS), {1, 8});
+    RowBegins(begins_.Get<int32_t>(), bits_.Get<int32_t>(), tile_, padded_);
     VectorBarrier();
   }
   __aicore__ inline void Load(uint32_t row, uint32_t rows) {
@@ -256,12 +260,7 @@ class TopKGrad {
     probs_in_.Init(pipe_, elements, 2), dprobs_in_.Init(pipe_, elements, 2), dlogits_out_.Init(pipe_, elements, 2);
     pipe_.InitBuffer(row_, tile * sizeof(int32_t)), pipe_.InitBuffer(begins_, tile * 32);
     numbers_.Init(pipe_, tile, n_, padded_);
-    LocalTensor<int32_t> row = row_.Get<int32_t>();
-    CreateVecIndex(row, static_cast<int32_t>(0), tile);
-    VectorBarrier();
-    Muls(row, row, static_cast<int32_t>(padded_ * sizeof(float)), tile);
-    VectorBarrier();
-    Brcb(begins_.Get<int32_t>(), row, static_cast<uint8_t>(tile / FLOATS), {1, 8});
+    RowBegins(begins_.Get<int32_t>(), row_.Get<int32_t>(), tile, padded_);
   }
   __aicore__ inline void Load(uint32_t row, uint32_t rows) {
     const uint64_t at = static_cast<uint64_t>(row) * n_, first = static_cast<uint64_t>(row) * k_;
