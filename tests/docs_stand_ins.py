@@ -24,7 +24,7 @@ def make_stand_ins(folder):
         cfg = cfg.replace(vocab_size=tokenizer.vocab_size, max_position=256, eos_id=tokenizer.eos_id)
         params = tree_map(lambda w: w, random_params(cfg))
         hf.save(folder / name, cfg, params, tokenizer_dir=folder / "tokenizer")
-    for name in ("DIR", "hf_dir", "model_from_hf/qwen2.5-7b-hf"):
+    for name in ("DIR", "hf_dir", "model_from_hf/qwen2.5-7b-hf", "model_from_hf/qwen3-8b-hf"):
         os.symlink(folder / "Qwen3-32B", folder / name)
     (folder / "FILE_OR_FOLDER").mkdir()
     (folder / "FILE_OR_FOLDER" / "a.txt").write_text("".join(TEXTS))

@@ -63,7 +63,7 @@ def test_every_command_of_the_page_runs(tmp_path):
 
 
 GIB, LIMIT_GIB, LARGE = 2**30, 58.0, 4  # LARGE: from this number of devices on
-FOLDERS = {"Qwen3-32B": "qwen3-32b", "model_from_hf/qwen2.5-7b-hf": "qwen2.5-7b"}
+FOLDERS = {"Qwen3-32B": "qwen3-32b", "model_from_hf/qwen2.5-7b-hf": "qwen2.5-7b", "model_from_hf/qwen3-8b-hf": "qwen3-8b"}
 
 
 class Large(NamedTuple):
