@@ -9,6 +9,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from parallel import collectives
+from parallel.graph.source import function
 
 
 def attention(sharding, parts, dim):
@@ -35,7 +36,13 @@ class _Ring(nn.Cell):
         self.n, self.at, self.forward, self.backward = n, at, forward, backward
         self.sources = tuple((at - step) % n for step in range(n))  # the rank whose keys this rank has, in each step
         self.pass_on = collectives.ppermute(mesh, atoms, [(i, (i + 1) % n) for i in range(n)])
-        self.join, self.stack, self.cast, self.zeros_like = _join(), ops.Stack(0), ops.Cast(), ops.ZerosLike()
+        lines = []  # written out: as a loop it does not compile in a loop over layers (docs/mindspore.md)
+        for source in self.sources[1:]:
+            lines += ["kv = pass_on(kv)", f"more = forward(q, kv[0], kv[1], segment, part(segments, {source}), place, part(order, {source}))"]
+            lines += ["o, lse = join(o, lse, more[0], more[1])"]
+        names = {"pass_on": self.pass_on, "forward": forward, "part": self.part, "join": _join()}
+        self.others = function("others(q, kv, segments, order, segment, place, o, lse)", [*lines, "return o, lse"], **names)
+        self.stack, self.cast, self.zeros_like = ops.Stack(0), ops.Cast(), ops.ZerosLike()
 
     def part(self, x, source):
         """Returns the slice of x_BT for the tokens of the rank with index `source`."""
@@ -46,11 +53,7 @@ class _Ring(nn.Cell):
         segment, place = self.part(segments, self.at), self.part(order, self.at)
         o, lse = self.forward(q, k, v, segment, segment, place, place)
         kv = self.stack((k, v))
-        for step in range(1, self.n):
-            kv = self.pass_on(kv)
-            source = self.sources[step]
-            other = self.forward(q, kv[0], kv[1], segment, self.part(segments, source), place, self.part(order, source))
-            o, lse = self.join(o, lse, other[0], other[1])
+        o, lse = self.others(q, kv, segments, order, segment, place, o, lse)
         return self.cast(o, q.dtype), lse
 
     def bprop(self, q, k, v, segments, order, out, dout):

@@ -206,7 +206,6 @@ SLOW = (
     "dp2 tp2",
     "tp2, sequence parallel, full recompute",
     "cp2, ring",
-    "cp2, ring, packed, scan",
     "cp2 tp2, packed, sequence parallel",
     "cp4, ring",
     "cp4, ring, packed",
