@@ -38,8 +38,8 @@ class _Ring(nn.Cell):
         self.pass_on = collectives.ppermute(mesh, atoms, [(i, (i + 1) % n) for i in range(n)])
         lines = []  # written out: as a loop it does not compile in a loop over layers (docs/mindspore.md)
         for source in self.sources[1:]:
-            lines += ["kv = pass_on(kv)", f"more = forward(q, kv[0], kv[1], segment, part(segments, {source}), place, part(order, {source}))"]
-            lines += ["o, lse = join(o, lse, more[0], more[1])"]
+            keys = f"kv[0], kv[1], segment, part(segments, {source}), place, part(order, {source})"
+            lines += ["kv = pass_on(kv)", f"more = forward(q, {keys})", "o, lse = join(o, lse, more[0], more[1])"]
         names = {"pass_on": self.pass_on, "forward": forward, "part": self.part, "join": _join()}
         self.others = function("others(q, kv, segments, order, segment, place, o, lse)", [*lines, "return o, lse"], **names)
         self.stack, self.cast, self.zeros_like = ops.Stack(0), ops.Cast(), ops.ZerosLike()
