@@ -11,11 +11,13 @@ from experiments.train.optim_rules import MOMENTS
 from parallel.placement import local_shape, place
 from parallel.simulation import dryrun
 from parallel.simulation.dryrun import Exchange
+from parallel.simulation.timeline import ITEMSIZE, Machine, timeline
 from parallel.trees import tree_leaves
 from qwen3.model import param_specs
 
 GIB = 2**30
 HELD = ("params_bytes", "gradients_bytes", "optimizer_bytes", "cache_bytes")
+TIMES = ("step_s", "compute_s", "sent_s", "exposed_s")
 LARGEST = 12  # number of source lines in the list of the largest buffers
 # kind or name of a Block -> its description in the report
 NAMES = {
@@ -105,7 +107,7 @@ def _missing_inputs(trace):
 
 def nbytes(tensor):
     """Returns the bytes of a tensor [shape, dtype]."""
-    return math.prod(tensor[0]) * dryrun.ITEMSIZE[tensor[1]]
+    return math.prod(tensor[0]) * ITEMSIZE[tensor[1]]
 
 
 def figures(trace, mesh):
@@ -121,19 +123,34 @@ def figures(trace, mesh):
         "margin_bytes": int(dryrun.margin_gib(trace.exchanges) * GIB),
         "compile_s": round(trace.said["compile_s"], 1),
         "host_bytes": trace.said["host_bytes"],
-        "collectives": collectives(trace.exchanges, train_steps(trace), mesh),
+        **times(trace),
+        "collectives": collectives(trace, mesh),
         "largest": largest(trace, live),
         "local_shapes": {path: shape for path, (shape, _) in trace.said["params"].items()},
     }
 
 
-def collectives(exchanges, steps, mesh):
-    """Returns [[kind, axes, ranks, calls in a step, bytes that a rank sends in a step]], one for each kind and group of ranks."""
-    out = {}
-    for exchange, count in exchanges.items():
-        key = exchange.kind, axes_of(exchange.ranks, mesh) if exchange.ranks else "pp", len(exchange.ranks) or 2
-        calls, sent = out.get(key, (0, 0))
-        out[key] = calls + count / steps, sent + exchange.sent() * count / steps
+def times(trace):
+    """Returns the seconds of a step by the cost model of parallel/simulation/timeline.py, {name: seconds}."""
+    found, steps = timeline(trace.tasks, Machine()), train_steps(trace)
+    exposed = sum(found.exposed.values())
+    each = {"step_s": found.total, "compute_s": found.compute, "sent_s": sum(found.sent.values()), "exposed_s": exposed}
+    return {name: value / steps for name, value in each.items()}
+
+
+def collectives(trace, mesh):
+    """Returns [[kind, axes, ranks, calls, bytes that a rank sends, seconds, seconds in which computation waits for them]], all in a step,
+    one for each kind and group of ranks. The seconds are of the cost model."""
+    steps, found, out = train_steps(trace), timeline(trace.tasks, Machine()), {}
+
+    def add(kind, ranks, *values):
+        key = kind, axes_of(ranks, mesh) if ranks else "pp", len(ranks) or 2
+        out[key] = [before + value / steps for before, value in zip(out.get(key, [0] * 4), values)]
+
+    for exchange, count in trace.exchanges.items():
+        add(exchange.kind, exchange.ranks, count, exchange.sent() * count, 0, 0)
+    for (kind, ranks), took in found.sent.items():
+        add(kind, ranks, 0, 0, took, found.exposed[kind, ranks])
     return [[*key, *value] for key, value in sorted(out.items())]
 
 
@@ -166,11 +183,12 @@ def extrapolated(low, high, layers):
         return p + (q - p) * (layers - a) / (b - a)
 
     held = {key: line(x[key], y[key]) for key in HELD if key in x}
+    took = {key: line(x[key], y[key]) for key in TIMES}
     peak = max(line(x["peaks"].get(graph, top), top) for graph, top in y["peaks"].items())
     lost = max(found["with_fragments_bytes"] - found["peak_bytes"] for found in (x, y))
-    out = {**held, "peak_bytes": peak, "rest_bytes": peak - sum(held.values()), "with_fragments_bytes": peak + lost}
+    out = {**held, **took, "peak_bytes": peak, "rest_bytes": peak - sum(held.values()), "with_fragments_bytes": peak + lost}
     first = {tuple(row[:3]): row[3:] for row in x["collectives"]}
-    rows = [[*row[:3], *(line(p, q) for p, q in zip(first.get(tuple(row[:3]), (0, 0)), row[3:]))] for row in y["collectives"]]
+    rows = [[*row[:3], *(line(p, q) for p, q in zip(first.get(tuple(row[:3]), [0] * 4), row[3:]))] for row in y["collectives"]]
     return {**out, "margin_bytes": line(x["margin_bytes"], y["margin_bytes"]), "collectives": rows, "largest": y["largest"]}
 
 
@@ -203,8 +221,12 @@ def text(report):
     out = [f"rank {report['rank']}, {what} (compiled and run in {took})"]
     out += [f"  {name:<22} {found[key] / GIB:9.3f} GiB" for name, key in ROWS if found[key]]
     if found["collectives"]:
-        out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5} {'calls':>9} {'GiB a rank':>12}")
-        out += [f"  {kind:<22} {axes:<8} {n:>5} {calls:>9,.0f} {sent / GIB:>12.3f}" for kind, axes, n, calls, sent in found["collectives"]]
+        out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5} {'calls':>9} {'GiB a rank':>12} {'ms':>9} {'exposed':>9}")
+        for kind, axes, n, calls, sent, took, waits in found["collectives"]:
+            out.append(f"  {kind:<22} {axes:<8} {n:>5} {calls:>9,.0f} {sent / GIB:>12.3f} {took * 1e3:>9.1f} {waits * 1e3:>9.1f}")
+    step, compute, sent, waits = (found[name] * 1e3 for name in TIMES)
+    under = f"sends {sent:,.1f} ms, in {waits:,.1f} of which computation waits" if sent else "sends nothing"
+    out.append(f"  by assumed rates, in the compiled order: {step:,.1f} ms a step; computes {compute:,.1f} ms, {under}")
     out.append(f"  alive at the peak of {depths[-1]} layers, by the source line that made it")
     out += [f"  {size / GIB:9.3f} GiB in {count:>4}  {made}" for size, count, made in found["largest"]]
     out += [f"  WRONG {line}" for line in report["problems"]] or ["  every shard and every collective is as the layout says"]
@@ -222,7 +244,7 @@ def beside(manual, shard):
     out.append(f"  {'sent in a step':<22} {'over':<8} {'ranks':>5}" + f" {'calls':>9} {'GiB a rank':>12}" * 2)
     rows = [{tuple(row[:3]): row[3:] for row in report["figures"]["collectives"]} for report in both]
     for kind, axes, n in sorted({*rows[0], *rows[1]}):
-        sides = "".join(f" {calls:>9,.0f} {sent / GIB:>12.3f}" for calls, sent in (side.get((kind, axes, n), (0, 0)) for side in rows))
+        sides = "".join(f" {calls:>9,.0f} {sent / GIB:>12.3f}" for calls, sent in (side.get((kind, axes, n), (0, 0))[:2] for side in rows))
         out.append(f"  {kind:<22} {axes:<8} {n:>5}{sides}")
     peaks = "".join(f" {report['figures']['with_fragments_bytes'] / GIB:>22.3f}" for report in both)
     return [*out, f"  {'peak with fragments':<37}{peaks}"]

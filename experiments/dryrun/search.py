@@ -20,16 +20,12 @@ from ops.routing import shard_capacity
 from parallel.placement import nbytes, place
 from parallel.sharding import Sharding
 from parallel.simulation import dryrun, traffic
+from parallel.simulation.timeline import Machine
 from parallel.trees import tree_leaves
 from qwen3.model import param_specs
 
 GIB = 2**30
-# Assumed machine: nodes of 8 NPUs with 64 GB each. Rates are per NPU.
-NODE = 8  # neighbouring ranks in a node
-FLOPS = 350e12  # per second, of bfloat16 matrix products
-PRODUCTS = 0.5  # fraction of that rate which a training step reaches, for any number of ranks
-INSIDE, BETWEEN = 150e9, 20e9  # bytes per second that a rank sends inside a node, and between nodes
-CALL_S = 20e-6  # latency of a collective
+MACHINE = Machine()
 
 FORMULAS = """\
 memory of a rank, in GiB
@@ -46,7 +42,7 @@ memory of a rank, in GiB
 seconds of a step
   compute   model FLOPs of a step / (ranks x {flops:.3g} x {products:g}), plus a third with recomputation, and a third with a pipeline
   sent      for each collective and each transfer between stages: bytes / ({inside:.3g} a second inside a node of {node} ranks,
-  {between:.3g} between nodes) + {call:.0e}
+  {between:.3g} between nodes) + {call_s:.0e}
   bubble    compute x (pp - 1) / micro-batches"""
 
 # Numbers of bfloat16 tensors that a layer saves for its backward pass, counted in compiled graphs: of [rows, hidden], sharded by sequence
@@ -68,8 +64,7 @@ def search(config, world, hbm_gb, top):
     if not fitting and tried:
         least = min(tried, key=lambda row: row[1]["peak"])
         lines += ["none fits; the layout with the lowest peak:", _line(*least)]
-    constants = {"flops": FLOPS, "products": PRODUCTS, "inside": INSIDE, "between": BETWEEN, "node": NODE, "call": CALL_S}
-    formulas = re.sub(r"(SAVED|UPDATED)_\w+", lambda name: str(globals()[name[0]]), FORMULAS.format(**constants))
+    formulas = re.sub(r"(SAVED|UPDATED)_\w+", lambda name: str(globals()[name[0]]), FORMULAS.format(**vars(MACHINE)))
     return [*lines, formulas], [each for each, *_ in fitting[:top]]
 
 
@@ -117,11 +112,11 @@ def estimate(config):
     peak = state + (gradients + max(saved, held) if parallel.micro_batches > 1 else max(saved, gradients + held))
     memory = {"state": state, "gradients": gradients, "saved": saved, "peak": peak, "margin": margin}
     compute = metrics.flops_per_token(cfg, config.train.seq_len) * config.train.batch_size * config.train.seq_len
-    compute *= (1 + ((config.train.recompute == "full") + (pp > 1)) / 3) / (mesh.world * FLOPS * PRODUCTS)
-    sent = sum(count * (call.sent(mesh) / _rate(mesh.members(call.atoms)) + CALL_S) for call, count in calls.items())
+    compute *= (1 + ((config.train.recompute == "full") + (pp > 1)) / 3) / (mesh.world * MACHINE.flops * MACHINE.products)
+    sent = sum(count * (call.sent(mesh) / MACHINE.rate(mesh.members(call.atoms)) + MACHINE.call_s) for call, count in calls.items())
     if pp > 1:
         message = _tokens(config) * cfg.hidden_size * 2 / (parallel.tp if parallel.seq_parallel else 1)
-        sent += 2 * parallel.micro_batches * (message / _rate(mesh.members(("pp",))[:2]) + CALL_S)
+        sent += 2 * parallel.micro_batches * (message / MACHINE.rate(mesh.members(("pp",))[:2]) + MACHINE.call_s)
     return memory, {"compute": compute, "sent": sent, "bubble": compute * (pp - 1) / parallel.micro_batches}
 
 
@@ -149,10 +144,6 @@ def _calls(config, cfg, sharding, placed):
     return (
         traffic.times(rest + mine, micro) + traffic.of_update(sharding, placed, micro) + layout_traffic.muon_calls(config, sharding, placed)
     )
-
-
-def _rate(ranks):
-    return INSIDE if ranks[0] // NODE == ranks[-1] // NODE else BETWEEN
 
 
 def _tokens(config):

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from parallel.simulation import standin
+from parallel.simulation.timeline import TRANSFERS, read_tasks
 
 VERSIONS = ("2.7.1", "2.10.0")  # the versions of MindSpore whose files this module can read
 RESULT = "RESULT "  # the process prints one line of JSON after this
 # (type, op) of the copies that parallel.graph.jit.in_device_memory makes, in MindSpore 2.7.1 and 2.10.0
 COPIED = (("PyNativeOutput", "Mul"), ("PyNativeOutput", "Muls"))
 HEADER, ALIGNMENT = 32, 512  # the allocator adds HEADER bytes to a tensor and rounds up to a multiple of ALIGNMENT
-ITEMSIZE = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1, "uint8": 1, "int8": 1, "float64": 8}
-NAMES = {"AllToAll": "AlltoAll"}  # name of a collective on the device -> its name in the graph
 
 # Memory that simulation does not count, in GiB. For each group of ranks CANN's communication library takes two buffers of 200 MB (the
 # default of HCCL_BUFFSIZE). The workspaces of kernels and the runtime cannot be measured here, so MARGIN_GIB is an estimate.
@@ -74,13 +73,14 @@ class Exchange(NamedTuple):
 class Trace:
     """The measurements of one process.
 
-    said: the JSON value that it printed. exchanges: Counter of Exchange. lines: {(graph, node): source line}. with_fragments: the peak of
-    device memory with fragmentation, in bytes.
+    said: the JSON value that it printed. exchanges: Counter of Exchange. tasks: list of timeline.Task. lines: {(graph, node): source line}.
+    with_fragments: the peak of device memory with fragmentation, in bytes.
     """
 
     said: dict
     blocks: tuple
     exchanges: Counter
+    tasks: list
     lines: dict
     with_fragments: int
     wall_s: float
@@ -117,7 +117,8 @@ def trace(module, job, world, rank, folder, variables=None, timeout_s=3600):
         raise RuntimeError(f"rank {rank} of {world}: the step did not compile (status {done.returncode}):\n{_complaint(text)}")
     found = folder / f"rank_{rank}"
     blocks = read_blocks(found / "memory_block.csv")
-    return Trace(json.loads(said[1]), blocks, read_exchanges(found / "tracker_graph.ir"), _lines(found), _fragmented(text), wall_s)
+    tasks = read_tasks(found / "tracker_graph.ir")
+    return Trace(json.loads(said[1]), blocks, exchanges_of(tasks), tasks, _lines(found), _fragmented(text), wall_s)
 
 
 def _verbose(folder):
@@ -163,30 +164,17 @@ def _block(row):
     return Block(first, last, size, kind, row["node_name"], row["graph_name"])
 
 
-# Matches `() = (%2) Default/AllReduce-op0(%1), ..., attrs {group=...;comm_rank=0 8;...}` and the next line, which has the types of the
-# results, then those of the operands.
-TASK = re.compile(r"= (?:\S*/)?(\w+)-op\d+\([^\n]*comm_rank=([\d ]+)[^\n]*\n\s+\((.*?)\) <- \((.*?)\)\n")
-# Matches `(%1) = DistCommIsend(%1), ...`, which sends a tensor outside of graphs.
-TRANSFERS = {"DistCommIsend": "Send", "DistCommIrecv": "Receive"}
-TRANSFER = re.compile(r"= (" + "|".join(TRANSFERS) + r")\([^\n]*\n\s+\((.*?)\) <- ")
-TENSOR = re.compile(r"(\w+):\[([\d, ]*)\]")
-
-
-def read_exchanges(path):
-    """Returns the Counter of the Exchanges that were run, from a tracker_graph.ir."""
+def exchanges_of(tasks):
+    """Returns the Counter of the Exchanges among the Tasks of a step."""
     out = Counter()
-    text = Path(path).read_text(encoding="utf-8")
-    for kind, ranks, result, operand in TASK.findall(text):
-        dtype, shape = TENSOR.search(result if kind == "AllGather" else operand).groups()
-        out[Exchange(NAMES.get(kind, kind), tuple(map(int, ranks.split())), _product(shape), ITEMSIZE[dtype.lower()])] += 1
-    for kind, operand in TRANSFER.findall(text):
-        dtype, shape = TENSOR.search(operand).groups()
-        out[Exchange(TRANSFERS[kind], (), _product(shape), ITEMSIZE[dtype.lower()])] += 1
+    for task in tasks:
+        if task.ranks:
+            shape, size = (task.results if task.kind == "AllGather" else task.operands)[0]
+            out[Exchange(task.kind, task.ranks, math.prod(shape), size)] += 1
+        elif task.kind in TRANSFERS:
+            shape, size = task.results[0]
+            out[Exchange(task.kind, (), math.prod(shape), size)] += 1
     return out
-
-
-def _product(text):
-    return math.prod(int(n) for n in text.split(",") if n.strip())
 
 
 NODE = re.compile(r"# Fullname with scope: \((.*?)\)\n((?:\s+# .*\n)*)")

@@ -16,15 +16,15 @@ from experiments import flags as command_line
 from experiments.dryrun import jobs as dryrun_jobs
 from experiments.dryrun import plot as dryrun_plot
 from experiments.dryrun import report as dryrun_report
-from experiments.dryrun import search as dryrun_search
 from experiments.dryrun import shard as dryrun_shard
-from experiments.dryrun.search import candidates, estimate, search
+from experiments.dryrun.search import MACHINE, candidates, estimate, search
 from experiments.layout import traffic as layout_traffic
 from parallel.mesh import WORLD
 from parallel.pipeline.schedule import stage_ranges
 from parallel.placement import nbytes, place
 from parallel.sharding import Sharding
 from parallel.simulation import dryrun
+from parallel.simulation.timeline import Machine, Task, flops, read_tasks, timeline
 from parallel.trees import tree_leaves
 from qwen3.config import SIZES
 from qwen3.model import param_specs
@@ -103,6 +103,11 @@ def test_a_rank_has_the_bytes_and_the_collectives_that_the_layout_says(fast):
         and max(live for _, live in report["timeline"]) == report["figures"]["peak_bytes"]
     )
     assert any(place.startswith(("ops/", "layers/", "parallel/")) for *_, place in report["figures"]["largest"])
+    step, compute, sent, exposed = (report["figures"][name] for name in dryrun_report.TIMES)
+    rows = [row for row in report["figures"]["collectives"] if row[3]]
+    assert all(waits >= 0 and took > 0 for *_, took, waits in rows)
+    assert sum(row[5] for row in rows) == pytest.approx(sent) and sum(row[6] for row in rows) == pytest.approx(exposed) and exposed > 0
+    assert max(compute, sent) < step <= compute + sent and step == pytest.approx(compute + exposed, rel=0.05)
 
 
 @needs_standin
@@ -170,7 +175,7 @@ def test_two_depths_foretell_a_third(layout, layers, depths):
     for key in ("params_bytes", "gradients_bytes", "optimizer_bytes"):
         assert foretold[key] == whole[key]
     assert foretold["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.03)
-    sent = [sum(row[-1] for row in figures["collectives"]) for figures in (foretold, whole)]
+    sent = [sum(row[4] for row in figures["collectives"]) for figures in (foretold, whole)]
     assert sent[0] == pytest.approx(sent[1], rel=0.03)
 
 
@@ -229,7 +234,7 @@ def test_mindspore_partitions_as_the_signatures_say(model, layout):
     manual, shard = (compiled(dryrun_jobs.lowered(config, lowering), rank=0) for lowering in ("manual", "shard"))
     assert manual["problems"] == shard["problems"] == []
     assert manual["figures"]["local_shapes"] == shard["figures"]["local_shapes"]
-    rest = [[row for row in report["figures"]["collectives"] if row[0] != "AllReduce"] for report in (manual, shard)]
+    rest = [[row[:5] for row in report["figures"]["collectives"] if row[0] != "AllReduce"] for report in (manual, shard)]
     assert rest[0] == rest[1] != []
     text = "\n".join(dryrun_report.beside(manual, shard))
     assert "the local shapes of all" in text and "peak with fragments" in text
@@ -360,15 +365,67 @@ def test_collectives_are_read_as_often_as_they_ran(tmp_path):
     gather, reduce = dryrun.Exchange("AllGather", (0, 8), 32, 2), dryrun.Exchange("AllReduce", (0, 8), 1, 4)
     exchange, unknown = dryrun.Exchange("AlltoAll", (0, 8), 128, 4), dryrun.Exchange("Unheard", (0, 8), 2, 4)
     send = dryrun.Exchange("Send", (), 256, 2)
-    assert dryrun.read_exchanges(path) == {gather: 1, reduce: 2, exchange: 1, unknown: 1, send: 1}
+    assert dryrun.exchanges_of(read_tasks(path)) == {gather: 1, reduce: 2, exchange: 1, unknown: 1, send: 1}
     assert (gather.sent(), reduce.sent(), send.sent()) == (32, 4, 512)
+
+
+QUEUED = """(%9) = Muls(%8), task_info: 0, attrs {stream_id=0}
+    (Float32:[1000, 1000]) <- (Float32:[1000, 1000])
+(%1) = Default/MatMul-op0(%2, %3), task_info: 1, attrs {stream_id=0}
+    (Float32:[10, 30]) <- (Float32:[10, 20], Float32:[20, 30])
+() = RecordEvent(), task_info: 2, attrs {event=1;stream_id=0}
+    () <- ()
+() = WaitEvent(), task_info: 3, attrs {event=1;stream_id=2}
+    () <- ()
+(%4) = Default/AllReduce-op0(%1), task_info: 4, attrs {group=a;comm_rank=0 1;stream_id=2}
+    (Float32:[10, 30]) <- (Float32:[10, 30])
+() = RecordEvent(), task_info: 5, attrs {event=2;stream_id=2}
+    () <- ()
+(%1) = Default/Reshape-op0(%1, %7), task_info: 6, attrs {stream_id=0}
+    (Float32:[30, 10]) <- (Float32:[10, 30], Int64:[2])
+(%5) = Default/MatMul-op1(%2, %3), task_info: 7, attrs {stream_id=0}
+    (Float32:[10, 30]) <- (Float32:[10, 20], Float32:[20, 30])
+() = WaitEvent(), task_info: 8, attrs {event=2;stream_id=0}
+    () <- ()
+(%6) = Default/Mul-op0(%4, %5), task_info: 9, attrs {stream_id=0}
+    (Float32:[10, 30]) <- (Float32:[10, 30], Float32:[10, 30])
+"""
+
+
+def test_the_timeline_of_a_step_is_that_of_its_queues(tmp_path):
+    """Two products of 12,000 FLOPs, an all-reduce of 1,200 bytes that needs the first, and a product of vectors that needs both."""
+    path = tmp_path / "tracker_graph.ir"
+    path.write_text(QUEUED)
+    tasks = read_tasks(path)  # without the copy before the step
+    assert [task.kind for task in tasks if task.event is None] == ["MatMul", "AllReduce", "Reshape", "MatMul", "Mul"]
+    machine = Machine(flops=2000, products=0.5, memory=3600, inside=75, call_s=1)  # seconds: 12, 17, 0, 12, 1
+    found = timeline(tasks, machine)
+    group = ("AllReduce", (0, 1))
+    assert (found.total, found.compute, found.sent[group], found.exposed[group]) == (30, 25, 17, 5)
+    late = [*tasks[:2], *tasks[6:7], *tasks[2:6], *tasks[7:]]  # the second product is queued first, and nothing hides the all-reduce
+    again = timeline([late[2], *late[:2], *late[3:]], machine)
+    assert (again.total, again.compute, again.exposed[group]) == (42, 25, 17)
+
+
+@pytest.mark.parametrize(
+    "kind, operands, results, wanted",
+    [
+        ("BatchMatMul", ((5, 2, 3), (5, 3, 4)), ((5, 2, 4),), 2 * 5 * 2 * 3 * 4),
+        ("GroupedMatmul", ((6, 3), (2, 3, 4), (2,)), ((6, 4),), 2 * 6 * 3 * 4),
+        ("FlashAttentionScore", ((1, 8, 4, 16), (1, 8, 2, 16), (1, 8, 2, 16)), ((1, 8, 4, 16),), 4 * 8 * 8 * 4 * 16 // 2),
+        ("Add", ((2, 3), (2, 3)), ((2, 3),), 0),
+    ],
+)
+def test_flops_of_an_op(kind, operands, results, wanted):
+    task = Task(kind, 0, False, None, (), *(tuple((shape, 2) for shape in each) for each in (results, operands)))
+    assert flops(task) == pytest.approx(wanted)
 
 
 def test_each_graphs_peak_goes_on_its_own_line():
     """The update's is the higher of two at two depths, and grows less; what fragments lose does not grow."""
     low = {"peaks": {"backward": 50, "update": 100}, "with_fragments_bytes": 130, "peak_bytes": 100, "margin_bytes": 5}
     high = {"peaks": {"backward": 110, "update": 120}, "with_fragments_bytes": 130, "peak_bytes": 120, "margin_bytes": 5}
-    low, high = ({**each, "collectives": [], "largest": []} for each in (low, high))
+    low, high = ({**each, **dict.fromkeys(dryrun_report.TIMES, 1.0), "collectives": [], "largest": []} for each in (low, high))
     found = dryrun_report.extrapolated((2, low), (6, high), 14)
     assert (found["peak_bytes"], found["with_fragments_bytes"], found["margin_bytes"]) == (230, 260, 5)
 
@@ -437,15 +494,15 @@ def test_what_stays_in_a_node_is_sent_at_the_rate_of_a_node():
     sharding = Sharding(dryrun_jobs.layout.mesh(cfg, config.parallel, 0))
     calls = layout_traffic.step_calls(config, cfg, sharding)
     sent, count = sum(n * call.sent(sharding.mesh) for call, n in calls.items()), sum(calls.values())
-    assert sent > 1e5 and inside["sent"] == pytest.approx(sent / dryrun_search.INSIDE + count * dryrun_search.CALL_S, rel=1e-6)
+    assert sent > 1e5 and inside["sent"] == pytest.approx(sent / MACHINE.inside + count * MACHINE.call_s, rel=1e-6)
     config = read(*MODEL, "--config.train.batch_size=16", "--dp=16", "--zero=0")
     sharding = Sharding(dryrun_jobs.layout.mesh(cfg, config.parallel, 0))
     calls = layout_traffic.step_calls(config, cfg, sharding)
     sent, count = sum(n * call.sent(sharding.mesh) for call, n in calls.items()), sum(calls.values())
-    assert estimate(config)[1]["sent"] == pytest.approx(sent / dryrun_search.BETWEEN + count * dryrun_search.CALL_S, rel=1e-6)
-    assert dryrun_search.INSIDE > dryrun_search.BETWEEN
-    for ranks, rate in (((0, 7), "INSIDE"), ((8, 9), "INSIDE"), ((7, 8), "BETWEEN"), ((0, 8), "BETWEEN")):
-        assert dryrun_search._rate(ranks) == getattr(dryrun_search, rate)
+    assert estimate(config)[1]["sent"] == pytest.approx(sent / MACHINE.between + count * MACHINE.call_s, rel=1e-6)
+    assert MACHINE.inside > MACHINE.between
+    for ranks, rate in (((0, 7), "inside"), ((8, 9), "inside"), ((7, 8), "between"), ((0, 8), "between")):
+        assert MACHINE.rate(ranks) == getattr(MACHINE, rate)
 
 
 def test_the_folder_of_a_model_is_found_from_the_process_that_compiles(tmp_path, monkeypatch):
