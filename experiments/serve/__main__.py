@@ -35,6 +35,7 @@ def define_flags():
     number_flags.real("idle_s", 60, "seconds after which a connection without a request at work is closed", 1, number_flags.MOST_S)
     flags.DEFINE_string("api_key_file", None, "file with the API keys that are accepted, one a line; without it no key is needed")
     inference_flags.define_generation_config()
+    inference_flags.define_forms()
     number_flags.real("drain_s", 30, "after SIGTERM, seconds that running requests have to end", 0, number_flags.MOST_S)
 
 
@@ -51,11 +52,12 @@ def main(_):
 def serve_with(keys, connections, sockets):
     """Loads the model and serves it on bound sockets."""
     from experiments.generate import defaults
-    from experiments.serve import http
+    from experiments.serve import chats, http
     from experiments.serve import run as serve_run
     from experiments.train import weights
     from parallel import collectives
     from parallel.sharding import Sharding
+    from qwen3 import grammars
     from qwen3.engine import Engine
 
     collectives.start()
@@ -65,9 +67,10 @@ def serve_with(keys, connections, sockets):
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
     file = defaults.read(model.folder)
     stop_ids, found = defaults.stop_ids(file, model.cfg, tokenizer), defaults.for_requests(file) if FLAGS.use_generation_config else {}
-    settings = http.Settings(
-        name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys, access.names(FLAGS.host), found
-    )
+    forms = chats.forms_of(tokenizer.chat_template, FLAGS.tool_calls, FLAGS.reasoning)
+    compiler = grammars.Grammars(tokenizer, model.cfg.vocab_size) if grammars.installed() else None
+    limits = FLAGS.slots, FLAGS.max_body, keys, access.names(FLAGS.host)
+    settings = http.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), *limits, found, forms, compiler)
     print(f"weights    {model.text}", flush=True)
 
     def make():

@@ -13,8 +13,9 @@ from http import HTTPStatus
 from aiohttp import web
 
 from experiments.serve.engine import Full, Job, report
+from experiments.serve.refused import Refused
 from experiments.serve.replies import Choice, Reply, error, event
-from experiments.serve.requests import Refused, parse
+from experiments.serve.requests import parse
 from qwen3 import template
 from qwen3.engine import Request
 from qwen3.schema import short
@@ -32,7 +33,8 @@ class Settings:
     """The server's settings. model: the model's name in requests. length: the most tokens of a prompt and its answer together.
     stop_ids: token ids that end an answer. slots: rows of the engine. max_body: bytes. keys: the accepted API keys; empty needs none.
     hosts: host names that requests may name, such as ("localhost",); None accepts any. defaults: options that requests may leave out, see
-    experiments/generate/defaults.py."""
+    experiments/generate/defaults.py. forms: see chats.Forms; None: those of the chat template. compiler: a qwen3.grammars.Grammars, or
+    None."""
 
     model: str
     tokenizer: object
@@ -43,6 +45,8 @@ class Settings:
     keys: tuple = ()
     hosts: tuple | None = None
     defaults: dict = dataclasses.field(default_factory=dict)
+    forms: object = None
+    compiler: object = None
 
 
 class Server:
@@ -186,7 +190,8 @@ class Server:
         except (web.RequestPayloadError, ValueError, zlib.error) as wrong:  # such as plain text with Content-Encoding: gzip
             raise Refused("the body does not have the Content-Encoding or Transfer-Encoding that its headers name") from wrong
         s = self.settings
-        return await self._in_turn(request, kind, data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults)
+        given = s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults, s.forms, s.compiler
+        return await self._in_turn(request, kind, data, kind, *given)
 
     async def _in_turn(self, request, kind, *arguments):
         """Returns parse(*arguments), run in a thread. A client has one thread of a kind at a time, also for requests that it has dropped:
@@ -203,7 +208,7 @@ class Server:
         return await asyncio.shield(parsed)
 
     async def _pushed(self, jobs, choices, events):
-        """Yields (index, new text, logprobs entries) as choices grow, until all have ended. Raises Refused where the engine raised."""
+        """Yields (index, new pieces, logprobs entries) as choices grow, until all have ended. Raises Refused where the engine raised."""
         while any(choice.reason is None for choice in choices):
             index, found = await events.get()
             if isinstance(found, ValueError):
@@ -213,6 +218,9 @@ class Server:
             if found.finish_reason == "error":
                 words = "the model's logits for this text are NaN or infinite, so it has no next token"
                 raise Refused(words, status=500, code="not_finite")
+            if found.finish_reason == "guide":
+                words = "the grammar of this text has grown too large to go on, or has no next token; make the schema simpler"
+                raise Refused(words, status=500, code="grammar_failed")
             if choices[index].reason is None:
                 yield index, *choices[index].push(found)
                 if choices[index].reason:
@@ -234,9 +242,10 @@ class Server:
             for index in range(len(choices)):
                 if opening := reply.opening(index):
                     await write(event(opening))
-            async for index, text, entries in self._pushed(jobs, choices, events):
-                if text or entries or choices[index].reason:
-                    await write(event(reply.chunk(index, text, entries, choices[index].reason)))
+            async for index, pieces, entries in self._pushed(jobs, choices, events):
+                if pieces or entries or choices[index].reason:
+                    for chunk in reply.chunks(index, choices[index], pieces, entries):
+                        await write(event(chunk))
             if reply.asked.include_usage:
                 await write(event(reply.last(choices)))
             await write(b"data: [DONE]\n\n")
