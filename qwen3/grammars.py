@@ -5,8 +5,8 @@
     matcher.allowed(V)                     # bool [V], the tokens that may come next
     matcher.take(token)
 
-Schemas come from outside: each is compiled in a thread of its own, at low priority, and refused after LIMIT_S seconds. The library has
-limits for the size of a grammar and for the work of a step.
+Schemas come from outside: each is compiled in a thread of its own, and refused after LIMIT_S seconds. The library has limits for the size
+of a grammar and for the work of a step.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ import json
 import os
 import re
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as Late
 
 import numpy as np
 
 from qwen3.schema import short
 from qwen3.steering import GuideError
+from qwen3.tool_calls import CLOSE, OPEN
 
-LIMIT_S, COMPILERS, LOW_PRIORITY = 5.0, 2, 15
+LIMIT_S, COMPILERS = 10.0, 2  # seconds for one grammar; the most that are compiled at the same time
+LONG_S, LOW_PRIORITY = 0.5, 15  # seconds after which a grammar's thread has this priority, as of nice(1)
 KEPT = 64  # compiled grammars that are kept for the requests that come
 MOST_MULTIPLE = 10_000  # a larger multipleOf takes the library seconds
 MOST_CALLS = 16  # in one answer
@@ -54,9 +54,18 @@ class Grammars:
     """Compiles grammars for one tokenizer. vocab_size: that of the model, which may have more ids. It is safe to use in several threads."""
 
     def __init__(self, tokenizer, vocab_size):
-        self._tokenizer, self._size, self._lock, self._made = tokenizer, vocab_size, threading.Lock(), None
-        self._threads = ThreadPoolExecutor(COMPILERS, "grammar", initializer=_at_low_priority)
+        """It takes a second for a vocabulary of 150,000."""
+        import llguidance
+
+        self._size, self._free = vocab_size, threading.Semaphore(COMPILERS)
+        self._library = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=vocab_size, eos_token=tokenizer.eos_id)
+        self._tags = f"open: {self._tag(tokenizer, OPEN)}\nclose: {self._tag(tokenizer, CLOSE)}\n"
         self.compiled = functools.lru_cache(KEPT)(self._compiled)
+
+    def _tag(self, tokenizer, tag):
+        """A tag in the library's language. Added tokens, as Qwen's are, are no text to it, but tokens of a number."""
+        ids = tokenizer.encode(tag, allow_special=True)
+        return f"<[{ids[0]}]>" if len(ids) == 1 and self._library.is_special_token(ids[0]) else json.dumps(tag)
 
     def json(self, schema):
         """Returns the Grammar of JSON texts of a schema, an object or true. Raises SchemaError."""
@@ -73,7 +82,7 @@ class Grammars:
         names = " | ".join(f"call{i}" for i in range(len(tools)))
         more = f' ("\\n" call){{0,{most - 1}}}' if most > 1 else ""
         try:
-            return self.compiled(f"{START}value: call{more}\ncall: {names}\n{''.join(rules)}")
+            return self.compiled(f"{START}value: call{more}\ncall: {names}\n{self._tags}{''.join(rules)}")
         except SchemaError as error:
             for i, tool in enumerate(tools):
                 schema = tool["function"].get("parameters")
@@ -83,21 +92,37 @@ class Grammars:
                         raise SchemaError(str(found), f".function.parameters{found.path}", i) from None
             raise
 
-    def end(self):
-        """Ends the threads, once what they compile is compiled."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
     def _compiled(self, text):
-        """Returns the Grammar of a text in the library's own language."""
-        try:
-            return self._threads.submit(self._compile, text).result(LIMIT_S)
-        except Late:
-            raise SchemaError(f"it takes longer than {LIMIT_S:g} s to compile; make it simpler") from None
+        """Returns the Grammar of a text in the library's own language, made in a thread, since it may take too long."""
+        if not self._free.acquire(timeout=LIMIT_S):
+            raise SchemaError("other schemas are being compiled; try again later")
+        found = []
+
+        def compile():
+            try:
+                found.append(self._compile(text))
+            except Exception as error:  # raised again below
+                found.append(error)
+            finally:
+                self._free.release()
+
+        thread = threading.Thread(target=compile, name="grammar", daemon=True)
+        thread.start()
+        thread.join(LONG_S)
+        if thread.is_alive():
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, thread.native_id, LOW_PRIORITY)  # of this thread alone
+            thread.join(LIMIT_S - LONG_S)
+        if not found:
+            raise SchemaError(f"it takes longer than {LIMIT_S:g} s to compile; make it simpler")
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return found[0]
 
     def _compile(self, text):
         import llguidance
 
-        matcher = llguidance.LLMatcher(self._library(), text, log_level=0, limits=_limits())
+        matcher = llguidance.LLMatcher(self._library, text, log_level=0, limits=_limits())
         if matcher.is_error():
             raise SchemaError(_words(matcher.get_error()))
         grammar = Grammar(matcher, self._size)
@@ -106,15 +131,6 @@ class Grammars:
         except GuideError as error:
             raise SchemaError(_words(str(error))) from None
         return grammar
-
-    def _library(self):
-        """The library's tokenizer, made for the first grammar: that takes seconds."""
-        import llguidance
-
-        with self._lock:
-            if self._made is None:
-                self._made = llguidance.LLTokenizer(self._tokenizer.to_json(), n_vocab=self._size, eos_token=self._tokenizer.eos_id)
-            return self._made
 
     def _wrong(self, schema, root=None):
         """The library's words for what is wrong with a schema; "" where nothing is. root: the schema whose definitions it may use."""
@@ -159,11 +175,6 @@ class Matcher:
         """Notes the next token. Raises GuideError for one that does not follow the grammar."""
         if not self._matcher.consume_token(token):
             raise GuideError(self._matcher.get_error())
-
-
-def _at_low_priority():
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)  # of this thread alone
 
 
 def _limits():
@@ -220,8 +231,8 @@ def _hermes(i, function):
     """The rule call{i} of a function, in the form that tool_calls.HEADER reads."""
     schema = function.get("parameters")
     schema = {"type": "object"} if schema in (None, {}) else {"type": "object", **schema} if isinstance(schema, dict) else schema
-    head = json.dumps(f'<tool_call>\n{{"name": "{_name(i, function)}", "arguments": ')
-    return f'call{i}: {head} arguments{i} "}}\\n</tool_call>"\narguments{i}: %json {_spaced(schema)}\n'
+    head = json.dumps(f'\n{{"name": "{_name(i, function)}", "arguments": ')
+    return f'call{i}: open {head} arguments{i} "}}\\n" close\narguments{i}: %json {_spaced(schema)}\n'
 
 
 def _coder(i, function):
@@ -248,5 +259,5 @@ def _coder(i, function):
         else:
             inner = {**definitions, **schema} if isinstance(schema, dict) else schema
             rules.append(f'{rule}: {head} {rule}v "\\n</parameter>\\n"\n{rule}v: %json {_spaced(inner)}\n')
-    head = json.dumps(f"<tool_call>\n<function={_name(i, function)}>\n")
-    return f'call{i}: {head} {" ".join(body)} "</function>\\n</tool_call>"\n{"".join(rules)}'
+    head = json.dumps(f"\n<function={_name(i, function)}>\n")
+    return f'call{i}: open {head} {" ".join(body)} "</function>\\n" close\n{"".join(rules)}'

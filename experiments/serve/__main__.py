@@ -4,7 +4,7 @@
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model=..., messages=[...])
 
 After SIGTERM the server takes no new requests and gives those that run --drain_s seconds to end; a second SIGTERM drops them.
-It needs aiohttp: pip install -e '.[serve]'
+It needs aiohttp and prometheus_client, and for grammars llguidance: pip install -e '.[serve]'
 """
 
 import importlib.util
@@ -43,8 +43,9 @@ def main(_):
     if world_size() > 1:
         raise ValueError("experiments.serve runs on one process; start it without experiments.launch")
     command_line.check_source(FLAGS.hf_dir, FLAGS.workdir)
-    if importlib.util.find_spec("aiohttp") is None:
-        raise ValueError("experiments.serve needs aiohttp: pip install -e '.[serve]'")
+    missing = [name for name in ("aiohttp", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"experiments.serve needs {' and '.join(missing)}: pip install -e '.[serve]'")
     keys, connections = access.read_keys(FLAGS.api_key_file), access.connection_limit(FLAGS.max_connections)
     serve_with(keys, connections, access.bind(FLAGS.host, FLAGS.port))
 

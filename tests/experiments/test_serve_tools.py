@@ -34,9 +34,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
     pytest.importorskip("llguidance")
-    made = grammars.Grammars(tokenizer, tokenizer.vocab_size)
-    yield made
-    made.end()
+    return grammars.Grammars(tokenizer, tokenizer.vocab_size)
 
 
 def parse(tokenizer, kind="chat", compiler=None, **body):

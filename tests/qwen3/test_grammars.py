@@ -12,7 +12,7 @@ from qwen3.engine import Engine, Request
 from qwen3.guide import AT_ONCE, ENOUGH, Plan
 from qwen3.tokenizer import Tokenizer, train_bpe
 from tests.schemas import SCHEMAS
-from tests.scripted_answers import TOOLS
+from tests.scripted_answers import TOOLS, coder, hermes
 from tests.tiny import DENSE, random_params
 
 pytest.importorskip("llguidance")
@@ -23,9 +23,9 @@ LENGTH = 512
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """With the tags of reasoning as tokens of their own, as Qwen3's."""
+    """With the tags of reasoning and of calls as tokens of their own, as Qwen3's."""
     made = train_bpe([TEXT * 20], 320)
-    made._backend.add_tokens(["<think>", "</think>"])
+    made._backend.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     return Tokenizer(made._backend, made._config)
 
 
@@ -42,9 +42,7 @@ def engine(model):
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer, model):
-    made = grammars.Grammars(tokenizer, model[0].vocab_size)
-    yield made
-    made.end()
+    return grammars.Grammars(tokenizer, model[0].vocab_size)
 
 
 def run(engine, requests):
@@ -138,8 +136,22 @@ def test_an_answer_may_do_without_reasoning_before_its_grammar(tokenizer, engine
     assert thought.startswith("<think>") and answer.strip() in ("true", "false") and thinking_at(text) == "answer"
 
 
+@pytest.mark.parametrize("form", ["hermes", "qwen3_coder"])
+@pytest.mark.parametrize("added", [True, False])
+def test_calls_as_a_tokenizer_writes_them_follow_their_grammar(form, added, tokenizer):
+    """Whether their tags are tokens or are spelled."""
+    tok = tokenizer if added else train_bpe([TEXT * 20], 320)
+    call = hermes("weather", '{"city": "Oslo", "days": 3}') if form == "hermes" else coder("weather", city="Oslo\nx", days="3")
+    matcher = grammars.Grammars(tok, tok.vocab_size).calls(form, TOOLS).start()
+    for token in tok.encode(f"\n\n{call}\n{call}", allow_special=True):
+        assert matcher.allowed(tok.vocab_size)[token], tok.decode([token])
+        matcher.take(token)
+    assert matcher.allowed(tok.vocab_size)[tok.eos_id]
+
+
 def test_a_schema_that_takes_too_long_is_refused_in_time(compiler, monkeypatch):
     monkeypatch.setattr(grammars, "LIMIT_S", 0.2)
+    monkeypatch.setattr(grammars, "LONG_S", 0.1)
     monkeypatch.setattr(grammars.Grammars, "_compile", lambda self, text: time.sleep(1))
     with pytest.raises(grammars.SchemaError, match="it takes longer than 0.2 s to compile"):
         compiler.json({"type": "string", "maxLength": 17})
