@@ -30,7 +30,7 @@ BEHIND = 1 << 15  # tokens that a stream may be behind the engine; a client that
 BACKLOG = 128  # connections that wait to be accepted
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 OPEN = ("/health", "/")  # paths that need no key; the page asks for one where it is needed
-GONE, GONE_STATUS = "gone", 499  # a request's key, and the status that /metrics has, for a client that went away before its answer ended
+GONE_STATUS = 499  # in /metrics, of a client that went away before its answer ended
 ROUTES = dict(zip((CHAT, COMPLETION), KINDS))  # path -> kind of request
 PARSERS, RENDERERS = 2, 4  # threads that check and tokenize completions, and chats, which may wait for a template
 
@@ -54,6 +54,12 @@ class Settings:
     defaults: dict = dataclasses.field(default_factory=dict)
     forms: object = None
     compiler: object = None
+
+
+class Stream(web.StreamResponse):
+    """broken: whether the client went away before the end."""
+
+    broken = False
 
 
 class Server:
@@ -92,7 +98,7 @@ class Server:
         self.working.add(transport)
         try:
             answer = await handler(request)
-            status = GONE_STATUS if request.get(GONE) else answer.status
+            status = GONE_STATUS if getattr(answer, "broken", False) else answer.status
             return answer
         except Refused as refused:
             status, details = refused.status, (str(refused), refused.param, refused.code)
@@ -255,7 +261,7 @@ class Server:
         timer.end()
 
     async def _streamed(self, request, choices, pushed, reply):
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        response = Stream(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)
 
         async def write(data):
@@ -280,7 +286,7 @@ class Server:
         except Refused as refused:
             await write(event(error(str(refused), refused.param, refused.code, refused.status)))
         except ConnectionError:
-            request[GONE] = True
+            response.broken = True
         return response
 
 
