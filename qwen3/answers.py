@@ -11,6 +11,7 @@ reasoning is reasoning. Newlines between the parts, which chat templates write, 
 """
 
 import re
+from dataclasses import dataclass
 
 from qwen3 import tool_calls
 from qwen3.tokenizer import IM_START
@@ -18,9 +19,19 @@ from qwen3.tokenizer import IM_START
 THINK, THINK_END, BLANK = "<think>", "</think>", " \t\r\n"
 
 
-def thinks(template):
-    """Whether a chat template has reasoning: then an answer may begin with a block of it."""
-    return THINK_END in (template or "")
+@dataclass(frozen=True)
+class Forms:
+    """How a model writes its answers. calls: a key of tool_calls.STARTS, or None for no calls. thinks: whether it may reason."""
+
+    calls: str | None
+    thinks: bool
+
+
+def forms_of(template, calls="auto", reasoning="auto"):
+    """The Forms that a chat template asks for. calls, reasoning: the flags --tool_calls and --reasoning, which override it unless they are
+    "auto"."""
+    found = tool_calls.form_of(template) if calls == "auto" else None if calls == "none" else calls
+    return Forms(found, THINK_END in (template or "") if reasoning == "auto" else reasoning == "tags")
 
 
 def thinking_at(prompt):

@@ -43,7 +43,7 @@ SCHEMAS = {
         "$defs": {"node": thing(["v"], v={"type": "boolean"}, left={"$ref": "#/$defs/node"})},
         "$ref": "#/$defs/node",
     },
-    "map": {"type": "object", "additionalProperties": COUNT, "propertyNames": {"maxLength": 3, "pattern": "^[a-z]+$"}},
+    "nullable": thing(a={"type": ["string", "null"], "maxLength": 3}, b={"anyOf": [POINT, {"type": "null"}]}),
     "map of patterns": {"type": "object", "patternProperties": {"^[a-z]{1,2}$": COUNT}, "additionalProperties": False, "maxProperties": 3},
     "answer": thing(thought=TEXT, answer={"enum": ["yes", "no"]}, confidence={"type": "number", "minimum": 0, "maximum": 1}),
     "odd names": thing(**{'a "b"': COUNT, "\u00e9\n": SHORT, "": {"type": "null"}}),

@@ -53,12 +53,12 @@ def main(_):
 def serve_with(keys, connections, sockets):
     """Loads the model and serves it on bound sockets."""
     from experiments.generate import defaults
-    from experiments.serve import chats, http
+    from experiments.serve import http
     from experiments.serve import run as serve_run
     from experiments.train import weights
     from parallel import collectives
     from parallel.sharding import Sharding
-    from qwen3 import grammars
+    from qwen3 import answers, grammars
     from qwen3.engine import Engine
 
     collectives.start()
@@ -68,7 +68,7 @@ def serve_with(keys, connections, sockets):
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
     file = defaults.read(model.folder)
     stop_ids, found = defaults.stop_ids(file, model.cfg, tokenizer), defaults.for_requests(file) if FLAGS.use_generation_config else {}
-    forms = chats.forms_of(tokenizer.chat_template, FLAGS.tool_calls, FLAGS.reasoning)
+    forms = answers.forms_of(tokenizer.chat_template, FLAGS.tool_calls, FLAGS.reasoning)
     compiler = grammars.Grammars(tokenizer, model.cfg.vocab_size) if grammars.installed() else None
     limits = FLAGS.slots, FLAGS.max_body, keys, access.names(FLAGS.host)
     settings = http.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), *limits, found, forms, compiler)

@@ -1,10 +1,9 @@
 """What is particular to the requests of chats: tools, reasoning, and the form of the answer."""
 
 import re
-from dataclasses import dataclass
 
 from experiments.serve.refused import Refused
-from qwen3 import answers, chat, grammars, tool_calls
+from qwen3 import answers, chat, grammars
 from qwen3.grammars import SchemaError
 from qwen3.guide import Plan
 from qwen3.messages import normal_tools
@@ -14,24 +13,9 @@ EFFORTS = {"none": 0, "minimal": 512, "low": 2048, "medium": 8192, "high": None,
 SCHEMA_KEYS = ("name", "description", "schema", "strict")
 
 
-@dataclass(frozen=True)
-class Forms:
-    """How the model writes its answers. calls: a key of tool_calls.STARTS, or None for no calls. thinks: whether it may reason."""
-
-    calls: str | None
-    thinks: bool
-
-
-def forms_of(template, calls="auto", reasoning="auto"):
-    """The Forms that a chat template asks for. calls, reasoning: the flags --tool_calls and --reasoning, which override it unless they are
-    "auto"."""
-    found = tool_calls.form_of(template) if calls == "auto" else None if calls == "none" else calls
-    return Forms(found, answers.thinks(template) if reasoning == "auto" else reasoning == "tags")
-
-
 def read(body, tokenizer, forms, compiler, stop_ids):
     """Returns (the text of the prompt, the options of an answers.Answer or None, a guide.Plan or None) of the checked body of a chat.
-    compiler: a qwen3.grammars.Grammars, or None where its library is not installed. Raises Refused."""
+    forms: an answers.Forms. compiler: a qwen3.grammars.Grammars, or None where its library is not installed. Raises Refused."""
     try:
         tools = None if body.tool_choice == "none" else normal_tools(body.tools)
     except ValueError as error:

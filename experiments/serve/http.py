@@ -40,8 +40,8 @@ class Settings:
     """The server's settings. model: the model's name in requests. length: the most tokens of a prompt and its answer together.
     stop_ids: token ids that end an answer. slots: rows of the engine. max_body: bytes. keys: the accepted API keys; empty needs none.
     hosts: host names that requests may name, such as ("localhost",); None accepts any. defaults: options that requests may leave out, see
-    experiments/generate/defaults.py. forms: see chats.Forms; None: those of the chat template. compiler: a qwen3.grammars.Grammars, or
-    None."""
+    experiments/generate/defaults.py. forms: a qwen3.answers.Forms; None: those of the chat template. compiler: a
+    qwen3.grammars.Grammars, or None."""
 
     model: str
     tokenizer: object

@@ -13,6 +13,7 @@ from experiments.serve import chats
 from experiments.serve.chats import EFFORTS
 from experiments.serve.refused import Refused
 from parallel.json_text import DuplicateKey, loads
+from qwen3.answers import forms_of
 from qwen3.json_files import MAX_DEPTH, depth
 from qwen3.schema import LARGEST, FieldError, Fields, Object, Sampling, Text, Yes, checked, real, short, told, whole
 
@@ -135,14 +136,14 @@ class Asked:
 def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None, forms=None, compiler=None):
     """Returns the Asked of a body, which is JSON as bytes. kind: "chat" or "completion". length: the most tokens of a prompt and its answer
     together. most: the most texts of one request. defaults: options in place of OpenAI's defaults, which may include max_new_tokens. forms:
-    see chats.Forms; default: those of the chat template. compiler: a qwen3.grammars.Grammars, or None where its library is not installed.
-    Raises Refused."""
+    see qwen3.answers.Forms; default: those of the chat template. compiler: a qwen3.grammars.Grammars, or None where its library is not
+    installed. Raises Refused."""
     body = _body(data, Chat if kind == "chat" else Completion)
     if body.model != model:
         raise Refused(f"the model {short(body.model)} does not exist; use {model!r}", "model", 404, "model_not_found")
     stop_ids, answer, guide = () if body.ignore_eos else tuple(stop_ids), None, None
     if kind == "chat":
-        text, answer, guide = chats.read(body, tokenizer, forms or chats.forms_of(tokenizer.chat_template), compiler, stop_ids)
+        text, answer, guide = chats.read(body, tokenizer, forms or forms_of(tokenizer.chat_template), compiler, stop_ids)
     texts = [text] if kind == "chat" else _prompts(body.prompt)
     field = "messages" if kind == "chat" else "prompt"
     if len(texts) * body.n > most:

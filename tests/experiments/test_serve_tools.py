@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.serve import chats
 from experiments.serve import requests as serve_requests
 from experiments.serve.refused import Refused
 from experiments.serve.replies import Choice, Reply
 from qwen3 import grammars
-from qwen3.answers import thinking_at
+from qwen3.answers import Forms, forms_of, thinking_at
 from qwen3.engine import Event
 from qwen3.tokenizer import Tokenizer, train_bpe
 from tests.scripted_answers import CASES, ONE, TOOLS, X_OSLO
@@ -140,8 +139,7 @@ def test_a_request_says_how_its_answer_is_read(tokenizer):
     assert parse(tokenizer, tools=TOOLS, tool_choice="none").answer["form"] is None
     assert parse(tokenizer, chat_template_kwargs={"enable_thinking": False}).answer["thinking"] == "answer"
     assert parse(tokenizer, "completion").answer is None
-    assert chats.forms_of(TEMPLATE) == chats.Forms("hermes", True) and chats.forms_of("{{ messages }}") == chats.Forms(None, False)
-    assert chats.forms_of(TEMPLATE, "qwen3_coder", "none") == chats.Forms("qwen3_coder", False)
+    assert forms_of(TEMPLATE) == Forms("hermes", True)
 
 
 def test_reasoning_has_a_budget_or_an_effort(tokenizer):

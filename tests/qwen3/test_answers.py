@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from qwen3 import answers, tool_calls
-from qwen3.answers import Answer, message
+from qwen3 import tool_calls
+from qwen3.answers import Answer, Forms, forms_of, message, thinking_at
 from tests.scripted_answers import CASES, TOOLS, coder, hermes
 
 CALL = hermes("weather", '{"city": "Oslo"}')
@@ -82,10 +82,11 @@ def test_forms_follow_from_chat_templates():
     assert tool_calls.form_of('within <tool_call></tool_call> tags: {"name"') == "hermes"
     assert tool_calls.form_of("<tool_call>\n<function=example>") == "qwen3_coder"
     assert tool_calls.form_of(None) is None and tool_calls.form_of("{{ messages }}") is None
-    assert answers.thinks("x.split('</think>')") and not answers.thinks(None)
+    assert forms_of("x.split('</think>')") == Forms(None, True) and forms_of(None) == Forms(None, False)
+    assert forms_of("<tool_call>", "qwen3_coder", "tags") == Forms("qwen3_coder", True) and forms_of("<tool_call>", "none").calls is None
     turn = "<|im_start|>user\n<think></think><|im_end|>\n<|im_start|>assistant\n"
     begins = {"": "before", "<think>\n": "inside", "<think>\n\n</think>\n\n": "answer", "<think>a</think><think>b": "inside"}
-    assert {text: answers.thinking_at(turn + text) for text in begins} == begins
+    assert {text: thinking_at(turn + text) for text in begins} == begins
 
 
 def test_broken_calls_cost_no_more_than_their_length():

@@ -118,9 +118,10 @@ def test_reasoning_ends_at_its_budget(begins, budget, tokenizer, engine, compile
         first = {} if grammar else {"max_new_tokens": 160, "stop_ids": ()}
         (tokens, reason), *_ = run(engine, sampled(tokenizer, plan, 1, prompt, **{**bias, **first}))
         text = tokenizer.decode(tokens, skip_special=True)
-        thought, found, answer = text.removeprefix("<think>" if begins == "before" else "").partition(words)
-        count = len(tokenizer.encode(text.partition(words)[0], allow_special=True))
-        assert found and count <= budget + 2, text
+        forced = tokenizer.encode(words, allow_special=True)
+        at = next(i for i in range(len(tokens)) if tokens[i : i + len(forced)] == forced)
+        assert at == budget + (begins == "before"), text
+        answer = tokenizer.decode(tokens[at + len(forced) :], skip_special=True)
         if grammar:
             assert reason == "stop" and set(json.loads(answer)) == {"name", "age", "good"}
 
