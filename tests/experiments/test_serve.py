@@ -228,11 +228,8 @@ def test_an_answer_follows_a_schema_beside_one_that_follows_none(many, model):
 
     async def go():
         whole = many.chat.completions.create(**asked)
-        return await asyncio.gather(whole, streamed(), many.completions.create(**free))
+        return *await asyncio.gather(whole, streamed(), many.completions.create(**free)), *await refused()
 
-    whole, text, other = asyncio.run(go())
-    assert whole.choices[0].message.content == text and 0 <= json.loads(text)["n"] <= 99 and whole.choices[0].finish_reason == "stop"
-    assert other.choices[0].text == want
     wrong = {**form, "json_schema": {"name": "x", "schema": {"type": "array", "items": {"type": "strin"}}}}
 
     async def refused():
@@ -241,7 +238,9 @@ def test_an_answer_follows_a_schema_beside_one_that_follows_none(many, model):
         biased = await many.completions.create(**free, logit_bias={"70": 100}, echo=True, extra_body={"ignore_eos": True})
         return error.value, biased.choices[0].text
 
-    error, biased = asyncio.run(refused())
+    whole, text, other, error, biased = asyncio.run(go())
+    assert whole.choices[0].message.content == text and 0 <= json.loads(text)["n"] <= 99 and whole.choices[0].finish_reason == "stop"
+    assert other.choices[0].text == want
     assert error.param == "response_format" and "response_format.json_schema.schema.items: Invalid type: strin" in str(error)
     assert biased == "def f" + model[2].decode([70]) * 20
 
