@@ -22,16 +22,25 @@ EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
-def prompt_text(tokenizer, messages, tools=None, enable_thinking=None, strict=False, begin_turn=True):
-    """The text of a conversation, with begin_turn up to where the assistant's next turn begins. messages, tools: in any form of
-    qwen3/messages.py.
+def prompt_text(tokenizer, messages, tools=None, enable_thinking=None, strict=False, begin_turn=True, continue_last=False):
+    """The text of a conversation, with begin_turn up to where the assistant's next turn begins; with continue_last up to the end of the
+    last message's content, which the assistant goes on with. messages, tools: in any form of qwen3/messages.py.
 
     Raises ValueError for messages that are wrong or that the chat template refuses. strict: also for a key that nothing reads.
     """
     messages, tools = normal(messages, tools)
     check_template(messages, tools, tokenizer.chat_template or "", strict)
     messages = [_unweighted(message) for message in messages]
-    return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=begin_turn, enable_thinking=enable_thinking)
+    if not continue_last:
+        return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=begin_turn, enable_thinking=enable_thinking)
+    if messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+        raise ValueError("the last message is continued, so it must be the assistant's, without tool calls")
+    mark, _ = _unused(messages, tools, tokenizer.chat_template)
+    marked = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + mark}]
+    text = tokenizer.apply_chat_template(marked, tools, enable_thinking=enable_thinking)
+    if text.count(mark) != 1:
+        raise ValueError("the chat template does not write the last message once, so that it cannot be continued; leave it out")
+    return text.partition(mark)[0]
 
 
 def encode_chat(tokenizer, messages, tools=None, enable_thinking=None, train_empty_think=False):

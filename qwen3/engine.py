@@ -29,6 +29,7 @@ from qwen3.cache import RowsCache, round_up
 from qwen3.generate import CHUNK, decode_loop, extended
 from qwen3.model import choose_kernels
 from qwen3.stages import build_extend, own_layers
+from qwen3.steering import GuideError, Steering, steered
 
 READS = 4  # the most prompt chunks that one step reads before it decodes
 SHORT = 4  # the most decode steps at a time while prompts wait to be read
@@ -43,9 +44,11 @@ class Request:
 
     prompt: token ids, at least one. stop_ids: generation ends, with the reason "stop", when it produces one of them. temperature: 0 is
     greedy. top_k, top_p, min_p: see ops/sampling.py. repetition_penalty: for tokens that are in the prompt or were generated, positive
-    logits are divided by it and negative logits multiplied by it, as in Hugging Face. seed, sample: the random draws depend on them; give
-    several samples of one prompt different numbers `sample`. logprobs: None: report no log-probabilities; 0: that of the new token; n: also
-    those of the n most likely tokens.
+    logits are divided by it and negative logits multiplied by it, as in Hugging Face. presence_penalty, frequency_penalty: subtracted from
+    the logits of tokens that were generated, once, and as often as they were, as in OpenAI's API. logit_bias: ((id, number), ...), added to
+    logits. min_tokens: before so many tokens no stop id is chosen. guide: what decides which tokens may come, see qwen3/guide.py. seed,
+    sample: the random draws depend on them; give several samples of one prompt different numbers `sample`. logprobs: None: report no
+    log-probabilities; 0: that of the new token; n: also those of the n most likely tokens.
     """
 
     prompt: object
@@ -56,6 +59,11 @@ class Request:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple = ()
+    min_tokens: int = 0
+    guide: object = None
     seed: int = 0
     sample: int = 0
     logprobs: int | None = None
@@ -63,7 +71,7 @@ class Request:
     @property
     def needs_logits(self):
         """Whether the tokens of this request are chosen on the host, which needs their logits."""
-        return self.logprobs is not None or self.repetition_penalty != 1
+        return self.logprobs is not None or steered(self)
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,10 @@ class Event:
     """A new token of the request `id`.
 
     finish_reason: None, or why this token is the last: "stop" (it is a stop id, which does not belong to the text), "length"
-    (max_new_tokens is reached, or the row of the cache is full) or "error" (the logits of this row are not finite, so no token can be
-    chosen; token is NEVER, and the other rows go on). logprob: the natural logarithm of the token's probability under the model,
-    before temperature, top-k, top-p, min-p and repetition penalty. top_logprobs: [(token, logprob)] of the most likely tokens, the most
-    likely first. Both are None if Request.logprobs is None.
+    (max_new_tokens is reached, or the row of the cache is full), "error" (the logits of this row are not finite, so no token can be chosen;
+    token is NEVER, and the other rows go on) or "guide" (the request's guide has no next token; token is NEVER). logprob: the natural
+    logarithm of the token's probability under the model, before temperature, top-k, top-p, min-p and all that steers. top_logprobs:
+    [(token, logprob)] of the most likely tokens, the most likely first. Both are None if Request.logprobs is None.
     """
 
     id: int
@@ -87,7 +95,7 @@ class Event:
 @dataclass
 class _Row:
     """A request and its state. options: [1, 4], for sampling. limit: the most new tokens. read: how many prompt tokens are in the cache.
-    count: how many new tokens there are; token: the last of them. seen: [V] bool, the tokens to penalise, or None without a penalty."""
+    count: how many new tokens there are; token: the last of them. steering: see qwen3/steering.py; None where nothing steers."""
 
     id: int
     request: Request
@@ -96,7 +104,7 @@ class _Row:
     read: int = 0
     count: int = 0
     token: int = 0
-    seen: np.ndarray | None = None
+    steering: Steering | None = None
 
     @property
     def at(self):
@@ -212,6 +220,8 @@ class Engine:
             raise ValueError(f"prompt of {size} tokens is longer than the cache of {self.length}; shorten it, or make the cache longer")
         if min(request.prompt) < 0 or max(request.prompt) >= V:
             raise ValueError(f"prompt has ids outside the vocabulary of {V}; was it made by another tokenizer?")
+        if not all(0 <= i < V for i, _ in request.logit_bias):
+            raise ValueError(f"logit_bias has ids outside the vocabulary of {V}; use ids from 0 to {V - 1}")
         if (request.logprobs or 0) > V:
             raise ValueError(f"logprobs={request.logprobs} is more than the {V} tokens of the vocabulary")
         return options
@@ -238,9 +248,8 @@ class Engine:
         if self._waiting and None in self._rows:
             b, row = self._rows.index(None), self._waiting.popleft()
             self._rows[b] = row
-            if row.request.repetition_penalty != 1:
-                row.seen = np.zeros(self.cfg.vocab_size, bool)
-                row.seen[np.asarray(row.request.prompt)] = True
+            if steered(row.request):
+                row.steering = Steering(row.request, self.cfg.vocab_size)
             return b, row
         return None
 
@@ -349,32 +358,41 @@ class Engine:
 
     def _choose(self, rows, logits, events):
         """Chooses the next token of each row from logits [rows, V] (numpy), and appends its Event."""
-        finite = np.isfinite(logits.max(1))  # the maximum is NaN if any logit is
-        for (b, row), good in zip(rows, finite):
+        finite, adjusted = np.isfinite(logits.max(1)), {}  # the maximum is NaN if any logit is
+        for (b, row), x, good in zip(rows, logits, finite):
             if not good:
-                self._fail(b, row, events)
-        rows, logits = [found for found, good in zip(rows, finite) if good], logits[finite]
+                self._fail(b, row, events, "error")
+                continue
+            try:
+                adjusted[b] = row.steering.adjust(x, row.count) if row.steering else x
+            except GuideError:
+                self._fail(b, row, events, "guide")
+        rows, logits = [found for found in rows if found[0] in adjusted], logits[[b in adjusted for b, _ in rows]]
         if not rows:
             return
-        adjusted = np.stack([_penalised(row, x) for (_, row), x in zip(rows, logits)])
+        adjusted = np.stack([adjusted[b] for b, _ in rows])
         u, options = np.concatenate([_draws(row, 1) for _, row in rows]), np.concatenate([row.options for _, row in rows])
         given = (adjusted, u, options)
         ids = self._sample(*map(ms.Tensor, given)).asnumpy() if self.kernels.sampling == "cpu" else self._sample(*given)
         for (b, row), x, token in zip(rows, logits, ids.tolist()):
             self._take(b, row, token, events, *_logprobs(row, x, token))
 
-    def _fail(self, b, row, events):
-        """Ends a row whose logits are not finite, and clears its part of the cache: a NaN there would reach the next request, since a
-        masked value is multiplied by 0, and 0 times NaN is NaN."""
+    def _fail(self, b, row, events, reason):
+        """Ends a row that has no next token, and clears its part of the cache: a NaN there would reach the next request, since a masked
+        value is multiplied by 0, and 0 times NaN is NaN."""
         self._rows[b] = None
         self.cache.clear(b)
-        events.append(Event(row.id, NEVER, finish_reason="error"))
+        events.append(Event(row.id, NEVER, finish_reason=reason))
 
     def _take(self, b, row, token, events, logprob=None, top=None):
         """Records the new token of a row and appends its Event. After the last token of the request, frees the slot."""
         row.token, row.count = token, row.count + 1
-        if row.seen is not None:
-            row.seen[token] = True
+        if row.steering is not None:
+            try:
+                row.steering.take(token)
+            except GuideError:
+                self._fail(b, row, events, "guide")
+                return
         reason = "stop" if token in row.request.stop_ids else "length" if row.count >= row.limit else None
         if reason:
             self._rows[b] = None
@@ -390,6 +408,13 @@ def check(request):
         raise ValueError(f"max_new_tokens={r.max_new_tokens} must be 1 or more")
     if not 0 < r.repetition_penalty < float("inf"):
         raise ValueError(f"repetition_penalty={r.repetition_penalty} must be above 0; use 1 for no penalty")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not np.isfinite(getattr(r, name)):
+            raise ValueError(f"{name}={getattr(r, name)} must be a number; use 0 for no penalty")
+    if not all(np.isfinite(number) for _, number in r.logit_bias):
+        raise ValueError(f"logit_bias={r.logit_bias} must add numbers; use -100 to leave a token out")
+    if not 0 <= r.min_tokens <= r.max_new_tokens:
+        raise ValueError(f"min_tokens={r.min_tokens} must be from 0 to max_new_tokens={r.max_new_tokens}")
     if r.logprobs is not None and r.logprobs < 0:
         raise ValueError(f"logprobs={r.logprobs} must be 0 or more")
     return sampling_op.options(1, r.temperature, r.top_k, r.top_p, r.min_p)
@@ -399,14 +424,6 @@ def _draws(row, count):
     """Returns the random draws [count] float32 in (0, 1) for the next `count` tokens of a request."""
     places = np.arange(row.count, row.count + count, dtype=np.uint32)
     return hash_uniform(row.request.seed, places, row.request.sample)
-
-
-def _penalised(row, logits):
-    """Returns the logits_V of a row after the repetition penalty. Source: Keskar et al. 2019; HF's RepetitionPenaltyLogitsProcessor."""
-    if row.seen is None:
-        return logits
-    penalty = np.float32(row.request.repetition_penalty)
-    return np.where(row.seen, np.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def _logprobs(row, logits, token):

@@ -18,6 +18,7 @@ from parallel.json_text import loads
 from qwen3.schema import FieldError, Fields, Object, Text, checked, real, short, told
 
 ROLES = ("system", "user", "assistant", "tool")
+OTHER_ROLES = {"function": "tool", "developer": "system"}  # the older name of a tool's answer; OpenAI's newer one of the system's message
 SPELLINGS = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}  # as transformers 5.24 reads them
 WEIGHTS = ("weight", "loss_scale")  # by which the loss of a turn is multiplied: OpenAI, where it is 0 or 1, and ms-swift
 TRAINED = (*WEIGHTS, "loss", "train", "training")  # what says of a message whether it has loss: the former, ms-swift, axolotl
@@ -105,8 +106,8 @@ def normal(messages, tools=None):
 
 
 def _message(message, where):
-    if isinstance(message, dict) and message.get("role") == "function":  # the older name of a tool's answer
-        message = {**message, "role": "tool"}
+    if isinstance(message, dict) and str(message.get("role")) in OTHER_ROLES:
+        message = {**message, "role": OTHER_ROLES[message["role"]]}
     try:
         found = checked(Message, message, "")
     except FieldError as error:

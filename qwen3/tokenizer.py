@@ -132,6 +132,10 @@ class Tokenizer:
         (path / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
         (path / "chat_template.jinja").unlink(missing_ok=True)  # a file from an earlier save would override the template in the config
 
+    def to_json(self):
+        """Returns the text of tokenizer.json."""
+        return self._backend.to_str()
+
     def encode(self, text, allow_special=False, most=None):
         """Returns the token ids of a text. allow_special: text such as "<|im_end|>" becomes the added token of that name, as a chat needs
         it. most: of a text with more tokens than this, only the first ones are returned, `most` + 1 or more; the rest costs no time."""

@@ -20,6 +20,7 @@ FLAGS = flags.FLAGS
 
 def define_flags():
     inference_flags.define()
+    inference_flags.define_forms()
     flags.DEFINE_string("prompt", None, "text to continue")
     flags.DEFINE_string("prompts_file", None, "a file of prompts: text with one a line, or .jsonl")
     flags.DEFINE_boolean("chat", False, "apply the chat template: a prompt is a user's message; without a prompt, chat on the terminal")

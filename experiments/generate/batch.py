@@ -19,7 +19,7 @@ FIRST_LOOK_S, LAST_LOOK_S = 0.5, 4.0  # time between two checks for busy data ra
 class Result:
     """One generated text. prompt: the number of its prompt. sample: its number among the samples of that prompt. tokens: without the stop
     id. finish_reason: "stop" (a stop id or string) or "length". queued_s: seconds from its submission to its first token; total_s: to its
-    last. logprobs: [(logprob, top_logprobs)] of each token, or None."""
+    last. logprobs: [(logprob, top_logprobs)] of each token, or None. message: of a conversation, the text as the assistant's message."""
 
     prompt: int
     sample: int
@@ -30,6 +30,7 @@ class Result:
     queued_s: float = 0.0
     total_s: float = 0.0
     logprobs: list | None = None
+    message: dict | None = None
 
 
 class _Open:

@@ -60,6 +60,14 @@ def define_generation_config():
     )
 
 
+def define_forms():
+    """Defines the flags of how answers are split, which experiments.generate and experiments.serve share."""
+    calls = "how the model writes tool calls: hermes (Qwen3, Qwen2.5), qwen3_coder, or none; auto: as its chat template asks it to"
+    flags.DEFINE_enum("tool_calls", "auto", ["auto", "hermes", "qwen3_coder", "none"], calls)
+    reasoning = "whether answers have reasoning, in <think> tags; auto: where the chat template has it"
+    flags.DEFINE_enum("reasoning", "auto", ["auto", "tags", "none"], reasoning)
+
+
 def check():
     """Raises ValueError for flags that no model can honour, before one is loaded."""
     command_line.check_source(FLAGS.hf_dir, FLAGS.workdir)

@@ -5,7 +5,9 @@ import os
 import numpy as np
 
 from parallel.json_text import loads
+from qwen3 import answers
 from qwen3.chat import prompt_text
+from qwen3.messages import normal_tools
 
 
 def check(text, path):
@@ -64,6 +66,15 @@ def encode(tokenizer, prompt, chat=False, enable_thinking=None):
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no tokens; give some text")
     return np.array(ids, np.int32)
+
+
+def message(tokenizer, prompt, ids, text, forms):
+    """The assistant's message that a text is, split by qwen3.answers into reasoning_content, content and tool_calls. prompt: from read().
+    ids: its token ids. forms: a qwen3.answers.Forms."""
+    tools = normal_tools(prompt.get("tools")) if isinstance(prompt, dict) else None
+    thinking = answers.thinking_at(tokenizer.decode(ids)) if forms.thinks else "answer"
+    answer = answers.Answer(forms.calls if tools else None, tools, thinking)
+    return answers.message(answer.push(text) + answer.finish())
 
 
 def encode_all(tokenizer, prompts, chat, enable_thinking):

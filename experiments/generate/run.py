@@ -6,6 +6,7 @@ from experiments.generate import batch as generate_batch
 from experiments.generate import chat as generate_chat
 from experiments.generate import exchange, prompts
 from experiments.generate.model import Model
+from qwen3 import answers
 from qwen3.engine import Engine, check
 
 FLAGS = flags.FLAGS
@@ -26,6 +27,10 @@ def generate():
     results = generate_batch.run(engine, model.tokenizer, requests, generate_batch.Together(model.sharding))
     results, totals = generate_batch.gathered(model.mesh, results, engine.totals)
     if model.mesh.rank == 0:
+        forms = answers.forms_of(model.tokenizer.chat_template, FLAGS.tool_calls, FLAGS.reasoning)
+        for result in results:
+            if FLAGS.chat or not isinstance(given[result.prompt], str):
+                result.message = prompts.message(model.tokenizer, given[result.prompt], ids[result.prompt], result.text, forms)
         generate_batch.write(results, totals, FLAGS.output, FLAGS.output_jsonl)
 
 

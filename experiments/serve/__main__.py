@@ -4,7 +4,7 @@
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model=..., messages=[...])
 
 After SIGTERM the server takes no new requests and gives those that run --drain_s seconds to end; a second SIGTERM drops them.
-It needs aiohttp: pip install -e '.[serve]'
+It needs aiohttp and prometheus_client, and for grammars llguidance: pip install -e '.[serve]'
 """
 
 import importlib.util
@@ -35,6 +35,7 @@ def define_flags():
     number_flags.real("idle_s", 60, "seconds after which a connection without a request at work is closed", 1, number_flags.MOST_S)
     flags.DEFINE_string("api_key_file", None, "file with the API keys that are accepted, one a line; without it no key is needed")
     inference_flags.define_generation_config()
+    inference_flags.define_forms()
     number_flags.real("drain_s", 30, "after SIGTERM, seconds that running requests have to end", 0, number_flags.MOST_S)
 
 
@@ -42,8 +43,9 @@ def main(_):
     if world_size() > 1:
         raise ValueError("experiments.serve runs on one process; start it without experiments.launch")
     command_line.check_source(FLAGS.hf_dir, FLAGS.workdir)
-    if importlib.util.find_spec("aiohttp") is None:
-        raise ValueError("experiments.serve needs aiohttp: pip install -e '.[serve]'")
+    missing = [name for name in ("aiohttp", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"experiments.serve needs {' and '.join(missing)}: pip install -e '.[serve]'")
     keys, connections = access.read_keys(FLAGS.api_key_file), access.connection_limit(FLAGS.max_connections)
     serve_with(keys, connections, access.bind(FLAGS.host, FLAGS.port))
 
@@ -56,6 +58,7 @@ def serve_with(keys, connections, sockets):
     from experiments.train import weights
     from parallel import collectives
     from parallel.sharding import Sharding
+    from qwen3 import answers, grammars
     from qwen3.engine import Engine
 
     collectives.start()
@@ -65,9 +68,10 @@ def serve_with(keys, connections, sockets):
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
     file = defaults.read(model.folder)
     stop_ids, found = defaults.stop_ids(file, model.cfg, tokenizer), defaults.for_requests(file) if FLAGS.use_generation_config else {}
-    settings = http.Settings(
-        name, tokenizer, length, tuple(sorted(stop_ids)), FLAGS.slots, FLAGS.max_body, keys, access.names(FLAGS.host), found
-    )
+    forms = answers.forms_of(tokenizer.chat_template, FLAGS.tool_calls, FLAGS.reasoning)
+    compiler = grammars.Grammars(tokenizer, model.cfg.vocab_size) if grammars.installed() else None
+    limits = FLAGS.slots, FLAGS.max_body, keys, access.names(FLAGS.host)
+    settings = http.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), *limits, found, forms, compiler)
     print(f"weights    {model.text}", flush=True)
 
     def make():

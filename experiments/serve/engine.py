@@ -81,7 +81,7 @@ class Worker:
 
     def __init__(self, make, most, call, slots=1):
         self.make, self.most, self.call, self.slots = make, most, call, slots
-        self.guests, self.shares = GUESTS * slots, Shares()
+        self.guests, self.shares, self.running = GUESTS * slots, Shares(), 0  # running: the jobs that have a slot
         self.engine, self.held, self.inbox = make(), set(), queue.SimpleQueue()
 
     def submit(self, jobs):
@@ -111,6 +111,7 @@ class Worker:
         while self._take(waiting, jobs):
             try:
                 self._start(waiting, jobs, unread)
+                self.running = min(len(jobs), self.slots)
                 events = self.engine.step(_most_tokens(jobs.values()))
                 failures = 0
             except Exception as error:  # no error of one step may end the requests that come later
@@ -134,6 +135,8 @@ class Worker:
     def _take(self, waiting, jobs):
         """Handles the messages in the inbox; waits for one where there is no job. Returns False after a "stop" message, else True."""
         while not (jobs or waiting) or not self.inbox.empty():
+            if not (jobs or waiting):
+                self.running = 0
             if not (jobs or waiting) and self.inbox.empty():
                 gc.collect()  # see run.py: while requests are at work it is put off
             command, job = self.inbox.get()

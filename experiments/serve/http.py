@@ -1,4 +1,5 @@
-"""The HTTP server of experiments.serve, on aiohttp: the OpenAI API's chat completions, completions and models, and /health."""
+"""The HTTP server of experiments.serve, on aiohttp: the OpenAI API's chat completions, completions and models, a page to chat on at /,
+/health and /metrics."""
 
 import asyncio
 import dataclasses
@@ -12,9 +13,12 @@ from http import HTTPStatus
 
 from aiohttp import web
 
+from experiments.serve import page
 from experiments.serve.engine import Full, Job, report
+from experiments.serve.metrics import KINDS, Metrics, Timer
+from experiments.serve.refused import Refused
 from experiments.serve.replies import Choice, Reply, error, event
-from experiments.serve.requests import Refused, parse
+from experiments.serve.requests import parse
 from qwen3 import template
 from qwen3.engine import Request
 from qwen3.schema import short
@@ -24,6 +28,10 @@ CONNECTIONS, IDLE_S = 1000, 60.0  # default limits of connections: their number,
 LOOK_S, RETRY_S = 0.05, 0.2  # seconds between two looks at connections; after accept() failed
 BEHIND = 1 << 15  # tokens that a stream may be behind the engine; a client that reads more slowly is cut off
 BACKLOG = 128  # connections that wait to be accepted
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+OPEN = ("/health", "/")  # paths that need no key; the page asks for one where it is needed
+GONE_STATUS = 499  # in /metrics, of a client that went away before its answer ended
+ROUTES = dict(zip((CHAT, COMPLETION), KINDS))  # path -> kind of request
 PARSERS, RENDERERS = 2, 4  # threads that check and tokenize completions, and chats, which may wait for a template
 
 
@@ -32,7 +40,8 @@ class Settings:
     """The server's settings. model: the model's name in requests. length: the most tokens of a prompt and its answer together.
     stop_ids: token ids that end an answer. slots: rows of the engine. max_body: bytes. keys: the accepted API keys; empty needs none.
     hosts: host names that requests may name, such as ("localhost",); None accepts any. defaults: options that requests may leave out, see
-    experiments/generate/defaults.py."""
+    experiments/generate/defaults.py. forms: a qwen3.answers.Forms; None: those of the chat template. compiler: a
+    qwen3.grammars.Grammars, or None."""
 
     model: str
     tokenizer: object
@@ -43,6 +52,14 @@ class Settings:
     keys: tuple = ()
     hosts: tuple | None = None
     defaults: dict = dataclasses.field(default_factory=dict)
+    forms: object = None
+    compiler: object = None
+
+
+class Stream(web.StreamResponse):
+    """broken: whether the client went away before the end."""
+
+    broken = False
 
 
 class Server:
@@ -56,17 +73,20 @@ class Server:
         self.draining, self.idle, self.answering = False, asyncio.Event(), set()  # idle: no request is being answered
         self.idle.set()
         self.parsers = {"completion": ThreadPoolExecutor(PARSERS, "parse"), "chat": ThreadPoolExecutor(RENDERERS, "chat")}
+        self.metrics, self.page = Metrics(worker, settings.slots), page.load()
         self.turns = weakref.WeakValueDictionary()  # (client, kind of request) -> the lock of the thread that it may use
 
     def app(self):
         app = web.Application(client_max_size=self.settings.max_body, middlewares=[self._as_json, self._only_by_name, self._only_with_key])
         app.add_routes(
             [
-                web.post("/v1/chat/completions", self.chat, expect_handler=expected),
-                web.post("/v1/completions", self.completion, expect_handler=expected),
+                web.post(CHAT, self.chat, expect_handler=expected),
+                web.post(COMPLETION, self.completion, expect_handler=expected),
                 web.get("/v1/models", self.models),
                 web.get("/v1/models/{name:.+}", self.model),
+                web.get("/", self.chat_page),
                 web.get("/health", self.health),
+                web.get("/metrics", self.measured),
             ]
         )
         return app
@@ -74,10 +94,12 @@ class Server:
     @web.middleware
     async def _as_json(self, request, handler):
         """Answers every error as OpenAI's JSON. Details of an internal error go to the log only."""
-        transport = request.transport
+        transport, status = request.transport, GONE_STATUS
         self.working.add(transport)
         try:
-            return await handler(request)
+            answer = await handler(request)
+            status = GONE_STATUS if getattr(answer, "broken", False) else answer.status
+            return answer
         except Refused as refused:
             status, details = refused.status, (str(refused), refused.param, refused.code)
         except Full:
@@ -92,6 +114,8 @@ class Server:
         finally:
             self.working.discard(transport)
             self.last[transport] = asyncio.get_running_loop().time()
+            if kind := ROUTES.get(request.path):
+                self.metrics.requests.labels(kind, status).inc()
         headers = {"Retry-After": "1"} if status in (429, 503) else None
         return web.json_response(error(*details, status), status=status, headers=headers)
 
@@ -111,7 +135,7 @@ class Server:
     @web.middleware
     async def _only_with_key(self, request, handler):
         keys, given = self.settings.keys, request.headers.get("Authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
-        if keys and request.path != "/health" and not any([hmac.compare_digest(given, key.encode()) for key in keys]):
+        if keys and request.path not in OPEN and not any([hmac.compare_digest(given, key.encode()) for key in keys]):
             raise Refused(
                 "the API key is missing or unknown; send a known one as Authorization: Bearer KEY", status=401, code="invalid_api_key"
             )
@@ -133,6 +157,14 @@ class Server:
             raise Refused(f"the model does not exist; use {self.settings.model!r}", "model", 404, "model_not_found")
         return web.json_response(self._described())
 
+    async def chat_page(self, request):
+        body, headers = self.page
+        return web.Response(body=body, headers=headers)
+
+    async def measured(self, request):
+        body, kind = self.metrics.text()
+        return web.Response(body=body, headers={"Content-Type": kind})
+
     async def chat(self, request):
         return await self.complete(request, "chat")
 
@@ -142,6 +174,7 @@ class Server:
     async def complete(self, request, kind):
         if self.draining:
             raise Refused("the server is shutting down; try again later", status=503, code="draining")
+        timer = Timer(self.metrics)
         asked = await self._asked(request, kind)
         events, jobs = asyncio.Queue(), []
         for prompt in asked.prompts:
@@ -150,13 +183,15 @@ class Server:
                 wanted = Request(prompt=prompt, sample=sample, **asked.options)
                 jobs.append(Job(wanted, put, asked.stream, client=self._client(request), group=events))
         self.worker.submit(jobs)
+        self.metrics.prompt_tokens.inc(asked.prompt_tokens)
         self.answering.add(events)
         self.idle.clear()
         try:
             choices, reply = [Choice(self.settings.tokenizer, asked) for _ in jobs], Reply(kind, self.settings.model, asked)
+            pushed = self._pushed(jobs, choices, events, timer)
             if asked.stream:
-                return await self._streamed(request, jobs, choices, events, reply)
-            async for _ in self._pushed(jobs, choices, events):
+                return await self._streamed(request, choices, pushed, reply)
+            async for _ in pushed:
                 pass
             return web.json_response(reply.whole(choices))
         finally:  # also runs where the client disconnects, which cancels this handler
@@ -186,7 +221,8 @@ class Server:
         except (web.RequestPayloadError, ValueError, zlib.error) as wrong:  # such as plain text with Content-Encoding: gzip
             raise Refused("the body does not have the Content-Encoding or Transfer-Encoding that its headers name") from wrong
         s = self.settings
-        return await self._in_turn(request, kind, data, kind, s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults)
+        given = s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults, s.forms, s.compiler
+        return await self._in_turn(request, kind, data, kind, *given)
 
     async def _in_turn(self, request, kind, *arguments):
         """Returns parse(*arguments), run in a thread. A client has one thread of a kind at a time, also for requests that it has dropped:
@@ -202,8 +238,8 @@ class Server:
         parsed.add_done_callback(end)
         return await asyncio.shield(parsed)
 
-    async def _pushed(self, jobs, choices, events):
-        """Yields (index, new text, logprobs entries) as choices grow, until all have ended. Raises Refused where the engine raised."""
+    async def _pushed(self, jobs, choices, events, timer):
+        """Yields (index, new pieces, logprobs entries) as choices grow, until all have ended. Raises Refused where the engine raised."""
         while any(choice.reason is None for choice in choices):
             index, found = await events.get()
             if isinstance(found, ValueError):
@@ -213,13 +249,19 @@ class Server:
             if found.finish_reason == "error":
                 words = "the model's logits for this text are NaN or infinite, so it has no next token"
                 raise Refused(words, status=500, code="not_finite")
+            if found.finish_reason == "guide":
+                words = "the grammar of this text has grown too large to go on, or has no next token; make the schema simpler"
+                raise Refused(words, status=500, code="grammar_failed")
             if choices[index].reason is None:
-                yield index, *choices[index].push(found)
+                new = choices[index].push(found)
+                timer.token(index, choices[index].reason)
+                yield index, *new
                 if choices[index].reason:
                     self.worker.release([jobs[index]])  # the engine does not know stop strings and would go on
+        timer.end()
 
-    async def _streamed(self, request, jobs, choices, events, reply):
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+    async def _streamed(self, request, choices, pushed, reply):
+        response = Stream(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(request)
 
         async def write(data):
@@ -234,16 +276,17 @@ class Server:
             for index in range(len(choices)):
                 if opening := reply.opening(index):
                     await write(event(opening))
-            async for index, text, entries in self._pushed(jobs, choices, events):
-                if text or entries or choices[index].reason:
-                    await write(event(reply.chunk(index, text, entries, choices[index].reason)))
+            async for index, pieces, entries in pushed:
+                if pieces or entries or choices[index].reason:
+                    for chunk in reply.chunks(index, choices[index], pieces, entries):
+                        await write(event(chunk))
             if reply.asked.include_usage:
                 await write(event(reply.last(choices)))
             await write(b"data: [DONE]\n\n")
         except Refused as refused:
             await write(event(error(str(refused), refused.param, refused.code, refused.status)))
-        except ConnectionError:  # the client disconnected
-            pass
+        except ConnectionError:
+            response.broken = True
         return response
 
 

@@ -9,13 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from experiments.serve import chats
+from experiments.serve.chats import EFFORTS
+from experiments.serve.refused import Refused
 from parallel.json_text import DuplicateKey, loads
-from qwen3 import chat
+from qwen3.answers import forms_of
 from qwen3.json_files import MAX_DEPTH, depth
-from qwen3.messages import normal_tools
-from qwen3.schema import LARGEST, FieldError, Fields, Sampling, Text, Yes, checked, short, told, whole
+from qwen3.schema import LARGEST, FieldError, Fields, Object, Sampling, Text, Yes, checked, real, short, told, whole
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_TOP_LOGPROBS, COMPLETION_TOKENS = 16, 256, 20, 16
+MAX_BIASES, MAX_BIAS, MAX_PENALTY = 1024, 100, 2
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = told(Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)], f"up to {MAX_STOPS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
 
@@ -28,6 +31,24 @@ class StreamOptions(Fields):
 class TemplateOptions(Fields):
     model_config = ConfigDict(extra="forbid")
     enable_thinking: Yes = None
+
+
+class NamedFunction(Fields):
+    name: Text
+
+
+class NamedTool(Fields):
+    type: told(Literal["function"], "'function'")
+    function: told(NamedFunction, "an object with name")
+
+
+class ResponseFormat(Fields):
+    model_config = ConfigDict(extra="forbid")
+    type: told(Literal["text", "json_object", "json_schema"], "'text', 'json_object' or 'json_schema'")
+    json_schema: Object = None
+
+
+Bias = Annotated[dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], real(-MAX_BIAS, MAX_BIAS)], Field(max_length=MAX_BIASES)]
 
 
 class Body(Sampling):
@@ -43,12 +64,26 @@ class Body(Sampling):
     stop: Stops = ()
     stream: Yes = False
     stream_options: told(StreamOptions, "an object with include_usage only") = None
+    presence_penalty: real(-MAX_PENALTY, MAX_PENALTY) = 0.0
+    frequency_penalty: real(-MAX_PENALTY, MAX_PENALTY) = 0.0
+    logit_bias: told(Bias, f"an object of up to {MAX_BIASES} token ids with numbers from -{MAX_BIAS} to {MAX_BIAS}") = {}
+    min_tokens: whole(0, LARGEST) = 0
+    ignore_eos: Yes = False
 
 
 class Chat(Body):
     messages: told(Annotated[list[dict[str, Any]], Field(min_length=1)], "a list with at least one message")
     tools: told(list[dict[str, Any]], "a list of objects") = None
-    tool_choice: told(Literal["auto", "none"], "'auto' or 'none'") = "auto"
+    tool_choice: told(
+        Literal["auto", "none", "required"] | NamedTool,
+        "'auto', 'none', 'required', or {'type': 'function', 'function': {'name': ...}}",
+    ) = "auto"
+    parallel_tool_calls: Yes = True
+    response_format: told(ResponseFormat, "an object with type, and json_schema where that is the type") = None
+    reasoning_effort: told(Literal[tuple(EFFORTS)], f"one of {', '.join(EFFORTS)}") = None
+    thinking_budget: whole(0, LARGEST) = None
+    add_generation_prompt: Yes = True
+    continue_final_message: Yes = False
     logprobs: Yes = False
     top_logprobs: whole(0, MAX_TOP_LOGPROBS) = None
     chat_template_kwargs: told(TemplateOptions, "an object with enable_thinking only") = TemplateOptions()
@@ -57,13 +92,11 @@ class Chat(Body):
 class Completion(Body):
     prompt: told(Text | Annotated[list[int] | list[str | list[int]], Field(min_length=1)], "a text, a list of texts, or token ids")
     logprobs: whole(0, MAX_TOP_LOGPROBS) = None
+    echo: Yes = False
 
 
 # Unsupported fields that clients send with a value that changes nothing: field -> the values that are accepted.
 NEUTRAL = {
-    "frequency_penalty": (0, 0.0, None),
-    "presence_penalty": (0, 0.0, None),
-    "logit_bias": (None, {}),
     "best_of": (1, None),
     "echo": (False, None),
     "suffix": (None, ""),
@@ -75,20 +108,14 @@ NEUTRAL = {
 }
 
 
-class Refused(Exception):
-    """Raised for a request that is answered with an error. param: the wrong field. code: OpenAI's error code."""
-
-    def __init__(self, message, param=None, status=400, code=None):
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-
 @dataclass(frozen=True)
 class Asked:
     """A checked request. prompts: lists of token ids. options: fields of qwen3.engine.Request without prompt and sample. n: texts for each
     prompt.
 
     logprobs: None, or how many of the likeliest tokens each entry lists. include_usage: whether a stream ends with the token counts.
+    answer: the options of a qwen3.answers.Answer by which the text is split; None for a text that is not split. echo: of each prompt the
+    text that the answer begins with; () for none.
     """
 
     prompts: list
@@ -98,20 +125,26 @@ class Asked:
     logprobs: int | None
     stream: bool
     include_usage: bool
+    answer: dict | None = None
+    echo: tuple = ()
 
     @property
     def prompt_tokens(self):
         return sum(map(len, self.prompts))
 
 
-def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None):
+def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None, forms=None, compiler=None):
     """Returns the Asked of a body, which is JSON as bytes. kind: "chat" or "completion". length: the most tokens of a prompt and its answer
-    together. most: the most texts of one request. defaults: options in place of OpenAI's defaults, which may include max_new_tokens. Raises
-    Refused."""
+    together. most: the most texts of one request. defaults: options in place of OpenAI's defaults, which may include max_new_tokens. forms:
+    see qwen3.answers.Forms; default: those of the chat template. compiler: a qwen3.grammars.Grammars, or None where its library is not
+    installed. Raises Refused."""
     body = _body(data, Chat if kind == "chat" else Completion)
     if body.model != model:
         raise Refused(f"the model {short(body.model)} does not exist; use {model!r}", "model", 404, "model_not_found")
-    texts = [_chat_text(body, tokenizer)] if kind == "chat" else _prompts(body.prompt)
+    stop_ids, answer, guide = () if body.ignore_eos else tuple(stop_ids), None, None
+    if kind == "chat":
+        text, answer, guide = chats.read(body, tokenizer, forms or forms_of(tokenizer.chat_template), compiler, stop_ids)
+    texts = [text] if kind == "chat" else _prompts(body.prompt)
     field = "messages" if kind == "chat" else "prompt"
     if len(texts) * body.n > most:
         raise Refused(f"{len(texts)} prompts with n={body.n} are more than {most} texts, the most of a request", "n")
@@ -124,10 +157,15 @@ def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None):
     options["top_k"] = max(options["top_k"], 0)  # some clients send -1 for all
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
     options["max_new_tokens"] = _max_tokens(body, kind, usual, length - max(map(len, prompts)))
-    options["logprobs"], options["stop_ids"] = _logprobs(body, kind), tuple(stop_ids)
+    options["logprobs"], options["stop_ids"], options["guide"] = _logprobs(body, kind), stop_ids, guide
+    options |= {"presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty, "min_tokens": body.min_tokens}
+    options["logit_bias"] = tuple((_in_vocabulary(int(i), tokenizer), bias) for i, bias in body.logit_bias.items())
+    if body.min_tokens > options["max_new_tokens"]:
+        raise Refused(f"min_tokens={body.min_tokens} must be at most {options['max_new_tokens']}, the most new tokens", "min_tokens")
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    return Asked(prompts, body.n, options, stop, options["logprobs"], body.stream, include_usage)
+    echo = _echo(body, texts, tokenizer) if kind == "completion" and body.echo else ()
+    return Asked(prompts, body.n, options, stop, options["logprobs"], body.stream, include_usage, answer, echo)
 
 
 def _body(data, kind):
@@ -143,7 +181,7 @@ def _body(data, kind):
     if depth(body) > MAX_DEPTH:
         raise Refused(f"the body is nested more than {MAX_DEPTH} deep")
     for field, value in list(body.items()):
-        if field in NEUTRAL:
+        if field in NEUTRAL and field not in kind.model_fields:
             if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[field]):
                 raise Refused(f"{field}={short(value)} is not supported; leave it out", field, code="unsupported_parameter")
             del body[field]
@@ -164,6 +202,19 @@ def _logprobs(body, kind):
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
+def _in_vocabulary(i, tokenizer):
+    if i >= tokenizer.vocab_size:
+        raise Refused(f"logit_bias has the id {i}, which is outside the vocabulary of {tokenizer.vocab_size}", "logit_bias")
+    return i
+
+
+def _echo(body, texts, tokenizer):
+    """The texts of the prompts, which their answers begin with."""
+    if body.logprobs is not None:
+        raise Refused("echo and logprobs cannot both hold, since the tokens of the prompt have none; leave out one", "echo")
+    return tuple(text if isinstance(text, str) else tokenizer.decode(text, skip_special=True) for text in texts)
+
+
 def _max_tokens(body, kind, usual, room):
     """Returns the most new tokens. The default is `usual`, as far as there is room; where it is None, all the room that is left for a chat,
     and OpenAI's 16 for a completion."""
@@ -174,18 +225,6 @@ def _max_tokens(body, kind, usual, room):
     if asked > room:
         raise Refused(f"{field}={asked} must be at most {room}, the room that the prompt leaves", field, code="context_length_exceeded")
     return asked
-
-
-def _chat_text(body, tokenizer):
-    """Returns the text of a conversation, by the tokenizer's chat template."""
-    try:
-        tools = None if body.tool_choice == "none" else normal_tools(body.tools)
-    except ValueError as error:
-        raise Refused(str(error)[:300], "tools") from error
-    try:
-        return chat.prompt_text(tokenizer, body.messages, tools, body.chat_template_kwargs.enable_thinking, strict=True)
-    except (ValueError, RecursionError) as error:
-        raise Refused(str(error)[:300], "messages") from error
 
 
 def _prompts(prompt):

@@ -26,12 +26,14 @@ from parallel.placement import cut, place, reader
 from parallel.sharding import Sharding
 from parallel.trees import tree_leaves, tree_paths
 from qwen3 import hf, peft
+from qwen3.answers import Forms
 from qwen3.engine import Engine, Request
 from qwen3.generate import generate
 from qwen3.model import param_specs
 from qwen3.tokenizer import Tokenizer, train_bpe
 from tests.parallel.test_launch import free_port
 from tests.qwen3.test_peft import saved
+from tests.scripted_answers import ONE, TOOLS
 from tests.tiny import DENSE, MOE, assert_close, random_params
 
 ROOT = Path(__file__).parents[2]
@@ -103,8 +105,20 @@ def test_a_file_of_prompts_gives_a_line_for_each_in_their_order(folder, tokenize
             tokenizer.encode(LINES[r["prompt"]])
         )
         assert len(r["tokens"]) == len(r["logprobs"]) == 9 and r["finish_reason"] == "length" and 0 < r["queued_s"] <= r["total_s"]
+        assert "message" not in r
         assert all(token == top[0][0] and logprob == top[0][1] for token, (logprob, top) in zip(r["tokens"], r["logprobs"]))
     assert "prefill " in out and "decode " in out and "tokens/s" in out
+
+
+def test_an_answer_of_a_conversation_is_split_into_its_parts(tokenizer):
+    """By the form of the chat template, with calls only where there are tools."""
+    text, forms = f"<think>\nHm\n</think>\n\nI look.\n{ONE}", Forms("hermes", True)
+    ids = tokenizer.encode("<|im_start|>assistant\n", allow_special=True)
+    found = prompts.message(tokenizer, {"messages": [], "tools": TOOLS}, ids, text, forms)
+    assert (found["reasoning_content"], found["content"]) == ("Hm", "I look.") and found["tool_calls"][0]["function"]["name"] == "weather"
+    found = prompts.message(tokenizer, "a", ids, text, forms)
+    assert found["content"] == f"I look.\n{ONE}" and "tool_calls" not in found
+    assert prompts.message(tokenizer, "a", ids, text, Forms(None, False)) == {"role": "assistant", "content": text}
 
 
 @pytest.mark.slow

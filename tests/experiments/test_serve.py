@@ -213,6 +213,38 @@ def test_samples_seeds_stops_and_log_probabilities(client, model, ids):
     assert [choice.text for choice in by_ids.choices] == [free.text] * 2
 
 
+def test_an_answer_follows_a_schema_beside_one_that_follows_none(many, model):
+    """Whole and streamed; the schema that cannot be is refused by its place, the penalties and biases have their effect."""
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99, "minimum": 0}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}}}
+    asked = {"model": "tiny", "messages": [{"role": "developer", "content": "x"}], "response_format": form, "max_tokens": 200, "seed": 1}
+    free = {"model": "tiny", "prompt": "def f", "max_tokens": 20, "temperature": 0}
+    (want,) = greedy(model, ["def f"], 20)
+
+    async def streamed():
+        parts = [part async for part in await many.chat.completions.create(**asked, stream=True)]
+        return "".join(choice.delta.content or "" for part in parts for choice in part.choices)
+
+    async def go():
+        whole = many.chat.completions.create(**asked)
+        return *await asyncio.gather(whole, streamed(), many.completions.create(**free)), *await refused()
+
+    wrong = {**form, "json_schema": {"name": "x", "schema": {"type": "array", "items": {"type": "strin"}}}}
+
+    async def refused():
+        with pytest.raises(openai.BadRequestError) as error:
+            await many.chat.completions.create(**{**asked, "response_format": wrong})
+        biased = await many.completions.create(**free, logit_bias={"70": 100}, echo=True, extra_body={"ignore_eos": True})
+        return error.value, biased.choices[0].text
+
+    whole, text, other, error, biased = asyncio.run(go())
+    assert whole.choices[0].message.content == text and 0 <= json.loads(text)["n"] <= 99 and whole.choices[0].finish_reason == "stop"
+    assert other.choices[0].text == want
+    assert error.param == "response_format" and "response_format.json_schema.schema.items: Invalid type: strin" in str(error)
+    assert biased == "def f" + model[2].decode([70]) * 20
+
+
 GOOD = {"model": "tiny", "prompt": "x", "max_tokens": 1}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
 BAD = [
@@ -244,9 +276,13 @@ BAD = [
     ({**GOOD, "logprobs": 21}, 400, "logprobs"),
     ({**GOOD, "stream": "yes"}, 400, "stream"),
     ({**GOOD, "stream_options": {"include_usage": True}}, 400, "stream_options"),
-    ({**GOOD, "logit_bias": {"1": 5}}, 400, "logit_bias"),
-    ({**GOOD, "frequency_penalty": 0.5}, 400, "frequency_penalty"),
-    ({**GOOD, "echo": True}, 400, "echo"),
+    ({**GOOD, "logit_bias": {"1": 500}}, 400, "logit_bias"),
+    ({**GOOD, "frequency_penalty": 2.5}, 400, "frequency_penalty"),
+    ({**GOOD, "min_tokens": 2}, 400, "min_tokens"),
+    ({**GOOD, "best_of": 2}, 400, "best_of"),
+    ({**CHAT, "echo": True}, 400, "echo"),
+    ({**CHAT, "response_format": {"type": "xml"}}, 400, "response_format"),
+    ({**CHAT, "thinking_budget": 5}, 400, "thinking_budget"),  # this tokenizer's template has no reasoning
     ({**GOOD, "nonsense": 1}, 400, "nonsense"),
     ({**CHAT, "messages": []}, 400, "messages"),
     ({**CHAT, "messages": "[]"}, 400, "messages"),

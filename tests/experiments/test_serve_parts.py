@@ -369,15 +369,15 @@ class Talker:
 
 
 @contextlib.contextmanager
-def listening(tokenizer, hosts=None, **limits):
-    """(port, the Worker) of a server with a Talker, in threads of their own."""
+def listening(tokenizer, hosts=None, make=Talker, keys=(), **limits):
+    """(port, the Worker) of a server with the engine of make(), in threads of their own."""
     pytest.importorskip("aiohttp")
     from experiments.serve import access, http
 
     sockets = access.bind("127.0.0.1", 0)
     loop, stop, ports, ready = asyncio.new_event_loop(), asyncio.Event(), [], threading.Event()
-    worker = Worker(Talker, 4, loop.call_soon_threadsafe)
-    server = http.Server(http.Settings("m", tokenizer, 1 << 20, (7,), 2, 1 << 20, hosts=hosts), worker, **limits)
+    worker = Worker(make, 4, loop.call_soon_threadsafe)
+    server = http.Server(http.Settings("m", tokenizer, 1 << 20, (7,), 2, 1 << 20, keys, hosts), worker, **limits)
 
     def bound(port):
         ports.append(port)

@@ -346,7 +346,7 @@ BAD_RECORDS = [
     (sharegpt, {"conversations": [{"from": "function_call", "value": "{"}]}, "'function_call' is not JSON"),
     (sharegpt, {"conversations": [{"from": "gpt", "value": "x"}], "tools": "{"}, "'tools' is not JSON"),
     (openai, {"messages": "hello"}, "'messages' is not JSON"),
-    (openai, {"messages": [{"role": "developer", "content": "x"}]}, "messages[0].role='developer' must be one of system, user"),
+    (openai, {"messages": [{"role": "boss", "content": "x"}]}, "messages[0].role='boss' must be one of system, user"),
     (
         openai,
         {"messages": [user([{"type": "image_url"}])]},

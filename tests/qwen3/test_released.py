@@ -15,11 +15,15 @@ from experiments.data.readers import Record
 from experiments.generate import defaults
 from experiments.generate import prompts as generate_prompts
 from experiments.serve import requests as serve_requests
+from qwen3.answers import Answer, Forms, forms_of, message, thinking_at
 from qwen3.chat import encode_chat, turn_ends
 from qwen3.config import SIZES
+from qwen3.grammars import Grammars
+from qwen3.guide import Plan
 from qwen3.schema import GenerationJson
 from qwen3.text_stream import TextStream
 from qwen3.tokenizer import Tokenizer
+from tests import scripted_answers as scripted
 from tests.golden.make_peers import digest
 from tests.qwen3 import test_chat
 from tests.qwen3.test_tokenizer import ODD_TEXTS
@@ -74,6 +78,29 @@ def test_conversations_are_rendered_as_transformers_renders_them(tok, stored, pr
     for name, (messages, tools) in conversations().items():
         text = tok.apply_chat_template(messages, tools, add_generation_prompt=prompt, enable_thinking=thinking)
         assert digest(text) == stored["hashes"][f"{name}, prompt {prompt}, thinking {thinking}"], name
+
+
+def test_calls_and_reasoning_are_read_and_kept_by_grammars(tok):
+    """In the form that the released template writes; its tags are tokens of their own."""
+    pytest.importorskip("llguidance")
+    assert forms_of(tok.chat_template) == Forms("hermes", True)
+    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in (scripted.OSLO, scripted.NOW)]
+    said = {"role": "assistant", "content": "", "reasoning_content": "Hm.\n\nYes.", "tool_calls": calls}
+    messages = [{"role": "user", "content": "x"}, said]
+    before = tok.apply_chat_template(messages[:1], scripted.TOOLS, add_generation_prompt=True)
+    text = tok.apply_chat_template(messages, scripted.TOOLS)[len(before) :].removesuffix("<|im_end|>\n")
+    answer = Answer("hermes", scripted.TOOLS, thinking_at(before))
+    found = message(answer.push(text) + answer.finish())
+    assert found["reasoning_content"] == said["reasoning_content"] and found["content"] is None
+    for call, want in zip(found["tool_calls"], calls, strict=True):
+        assert json.loads(call["function"]["arguments"]) == want["function"]["arguments"]
+    compiler = Grammars(tok, SIZES["qwen3-0.6b"].vocab_size)
+    guide = Plan(tok, compiler.calls("hermes", scripted.TOOLS), "before", None, (tok.eos_id,)).start()
+    for token in tok.encode(text, allow_special=True):
+        allowed = guide.allowed(151936)
+        assert allowed is None or allowed[token], tok.decode([token])
+        guide.take(token)
+    assert guide.allowed(151936)[tok.eos_id]
 
 
 def by_hand(tok, text, empty):
