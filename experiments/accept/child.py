@@ -1,7 +1,7 @@
 """A process that makes the checks of one stage: python -m experiments.accept.child JOB.json, started by experiments/accept/supervise.py.
 
 The job is a JSON object: stage, its name; first, the number of the check to begin with; folder, an empty one, in which the process writes
-`rank_R.jsonl`, a line when a check begins and one when it ends; scratch, a folder for files that the checks share; and the flags of the kit.
+`rank_R.jsonl`, a line when a check begins and one when it ends; scratch, a folder for files that the checks share; and flags of the kit.
 """
 
 import importlib

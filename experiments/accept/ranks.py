@@ -7,7 +7,6 @@ from functools import partial
 import mindspore as ms
 import numpy as np
 
-
 from experiments.accept import tiny
 from experiments.accept.kernels import error_of
 from experiments.accept.outcome import Failed, NotHere

@@ -97,7 +97,8 @@ class Run:
         """Returns {name: the global array} of a state, on all ranks, by the names of a checkpoint."""
         mine = {h.names: h.data for h in self.program.held(state)}
         return {
-            h.names[0]: whole(self.mesh, h.spec, h.axes, mine.get(h.names), holder=h.holders[0] if h.holders else None)
+            # a copy, since a step changes arrays in place
+            h.names[0]: np.array(whole(self.mesh, h.spec, h.axes, mine.get(h.names), holder=h.holders[0] if h.holders else None))
             for h in self.program.held()
         }
 
