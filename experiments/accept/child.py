@@ -73,7 +73,8 @@ def _made(check):
     except Exception as error:
         traceback.print_exc()
         words = "".join(traceback.format_exception_only(error)).strip()[:WORDS]
-        return FAIL, words + "\n" + "".join(traceback.format_tb(error.__traceback__)[-FRAMES:])[-WORDS:], {}, True
+        frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+        return FAIL, "\n".join([words, *(f"  {frame.filename}:{frame.lineno} {frame.line}" for frame in frames)]), {}, True
 
 
 if __name__ == "__main__":

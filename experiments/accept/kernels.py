@@ -124,7 +124,7 @@ def error_of(want, found):
     whole = np.isfinite(a)
     if (a[~whole] != b[~whole]).any() and not np.isnan(a[~whole]).all():
         return float("inf")
-    largest, difference = np.abs(a[whole]).max(initial=0), np.abs(a - b)[whole].max(initial=0)
+    largest, difference = np.abs(a[whole]).max(initial=0), np.abs(a[whole] - b[whole]).max(initial=0)
     return float(difference / largest) if largest else (0.0 if difference == 0 else float("inf"))
 
 

@@ -24,7 +24,7 @@ from parallel.checkpoint.files import write_text
 HTML, JSON = "report.html", "report.json"
 ROOT = Path(__file__).parents[2]
 SHOWN = "/usr/ /proc/ /sys/ /dev/ /lib/ /lib64/ /bin/ /etc/".split()  # paths that every machine has
-PATH = re.compile(r"(?<![\w.~<>/-])(/[\w.+@~%-]+){2,}/?")
+PATH = re.compile(r"(?<![\w.~<>/-])~?(/[\w.+@~%-]+){2,}/?")
 ADDRESS = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b(?=:\d|/\d|\b)")
 
 

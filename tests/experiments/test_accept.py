@@ -134,7 +134,7 @@ def test_texts_are_cleaned(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     try:
         for given, wanted in (
-            ("/home/ada/models/x is missing", "~/models/x is missing"),
+            ("/home/ada/models/x is missing, and ~/y too", ".../x is missing, and ~/y too"),
             ("from /data/teams/ada/run7/log.txt", "from .../log.txt"),
             (f'File "{ROOT}/ops/rope.py", line 3', 'File "./ops/rope.py", line 3'),
             ("node17 and node17.lab.example.org and node170", "HOST and HOST and node170"),
