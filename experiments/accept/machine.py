@@ -111,7 +111,7 @@ def _device(job):
     import mindspore as ms
 
     target = ms.get_context("device_target")
-    facts = {"device": _cpu_name() if target == "CPU" else target, "devices": device_count() or 1, "cores": os.cpu_count()}
+    facts = {"device": device_name(), "devices": device_count() or 1, "cores": os.cpu_count()}
     facts["system"] = f"{platform.system()} {platform.machine()}"
     if target == "CPU":
         return {**facts, "memory_gib": round((host_memory.machine_bytes() or 0) / 2**30, 1)}
@@ -120,6 +120,11 @@ def _device(job):
     if facts["devices"] > job.world:
         facts["unused"] = f"{facts['devices'] - job.world} of them; start the kit with experiments.launch --nproc={facts['devices']}"
     return facts
+
+
+def device_name():
+    """Returns what computes here, without MindSpore, which alone knows the kind of an NPU."""
+    return "Ascend" if device_count() else _cpu_name()
 
 
 def _cpu_name():

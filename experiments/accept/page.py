@@ -21,6 +21,7 @@ table.plain { width: auto; }
 table.plain td, table.plain th { border: 0; padding: .1em 1.2em .1em 0; }
 table.checks td:nth-child(2) { min-width: 13em; }
 table.checks tr.fail td { background: #fdf1f0; }
+.title::first-letter { text-transform: uppercase; }
 .number { text-align: right; white-space: nowrap; color: var(--soft); padding-right: 0; }
 .result { font-size: 1.2em; font-weight: 600; padding: .5em .8em; border-radius: 6px; background: var(--back); }
 .result.pass { color: var(--good); background: #e9f6ec; }

@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from experiments.accept import machine
 from experiments.accept.outcome import FAIL, NOT_HERE, NOT_RUN, PASS
 from experiments.accept.page import PAGE
 from parallel.checkpoint.files import write_text
@@ -42,7 +43,8 @@ def made(results, options, began, ended):
     failed = [stage["name"] for stage in stages if stage["outcome"] == FAIL]
     counts = {outcome: outcomes.count(outcome) for outcome in (PASS, FAIL, NOT_HERE)}
     result = FAIL if failed else "unfinished" if not ended else PASS if counts[PASS] else NOT_HERE
-    about = {**_facts_of(stages, "versions"), **_facts_of(stages, "devices")}
+    about = {"device": machine.device_name(), **_facts_of(stages, "devices")}
+    versions = {name: machine.version_of(name) for name, _, _ in machine.VERSIONS}
     return {
         "format": 1,
         "result": result,
@@ -52,7 +54,7 @@ def made(results, options, began, ended):
         "ranks": options.nproc * options.nnodes,
         "nodes": options.nnodes,
         "machine": {key: about[key] for key in ("device", "devices", "memory_gib", "cores", "system") if key in about},
-        "versions": {key: about[key] for key in ("Python", "MindSpore", "CANN", "driver", "firmware", "numpy") if key in about},
+        "versions": {name: version for name, version in versions.items() if version},
         "checks": counts,
         "failed": failed,
         "stages": stages,
@@ -60,10 +62,10 @@ def made(results, options, began, ended):
 
 
 def _facts_of(stages, name):
-    """Returns the facts of all checks of a stage together; of a version only what was found."""
+    """Returns the facts of all checks of a stage together."""
     found = {}
     for check in next((stage["checks"] for stage in stages if stage["name"] == name), ()):
-        found.update({check["name"]: check["facts"]["found"]} if "found" in check["facts"] else check["facts"])
+        found.update(check["facts"])
     return found
 
 
@@ -164,7 +166,7 @@ def _summary(facts):
     rows = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in lines.items() if value)
     index = "".join(
         f'<tr><td><span class="mark {_class(stage["outcome"])}">{_text(stage["outcome"])}</span></td>'
-        f'<td><a href="#{stage["name"]}">{_text(stage["name"])}</a></td><td>{_text(stage["title"])}</td>'
+        f'<td><a href="#{stage["name"]}">{_text(stage["name"])}</a></td><td class="title">{_text(stage["title"])}</td>'
         f'<td class="number">{_duration(stage["seconds"])}</td></tr>'
         for stage in facts["stages"]
     )
@@ -180,8 +182,9 @@ def _stage(stage):
     is_open = " open" * (stage["outcome"] == FAIL or len(checks) <= 12)
     return (
         f'<section id="{stage["name"]}"><h2><span class="mark {_class(stage["outcome"])}">{_text(stage["outcome"])}</span> '
-        f"{_text(stage['name'])}</h2><p>{_text(stage['title'])}.</p>{repeat if stage['outcome'] == FAIL else ''}"
-        f"<details{is_open}><summary>{_text(said or 'no checks')}</summary>{_table(checks)}</details></section>"
+        f'{_text(stage["name"])}</h2><p class="title">{_text(stage["title"])}.</p>{repeat if stage["outcome"] == FAIL else ""}'
+        + (f"<details{is_open}><summary>{_text(said)}</summary>{_table(checks)}</details>" if checks else "")
+        + "</section>"
     )
 
 

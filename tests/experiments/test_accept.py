@@ -20,6 +20,8 @@ from experiments.accept.kernels import error_of
 from experiments.accept.outcome import FAIL, NOT_HERE, PASS
 from experiments.launch import STARTS_JOBS
 from ops import registry
+from qwen3 import hf
+from tests.tiny import DENSE, random_params
 
 ROOT = Path(__file__).parents[2]
 # Functions of ops that have no case of their own, and what tries them instead
@@ -242,3 +244,72 @@ def test_a_failing_stage_of_a_job_is_repeated_by_a_job():
     of = {name: supervise.command_of(stages.STAGES[name], options) for name in ("layouts", "ops")}
     assert of["ops"] == "python -m experiments.accept --stages=ops --out=runs/a --quick"
     assert of["layouts"] == ("python -m experiments.launch --nproc=4 -- experiments.accept --stages=layouts --out=runs/a --quick")
+
+
+def failing_checks(facts, stage):
+    return [name for name, outcome in outcomes(facts, stage).items() if outcome == FAIL]
+
+
+@pytest.mark.slow
+def test_a_wrong_kernel_fails_the_stages_that_use_it(tmp_path):
+    status, said, facts = kit(tmp_path, "--stages=ops,step,checkpoint", "--quick", planted="wrong_kernel", timeout_s=1500)
+    assert status == 1 and failed(facts) == {"ops", "step"}, said
+    assert failing_checks(facts, "ops") == ["rms_norm, cpu, float32"]
+    assert outcomes(facts, "ops")["rms_norm, ascendc, float32"] == outcomes(facts, "ops")["matmul, cpu, float32"] == PASS
+    assert "to repeat it: python -m experiments.accept --stages=ops" in said
+
+
+@pytest.mark.slow
+def test_a_collective_that_drops_a_rank_fails_it(tmp_path):
+    """What ranks tell each other about failures goes through that collective too."""
+    status, said, facts = kit(tmp_path, "--stages=devices,collectives", "--quick", nproc=2, planted="dropped_rank", timeout_s=1500)
+    assert status == 1 and failed(facts) == {"devices", "collectives"}, said
+    assert failing_checks(facts, "collectives") == ["psum, all ranks"]
+    assert failing_checks(facts, "devices") == ["place of each rank"]
+    assert "to repeat it: python -m experiments.launch --nproc=2 -- experiments.accept --stages=collectives" in said
+
+
+@pytest.mark.slow
+def test_a_layouts_wrong_gradient_fails_that_layout(tmp_path):
+    status, said, facts = kit(tmp_path, "--stages=collectives,layouts", "--quick", nproc=2, planted="wrong_gradient", timeout_s=1500)
+    assert status == 1 and failed(facts) == {"layouts"}, said
+    found = outcomes(facts, "layouts")
+    assert {name for name, outcome in found.items() if outcome == FAIL} == {name for name in found if "dp 2" in name}
+    assert [name for name, outcome in found.items() if outcome == PASS]
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_in_a_checkpoint_fails_it(tmp_path):
+    status, said, facts = kit(tmp_path, "--stages=versions,checkpoint", "--quick", planted="flipped_byte", timeout_s=1500)
+    assert status == 1 and failed(facts) == {"checkpoint"}, said
+    assert {"save", "go on in the same layout", "a process that is killed while it saves"} <= set(failing_checks(facts, "checkpoint"))
+
+
+@pytest.mark.slow
+def test_a_model_is_judged_by_goldens(tmp_path):
+    model, other = tmp_path / "model", tmp_path / "other"
+    for folder, seed in ((model, 0), (other, 1)):
+        hf.save(str(folder), DENSE, random_params(DENSE, seed))
+    goldens = tmp_path / "goldens.npz"
+    status, said, facts = kit(tmp_path, "--stages=hf", f"--hf_dir={model}", f"--write_goldens={goldens}")
+    assert status == 0 and outcomes(facts, "hf")["logits"] == PASS and outcomes(facts, "hf")["greedy text"] == NOT_HERE, said
+    assert str(tmp_path) not in json.dumps(facts)
+    status, said, facts = kit(tmp_path, "--stages=hf", f"--hf_dir={model}", f"--goldens={goldens}")
+    assert status == 0 and set(outcomes(facts, "hf").values()) == {PASS}, said
+    status, said, facts = kit(tmp_path, "--stages=hf", f"--hf_dir={other}", f"--goldens={goldens}")
+    assert status == 1 and {"logits", "greedy text"} <= set(failing_checks(facts, "hf")), said
+    goldens.write_bytes(b"not a zip file")
+    status, said, facts = kit(tmp_path, "--stages=hf", f"--hf_dir={model}", f"--goldens={goldens}")
+    assert status == 1 and "is not a file of --write_goldens" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 4])
+def test_everything_passes_on_cpu(nproc, tmp_path):
+    status, said, facts = kit(tmp_path, nproc=nproc, timeout_s=5000)
+    assert status == 0 and facts["result"] == PASS and not facts["failed"], said
+    of = {stage["name"]: stage["outcome"] for stage in facts["stages"]}
+    assert list(of) == list(stages.STAGES)
+    needs_ranks = {name for name, outcome in of.items() if outcome == NOT_HERE}
+    assert needs_ranks - {"dryrun"} == ({"hf", "collectives", "layouts"} if nproc == 1 else {"hf"})
+    assert facts["ranks"] == nproc and json.loads(page_of(tmp_path / "out").facts) == facts
