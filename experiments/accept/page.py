@@ -17,19 +17,26 @@ section { border-top: 1px solid var(--line); padding: 1.1em 0; }
 table { border-collapse: collapse; margin: .6em 0; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .3em .7em .3em 0; border-bottom: 1px solid var(--line); font-weight: normal; }
 th { color: var(--soft); white-space: nowrap; }
+th.number { padding-right: 0; }
 table.plain { width: auto; }
 table.plain td, table.plain th { border: 0; padding: .1em 1.2em .1em 0; }
-table.checks td:nth-child(2) { min-width: 13em; }
+table.checks { table-layout: fixed; }
+col.mark { width: 9.3em; }
+col.name { width: 19em; }
+col.time { width: 5em; }
+table.index td:first-child { width: 9.3em; }
+table.index td:nth-child(2) { width: 8em; }
+table.checks td { overflow-wrap: anywhere; }
 table.checks tr.fail td { background: #fdf1f0; }
 .title::first-letter { text-transform: uppercase; }
 .number { text-align: right; white-space: nowrap; color: var(--soft); padding-right: 0; }
 .result { font-size: 1.2em; font-weight: 600; padding: .5em .8em; border-radius: 6px; background: var(--back); }
 .result.pass { color: var(--good); background: #e9f6ec; }
 .result.fail { color: var(--bad); background: #fdecea; }
-.mark { display: inline-block; min-width: 3.2em; padding: .05em .5em; border-radius: 4px; font-size: .82em; text-align: center; color: #fff;
-  background: var(--none); white-space: nowrap; }
-.mark.pass { background: var(--good); }
-.mark.fail { background: var(--bad); }
+span.mark { display: inline-block; min-width: 3.2em; padding: .05em .5em; border-radius: 4px; font-size: .82em; text-align: center;
+  color: #fff; background: var(--none); white-space: nowrap; }
+span.mark.pass { background: var(--good); }
+span.mark.fail { background: var(--bad); }
 .fact { display: inline-block; margin-right: 1.1em; }
 .fact b { font-weight: normal; color: var(--soft); }
 pre, code { font: 13px/1.4 ui-monospace, monospace; background: var(--back); border-radius: 4px; }

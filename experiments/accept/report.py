@@ -165,7 +165,7 @@ def _summary(facts):
     }
     rows = "".join(f"<tr><th>{_text(key)}</th><td>{_text(value)}</td></tr>" for key, value in lines.items() if value)
     index = "".join(
-        f'<tr><td><span class="mark {_class(stage["outcome"])}">{_text(stage["outcome"])}</span></td>'
+        f"<tr><td>{_mark(stage['outcome'])}</td>"
         f'<td><a href="#{stage["name"]}">{_text(stage["name"])}</a></td><td class="title">{_text(stage["title"])}</td>'
         f'<td class="number">{_duration(stage["seconds"])}</td></tr>'
         for stage in facts["stages"]
@@ -181,7 +181,7 @@ def _stage(stage):
     checks = sorted(stage["checks"], key=lambda check: (FAIL, PASS, NOT_HERE, NOT_RUN).index(check["outcome"]))
     is_open = " open" * (stage["outcome"] == FAIL or len(checks) <= 12)
     return (
-        f'<section id="{stage["name"]}"><h2><span class="mark {_class(stage["outcome"])}">{_text(stage["outcome"])}</span> '
+        f'<section id="{stage["name"]}"><h2>{_mark(stage["outcome"])} '
         f'{_text(stage["name"])}</h2><p class="title">{_text(stage["title"])}.</p>{repeat if stage["outcome"] == FAIL else ""}'
         + (f"<details{is_open}><summary>{_text(said)}</summary>{_table(checks)}</details>" if checks else "")
         + "</section>"
@@ -189,18 +189,34 @@ def _stage(stage):
 
 
 def _table(checks):
-    head = "<tr><th></th><th>check</th><th>what was found</th><th>time</th></tr>"
-    return f'<table class="checks">{head}{"".join(map(_check, checks))}</table>'
+    columns = '<colgroup><col class="mark"><col class="name"><col><col class="time"></colgroup>'
+    head = '<tr><th></th><th>check</th><th>what was found</th><th class="number">time</th></tr>'
+    return f'<table class="checks">{columns}{head}{"".join(map(_checks, _alike(checks)))}</table>'
 
 
-def _check(check):
+def _alike(checks):
+    """Returns lists of checks: those that end alike, for one reason, are told together."""
+    groups = {}
+    for number, check in enumerate(checks):
+        together = check["outcome"] in (NOT_HERE, NOT_RUN) and not check["facts"]
+        groups.setdefault((check["outcome"], check["text"]) if together else number, []).append(check)
+    return groups.values()
+
+
+def _checks(checks):
+    """Returns the row of some checks that end alike."""
+    check, names = checks[0], "<br>".join(_text(check["name"]) for check in checks)
     facts = "".join(f'<span class="fact"><b>{_text(key)}</b> {_text(_number(value))}</span> ' for key, value in check["facts"].items())
     text = f"<pre>{_text(check['text'].strip())}</pre>" if "\n" in check["text"].strip() else _text(check["text"])
     return (
-        f'<tr class="{_class(check["outcome"])}"><td><span class="mark {_class(check["outcome"])}">{_text(check["outcome"])}</span></td>'
-        f"<td>{_text(check['name'])}</td><td>{text}{'<br>' * bool(text and facts and '<pre>' not in text)}{facts}</td>"
-        f'<td class="number">{_duration(check["seconds"])}</td></tr>'
+        f'<tr class="{_class(check["outcome"])}"><td>{_mark(check["outcome"])}</td><td>{names}</td>'
+        f"<td>{text}{'<br>' * bool(text and facts and '<pre>' not in text)}{facts}</td>"
+        f'<td class="number">{_duration(sum(check["seconds"] for check in checks))}</td></tr>'
     )
+
+
+def _mark(outcome):
+    return f'<span class="mark {_class(outcome)}">{_text(outcome)}</span>'
 
 
 def _class(outcome):
@@ -213,7 +229,8 @@ def _text(value):
 
 def _number(value):
     if isinstance(value, float):
-        return f"{value:,.3g}" if abs(value) < 1e5 or not math.isfinite(value) else f"{value:,.0f}"
+        small = 0 < abs(value) < 1e-3
+        return f"{value:.2g}" if small or not math.isfinite(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     if isinstance(value, list):
         return ", ".join(map(_number, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
