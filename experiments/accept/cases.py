@@ -13,8 +13,9 @@ from ops import sampling as sampling_op
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Largest error of values and of gradients, as a share of the largest number of the array, by dtype. float32: sums in another order.
-# The others: what is rounded is the result, and once or twice what it is made of; bfloat16 keeps 8 bits and float16 11.
-TOLERANCES = {"float32": (2e-5, 5e-5), "bfloat16": (2e-2, 4e-2), "float16": (3e-3, 6e-3)}
+# The others: what is rounded is the result, and once or twice what it is made of; bfloat16 keeps 8 bits and float16 11. The emulated
+# kernels stay within a third of them.
+TOLERANCES = {"float32": (2e-5, 5e-5), "bfloat16": (1e-2, 2e-2), "float16": (1.5e-3, 3e-3)}
 R, D, F, V, E, k = 37, 48, 80, 67, 8, 2
 B, S, T, N, K, H = 2, 13, 29, 4, 2, 16
 P, C, EPS = 6, 4, 1e-6

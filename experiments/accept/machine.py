@@ -115,8 +115,10 @@ def _device(job):
     facts["system"] = f"{platform.system()} {platform.machine()}"
     if target == "CPU":
         return {**facts, "memory_gib": round((host_memory.machine_bytes() or 0) / 2**30, 1)}
-    facts |= {"device": f"{target} {ms.hal.get_device_name(0)}", "host_memory_gib": round((host_memory.machine_bytes() or 0) / 2**30, 1)}
-    facts["memory_gib"] = round(ms.hal.get_device_properties(0).total_memory / 2**30, 1)
+    facts["host_memory_gib"] = round((host_memory.machine_bytes() or 0) / 2**30, 1)
+    if ms.hal.device_count(target):
+        facts["device"] = f"{target} {ms.hal.get_device_name(0)}"
+        facts["memory_gib"] = round(ms.hal.get_device_properties(0).total_memory / 2**30, 1)
     if facts["devices"] > job.world:
         facts["unused"] = f"{facts['devices'] - job.world} of them; start the kit with experiments.launch --nproc={facts['devices']}"
     return facts

@@ -104,7 +104,7 @@ def _trains(job, name):
 def _memory(target):
     if target == "CPU":
         return host_memory.machine_bytes() or math.inf
-    return ms.hal.get_device_properties(0).total_memory
+    return ms.hal.get_device_properties(0).total_memory if ms.hal.device_count(target) else math.inf
 
 
 @functools.cache

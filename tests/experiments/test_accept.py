@@ -12,12 +12,13 @@ from configparser import ConfigParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from experiments.accept import cases as accept_cases
-from experiments.accept import machine, report, stages, supervise
+from experiments.accept import kernels, machine, ranks, report, stages, supervise
 from experiments.accept.kernels import error_of
-from experiments.accept.outcome import FAIL, NOT_HERE, PASS
+from experiments.accept.outcome import FAIL, NOT_HERE, PASS, Failed
 from experiments.launch import STARTS_JOBS
 from ops import registry
 from qwen3 import hf
@@ -207,6 +208,15 @@ def test_errors_are_measured():
     assert error_of([1, 2, 3, 4], [1, 2, 3, 5]) == 0.25
     assert error_of([1.0], [float("nan")]) == error_of([1.0, 2.0], [1.0]) == error_of([float("inf")], [float("-inf")]) == float("inf")
     assert error_of([float("-inf"), 1.0], [float("-inf"), 1.0]) == error_of([0.0], [0.0]) == 0.0
+
+
+def test_a_reference_of_zeros_judges_nothing():
+    zeros = SimpleNamespace(of=lambda name, dtype: {key: np.zeros((37, 80), np.float32) for key in ("value 0", "gradient 0", "gradient 1")})
+    with pytest.raises(Failed, match="the reference gives only zeros, so it can judge nothing: value 0, gradient 0, gradient 1"):
+        kernels._against_reference(zeros, "swiglu", "cpu", "float32", "CPU")
+    nothing = {"loss 0": np.float64(0), "norm 0": np.float64(0)}
+    with pytest.raises(Failed, match="so it judges nothing"):
+        ranks.compared(nothing, nothing, {"loss": 1e-5, "norm": 1e-5})
 
 
 @pytest.mark.parametrize(
