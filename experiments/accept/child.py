@@ -1,7 +1,8 @@
-"""A process that makes the checks of one stage: python -m experiments.accept.child JOB.json, started by experiments/accept/supervise.py.
+"""A process that makes the checks of one stage: python -m experiments.accept.child STAGE, started by experiments/accept/supervise.py.
 
-The job is a JSON object: stage, its name; first, the number of the check to begin with; folder, an empty one, in which the process writes
-`rank_R.jsonl`, a line when a check begins and one when it ends; scratch, a folder for files that the checks share; and flags of the kit.
+$ACCEPT_JOB names a file with its job, a JSON object: first, the number of the check to begin with; folder, an empty one of this node, in
+which the process writes `rank_R.jsonl`, a line when a check begins and one when it ends; scratch, a folder for files that the checks
+share; package, the folder of our operators for Ascend; and flags of the kit.
 """
 
 import importlib
@@ -16,13 +17,14 @@ from experiments.accept.outcome import FAIL, NOT_HERE, PASS, Failed, NotHere
 from experiments.accept.stages import STAGES
 from parallel.mesh import world_size
 
+JOB = "ACCEPT_JOB"
 WORDS, FRAMES = 1200, 4  # characters of a message, and frames of its traceback, that go into the report
 
 
-def main(path):
-    with open(path, encoding="utf-8") as file:
+def main(name):
+    with open(os.environ[JOB], encoding="utf-8") as file:
         job = SimpleNamespace(**json.load(file))
-    stage, job.rank, job.world, agree = STAGES[job.stage], 0, world_size(), None
+    stage, job.rank, job.world, agree = STAGES[name], 0, world_size(), None
     if stage.starts:
         from parallel import collectives
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from experiments import job_flags
 from experiments.accept import report
+from experiments.accept.child import JOB
 from experiments.accept.outcome import FAIL, NOT_HERE, NOT_RUN, PASS
 from parallel.launch.process import Process, end, last_lines
 
@@ -52,6 +53,7 @@ def run(chosen, options):
     """Runs the chosen stages. options: the flags of experiments.accept. Returns the exit status: 1 if a stage failed, else 0."""
     out = os.path.abspath(os.path.expanduser(options.out))
     os.makedirs(os.path.join(out, "logs"), exist_ok=True)
+    work = os.path.join(out, f"work_node_{options.node_rank}" if options.node_rank else "work")
     results, began = [Result(stage.name, stage.title, command_of(stage, options)) for stage in chosen], time.time()
     writes = not options.node_rank
     try:
@@ -59,12 +61,12 @@ def run(chosen, options):
             if stage.ranks == "one" and not writes:
                 continue  # node 0 runs it
             print(f"{f'{number}/{len(chosen)}':10} {stage.name}: {stage.title}", flush=True)
-            run_stage(stage, options, out, result)
+            run_stage(stage, options, out, work, result)
             print(f"{'':10} {said(result)}", flush=True)
             if writes:
                 report.write(out, results, options, began, ended=number == len(chosen))
     finally:
-        shutil.rmtree(os.path.join(out, "work"), ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     failed = [result for result in results if result.outcome == FAIL]
     for result in failed:
         print(f"failed     {result.name}; to repeat it: {result.command}")
@@ -95,18 +97,17 @@ def said(result):
     return f"\n{'':10} ".join(lines)
 
 
-def run_stage(stage, options, out, result):
-    """Runs a stage to its end, in as many processes as it takes, and fills in its Result."""
-    began, first, attempt = time.monotonic(), 0, 0
-    work = os.path.join(out, "work", stage.name)
+def run_stage(stage, options, out, work, result):
+    """Runs a stage to its end, in as many processes as it takes, and fills in its Result. work: a folder of this node alone."""
+    began, first, attempt, names = time.monotonic(), 0, 0, []
+    work = os.path.join(work, stage.name)
     shutil.rmtree(work, ignore_errors=True)
-    os.makedirs(os.path.join(work, "scratch"), exist_ok=True)
-    names = []
     while True:
         attempt += 1
         folder = os.path.join(work, f"attempt_{attempt}")
         os.makedirs(folder)
-        log = os.path.join(out, "logs", f"{stage.name}{f'_{attempt}' if attempt > 1 else ''}.log")
+        node = f"_node_{options.node_rank}" if options.node_rank else ""
+        log = os.path.join(out, "logs", f"{stage.name}{f'_{attempt}' if attempt > 1 else ''}{node}.log")
         ended, why = _attempt(stage, options, out, folder, first, log)
         ranks = _progress(folder)
         names = names or next((found["names"] for found in ranks.values() if found["names"]), [])
@@ -134,15 +135,15 @@ def _set(check, outcome, text):
 
 def _attempt(stage, options, out, folder, first, log):
     """Runs the processes of a stage from the check with the number `first` on. Returns (whether they came to their end, why not)."""
-    job = {"stage": stage.name, "first": first, "folder": folder, "scratch": os.path.join(os.path.dirname(folder), "scratch")}
-    job["package"] = os.path.join(out, PACKAGE)
-    job["quick"] = options.quick
+    scratch = os.path.join(out, "work", f"{stage.name}_scratch")  # of all nodes
+    os.makedirs(scratch, exist_ok=True)
+    job = {"first": first, "folder": folder, "scratch": scratch, "package": os.path.join(out, PACKAGE), "quick": options.quick}
     for name in ("hf_dir", "goldens", "write_goldens"):
         job[name] = os.path.abspath(os.path.expanduser(options[name].value)) if options[name].value else None
     path = os.path.join(os.path.dirname(folder), "job.json")
     with open(path, "w", encoding="utf-8") as file:
         json.dump(job, file)
-    process = Process(stage.name, _command(stage, options, path, folder), _environment(out), log)
+    process = Process(stage.name, _command(stage, options, folder), {**_environment(out), JOB: path}, log)
     limit_s = options.limit_s or stage.limit_s
     waits = options.node_rank  # another node's stages before this one may take long, and its limits end this one too
     seen, last, begun = -1, time.monotonic(), False
@@ -168,8 +169,8 @@ def _why(code, process, log):
     return "\n".join([f"the process {how}" if not told else how, *lines[-12:]])
 
 
-def _command(stage, options, path, folder):
-    child = ["experiments.accept.child", path]
+def _command(stage, options, folder):
+    child = ["experiments.accept.child", stage.name]  # equal on all nodes
     if stage.ranks == "one" or options.nproc * options.nnodes == 1:
         return [sys.executable, "-m", *child]
     job = [f"--{name}={options[name].value}" for name in job_flags.NAMES if options[name].value is not None]
