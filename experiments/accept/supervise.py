@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ def run(chosen, options):
     work = os.path.join(out, f"work_node_{options.node_rank}" if options.node_rank else "work")
     results, began = [Result(stage.name, stage.title, command_of(stage, options)) for stage in chosen], time.time()
     writes = not options.node_rank
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         for number, (stage, result) in enumerate(zip(chosen, results), 1):
             if stage.ranks == "one" and not writes:
@@ -65,6 +67,10 @@ def run(chosen, options):
             print(f"{'':10} {said(result)}", flush=True)
             if writes:
                 report.write(out, results, options, began, ended=number == len(chosen))
+    except BaseException:  # Ctrl-C or SIGTERM, mostly: the report tells what was found until then
+        if writes:
+            report.write(out, results, options, began, ended=False)
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     failed = [result for result in results if result.outcome == FAIL]
@@ -108,7 +114,11 @@ def run_stage(stage, options, out, work, result):
         os.makedirs(folder)
         node = f"_node_{options.node_rank}" if options.node_rank else ""
         log = os.path.join(out, "logs", f"{stage.name}{f'_{attempt}' if attempt > 1 else ''}{node}.log")
-        ended, why = _attempt(stage, options, out, folder, first, log)
+        try:
+            ended, why = _attempt(stage, options, out, folder, first, log)
+        except BaseException:
+            _take_what_has_ended(result, _progress(folder))
+            raise
         ranks = _progress(folder)
         names = names or next((found["names"] for found in ranks.values() if found["names"]), [])
         if not names:
@@ -127,6 +137,14 @@ def run_stage(stage, options, out, work, result):
     outcomes = [check.outcome for check in result.checks]
     result.outcome = FAIL if FAIL in outcomes or NOT_RUN in outcomes else PASS if PASS in outcomes else NOT_HERE
     result.seconds = time.monotonic() - began
+
+
+def _take_what_has_ended(result, ranks):
+    """Fills in the checks that all ranks have ended when the kit is stopped; the others stay `not run`."""
+    names = next((found["names"] for found in ranks.values() if found["names"]), [])
+    result.checks += [Check(name) for name in names[len(result.checks) :]]
+    for number in set.intersection(*(set(found["ended"]) for found in ranks.values())) if ranks else ():
+        _merge(result.checks[number], number, ranks, "")
 
 
 def _set(check, outcome, text):

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from configparser import ConfigParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import pytest
 from experiments.accept import cases as accept_cases
 from experiments.accept import kernels, machine, ranks, report, stages, supervise
 from experiments.accept.kernels import error_of
-from experiments.accept.outcome import FAIL, NOT_HERE, PASS, Failed
+from experiments.accept.outcome import FAIL, NOT_HERE, NOT_RUN, PASS, Failed
 from experiments.launch import STARTS_JOBS
 from ops import registry
 from qwen3 import hf
@@ -162,6 +163,26 @@ def test_a_check_that_kills_its_process_or_hangs_has_failed_and_the_next_is_made
     assert words in next(check["text"] for check in facts["stages"][0]["checks"] if check["name"] == "libraries")
     assert "python -m experiments.accept --stages=versions" in said and "--limit_s=4" in facts["stages"][0]["command"]
     assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_kit_that_is_stopped_reports_what_it_has_found(tmp_path):
+    paths = [str(Path(__file__).parent / "accept_planted"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ACCEPT_PLANTED": "hangs"}
+    command = [sys.executable, "-m", "experiments.accept", "--out=out", "--stages=versions,devices"]
+    popen = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        progress, end = tmp_path / "out" / "work" / "versions" / "attempt_1" / "rank_0.jsonl", time.monotonic() + 100
+        while not (progress.is_file() and '{"begins": 6}' in progress.read_text()) and time.monotonic() < end:
+            time.sleep(0.05)
+        popen.terminate()
+        said, _ = popen.communicate(timeout=60)
+    finally:
+        popen.kill()
+    assert popen.returncode == 143, said
+    facts = json.loads((tmp_path / "out" / report.JSON).read_text())
+    found = outcomes(facts, "versions")
+    assert facts["result"] == "unfinished" and found["Python"] == PASS and found["libraries"] == found["C++ compiler"] == NOT_RUN
+    assert facts["stages"][1]["outcome"] == NOT_RUN and not (tmp_path / "out" / "work").exists()
 
 
 def test_what_one_rank_finds_is_what_the_stage_says():
