@@ -5,30 +5,24 @@ After `--` comes a module or a .py file, with its arguments. --nproc is the numb
     python -m experiments.launch --nproc=8 --nnodes=2 --node_rank=0 --master_addr=HOST --master_port=8118 -- experiments.pretrain ...
 """
 
+import os
+
 from absl import flags
 
 from experiments import flags as command_line
-from experiments import number_flags
+from experiments import job_flags, number_flags
 from parallel.launch import job as launch
-from parallel.mesh import MOST_RANKS
 
 FLAGS = flags.FLAGS
-PROCESSES = "processes on this node, one per device (msrun's local_worker_num); the job has nproc * nnodes ranks"
-number_flags.integer("nproc", None, PROCESSES, 1, number_flags.MOST_PROCESSES)
-number_flags.integer("nnodes", 1, "number of nodes; start a launcher on each (msrun's worker_num / local_worker_num)", 1, MOST_RANKS)
-number_flags.integer("node_rank", None, "this node's number, from 0; needed with several nodes", 0, MOST_RANKS - 1)
-flags.DEFINE_string("master_addr", None, "name or IP address of node 0; needed with several nodes")
-PORT = "port of the scheduler on node 0; needed with several nodes; the port after it is used too"
-number_flags.integer("master_port", None, PORT, 1024, 65535)
+job_flags.define()
 LOGS = "folder for rank_<r>.log and scheduler.log, which are overwritten; made if missing; default: a new folder in logs/"
 flags.DEFINE_string("log_dir", None, LOGS, allow_override=True)  # replaces a flag of absl's logging, which is not used here
-TIMEOUT = "seconds in which all nodes must start and all ranks connect (msrun's cluster_time_out)"
-number_flags.real("timeout_s", 600, TIMEOUT, 1, number_flags.MOST_S)
 SAVE = "seconds after SIGTERM for the ranks to save a checkpoint and end; a second signal ends them at once"
 number_flags.real("save_s", 60, SAVE, 0, number_flags.MOST_S)
 SIMULATE = "simulate the NPUs on this machine: the main runs from its flags to its files, compiled for Ascend, and nothing is computed"
 flags.DEFINE_boolean("simulate", False, SIMULATE)
-OPTIONS = ("nproc", "nnodes", "node_rank", "master_addr", "master_port", "log_dir", "timeout_s", "save_s", "simulate")
+OPTIONS = (*job_flags.NAMES, "log_dir", "save_s", "simulate")
+STARTS_JOBS = "experiments.accept"  # starts a job for each of its stages, so that one that crashes does not end the others
 TARGET = []  # the command after `--`
 
 
@@ -36,9 +30,22 @@ def main(_):
     if not TARGET:
         raise ValueError("nothing to start; give it after `--`, such as: --nproc=2 -- experiments.pretrain --config=FILE --dp=2")
     job = launch.Job(tuple(TARGET), **{name: FLAGS[name].value for name in OPTIONS})
-    launch.command_of(job.target)
+    command = launch.command_of(job.target)
+    if TARGET[0] == STARTS_JOBS:
+        become(command)
     command_line.check_layout(TARGET, job.world)
     return launch.run(job)
+
+
+def become(command):
+    """Replaces this process by a main that starts its jobs itself; it gets the flags that describe them."""
+    for name in ("log_dir", "simulate"):
+        if FLAGS[name].present:
+            raise ValueError(
+                f"--{name} has no use with {STARTS_JOBS}, which has a log for each stage and simulates by itself; leave it out"
+            )
+    given = [f"--{name}={FLAGS[name].value}" for name in job_flags.NAMES if FLAGS[name].value is not None]
+    os.execv(command[0], [*command, *given])
 
 
 if __name__ == "__main__":

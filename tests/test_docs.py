@@ -22,10 +22,11 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 PACKAGES = ("experiments", "parallel", "layers", "qwen3", "ops", "tests")
 LAYOUT = ("dp", "tp", "pp", "cp", "ep", "micro_batches", "zero")  # flags whose names are made in a loop
 # Modules of experiments that define flags for a main that imports them
-WITH_FLAGS = {("experiments", "flags"), ("experiments.train", "command"), ("experiments.generate", "flags")}
+WITH_FLAGS = {("experiments", "flags"), ("experiments.train", "command"), ("experiments.generate", "flags"), ("experiments", "job_flags")}
 TAKE_WORDS = ("experiments.compare", "experiments.convert", "experiments.preprocess")  # beside flags
 # Words of the commands that the slow test does not run, and why, or what runs them instead
 NOT_RUN = {
+    "experiments.accept": "tries everything, for minutes to an hour; tests/experiments/test_accept.py",
     "experiments.bench": "measures for minutes; tests/experiments/test_bench.py",
     "experiments.serve": "does not end; tests/experiments/test_serve.py",
     "experiments.dryrun": "compiles for minutes; tests/experiments/test_dryrun.py",
