@@ -8,6 +8,7 @@ Source: Liu et al. 2023; Dao 2023.
 import mindspore as ms
 from mindspore import nn, ops
 
+from ops import documents
 from parallel import collectives
 
 
@@ -24,6 +25,126 @@ def attention(sharding, parts, dim):
         return ring(q, k, v, segments, order)[0]
 
     return attend
+
+
+def attention_by_lengths(sharding, spans, dim):
+    """Returns attend(q_BSNH, k_BSKH, v_BSKH, lengths_BD) -> o_BSNH as `attention` does, for documents that are given by lengths(). No rank
+    has a tensor of S * T elements.
+
+    spans: (documents, crossing), see reference_spans in ops/attention.py.
+    """
+    assert sharding.lowering == "manual", sharding.lowering
+    ring = _RingByLengths(sharding.mesh, sharding.atoms(dim), sharding.documents - 1, *spans)
+
+    def attend(q, k, v, lengths):
+        return ring(q, k, v, lengths)[0]
+
+    return attend
+
+
+def lengths(sharding, dim):
+    """Returns lengths(segments_BT) -> int32 [B, count_lengths()], what this rank's attention needs to know of the documents of its rows.
+
+    segments: of all T tokens of the ring, concatenated by rank; each document has an id of its own in its row, and padding is at the end.
+
+    A rank has two chunks of a row in zig-zag order (parallel/context/split.py). Of a rank with a lower number, the first chunk lies before
+    all tokens of this rank and the second one after them. Both chunks of a rank with a higher number lie between the two of this rank. So
+    either all queries attend to the first chunk of keys, or the second chunk of queries attends to all keys; and all of these keys come
+    before all of these queries, so that only one document, that of the last key, can have both.
+
+    The result has the ends of the documents in this rank's own tokens (ops/documents.py). Then, for each step of the ring, the numbers of
+    those queries (the first ones) and of those keys (the last ones) that are of the document of the last key.
+    """
+    mesh, atoms = sharding.mesh, sharding.atoms(dim)
+    n, at, own = mesh.size(atoms), mesh.index(atoms), documents.ends(sharding.documents)
+    equal, cast, total, concat = ops.Equal(), ops.Cast(), ops.ReduceSum(keep_dims=True), ops.Concat(1)
+
+    def lengths(segments):
+        size = segments.shape[1] // n
+        mine = segments[:, at * size : (at + 1) * size]
+        found = (own(mine),)
+        for step in range(1, n):
+            source = (at - step) % n
+            keys, queries = segments[:, source * size : (source + 1) * size], mine
+            if source < at:
+                keys = keys[:, : size // 2]
+            else:
+                queries = queries[:, size // 2 :]
+            last = keys[:, -1:]
+            found += (total(cast(equal(queries, last), ms.float32), 1), total(cast(equal(keys, last), ms.float32), 1))
+        whole = ()
+        for x in found:
+            whole += (cast(x, ms.int32),)
+        return ops.stop_gradient(concat(whole) if n > 1 else whole[0])
+
+    return lengths
+
+
+def count_lengths(sharding, dim):
+    """Returns the number of integers that lengths() gives a row."""
+    return sharding.documents - 1 + 2 * (sharding.shards(dim) - 1)
+
+
+class _RingByLengths(nn.Cell):
+    """Returns (o_BSNH, lse_BSN), like _Ring. Each rank attends to the keys of another in one call, over the half of the queries or keys
+    that has pairs in the causal order."""
+
+    def __init__(self, mesh, atoms, ends, own, crossing):
+        super().__init__()
+        n, at = mesh.size(atoms), mesh.index(atoms)
+        self.n, self.at, self.ends = n, at, ends
+        self.forward_own, self.backward_own = own
+        self.forward, self.backward = crossing
+        self.earlier = tuple((at - step) % n < at for step in range(n))  # whether the keys of a step come from a rank with a lower number
+        self.pass_on = collectives.ppermute(mesh, atoms, [(i, (i + 1) % n) for i in range(n)])
+        self.join, self.stack, self.concat, self.cast, self.zeros_like = _join(), ops.Stack(0), ops.Concat(1), ops.Cast(), ops.ZerosLike()
+
+    def meets(self, lengths, step):
+        return lengths[:, self.ends + 2 * step - 2 : self.ends + 2 * step]
+
+    def construct(self, q, k, v, lengths):
+        half = q.shape[1] // 2
+        o, lse = self.forward_own(q, k, v, lengths[:, : self.ends])
+        kv = self.stack((k, v))
+        for step in range(1, self.n):
+            kv, meets = self.pass_on(kv), self.meets(lengths, step)
+            if self.earlier[step]:
+                other = self.forward(q, kv[0][:, :half], kv[1][:, :half], meets)
+                o, lse = self.join(o, lse, other[0], other[1])
+            else:
+                other = self.forward(q[:, half:], kv[0], kv[1], meets)
+                late = self.join(o[:, half:], lse[:, half:], other[0], other[1])
+                o = self.concat((self.cast(o[:, :half], ms.float32), late[0]))
+                lse = self.concat((lse[:, :half], late[1]))
+        return self.cast(o, q.dtype), lse
+
+    def bprop(self, q, k, v, lengths, out, dout):
+        half, o, lse, do, dlse = q.shape[1] // 2, out[0], out[1], dout[0], dout[1]
+        dq, dk, dv = self.backward_own(q, k, v, lengths[:, : self.ends], o, lse, do, dlse)
+        # depends on the cotangent, or the compiler would keep the keys of all ranks from the forward instead of sending them again
+        kv, dkv = self.stack((ops.depend(k, do), v)), self.stack((self.cast(dk, ms.float32), self.cast(dv, ms.float32)))
+        dq = self.cast(dq, ms.float32)
+        for step in range(1, self.n):
+            kv, meets = self.pass_on(kv), self.meets(lengths, step)
+            dkv = self.pass_on(ops.depend(dkv, kv))  # after the keys, so that all ranks send in an equal order
+            if self.earlier[step]:
+                more = self.backward(q, kv[0][:, :half], kv[1][:, :half], meets, o, lse, do, dlse)
+                dq = dq + self.cast(more[0], ms.float32)
+                more_kv = self.stack((self.cast(more[1], ms.float32), self.cast(more[2], ms.float32)))
+                dkv = self.beside(dkv, more_kv)
+            else:
+                late = o[:, half:], lse[:, half:], do[:, half:], dlse[:, half:]
+                more = self.backward(q[:, half:], kv[0], kv[1], meets, late[0], late[1], late[2], late[3])
+                dq = self.concat((dq[:, :half], dq[:, half:] + self.cast(more[0], ms.float32)))
+                dkv = dkv + self.stack((self.cast(more[1], ms.float32), self.cast(more[2], ms.float32)))
+        dkv = self.pass_on(dkv)
+        dk, dv = self.cast(dkv[0], k.dtype), self.cast(dkv[1], v.dtype)
+        return self.cast(dq, q.dtype), dk, dv, self.zeros_like(lengths)
+
+    def beside(self, dkv, more):
+        """Adds the gradients of the first half of keys and values."""
+        half = more.shape[2]
+        return ops.Concat(2)((dkv[:, :, :half] + more, dkv[:, :, half:]))
 
 
 class _Ring(nn.Cell):
