@@ -86,65 +86,108 @@ def count_lengths(sharding, dim):
 
 
 class _RingByLengths(nn.Cell):
-    """Returns (o_BSNH, lse_BSN), like _Ring. Each rank attends to the keys of another in one call, over the half of the queries or keys
-    that has pairs in the causal order."""
+    """Returns (o_BSNH, lse_BSN), like _Ring. A rank attends to the keys of another in one call, see lengths()."""
 
     def __init__(self, mesh, atoms, ends, own, crossing):
         super().__init__()
         n, at = mesh.size(atoms), mesh.index(atoms)
-        self.n, self.at, self.ends = n, at, ends
-        self.forward_own, self.backward_own = own
-        self.forward, self.backward = crossing
-        self.earlier = tuple((at - step) % n < at for step in range(n))  # whether the keys of a step come from a rank with a lower number
+        self.ends, (self.forward_own, self.backward_own) = ends, own
         self.pass_on = collectives.ppermute(mesh, atoms, [(i, (i + 1) % n) for i in range(n)])
-        self.join, self.stack, self.concat, self.cast, self.zeros_like = _join(), ops.Stack(0), ops.Concat(1), ops.Cast(), ops.ZerosLike()
-
-    def meets(self, lengths, step):
-        return lengths[:, self.ends + 2 * step - 2 : self.ends + 2 * step]
+        self.stack, self.cast, self.zeros_like = ops.Stack(0), ops.Cast(), ops.ZerosLike()
+        # The steps call each other. A loop over them in `construct` does not compile within a loop of layers, see docs/mindspore.md
+        self.attend, self.gradients = _all_seen, _all_added
+        for step in range(n - 1, 0, -1):
+            attend, gradients = (_of_earlier if (at - step) % n < at else _of_later)(*crossing)
+            first = ends + 2 * (step - 1)  # of the two numbers that lengths() has for the step
+            self.attend = _attend_and_go_on(self.pass_on, attend, first, self.attend)
+            self.gradients = _add_and_go_on(self.pass_on, gradients, first, self.gradients)
 
     def construct(self, q, k, v, lengths):
-        half = q.shape[1] // 2
         o, lse = self.forward_own(q, k, v, lengths[:, : self.ends])
-        kv = self.stack((k, v))
-        for step in range(1, self.n):
-            kv, meets = self.pass_on(kv), self.meets(lengths, step)
-            if self.earlier[step]:
-                other = self.forward(q, kv[0][:, :half], kv[1][:, :half], meets)
-                o, lse = self.join(o, lse, other[0], other[1])
-            else:
-                other = self.forward(q[:, half:], kv[0], kv[1], meets)
-                late = self.join(o[:, half:], lse[:, half:], other[0], other[1])
-                o = self.concat((self.cast(o[:, :half], ms.float32), late[0]))
-                lse = self.concat((lse[:, :half], late[1]))
+        o, lse = self.attend(q, self.stack((k, v)), lengths, o, lse)
         return self.cast(o, q.dtype), lse
 
     def bprop(self, q, k, v, lengths, out, dout):
-        half, o, lse, do, dlse = q.shape[1] // 2, out[0], out[1], dout[0], dout[1]
-        dq, dk, dv = self.backward_own(q, k, v, lengths[:, : self.ends], o, lse, do, dlse)
+        dq, dk, dv = self.backward_own(q, k, v, lengths[:, : self.ends], out[0], out[1], dout[0], dout[1])
         # depends on the cotangent, or the compiler would keep the keys of all ranks from the forward instead of sending them again
-        kv, dkv = self.stack((ops.depend(k, do), v)), self.stack((self.cast(dk, ms.float32), self.cast(dv, ms.float32)))
-        dq = self.cast(dq, ms.float32)
-        for step in range(1, self.n):
-            kv, meets = self.pass_on(kv), self.meets(lengths, step)
-            dkv = self.pass_on(ops.depend(dkv, kv))  # after the keys, so that all ranks send in an equal order
-            if self.earlier[step]:
-                more = self.backward(q, kv[0][:, :half], kv[1][:, :half], meets, o, lse, do, dlse)
-                dq = dq + self.cast(more[0], ms.float32)
-                more_kv = self.stack((self.cast(more[1], ms.float32), self.cast(more[2], ms.float32)))
-                dkv = self.beside(dkv, more_kv)
-            else:
-                late = o[:, half:], lse[:, half:], do[:, half:], dlse[:, half:]
-                more = self.backward(q[:, half:], kv[0], kv[1], meets, late[0], late[1], late[2], late[3])
-                dq = self.concat((dq[:, :half], dq[:, half:] + self.cast(more[0], ms.float32)))
-                dkv = dkv + self.stack((self.cast(more[1], ms.float32), self.cast(more[2], ms.float32)))
+        kv, dkv = self.stack((ops.depend(k, dout[0]), v)), self.stack((self.cast(dk, ms.float32), self.cast(dv, ms.float32)))
+        dq, dkv = self.gradients(q, kv, lengths, out[0], out[1], dout[0], dout[1], self.cast(dq, ms.float32), dkv)
         dkv = self.pass_on(dkv)
         dk, dv = self.cast(dkv[0], k.dtype), self.cast(dkv[1], v.dtype)
         return self.cast(dq, q.dtype), dk, dv, self.zeros_like(lengths)
 
-    def beside(self, dkv, more):
-        """Adds the gradients of the first half of keys and values."""
-        half = more.shape[2]
-        return ops.Concat(2)((dkv[:, :, :half] + more, dkv[:, :, half:]))
+
+def _all_seen(q, kv, lengths, o, lse):
+    return o, lse
+
+
+def _all_added(q, kv, lengths, o, lse, do, dlse, dq, dkv):
+    return dq, dkv
+
+
+def _attend_and_go_on(pass_on, attend, first, go_on):
+    """Returns the step `attend` of the ring followed by the steps `go_on`."""
+
+    def steps(q, kv, lengths, o, lse):
+        kv = pass_on(kv)
+        o, lse = attend(q, kv, lengths[:, first : first + 2], o, lse)
+        return go_on(q, kv, lengths, o, lse)
+
+    return steps
+
+
+def _add_and_go_on(pass_on, gradients, first, go_on):
+    """Returns the step `gradients` of the ring's backward followed by the steps `go_on`."""
+
+    def steps(q, kv, lengths, o, lse, do, dlse, dq, dkv):
+        kv = pass_on(kv)
+        dkv = pass_on(ops.depend(dkv, kv))  # after the keys, so that all ranks send in an equal order
+        dq, dkv = gradients(q, kv, lengths[:, first : first + 2], o, lse, do, dlse, dq, dkv)
+        return go_on(q, kv, lengths, o, lse, do, dlse, dq, dkv)
+
+    return steps
+
+
+def _of_earlier(forward, backward):
+    """Returns (attend, gradients) of a step whose keys are of a rank with a lower number: all queries attend to their first half.
+
+    attend(q, kv, meets, o, lse) -> (o, lse) of these keys too. gradients(q, kv, meets, o, lse, do, dlse, dq, dkv) -> (dq, dkv), with the
+    share of these queries and keys added, in float32. kv, dkv: [2, B, S, K, H]. forward, backward: `crossing` of ops/attention.py.
+    """
+    join, stack, concat, cast = _join(), ops.Stack(0), ops.Concat(2), ops.Cast()
+
+    def attend(q, kv, meets, o, lse):
+        half = q.shape[1] // 2
+        other = forward(q, kv[0][:, :half], kv[1][:, :half], meets)
+        return join(o, lse, other[0], other[1])
+
+    def gradients(q, kv, meets, o, lse, do, dlse, dq, dkv):
+        half = q.shape[1] // 2
+        more = backward(q, kv[0][:, :half], kv[1][:, :half], meets, o, lse, do, dlse)
+        early = dkv[:, :, :half] + stack((cast(more[1], ms.float32), cast(more[2], ms.float32)))
+        return dq + cast(more[0], ms.float32), concat((early, dkv[:, :, half:]))
+
+    return attend, gradients
+
+
+def _of_later(forward, backward):
+    """Returns (attend, gradients) as _of_earlier does, of a step whose keys are of a rank with a higher number: the second half of the
+    queries attends to all of them."""
+    join, stack, concat, cast = _join(), ops.Stack(0), ops.Concat(1), ops.Cast()
+
+    def attend(q, kv, meets, o, lse):
+        half = q.shape[1] // 2
+        other = forward(q[:, half:], kv[0], kv[1], meets)
+        late = join(o[:, half:], lse[:, half:], other[0], other[1])
+        return concat((cast(o[:, :half], ms.float32), late[0])), concat((lse[:, :half], late[1]))
+
+    def gradients(q, kv, meets, o, lse, do, dlse, dq, dkv):
+        half = q.shape[1] // 2
+        more = backward(q[:, half:], kv[0], kv[1], meets, o[:, half:], lse[:, half:], do[:, half:], dlse[:, half:])
+        dkv = dkv + stack((cast(more[1], ms.float32), cast(more[2], ms.float32)))
+        return concat((dq[:, :half], dq[:, half:] + cast(more[0], ms.float32))), dkv
+
+    return attend, gradients
 
 
 class _Ring(nn.Cell):
