@@ -311,42 +311,19 @@ def vendor_spans(scale):
     dlse is taken to be 0. In `crossing` the keys get a token of zeros before and after them, so that no document is without keys: queries
     that see no key get the last one, and what it gives them is multiplied by 0.
     """
-    lengths, later = documents.lengths(), _later()
+    lengths, (run, back), (run_all, back_all) = documents.lengths(), _in_documents(scale, True), _in_documents(scale, False)
     require, require_crossing = check("attention", PACKED, HALF, **GROUPED), check("attention", CROSSING, HALF, **GROUPED)
-    log1p, reshape, cast, expand, concat, count = ops.Log1p(), ops.Reshape(), ops.Cast(), ops.ExpandDims(), ops.Concat(1), iota.reference()
+    reshape, cast, expand, concat, count = ops.Reshape(), ops.Cast(), ops.ExpandDims(), ops.Concat(1), iota.reference()
     less, zeros_like = ops.Less(), ops.ZerosLike()
-
-    def flat(x):
-        B, S, N, H = x.shape
-        return reshape(x, (B * S, N, H))
-
-    def run(q, k, v, q_lengths, k_lengths, mask, mode):
-        """[B, S, N, H] -> o, lse [B, S, N] float32."""
-        B, S, N, H = q.shape
-        read, _ = documents.of_statistics(N)
-        attend = FlashAttentionScore(N, 1.0, scale, FAR, FAR if mask is None else 0, 0, "TND", mode)
-        top, total, _, o = attend(flat(q), flat(k), flat(v), None, None, None, mask, None, q_lengths, k_lengths)
-        lse = read(top, q_lengths) + log1p(read(total, q_lengths) - 1)  # not Log: see layers/loss.py
-        return reshape(o, (B, S, N, H)), reshape(lse, (B, S, N))
-
-    def back(q, k, v, q_lengths, k_lengths, mask, mode, o, lse, do):
-        N = q.shape[2]
-        _, write = documents.of_statistics(N)
-        top = write(reshape(lse, (-1, N)), q_lengths)  # exp(score - lse) / 1 are the probabilities among all keys
-        gradient = FlashAttentionScoreGrad(N, 1.0, scale, FAR, FAR if mask is None else 0, 0, "TND", mode)
-        q_, k_, v_ = flat(q), flat(k), flat(v)
-        do, o = cast(flat(do), q.dtype), cast(flat(o), q.dtype)
-        dq, dk, dv, _ = gradient(q_, k_, v_, do, None, None, None, mask, top, top * 0 + 1, None, o, None, q_lengths, k_lengths)
-        return reshape(dq, q.shape), reshape(dk, k.shape), reshape(dv, v.shape)
 
     def of_documents(q, k, v, ends):
         require((q.shape, k.shape, v.shape, ends.shape), (q.dtype, k.dtype, v.dtype, ends.dtype))
         cumulative = lengths(ends, q.shape[1])
-        return run(q, k, v, cumulative, cumulative, later, 3)
+        return run(q, k, v, cumulative, cumulative)
 
     def of_documents_back(q, k, v, ends, o, lse, do, dlse):
         cumulative = lengths(ends, q.shape[1])
-        return back(q, k, v, cumulative, cumulative, later, 3, o, lse, do)
+        return back(q, k, v, cumulative, cumulative, o, lse, do)
 
     def parts(meets, S, T):
         """Returns the cumulative lengths of queries and keys in three parts, the second of which meet, and float32 [B, S, 1], 1 for the
@@ -362,17 +339,49 @@ def vendor_spans(scale):
     def crossing(q, k, v, meets):
         require_crossing((q.shape, k.shape, v.shape, meets.shape), (q.dtype, k.dtype, v.dtype, meets.dtype))
         q_lengths, k_lengths, sees = parts(meets, q.shape[1], k.shape[1])
-        o, lse = run(q, between_zeros(k), between_zeros(v), q_lengths, k_lengths, None, 0)
+        o, lse = run_all(q, between_zeros(k), between_zeros(v), q_lengths, k_lengths)
         return o * cast(expand(sees, 3), q.dtype), lse * sees + MASKED * (1 - sees)
 
     def crossing_back(q, k, v, meets, o, lse, do, dlse):
         T = k.shape[1]
         q_lengths, k_lengths, sees = parts(meets, q.shape[1], T)
         do, lse = cast(do, q.dtype) * cast(expand(sees, 3), q.dtype), lse * sees
-        dq, dk, dv = back(q, between_zeros(k), between_zeros(v), q_lengths, k_lengths, None, 0, o, lse, do)
+        dq, dk, dv = back_all(q, between_zeros(k), between_zeros(v), q_lengths, k_lengths, o, lse, do)
         return dq, dk[:, 1 : T + 1], dv[:, 1 : T + 1]
 
     return (of_documents, of_documents_back), (crossing, crossing_back)
+
+
+def _in_documents(scale, causal):
+    """Returns (forward, backward) of attention of the queries of each document to its keys, in the layout TND, for vendor_spans.
+
+    forward(q_BSNH, k_BTKH, v_BTKH, cumulative lengths of queries, of keys) -> (o_BSNH, lse_BSN float32).
+    backward(the arguments of forward, o, lse, do) -> (dq, dk, dv), where o and lse may be of attention to more keys.
+    """
+    mask, after, mode, (read, write) = _later() if causal else None, 0 if causal else FAR, 3 if causal else 0, documents.of_statistics()
+    log1p, reshape, cast = ops.Log1p(), ops.Reshape(), ops.Cast()
+
+    def flat(x):
+        B, S, N, H = x.shape
+        return reshape(x, (B * S, N, H))
+
+    def forward(q, k, v, q_lengths, k_lengths):
+        B, S, N, H = q.shape
+        attend = FlashAttentionScore(N, 1.0, scale, FAR, after, 0, "TND", mode)
+        top, total, _, o = attend(flat(q), flat(k), flat(v), None, None, None, mask, None, q_lengths, k_lengths)
+        lse = read(top, q_lengths) + log1p(read(total, q_lengths) - 1)  # not Log: see layers/loss.py
+        return reshape(o, (B, S, N, H)), reshape(lse, (B, S, N))
+
+    def backward(q, k, v, q_lengths, k_lengths, o, lse, do):
+        N = q.shape[2]
+        top = write(reshape(lse, (-1, N)), q_lengths)  # exp(score - lse) / 1 are the probabilities among all keys
+        gradient = FlashAttentionScoreGrad(N, 1.0, scale, FAR, after, 0, "TND", mode)
+        do, o = cast(flat(do), q.dtype), cast(flat(o), q.dtype)
+        q_, k_, v_, one = flat(q), flat(k), flat(v), top * 0 + 1
+        found = gradient(q_, k_, v_, do, None, None, None, mask, top, one, None, o, None, q_lengths, k_lengths)
+        return reshape(found[0], q.shape), reshape(found[1], k.shape), reshape(found[2], v.shape)
+
+    return forward, backward
 
 
 def vendor_missing(use):

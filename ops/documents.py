@@ -71,7 +71,7 @@ def _check(rows, documents, tokens):
     return True
 
 
-def of_statistics(N):
+def of_statistics():
     """Returns (read, write) of what MindSpore's kernel says about the softmax of N heads in the layout TND.
 
     The kernel returns and takes float32 [T, N, 8], eight copies of each number. They lie document by document, in each head by head: of
@@ -91,13 +91,13 @@ def of_statistics(N):
         return expand(first, 1), maximum(expand(last - first, 1), 1)
 
     def read(statistics, lengths):
-        T = statistics.shape[0]
+        T, N = statistics.shape[0], statistics.shape[1]
         first, size = bounds(lengths, T)
         place = first * N + expand(count(N), 0) * size + (expand(count(T), 1) - first)
         return reshape(gather(reshape(statistics, (T * N, 8))[:, 0], reshape(place, (T * N,)), 0), (T, N))
 
     def write(x, lengths):
-        T = x.shape[0]
+        T, N = x.shape
         first, size = bounds(lengths, T)
         place = expand(count(T) * N, 1) + expand(count(N), 0) - first * N  # in the document
         head = floor_div(place, size)

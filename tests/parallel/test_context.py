@@ -68,18 +68,17 @@ def test_a_row_with_more_documents_than_attention_was_compiled_for_is_refused(id
     """Padding is a document, also that which a layout adds."""
     batch, added = {"segment_ids": np.array([[1] * 6, ids], np.int32)}, 0 if ids[-1] == 0 else 1
     for mesh, count in ((Mesh(), documents), (Mesh(cp=4), documents + added)):
-        context.check_documents(mesh, count, batch)
+        context.check_documents(mesh, max(count, 2), batch)
         context.check_documents(mesh, 0, batch)
-        with pytest.raises(
-            ValueError, match=f"row 1 .* has {count} documents, .* use data.max_documents={count} or more" if count > 2 else ""
-        ):
-            context.check_documents(mesh, count - 1 or -1, batch)
+        if count > 2:
+            with pytest.raises(ValueError, match=f"row 1 .* has {count} documents, .* use data.max_documents={count} or more"):
+                context.check_documents(mesh, count - 1, batch)
 
 
 @pytest.mark.parametrize("ring", [1, 2, 4])
 def test_lengths_say_of_each_token_of_a_ring_which_keys_it_sees(ring):
-    """Rows of random documents, among them of one token and of a whole row, on every rank: the own keys by the ends of documents, those that
-    arrive by how many queries and keys meet."""
+    """Rows of random documents, among them of one token and of a whole row, on every rank: the own keys by the ends of documents, those
+    that arrive by how many queries and keys meet."""
     rng, S = np.random.default_rng(ring), 8 * ring
     for _ in range(20):
         ids = 1 + np.cumsum(rng.random((2, S)) < rng.choice([0.02, 0.3, 0.9]), 1)
