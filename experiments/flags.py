@@ -21,7 +21,7 @@ from experiments.configs import common
 from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
 from experiments.train import lr_groups
-from ops.registry import IMPLEMENTATIONS, OPS
+from ops.registry import IMPLEMENTATIONS, LENGTHS, OPS
 from parallel.checkpoint.files import COMPRESSIONS
 from parallel.checkpoint.read import Reader, find
 from parallel.hints import nearest
@@ -403,6 +403,10 @@ CHECKS = {
     "optim.skip_spikes": ((lambda value: value == 0 or value > 1), "must be above 1, or 0 for off"),
     "train.profile_steps": (_is_steps, "must be FIRST:LAST, steps counted from 1, such as 10:15"),
     "data.path": ((lambda value: isinstance(value, str | tuple | list)), "must be text, or a list [weight, prefix, ...]"),
+    "data.max_documents": (
+        (lambda value: value in (-1, 0) or 2 <= value <= LENGTHS),
+        f"must be 2 to {LENGTHS}, or 0 for any number by segment ids, or -1 for a choice by train.seq_len",
+    ),
     "data.json_key": ((lambda value: value != ""), "must name a key of the records; use 'text'"),
     "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),
     "yarn.factor": ((lambda value: value == 0 or value >= 1), "must be 1 or more, or 0 to keep the model's own scaling"),

@@ -18,6 +18,7 @@ HEADS, ANGLES = "batch seq heads head_dim", "batch seq one half, batch seq one h
 # Ranks that share a row by heads run an all-to-all before attention: a rank then has some of the heads for all tokens of its span.
 SPAN, KV_SPAN = "batch seq>span heads>span_heads head_dim", "batch seq>span kv_heads>span_kv_heads head_dim"
 TO_SPAN = f"{SPAN}, {KV_SPAN}, {KV_SPAN}, batch keys, batch keys -> batch span>seq span_heads>heads head_dim"
+DOCUMENTS_TO_SPAN = f"{SPAN}, {KV_SPAN}, {KV_SPAN}, batch documents -> batch span>seq span_heads>heads head_dim"
 KV = "batch keys kv_heads head_dim"
 OVER_CACHE = f"{HEADS}, {KV}, {KV}, batch seq, batch keys, batch seq, batch keys -> {HEADS}"
 INTO_CACHE = f"{KV}, batch new_keys kv_heads head_dim, batch new_keys -> {KV}"
@@ -47,11 +48,14 @@ def attention(cfg, op, p, x, rows, cache):
     k_BTKH, v_BTKH: the new keys and values are written into the slots `order`, and a query attends to the slots up to its own.
     """
     q, k, v = project(cfg, op, p, x, rows)
-    order = rows["order"]
     if cache is None:
         k, v = repeat_kv_heads(op, k), repeat_kv_heads(op, v)
-        o = op.attention(q, k, v, rows["segments"], order, TO_SPAN)
+        if op.by_lengths:
+            o = op.attention_by_lengths(q, k, v, rows["documents"], DOCUMENTS_TO_SPAN)
+        else:
+            o = op.attention(q, k, v, rows["segments"], rows["order"], TO_SPAN)
     else:
+        order = rows["order"]
         k, v = op.cache_write(cache[0], k, order, INTO_CACHE), op.cache_write(cache[1], v, order, INTO_CACHE)
         o = op.attention_over_cache(q, k, v, rows["segments"], rows["key_segments"], order, rows["slots"], OVER_CACHE)
         cache = (k, v)

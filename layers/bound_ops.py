@@ -39,6 +39,7 @@ class BoundOps:
     embedding's adapter.
     watch: None, or f(cfg, op, p, x_RD, h_RD, y_RD, rows) -> [n] float32, which a layer calls with its input x, the input h of its
     feed-forward layer and its output y. The layer then returns the result instead of its router statistics. See qwen3/probe.py.
+    by_lengths: whether attention takes the lengths of documents (`documents`) instead of segments and order.
     ranks_a_head: the number of ranks in the all-to-all around attention, among which a rank's kv heads are divided.
     has_regions: whether `experts` and `biased_top_k` must be called as one op each, a Region.
     inside: the BoundOps for the ops inside a Region.
@@ -51,6 +52,7 @@ class BoundOps:
         self.layers, self.run, self.of_layer, self.gathered = None, (), (), ()  # set by qwen3/run_layers.py
         self.dtype, self.noises = getattr(ms, cfg.compute_dtype), lora.noises(cfg)
         self.seq_shards, self.vocab_shards, self.expert_shards = map(sharding.shards, ("seq", "vocab", "experts"))
+        self.by_lengths = sharding.documents > 0
         self.ranks_a_head = sharding.mesh.size(sharding.rules["span_heads"]) // sharding.mesh.size(sharding.rules["heads"])
         self.has_regions = sharding.lowering == "shard" or (sharding.check and not cfg.lora)
         self.fused_head = kernels.head_loss != "reference" and self.vocab_shards == 1
@@ -134,6 +136,14 @@ class BoundOps:
 
     def attention(self, q, k, v, segments, order, dims):
         return self.bound("attention", dims)(q, k, v, segments, order)
+
+    def attention_by_lengths(self, q, k, v, documents, dims):
+        """attention within the documents of packed rows. documents: see `documents`. The op is `attention`, with other arguments."""
+        return self.bound("attention", dims)(q, k, v, documents)
+
+    def documents(self, segments, dims):
+        """What attention_by_lengths needs to know of the documents of segments_BT, see parallel/context/ring.py."""
+        return self.bound("documents", dims)(segments)
 
     def attention_over_cache(self, q, k, v, segments, key_segments, order, key_order, dims):
         return self.bound("attention_over_cache", dims)(q, k, v, segments, key_segments, order, key_order)

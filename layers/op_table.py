@@ -73,6 +73,7 @@ def definitions(cfg, sharding, kernels):
         "norm_rope": Definition(of("rope", "norm", eps), "kernel", weight_in_dtype_of_x_before_angles),
         # Attention
         "attention": _attention(sharding, of, scale),
+        "documents": Definition(lambda: ring.lengths(sharding, "span"), "kernel", dtype=ms.int32),
         "attention_over_cache": Definition(of("attention", "", scale), "kernel"),
         "cache_write": Definition(of("cache_write"), "kernel"),
         "largest_logits": Definition(lambda: attention.largest_logits(scale, **more.get("attention", {})), "kernel", dtype=ms.float32),
@@ -132,11 +133,17 @@ def options_of(cfg):
 
 def _attention(sharding, of, scale):
     """Returns the Definition of attention within a row. If ranks share a row in a ring, keys and values travel around it
-    (parallel/context/ring.py)."""
+    (parallel/context/ring.py). With sharding.documents it takes the lengths of documents instead of segments and order."""
+    by_lengths, around = sharding.documents, ("span", (1, 2))
     if sharding.shards("span") == 1:
+        if by_lengths:
+            return Definition(of("attention", "packed", scale), "kernel")
         return Definition(of("attention", "", scale, in_order=True), "kernel", keys_of_the_queries)
+    if by_lengths:
+        spans = of("attention", "spans", scale)
+        return Definition(lambda: ring.attention_by_lengths(sharding, spans(), "span"), "kernel", around=around)
     over_some_keys = of("attention", "parts", scale)
-    return Definition(lambda: ring.attention(sharding, over_some_keys(), "span"), "kernel", around=("span", (1, 2)))
+    return Definition(lambda: ring.attention(sharding, over_some_keys(), "span"), "kernel", around=around)
 
 
 def _expert_ops(cfg, sharding, kernels, of):
@@ -158,6 +165,8 @@ def _expert_ops(cfg, sharding, kernels, of):
 def sizes(cfg, sharding):
     """Returns {dim: size} of the dims that only results have and no operand."""
     found = {"half": cfg.head_dim // 2, "vocab_parts": sharding.shards("vocab"), "whole_vocab": cfg.vocab_size}
+    if sharding.documents:
+        found["documents"] = ring.count_lengths(sharding, "span")
     if cfg.num_experts:
         E = cfg.num_experts
         found.update(choice=cfg.experts_per_token, router_stats=2 * E + 2, router=E)

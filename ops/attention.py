@@ -9,10 +9,12 @@ skip later keys.
 """
 
 import mindspore as ms
+import numpy as np
 from mindspore import nn, ops
-from mindspore.ops.auto_generate import FlashAttentionScore, SearchSorted
+from mindspore.ops.auto_generate import FlashAttentionScore
+from mindspore.ops.operations._grad_ops import FlashAttentionScoreGrad
 
-from ops import iota
+from ops import documents, iota
 from ops.custom import kernel
 from ops.signature import check
 
@@ -20,6 +22,7 @@ MASKED = -1e9  # added to a score: exp of it is 0 in float32
 INTS = "segment int32 B S; key_segment int32 B T; order int32 B S; key_order int32 B T"
 ARGUMENTS, GROUPED = f"q B S N H; k same B T K H; v same B T K H; {INTS}", {"divides": ("K", "N")}
 PACKED = "q B S N H; k same B S K H; v same B S K H; ends int32 B D"
+CROSSING = "q B S N H; k same B T K H; v same B T K H; meets int32 B 2"
 HALF = ("bfloat16", "float16")  # the dtypes of MindSpore's kernel
 SCORES = 1 << 23  # scores that largest_logits computes at a time: 32 MiB
 FAR = 2**31 - 1  # the number by which MindSpore's kernel means all earlier, or all later, tokens
@@ -58,7 +61,7 @@ def reference_packed(scale):
 
 def packed(attend):
     """Returns attention as reference_packed does by `attend`, attention to rows in order. Segments and orders take B * S integers each."""
-    require, segments_of = check("attention", PACKED, **GROUPED), segments()
+    require, segments_of = check("attention", PACKED, **GROUPED), documents.segments()
     count, tile, reshape = iota.reference(), ops.Tile(), ops.Reshape()
 
     def attention(q, k, v, ends):
@@ -68,16 +71,6 @@ def packed(attend):
         return attend(q, k, v, segment, segment, order, order)
 
     return attention
-
-
-def segments():
-    """Returns segments(ends_BD, S) -> int32 [B, S], for each token the number of documents that end before it."""
-    search, count, tile, reshape = SearchSorted(ms.int32, True), iota.reference(), ops.Tile(), ops.Reshape()
-
-    def segments(ends, S):
-        return ops.stop_gradient(search(ends, tile(reshape(count(S), (1, S)), (ends.shape[0], 1)), None))
-
-    return segments
 
 
 def reference_parts(scale):
@@ -127,6 +120,52 @@ def reference_parts(scale):
         return cast(ungrouped(dq, q), q.dtype), cast(ungrouped(dk, k), k.dtype), cast(ungrouped(dv, v), v.dtype)
 
     return forward, backward
+
+
+def reference_spans(scale):
+    """Returns (documents, crossing), each (forward, backward), from which parallel/context/ring.py computes attention to documents that are
+    given by their lengths. None has a tensor of S * T elements, except in the reference.
+
+    documents: attention within the documents of packed rows, in order, as reference_packed does.
+        forward(q_BSNH, k_BSKH, v_BSKH, ends_BD) -> (o_BSNH, lse_BSN)
+    crossing: the first queries of a row, as many as meets[:, 0], attend to the last keys of it, as many as meets[:, 1], to all of them,
+        whatever the order. The other queries see no key. These are the queries and keys of the one document that lies across two places.
+        forward(q_BSNH, k_BTKH, v_BTKH, meets_B2 int32) -> (o_BSNH, lse_BSN)
+    backward(the arguments of forward, o_BSNH and lse_BSN of attention to all keys, do, dlse) -> (dq, dk, dv). See reference_parts.
+    """
+    return spans(*reference_parts(scale))
+
+
+def spans(forward, backward):
+    """Returns (documents, crossing) as reference_spans does, by attention to some of the keys, see reference_parts."""
+    segments_of, count, tile, reshape, cast = documents.segments(), iota.reference(), ops.Tile(), ops.Reshape(), ops.Cast()
+    less = ops.Less()
+
+    def places(B, S):
+        return tile(reshape(count(S), (1, S)), (B, 1))
+
+    def sides(meets, S, T):
+        """Returns the segments of queries and of keys: 1 for those that meet, 0 and 2 for the others."""
+        B = meets.shape[0]
+        return cast(less(places(B, S), meets[:, :1]), ms.int32), 1 + cast(less(places(B, T), T - meets[:, 1:]), ms.int32)
+
+    def of_documents(q, k, v, ends):
+        segment, place = segments_of(ends, q.shape[1]), places(q.shape[0], q.shape[1])
+        return forward(q, k, v, segment, segment, place, place)
+
+    def of_documents_back(q, k, v, ends, o, lse, do, dlse):
+        segment, place = segments_of(ends, q.shape[1]), places(q.shape[0], q.shape[1])
+        return backward(q, k, v, segment, segment, place, place, o, lse, do, dlse)
+
+    def crossing(q, k, v, meets):
+        segment, key_segment = sides(meets, q.shape[1], k.shape[1])
+        return forward(q, k, v, segment, key_segment, segment * 0, key_segment * 0)
+
+    def crossing_back(q, k, v, meets, o, lse, do, dlse):
+        segment, key_segment = sides(meets, q.shape[1], k.shape[1])
+        return backward(q, k, v, segment, key_segment, segment * 0, key_segment * 0, o, lse, do, dlse)
+
+    return (of_documents, of_documents_back), (crossing, crossing_back)
 
 
 def _given(q, k, v, segment, key_segment, order, key_order):
@@ -239,9 +278,115 @@ def vendor_mask(in_order=False):
     return mask_in_order if in_order else mask
 
 
+def vendor_packed(scale):
+    """Returns attention as reference_packed does, by MindSpore's flash attention in the layout TND: its memory is linear in S.
+
+    All rows are one axis of tokens, cut by cumulative lengths, whose values travel to the host in each call. Documents without tokens,
+    which fill up a row's ends, are given as such: MindSpore's docstring asks for documents of at least one key, while CANN's documentation
+    of aclnnFlashAttentionVarLenScore and its sources allow empty ones, and MindFormers fills up its lengths in this way.
+    """
+    require, lengths, later = check("attention", PACKED, HALF, **GROUPED), documents.lengths(), _later()
+    reshape = ops.Reshape()
+
+    def attention(q, k, v, ends):
+        require((q.shape, k.shape, v.shape, ends.shape), (q.dtype, k.dtype, v.dtype, ends.dtype))
+        B, S, N, H = q.shape
+        K, cumulative = k.shape[2], lengths(ends, S)
+        attend = FlashAttentionScore(N, 1.0, scale, FAR, 0, 0, "TND", 3)
+        q, k, v = reshape(q, (B * S, N, H)), reshape(k, (B * S, K, H)), reshape(v, (B * S, K, H))
+        o = attend(q, k, v, None, None, None, later, None, cumulative, cumulative)[3]
+        return reshape(o, (B, S, N, H))
+
+    return attention
+
+
+def _later():
+    """Returns the mask that MindSpore's kernel takes for causal attention of any length: bool [2048, 2048], true above the diagonal."""
+    return ms.Tensor(np.triu(np.ones((2048, 2048), bool), 1))
+
+
+def vendor_spans(scale):
+    """Returns (documents, crossing) as reference_spans does, by MindSpore's flash attention and its gradient in the layout TND.
+
+    dlse is taken to be 0. In `crossing` the keys get a token of zeros before and after them, so that no document is without keys: queries
+    that see no key get the last one, and what it gives them is multiplied by 0.
+    """
+    lengths, (run, back), (run_all, back_all) = documents.lengths(), _in_documents(scale, True), _in_documents(scale, False)
+    require, require_crossing = check("attention", PACKED, HALF, **GROUPED), check("attention", CROSSING, HALF, **GROUPED)
+    reshape, cast, expand, concat, count = ops.Reshape(), ops.Cast(), ops.ExpandDims(), ops.Concat(1), iota.reference()
+    less, zeros_like = ops.Less(), ops.ZerosLike()
+
+    def of_documents(q, k, v, ends):
+        require((q.shape, k.shape, v.shape, ends.shape), (q.dtype, k.dtype, v.dtype, ends.dtype))
+        cumulative = lengths(ends, q.shape[1])
+        return run(q, k, v, cumulative, cumulative)
+
+    def of_documents_back(q, k, v, ends, o, lse, do, dlse):
+        cumulative = lengths(ends, q.shape[1])
+        return back(q, k, v, cumulative, cumulative, o, lse, do)
+
+    def parts(meets, S, T):
+        """Returns the cumulative lengths of queries and keys in three parts, the second of which meet, and float32 [B, S, 1], 1 for the
+        queries that meet keys."""
+        some = meets[:, :1]
+        sees = cast(less(reshape(count(S), (1, S)), some), ms.float32)
+        return lengths(concat((some * 0, some)), S), lengths(concat((1 + T - meets[:, 1:], some * 0 + T + 1)), T + 2), expand(sees, 2)
+
+    def between_zeros(x):
+        none = zeros_like(x[:, :1])
+        return concat((none, x, none))
+
+    def crossing(q, k, v, meets):
+        require_crossing((q.shape, k.shape, v.shape, meets.shape), (q.dtype, k.dtype, v.dtype, meets.dtype))
+        q_lengths, k_lengths, sees = parts(meets, q.shape[1], k.shape[1])
+        o, lse = run_all(q, between_zeros(k), between_zeros(v), q_lengths, k_lengths)
+        return o * cast(expand(sees, 3), q.dtype), lse * sees + MASKED * (1 - sees)
+
+    def crossing_back(q, k, v, meets, o, lse, do, dlse):
+        T = k.shape[1]
+        q_lengths, k_lengths, sees = parts(meets, q.shape[1], T)
+        do, lse = cast(do, q.dtype) * cast(expand(sees, 3), q.dtype), lse * sees
+        dq, dk, dv = back_all(q, between_zeros(k), between_zeros(v), q_lengths, k_lengths, o, lse, do)
+        return dq, dk[:, 1 : T + 1], dv[:, 1 : T + 1]
+
+    return (of_documents, of_documents_back), (crossing, crossing_back)
+
+
+def _in_documents(scale, causal):
+    """Returns (forward, backward) of attention of the queries of each document to its keys, in the layout TND, for vendor_spans.
+
+    forward(q_BSNH, k_BTKH, v_BTKH, cumulative lengths of queries, of keys) -> (o_BSNH, lse_BSN float32).
+    backward(the arguments of forward, o, lse, do) -> (dq, dk, dv), where o and lse may be of attention to more keys.
+    """
+    mask, after, mode, (read, write) = _later() if causal else None, 0 if causal else FAR, 3 if causal else 0, documents.of_statistics()
+    log1p, reshape, cast = ops.Log1p(), ops.Reshape(), ops.Cast()
+
+    def flat(x):
+        B, S, N, H = x.shape
+        return reshape(x, (B * S, N, H))
+
+    def forward(q, k, v, q_lengths, k_lengths):
+        B, S, N, H = q.shape
+        attend = FlashAttentionScore(N, 1.0, scale, FAR, after, 0, "TND", mode)
+        top, total, _, o = attend(flat(q), flat(k), flat(v), None, None, None, mask, None, q_lengths, k_lengths)
+        lse = read(top, q_lengths) + log1p(read(total, q_lengths) - 1)  # not Log: see layers/loss.py
+        return reshape(o, (B, S, N, H)), reshape(lse, (B, S, N))
+
+    def backward(q, k, v, q_lengths, k_lengths, o, lse, do):
+        N = q.shape[2]
+        top = write(reshape(lse, (-1, N)), q_lengths)  # exp(score - lse) / 1 are the probabilities among all keys
+        gradient = FlashAttentionScoreGrad(N, 1.0, scale, FAR, after, 0, "TND", mode)
+        do, o = cast(flat(do), q.dtype), cast(flat(o), q.dtype)
+        q_, k_, v_, one = flat(q), flat(k), flat(v), top * 0 + 1
+        found = gradient(q_, k_, v_, do, None, None, None, mask, top, one, None, o, None, q_lengths, k_lengths)
+        return reshape(found[0], q.shape), reshape(found[1], k.shape), reshape(found[2], v.shape)
+
+    return forward, backward
+
+
 def vendor_missing(use):
-    if use.spans > 1:
-        return f"cannot do ring attention, and parallel.cp makes a ring of {use.spans} ranks"
+    if use.spans > 1 and not use.documents:
+        return f"needs documents by their lengths (data.max_documents) for the ring of {use.spans} ranks that parallel.cp makes"
     if use.dtype not in HALF:
         return f"computes in {' or '.join(HALF)}, and the model in {use.dtype}"
     if use.head_dim is None or use.head_dim % 16 or use.head_dim > 512:
@@ -285,6 +430,11 @@ def cpu_parts(scale):
         return backward(q, k, v, segment, key_segment, order, key_order, scale, o, lse, do, dlse)
 
     return of_part, gradients
+
+
+def cpu_spans(scale):
+    """Returns (documents, crossing) as reference_spans does, by the kernels of `cpu`."""
+    return spans(*cpu_parts(scale))
 
 
 class _Attention(nn.Cell):

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from ops import build
 from ops.ascendc import build as ascendc
 
+# The most documents of a call of MindSpore's flash attention, by its docstring; CANN's documentation of the function under it says 2,048
+LENGTHS = 1024
 DEVICES = {"vendor": "Ascend", "cpu": "CPU"}  # implementations that run on one device only; auto tries them in this order
 IMPLEMENTATIONS = ("reference", *reversed(DEVICES), "ascendc")
 
@@ -54,8 +56,9 @@ class Use:
 
     device: MindSpore's name. dtype: the compute dtype of the model. head_dim: None if not known; then no kernel that depends on it is used.
     router_bias: whether the choice of experts has a bias. expert_shards: the number of ranks that experts are spread over. spans: the
-    number of ranks of an attention ring. padded: whether grouped_matmul takes blocks of several rows, which are padded. options: pairs of
-    an op and the name of an option that its factory has to take.
+    number of ranks of an attention ring. documents: 0, or the most documents of a row if attention takes them by their lengths. padded:
+    whether grouped_matmul takes blocks of several rows, which are padded. options: pairs of an op and the name of an option that its
+    factory has to take.
     """
 
     device: str
@@ -64,6 +67,7 @@ class Use:
     router_bias: bool = False
     expert_shards: int = 1
     spans: int = 1
+    documents: int = 0
     padded: bool = False
     options: tuple = ()
 

@@ -29,6 +29,7 @@ from parallel.mesh import ONE_DEVICE, Mesh
 # than tp ranks, neighbours have copies of one head.
 # Vocabulary: `vocab_parts` has one element a vocabulary shard, such as the largest logit of each; `whole_vocab` is all entries.
 # Context parallel: `span` is the tokens whose heads a rank computes after the exchange of heads for tokens; `keys` is all tokens of a row.
+# `documents` is the numbers that say where the documents of a row end.
 # Experts: all-to-all turns send buffers indexed by target rank, [to_shard, sent], into receive buffers indexed by source rank, [shard,
 # received]. Each rank has its own buffers, its own `assignments` of tokens to experts and its own `blocks` of slots. `part_ffn` is
 # the ffn dim of its slots, as wide as its shard of the weights' `expert_ffn`.
@@ -41,6 +42,7 @@ RULES = {
     "span": ("cp-ul",),
     "keys": (),
     "new_keys": (),
+    "documents": (),
     "rows": ("dp", "cp"),
     "tokens": ("dp", "cp"),
     "embed": (),
@@ -103,11 +105,15 @@ def _move(word):
 class Sharding:
     """A mesh with the rules. `op` binds a function to a signature.
 
-    zero: the ZeRO stage. lowering: "manual" or "shard". check: verifies the shapes of every call; for tests, eager on one device.
+    zero: the ZeRO stage. lowering: "manual" or "shard". documents: the most documents that a row of a batch may have, if attention takes
+    them by their lengths; 0: attention compares the segment ids of queries and keys. The caller checks each batch (check_documents of
+    parallel/context/split.py). check: verifies the shapes of every call; for tests, eager on one device.
     """
 
-    def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", check=False):
+    def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", documents=0, check=False):
+        assert documents == 0 or documents >= 2, documents
         self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
+        self.documents = documents
         self.zero, self.lowering = zero, lowering if mesh.world > 1 else "manual"  # one rank has nothing to partition
         self.partial = False  # whether the cotangent of a replicated tensor is a partial sum on each rank, see lowering/partitioner.py
         self.in_region = False  # whether the ops are inside region()

@@ -258,13 +258,16 @@ def nats_and_gap(cfg, op, params, x, targets):
 def rows_of(cfg, op, positions, segment_ids, noise):
     """positions_BS, segment_ids_BS, noise_BS or None -> the dict `rows` that every layer takes beside x_RD.
 
-    cos, sin [B, S, 1, H / 2]: of the rotary embedding. segments, order [B, T]: the document of each key, and its place in the row. valid
+    cos, sin [B, S, 1, H / 2]: of the rotary embedding. segments, order [B, T]: the document of each key, and its place in the row.
+    documents, in their place for attention by the lengths of documents: see BoundOps.documents. valid
     [R], for MoE: 1 for tokens, 0 for padding. noise_rows [R], noise_tokens: the dropout seeds that the adapters need, sharded as "rows" or
     as "tokens". layer, added by `layer`: its number, which dropout needs.
     """
     cos, sin = op.angles(positions, "batch seq -> batch seq one half, batch seq one half")
     segments = segment_ids if op.seq_shards == 1 else op.gather_seq(segment_ids, "batch seq>keys -> batch keys")
     rows = {"cos": cos, "sin": sin, "segments": segments, "order": op.token_order(segments, "batch keys -> batch keys")}
+    if op.by_lengths:
+        rows["documents"] = op.documents(segments, "batch keys -> batch documents")
     if cfg.moe_layers:
         rows["valid"] = op.is_token(rearrange(segment_ids, "batch seq -> (batch seq)", {}), "tokens -> tokens>rows")
     if "rows" in op.noises:
@@ -346,7 +349,7 @@ def choose_kernels(asked, cfg, sharding=None):
     needed = {(name, option) for config in configs for name, options in options_of(config).items() for option in options}
     more = {"head_dim": cfg.head_dim, "router_bias": cfg.router_bias, "options": tuple(sorted(needed))}
     if sharding:
-        more.update(expert_shards=sharding.shards("experts"), spans=sharding.shards("span"))
+        more.update(expert_shards=sharding.shards("experts"), spans=sharding.shards("span"), documents=sharding.documents)
     return registry.choose(asked, ms.get_context("device_target"), cfg.compute_dtype, **more)
 
 

@@ -26,7 +26,7 @@ def build_probe(cfg, sharding, kernels, layers, first=True, last=True, scan=Fals
     """
     op = BoundOps(cfg, sharding, kernels, watch)
     functions, specs = (model.layer, model.attention_input, model.finish_layer), model.param_specs(cfg)["layers"]
-    more_rows = ("own_segments",) if cfg.moe_layers else ("valid", "own_segments")
+    more_rows = (("own_segments",) if cfg.moe_layers else ("valid", "own_segments")) + ("segments", "order") * op.by_lengths
     run_layers.bind(cfg, op, functions, specs, scan, more_rows=more_rows, stats_size=len(SEEN))
     given, numbers, stack = names(layers, last, by_row), tuple(layers), run_layers.stack_rows()
     returns_seen, returns_x, returns_nats = "seen" in given, "x" in given, "nats" in given

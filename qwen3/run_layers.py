@@ -15,7 +15,6 @@ from parallel.graph.scan import scan
 from parallel.trees import tree_paths
 
 RECOMPUTE = ("none", "full", "attention")  # attention: the layer's attention and the norm before it
-OF_ATTENTION = ("cos", "sin", "segments", "order")  # the entries of `rows` that attention reads
 
 
 def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=(), stats_size=None):
@@ -52,14 +51,20 @@ def parameters_of(specs):
     return tuple((path, spec.shape, spec.optimizer) for path, spec in tree_paths(specs))
 
 
+def of_attention(op):
+    """Returns the names of the entries of `rows` that attention reads."""
+    return ("cos", "sin", "documents") if op.by_lengths else ("cos", "sin", "segments", "order")
+
+
 def row_names(cfg, op):
     """Returns the names of the entries of `rows` that the layers of a model read. See qwen3.model.rows_of."""
-    return OF_ATTENTION + (("valid",) if cfg.moe_layers else ()) + tuple(f"noise_{which}" for which in op.noises)
+    return of_attention(op) + (("valid",) if cfg.moe_layers else ()) + tuple(f"noise_{which}" for which in op.noises)
 
 
 def one_layer(cfg, op, functions, specs, gathered, recompute, names):
     """Returns run(p, x_RD, rows) -> x_RD, statistics, for a layer with these specs. gathered: see `bind`. names: of all entries of rows."""
     layer, attention_input, finish_layer = functions
+    to_attention = of_attention(op)
 
     def plain(p, x, rows):
         x, stats, _ = layer(cfg, op, gathered(p), x, rows, None)
@@ -70,7 +75,7 @@ def one_layer(cfg, op, functions, specs, gathered, recompute, names):
         return plain(p, x, named(names, rows))
 
     def attention_of_tuple(p, x, rows):
-        return (attention(cfg, op, p["attention"], attention_input(cfg, op, p, x), named(OF_ATTENTION, rows), None)[0],)
+        return (attention(cfg, op, p["attention"], attention_input(cfg, op, p, x), named(to_attention, rows), None)[0],)
 
     if recompute == "full":
         again = recomputed(of_tuple, specs, op.sharding.lowering)
@@ -82,7 +87,7 @@ def one_layer(cfg, op, functions, specs, gathered, recompute, names):
 
     def attention_again(p, x, rows):
         p = gathered(p)
-        return finish_layer(cfg, op, p, x, again(attention_weights(p), x, in_order(OF_ATTENTION, rows))[0], rows)
+        return finish_layer(cfg, op, p, x, again(attention_weights(p), x, in_order(to_attention, rows))[0], rows)
 
     return {"none": plain, "full": layer_again, "attention": attention_again}[recompute]
 

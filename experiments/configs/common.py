@@ -161,6 +161,10 @@ def _data():
     d.max_bytes = 0  # the most bytes of text, or of conversations as JSON, to read; 0 = all
     d.max_samples = 0  # the most conversations, or records of a stream, to read, the first ones; 0 = all
     d.reset_at_eod = True  # tokens attend only within their document, and positions start at 0 in each; False = a row is one text
+    # the most documents of a row, padding counted as one; a row with more is an error. Attention then takes the lengths of documents, in
+    # memory linear in train.seq_len. 0 = any number: attention compares segments, on Ascend by a mask of seq_len^2 bytes a row. -1 = 0, but
+    # on Ascend, where MindSpore's attention computes rows above 8,192 tokens or a ring, as many as it takes
+    d.max_documents = -1
     # the pair contains conversations, written by preprocess --format: no conversation is split, and the loss mask beside the pair is used
     d.conversations = False
     # format of conversations, which are tokenised at the start: alpaca, sharegpt or messages (OpenAI's); for experiments.finetune; empty =

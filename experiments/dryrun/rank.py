@@ -31,7 +31,8 @@ def main(path):
     cfg, rank = command_line.model_config(config, "any"), int(os.environ["RANK_ID"])
     parallel = config.parallel
     mesh = layout.mesh(cfg, parallel, rank)
-    sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
+    more = {"lowering": parallel.lowering, "documents": layout.documents(config, "Ascend")}
+    sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, **more)
     began = time.perf_counter()
     step, times = STEPS[job["step"]]
     if parallel.lowering == "shard":

@@ -6,12 +6,15 @@ split.
 
 from types import SimpleNamespace
 
+from ops.registry import LENGTHS
 from parallel.context import split as context
 from parallel.hints import divisors
 from parallel.mesh import AXES, Mesh, axis_sizes
 from parallel.pipeline.schedule import check as check_schedule
 from parallel.pipeline.schedule import stage_ranges
 from qwen3.schema import LARGEST
+
+MASKED = 8192  # tokens of a row up to which the mask of documents is small: 64 MiB
 
 
 def check(config, cfg, world=None):
@@ -107,6 +110,28 @@ def mesh(cfg, parallel, rank=0):
     return Mesh(**sizes, kv_repeat=max(1, sizes["tp"] // cfg.num_kv_heads), ulysses=ulysses, rank=rank)
 
 
+def documents(config, device):
+    """Returns the most documents of a row of which attention takes the lengths, see data.max_documents; 0: it compares segments. device:
+    MindSpore's name. config.parallel: as check() has filled it in."""
+    asked, parallel = config.data.max_documents, config.parallel
+    if asked != -1:
+        return asked
+    ring = parallel.cp > 1 and parallel.cp_attention != "ulysses"
+    if device != "Ascend" or config.ops.attention not in ("auto", "vendor") or (config.train.seq_len <= MASKED and not ring):
+        return 0
+    return max(2, LENGTHS // (config.train.batch_size // (parallel.dp * parallel.micro_batches)))
+
+
+def _check_documents(config, rows):
+    """rows: of a rank's micro-batch."""
+    most = config.data.max_documents
+    if most > 0 and rows * most > LENGTHS and config.ops.attention in ("auto", "vendor"):
+        raise ValueError(
+            f"data.max_documents={most} for each of the {rows} rows of a rank's micro-batch is more than the {LENGTHS} documents that"
+            f" MindSpore's attention takes; use --config.data.max_documents={max(2, LENGTHS // rows)} or less, or more micro-batches"
+        )
+
+
 def _check_model(cfg, config, sizes):
     tp, ep, model = sizes["tp"], sizes["ep"], f"model={config.model}"
 
@@ -170,6 +195,7 @@ def _check_batch(config, sizes, mesh):
             f"train.batch_size={train.batch_size} must be a multiple of parallel.dp={dp} times parallel.micro_batches={micro};"
             f" use --config.train.batch_size={dp * micro * (train.batch_size // (dp * micro) + 1)}"
         )
+    _check_documents(config, train.batch_size // (dp * micro))
     rows = train.batch_size // (dp * micro) * context.padded(mesh, train.seq_len) // sizes["cp"]
     if config.parallel.seq_parallel and rows % tp:
         raise ValueError(

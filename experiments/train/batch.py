@@ -5,6 +5,7 @@ import numpy as np
 
 from experiments.data.loader import rank_rows
 from parallel import collectives
+from parallel.context import split as context
 from parallel.random import hash_bits
 from parallel.sharding import DATA
 from qwen3.model import drops, metric_names
@@ -23,6 +24,13 @@ def with_dropout_seeds(cfg, config, mesh, batch, at):
     mine = np.array(rank_rows(rows * mesh.dp, mesh.index(("dp",)), mesh.dp, config.parallel.micro_batches), np.uint64)
     place = mine[:, None] * np.uint64(length) + np.arange(length, dtype=np.uint64)
     return {**batch, "noise": hash_bits(config.train.seed, at, place).view(np.int32)}
+
+
+def tokens_of_rank(sharding, batch):
+    """Returns this rank's tokens of a batch of full rows, see parallel.context.split. Raises ValueError if a row has more documents than
+    sharding.documents."""
+    context.check_documents(sharding.mesh, sharding.documents, batch)
+    return context.cut(sharding.mesh, batch)
 
 
 def split_batch(batch, count):

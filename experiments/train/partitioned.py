@@ -23,6 +23,7 @@ from experiments.train.batch import blank, mean_over_targets, metrics_of, number
 from experiments.train.state import Program, check_trains, held_arrays, new_state, restored, split_trainable, spread_arrays
 from layers import lora
 from parallel import zero
+from parallel.context.split import check_documents
 from parallel.graph.nested import to_tuple
 from parallel.graph.source import function
 from parallel.mesh import Mesh
@@ -185,6 +186,7 @@ def build_step(cfg, config, sharding, kernels, arrays):
         return [made[key] for key in keys]
 
     def step(state, batch, lr, at):
+        check_documents(ONE_RANK, sharding.documents, batch)
         batch = with_dropout_seeds(cfg, config, ONE_RANK, batch, at)
         values = optimizer.scalars(config.optim, lr, at)
         if micro_batches == 1:
@@ -259,6 +261,7 @@ def build_evaluate(cfg, config, sharding, kernels, arrays):
     loss_of = ms.jit(function(f"loss_of({', '.join(BATCH)})", lines, loss_fn=loss_fn, tree=arrays.tree))
 
     def loss_and_targets(batch):
+        check_documents(ONE_RANK, sharding.documents, batch)
         with partitioned(sharding):
             return loss_of(*(tensors(batch)[key] for key in BATCH))
 

@@ -15,12 +15,11 @@ from mindspore import ops
 
 from experiments.train import optim as optimizer
 from experiments.train.accumulate import RunningSum
-from experiments.train.batch import metric_weight, metrics_of, shares, split_batch, tensors, with_dropout_seeds
+from experiments.train.batch import metric_weight, metrics_of, shares, split_batch, tensors, tokens_of_rank, with_dropout_seeds
 from experiments.train.state import local_shapes, split_trainable, stage_placements
 from experiments.train.update import build_clip, build_update
 from layers import lora
 from parallel import collectives, zero
-from parallel.context import split as context
 from parallel.graph.jit import jit
 from parallel.graph.nested import flatten_in_graph, from_tuple, joined, to_tuple
 from parallel.pipeline import schedule as pipeline
@@ -59,7 +58,7 @@ def build_step(stages, has_peers):
     finish = jit(finish, order="dfs")
 
     def step(state, batch, lr, at):
-        batch = context.cut(mesh, with_dropout_seeds(cfg, config, mesh, batch, at))
+        batch = tokens_of_rank(sharding, with_dropout_seeds(cfg, config, mesh, batch, at))
         values = optimizer.scalars(config.optim, lr, at)
         grads, metric_sums = gradients.accumulated(state, batch)
         grads = sum_tied_embeddings(stages, grads)
@@ -255,7 +254,7 @@ def build_evaluate(stages):
         return collectives.host_sum(mesh, ("pp",), sums)
 
     def evaluate(state, batches):
-        own = (context.cut(mesh, batch) for batch in batches)
+        own = (tokens_of_rank(stages.sharding, batch) for batch in batches)
         micro_batches = (each for batch in own for each in split_batch(batch, parallel.micro_batches))
         sums = np.zeros(2)
         while group := list(islice(micro_batches, EVAL_GROUP * len(stages.layers))):

@@ -60,6 +60,7 @@ RULES = {
         NEVER,
         DATA,
     ),
+    "data.max_documents": (IN_PLACE, "how attention is told of documents; results differ by rounding"),
     "data.skip_bad": (IN_PLACE, "whether unusable records are left out from here on"),
     "data.cache_dir": (IN_PLACE, "where index files are kept"),
     **_of("ops", " ".join(OPS), IN_PLACE, KERNELS),

@@ -87,8 +87,8 @@ def run(config, cfg, data, workdir, mesh):
 
 
 def sharding_of(config, mesh):
-    parallel = config.parallel
-    return Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
+    parallel, most = config.parallel, layout.documents(config, ms.get_context("device_target"))
+    return Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering, documents=most)
 
 
 def _check_names(cfg):

@@ -5,12 +5,11 @@ from mindspore import ops
 
 from experiments.train import optim as optimizer
 from experiments.train.accumulate import RunningSum
-from experiments.train.batch import mean_over_targets, metrics_of, over_micro_batches, tensors, with_dropout_seeds
+from experiments.train.batch import mean_over_targets, metrics_of, over_micro_batches, tensors, tokens_of_rank, with_dropout_seeds
 from experiments.train.state import check_trains, full_tree, local_shapes, split_trainable
 from experiments.train.update import build_clip, build_update
 from layers import lora
 from parallel import zero
-from parallel.context import split as context
 from parallel.graph.jit import jit
 from parallel.graph.nested import flatten_in_graph, joined, to_tuple
 from parallel.step import grad_of_nested
@@ -64,7 +63,7 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
     step_in_one_graph, accumulate, finish = jit(step_in_one_graph, order="dfs"), jit(accumulate), jit(finish, order="dfs")
 
     def step(state, batch, lr, at):
-        batch = context.cut(sharding.mesh, with_dropout_seeds(cfg, config, sharding.mesh, batch, at))
+        batch = tokens_of_rank(sharding, with_dropout_seeds(cfg, config, sharding.mesh, batch, at))
         values = optimizer.scalars(config.optim, lr, at)
         params, frozen, m, v, mean_norm = (state.get(name) for name in ("params", "frozen", "m", "v", "norm"))
         if micro_batches == 1:
@@ -117,6 +116,6 @@ def build_evaluate(cfg, sharding, kernels, placed, scan):
 
     def evaluate(state, batches):
         params = full_tree(placed, state["params"], state.get("frozen"))
-        return mean_over_targets(loss_of(params, tensors(context.cut(sharding.mesh, batch))) for batch in batches)
+        return mean_over_targets(loss_of(params, tensors(tokens_of_rank(sharding, batch))) for batch in batches)
 
     return evaluate

@@ -11,12 +11,11 @@ import mindspore as ms
 import numpy as np
 from einops import rearrange
 
-from experiments.train.batch import split_batch, tensors
+from experiments.train.batch import split_batch, tensors, tokens_of_rank
 from experiments.train.pipeline import EVAL_GROUP
 from experiments.train.state import uses_scan
 from layers import lora
 from parallel import collectives
-from parallel.context import split as context
 from parallel.graph.jit import jit
 from parallel.pipeline import schedule as pipeline
 from parallel.pipeline.run import Executor
@@ -43,7 +42,7 @@ class Probe:
     def __call__(self, state, batch):
         if not self.stages:
             self._build()
-        batch, found = context.cut(self.mesh, batch), _Found(self.cfg)
+        batch, found = tokens_of_rank(self.sharding, batch), _Found(self.cfg)
         slices = iter(split_batch(batch, self.config.parallel.micro_batches))
         params = {stage: self._params(state, stage) for stage in self.stages}
         while group := list(islice(slices, EVAL_GROUP * len(self.layers))):

@@ -4,7 +4,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ops.ascendc.custom import kernel
-from ops.attention import ARGUMENTS, GROUPED, packed
+from ops.attention import ARGUMENTS, GROUPED, packed, spans
 
 MOST_SIZE = 256  # the largest head_dim, as in op_host/attention.cpp
 
@@ -37,6 +37,11 @@ def ascendc_parts(scale):
         return attend.backward(q, k, v, segment, key_segment, order, key_order, o, lse, do, dlse)
 
     return of_part, gradients
+
+
+def ascendc_spans(scale):
+    """Returns (documents, crossing) as reference_spans of ops/attention.py does, by the kernels of ascendc_parts."""
+    return spans(*ascendc_parts(scale))
 
 
 def ascendc_missing(use):

@@ -33,6 +33,24 @@ def order(length, ring):
     return rearrange([early, late[::-1]], "half chunk token -> (chunk half token)")
 
 
+def check_documents(mesh, most, batch):
+    """Raises ValueError if a row of a batch {name: numpy [rows, S]} has more documents than `most`; 0 is any number. A document is a run of
+    tokens with one segment id; the padding at the end of a row is one too."""
+    if not most:
+        return
+    ids = batch["segment_ids"]
+    counts = 1 + (ids[:, 1:] != ids[:, :-1]).sum(1)
+    if padded(mesh, ids.shape[1]) > ids.shape[1]:
+        counts = counts + (ids[:, -1] != 0)
+    if (counts > most).any():
+        row = int(counts.argmax())
+        raise ValueError(
+            f"data.max_documents: row {row} of a rank's batch has {counts[row]} documents, with padding, and attention was compiled for up"
+            f" to {most} a row; use data.max_documents={counts[row]} or more, which needs micro-batches of few rows; or"
+            " data.max_documents=0, which masks documents instead, in more memory"
+        )
+
+
 def cut(mesh, batch):
     """Returns this rank's tokens of a batch {name: numpy [rows, S]} as {name: [rows, padded S / cp]}.
 

@@ -9,6 +9,8 @@ import pytest
 from absl import flags as absl_flags
 
 from experiments import flags
+from experiments.configs import common
+from experiments.layout import check as layout_check
 from experiments.layout import table as layout_table
 
 TINY, MOE = "--config=experiments/configs/tiny.py", "--config=experiments/configs/tiny_moe.py"
@@ -70,6 +72,12 @@ REFUSED = [
         "parallel.seq_parallel splits the 18 tokens of a data rank's micro-batch",
     ),
     ([TINY, "--zero=4"], "parallel.zero=4 must be 0, 1, 2 or 3"),
+    (
+        [TINY, "--dp=2", "--config.train.batch_size=16", "--config.data.max_documents=129"],
+        "data.max_documents=129 for each of the 8 rows of a rank's micro-batch is more than the 1024 documents that MindSpore's attention"
+        " takes; use --config.data.max_documents=128 or less",
+    ),
+    ([TINY, "--config.data.max_documents=1"], "data.max_documents=1 must be 2 to 1024, or 0 for any number"),
 ]
 
 
@@ -173,3 +181,27 @@ def test_the_table_of_an_interleaved_pipeline_of_a_large_model():
     text = layout_table.describe(read("--config=experiments/configs/qwen3_32b.py", *layout))
     assert "16 ranks: tp 4 x pp 4, 8 stages, interleaved" in text
     assert "embedding 0-7, 32-39" in text and "24-31, 56-63 head" in text and text.splitlines()[-1].startswith("rank 3 ")
+
+
+@pytest.mark.parametrize(
+    "device, changes, most",
+    [
+        ("Ascend", {}, 0),  # short rows: the mask is small
+        ("Ascend", {"train.seq_len": 8193}, 128),  # of 1,024, for 8 rows
+        ("Ascend", {"train.seq_len": 8193, "parallel.micro_batches": 8}, 1024),
+        ("Ascend", {"train.seq_len": 8193, "ops.attention": "ascendc"}, 0),  # needs no mask
+        ("Ascend", {"parallel.cp": 2}, 128),  # a ring, which MindSpore's attention does not compute otherwise
+        ("Ascend", {"parallel.cp": 2, "parallel.cp_attention": "ulysses"}, 0),
+        ("Ascend", {"train.seq_len": 8193, "data.max_documents": 0}, 0),
+        ("CPU", {"train.seq_len": 8193}, 0),
+        ("CPU", {"data.max_documents": 7}, 7),
+    ],
+    ids=str,
+)
+def test_when_attention_takes_the_lengths_of_documents(device, changes, most):
+    config = common.get_config()
+    config.train.batch_size = 8
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        config[section][name] = value
+    assert layout_check.documents(config, device) == most

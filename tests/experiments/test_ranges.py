@@ -33,6 +33,7 @@ ACCEPTED = {
     **dict.fromkeys((f"optim.{key}" for key in ("warmup_steps", "warmup_ratio", "decay_fraction", "min_lr_ratio", "b1", "b2")), ("0",)),
     **dict.fromkeys((f"optim.{key}" for key in ("muon_momentum", "weight_decay", "clip_norm", "skip_spikes", "router_bias_rate")), ("0",)),
     "parallel.zero": ("0",),
+    "data.max_documents": ("0", "-1"),  # any number, by segment ids; a choice by the length of rows
     **dict.fromkeys((f"parallel.{axis}" for axis in ("dp", "tp", "pp", "cp")), ("-1",)),  # all ranks that are left
     **dict.fromkeys((f"model_args.{key}" for key in ("initializer_range", "router_aux_coef", "router_z_coef")), ("0",)),
     **dict.fromkeys((f"model_args.{key}" for key in ("bos_id", "eos_id", "pad_id")), ("0",)),

@@ -254,6 +254,7 @@ VALUES = {
     "checkpoint.compression": "zstd",
     "checkpoint.on_error": "continue",
     "checkpoint.timeout_s": 60.0,
+    "data.max_documents": 16,
     "parallel.micro_batches": 2,
     "parallel.zero": 1,
     "parallel.seq_parallel": True,

@@ -110,6 +110,17 @@ def test_two_equal_runs_are_bitwise_equal(gentle, gentle_run, compiled_again):
     assert all(np.array_equal(a, b) for a, b in zip(tree_leaves(again[1]), tree_leaves(gentle_run[1])))
 
 
+def test_a_batch_with_more_documents_than_attention_takes_ends_the_run():
+    program = train_program.build_program(DENSE, common.get_config(), Sharding(documents=2))
+    batch = make_batch(0, vocab=DENSE.vocab_size)
+    batch["segment_ids"] = np.tile(np.repeat(np.arange(1, 5, dtype=np.int32), 4), (4, 1))
+    state = program.init(tree_map(lambda w: w.asnumpy(), random_params(DENSE)))
+    with pytest.raises(ValueError, match="data.max_documents: row 0 of a rank's batch has 4 documents, .* up to 2 a row"):
+        program.step(state, batch, 1e-3, 0)
+    with pytest.raises(ValueError, match="data.max_documents: row 0"):
+        program.evaluate(state, [batch])
+
+
 @pytest.mark.parametrize("micro", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_equals_one_batch(micro, gentle_run):
     got = run(DENSE, make_config(**{"parallel.micro_batches": micro, **GENTLE}))

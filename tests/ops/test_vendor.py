@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from ops import attention, grouped_matmul, rms_norm, rope, routing, swiglu
+from ops import documents as documents_op
 from tests.ops import ascend
 from tests.ops.kernels import agree, tensors
-from tests.ops.test_attention import _ints, anything, cache, documents, qkv
+from tests.ops.test_attention import ENDS, _ints, anything, cache, documents, qkv
 from tests.ops.test_grouped_matmul import GROUPS
 from tests.ops.test_references import angles, draw
 from tests.ops.test_routing import CHOICES, chosen, combine, probs_and_weight
@@ -71,6 +72,50 @@ def test_a_mask_hides_what_is_of_another_segment_or_later():
     in_order, none = attention.vendor_mask(in_order=True)(*mask)
     assert none is None
     np.testing.assert_array_equal(host(in_order)[0, 0], [[0, 1, 1], [0, 0, 1], [1, 1, 0], [1, 1, 1]])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("ends", ENDS)
+def test_attention_by_the_lengths_of_documents(ends, kv_heads):
+    """Among them documents of one token, none, and all; rows of fewer documents than lengths."""
+    ends = np.array(ENDS[ends], np.int32)
+    agree(attention.reference_packed(0.3), attention.vendor_packed(0.3), qkv(2, 9, 9, 4, kv_heads, 16), (ends,), **EAGER)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("ends", ENDS)
+def test_attention_by_lengths_in_parts(ends, kv_heads):
+    """Results, log-sum-exp and gradients, where the kernel's own statistics lie document by document."""
+    found, expected = (make(0.3)[0] for make in (attention.vendor_spans, attention.reference_spans))
+    agree_in_parts(expected, found, qkv(2, 9, 9, 4, kv_heads, 16), np.array(ENDS[ends], np.int32))
+
+
+@pytest.mark.parametrize("meets", [[[3, 2], [0, 1]], [[7, 5], [7, 1]], [[1, 5], [2, 3]]], ids=str)
+def test_attention_of_a_document_across_two_places(meets):
+    """Some, none and all of the queries meet some or all of the keys."""
+    found, expected = (make(0.3)[1] for make in (attention.vendor_spans, attention.reference_spans))
+    agree_in_parts(expected, found, qkv(2, 7, 5, 4, 2, 16), np.array(meets, np.int32))
+
+
+def agree_in_parts(expected, found, inputs, lengths):
+    """forward and backward of both. The backward gets the log-sum-exp of more keys than the forward had, as in a ring."""
+    q, k, v, lengths = tensors(*inputs, lengths)
+    (o, lse), (o_, lse_) = expected[0](q, k, v, lengths), found[0](q, k, v, lengths)
+    assert_close(o, o_, 1e-5)
+    assert_close(np.maximum(host(lse), -1e3), np.maximum(host(lse_), -1e3), 1e-5)
+    assert ((host(lse) == attention.MASKED) == (host(lse_) == attention.MASKED)).all()
+    do, lse = ms.Tensor(draw(*q.shape)), ms.Tensor(np.where(host(lse) == attention.MASKED, -200, host(lse) + 0.5).astype(np.float32))
+    zeros = ms.Tensor(np.zeros(lse.shape, np.float32))
+    for a, b in zip(expected[1](q, k, v, lengths, o, lse, do, zeros), found[1](q, k, v, lengths, o, lse, do, zeros)):
+        assert_close(a, b, 1e-5)
+
+
+def test_more_documents_or_tokens_than_a_call_takes_are_refused():
+    q = ms.Tensor(np.zeros((8, 4, 1, 16), np.float32))
+    with pytest.raises(ValueError, match="8 rows of up to 129 documents, and MindSpore's kernel takes 1024 .* data.max_documents=128"):
+        attention.vendor_packed(0.3)(q, q, q, ms.Tensor(np.full((8, 128), 4, np.int32)))
+    with pytest.raises(ValueError, match="4 rows of 300000 tokens, and MindSpore's kernel takes 1048576"):
+        documents_op.lengths()(ms.Tensor(np.zeros((4, 2), np.int32)), 300_000)
 
 
 @pytest.mark.parametrize("shape", [(1, 17), (2, 3, 37)], ids=str)

@@ -53,7 +53,8 @@ MODELS = {
 }
 
 # name -> (model, options); dp, tp, cp, ep, pp, ulysses: of the mesh, others of the run; packed: documents of odd lengths, in rows of an odd
-# length; in_place: the update as on Ascend, whose primitive works on CPU, too. In order of the number of processes.
+# length; documents: attention takes the lengths of so many; in_place: the update as on Ascend, whose primitive works on CPU, too. In order
+# of the number of processes.
 LAYOUTS = {
     "pp2, 1F1B, tied": ("dense", dict(pp=2, micro=4)),
     "mixed, pp2, interleaved, a stage without layers": (
@@ -95,6 +96,9 @@ LAYOUTS = {
     "cp2, Ulysses": ("dense", dict(cp=2, ulysses=2)),
     "cp2, ring, packed, scan": ("dense", dict(cp=2, packed=True, loop="scan")),
     "moe, cp2 ep2": ("moe", dict(cp=2, ep=2, packed=True)),
+    "cp2, ring, packed, lengths": ("dense", dict(cp=2, packed=True, documents=5)),
+    "cp2, Ulysses, packed, lengths, scan": ("dense", dict(cp=2, ulysses=2, packed=True, documents=6, loop="scan")),
+    "cp2, ring, lengths of one document, scan": ("untied", dict(cp=2, documents=2, loop="scan")),
     "tp4 of 2 kv heads": ("dense", dict(tp=4)),
     "tp4 of 1 kv head, sequence parallel, scan": ("qwen2", dict(tp=4, seq=True, loop="scan")),
     "dp2 tp2": ("untied", dict(dp=2, tp=2)),
@@ -105,6 +109,13 @@ LAYOUTS = {
     "cp4, ring, packed": ("dense", dict(cp=4, packed=True)),
     "cp4, Ulysses of 2 kv heads, packed, ZeRO 2": ("dense", dict(cp=4, ulysses=4, packed=True, zero=2)),
     "cp4, hybrid, packed": ("dense", dict(cp=4, ulysses=2, packed=True)),
+    "cp4, ring, packed, lengths": ("dense", dict(cp=4, packed=True, documents=5)),
+    "cp4, hybrid, packed, lengths, full recompute": ("dense", dict(cp=4, ulysses=2, packed=True, documents=5, recompute="full")),
+    "moe, cp4 ep4, Ulysses, packed, lengths, ZeRO 3": ("moe8", dict(cp=4, ulysses=4, ep=4, packed=True, documents=7, zero=3)),
+    "cp4, hybrid, packed, lengths, attention recompute": (
+        "dense",
+        dict(cp=4, ulysses=2, packed=True, documents=5, recompute="attention"),
+    ),
     "cp2 tp2, packed, sequence parallel": ("dense", dict(cp=2, tp=2, packed=True, seq=True)),
     "cp2 tp2, Ulysses of 1 kv head, packed": ("qwen2", dict(cp=2, tp=2, ulysses=2, packed=True)),
     "dp2 cp2, ZeRO 3, scan": ("untied", dict(dp=2, cp=2, zero=3, loop="scan")),
@@ -167,6 +178,7 @@ RECOMPUTED = {
     "tp2, sequence parallel, full recompute": "tp2, sequence parallel",
     "dp2 tp2, ZeRO 3, full recompute": "dp2 tp2, ZeRO 3",
     "cp4, hybrid, packed, attention recompute": "cp4, hybrid, packed",
+    "cp4, hybrid, packed, lengths, attention recompute": "cp4, hybrid, packed, lengths, full recompute",
     "moe, dp2 tp2 ep2, full recompute": "moe, dp2 tp2 ep2",
 }
 
@@ -206,6 +218,12 @@ SLOW = (
     "dp2 tp2",
     "tp2, sequence parallel, full recompute",
     "cp2, ring",
+    "cp2, Ulysses, packed, lengths, scan",
+    "cp2, ring, lengths of one document, scan",
+    "cp4, ring, packed, lengths",
+    "cp4, hybrid, packed, lengths, full recompute",
+    "moe, cp4 ep4, Ulysses, packed, lengths, ZeRO 3",
+    "cp4, hybrid, packed, lengths, attention recompute",
     "cp2 tp2, packed, sequence parallel",
     "cp4, ring",
     "cp4, ring, packed",
@@ -346,7 +364,7 @@ def rows_of(cfg, options, at):
 def sharding_of(cfg, options, rank=0):
     sizes = {axis: options[axis] for axis in ("dp", "tp", "cp", "ep", "pp", "ulysses") if axis in options}
     mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
-    return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0))
+    return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0), documents=options.get("documents", 0))
 
 
 def run_config(options):

@@ -61,7 +61,8 @@ ROWS, SEQ_LEN = 4, 16
 
 @dataclass(frozen=True)
 class Case:
-    """A model in a layout. ops: what is asked of ops.registry. planted: what is done wrong on purpose, a key of PLANTED."""
+    """A model in a layout. ops: what is asked of ops.registry. documents: see Sharding. planted: what is done wrong on purpose, a key of
+    PLANTED."""
 
     cfg: Qwen3Config
     seq_parallel: bool = False
@@ -69,6 +70,7 @@ class Case:
     zero: int = 0
     layer_loop: str = "unroll"
     ops: dict = field(default_factory=dict)
+    documents: int = 0
     planted: str = ""
 
     def mesh(self, rank=0):
@@ -86,7 +88,7 @@ class Case:
         return config
 
     def sharding(self, lowering, rank=0):
-        return Sharding(self.mesh(rank), seq_parallel=self.seq_parallel, zero=self.zero, lowering=lowering)
+        return Sharding(self.mesh(rank), seq_parallel=self.seq_parallel, zero=self.zero, lowering=lowering, documents=self.documents)
 
 
 ONE_LAYER = DENSE.replace(num_layers=1)
@@ -101,6 +103,8 @@ CASES = {
     "zero3": Case(ONE_LAYER, True, zero=3),
     "cp-ring": Case(ONE_LAYER, axes=dict(dp=1, tp=2, cp=2)),
     "cp-ulysses": Case(DENSE, True, axes=dict(dp=1, tp=2, cp=2, ulysses=2)),
+    "lengths": Case(DENSE, True, documents=3),
+    "lengths-ring": Case(ONE_LAYER, axes=dict(dp=1, tp=2, cp=2), documents=3),
     "dense-scan": Case(DENSE, layer_loop="scan"),
     "references": Case(MOE, True, ops={op: "reference" for op in OPS}),
     "ascendc": Case(MOE, True, ops={op: "ascendc" for op in ascendc.families()}),
@@ -122,7 +126,8 @@ def compile_step(case, lowering):
     graph.unlink()
     found = {"collectives": collectives_of(text), "invented": invented_splits(text)}
     customs = dict(Counter(re.findall(r'\bfunc_name: "(\w+)"', text)))
-    return {"slices": slices, **found, "primitives": primitives_of(text), "dtypes": dtypes_of(text), "customs": customs}
+    found.update(primitives=primitives_of(text), dtypes=dtypes_of(text), masks=masks_of(text))
+    return {"slices": slices, **found, "customs": customs}
 
 
 def _global_view(case, rank):
@@ -277,6 +282,12 @@ def dtypes_of(text):
         if dtype := re.search(r"Tensor\[(\w+)\]", types):
             out.setdefault(name, set()).add(dtype[1])
     return {name: sorted(each) for name, each in out.items()}
+
+
+def masks_of(text):
+    """The shapes of bool tensors of a graph that have a place for each pair of tokens of a row: queries and keys, of all or half a row."""
+    shapes = {tuple(_numbers(shape)) for shape in re.findall(r"Tensor\[Bool\]+, \(([\d, ]*)\)", text)}
+    return sorted(shape for shape in shapes if len(shape) > 2 and min(shape[-2:]) >= SEQ_LEN // 4)
 
 
 def _ranks(attributes):

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from ops import attention
+from parallel.context import ring as ring_attention
 from parallel.context import split as context
 from parallel.context.ring import _join
 from parallel.mesh import Mesh
+from parallel.sharding import Sharding
 from tests.ops.kernels import tensors
 from tests.ops.test_attention import SCALE, anything, documents, qkv
 from tests.tiny import assert_close, host
@@ -59,6 +61,48 @@ def test_a_ring_is_in_zigzag_and_ulysses_in_order():
 def test_each_rank_of_a_ring_sees_as_many_keys(ring):
     places = context.order(64, ring).reshape(ring, -1) + 1
     assert len(set(places.sum(1))) == 1
+
+
+@pytest.mark.parametrize("ids, documents", [([1, 1, 2, 2, 2, 3], 3), ([1] * 6, 1), ([1, 2, 3, 4, 5, 6], 6), ([1, 1, 1, 2, 0, 0], 3)])
+def test_a_row_with_more_documents_than_attention_was_compiled_for_is_refused(ids, documents):
+    """Padding is a document, also that which a layout adds."""
+    batch, added = {"segment_ids": np.array([[1] * 6, ids], np.int32)}, 0 if ids[-1] == 0 else 1
+    for mesh, count in ((Mesh(), documents), (Mesh(cp=4), documents + added)):
+        context.check_documents(mesh, max(count, 2), batch)
+        context.check_documents(mesh, 0, batch)
+        if count > 2:
+            with pytest.raises(ValueError, match=f"row 1 .* has {count} documents, .* use data.max_documents={count} or more"):
+                context.check_documents(mesh, count - 1, batch)
+
+
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_lengths_say_of_each_token_of_a_ring_which_keys_it_sees(ring):
+    """Rows of random documents, among them of one token and of a whole row, on every rank: the own keys by the ends of documents, those
+    that arrive by how many queries and keys meet."""
+    rng, S = np.random.default_rng(ring), 8 * ring
+    for _ in range(20):
+        ids = 1 + np.cumsum(rng.random((2, S)) < rng.choice([0.02, 0.3, 0.9]), 1)
+        ids[1, S - rng.integers(1, S) :] = 0
+        order = context.order(S, ring)
+        sees = (ids[:, order][:, :, None] == ids[:, order][:, None]) & (order[None, :, None] >= order[None, None])
+        for rank in range(ring):
+            sharding = Sharding(Mesh(cp=ring, rank=rank), documents=S + 1)
+            found = host(ring_attention.lengths(sharding, "span")(ms.Tensor(ids[:, order].astype(np.int32))))
+            assert found.shape == (2, ring_attention.count_lengths(sharding, "span"))
+            np.testing.assert_array_equal(seen_by(found, S, rank, ring), sees[:, rank * 8 : (rank + 1) * 8])
+
+
+def seen_by(lengths, ends, rank, ring):
+    """bool [B, 8, 8 * ring]: which keys each query of a rank sees, by the lengths alone."""
+    out = np.zeros((len(lengths), 8, 8 * ring), bool)
+    for row, numbers in zip(out, lengths):
+        document = (numbers[:ends, None] <= np.arange(8)).sum(0)
+        row[:, rank * 8 : (rank + 1) * 8] = (document[:, None] == document) & (np.arange(8)[:, None] >= np.arange(8))
+        for step in range(1, ring):
+            source, (queries, keys) = (rank - step) % ring, numbers[ends + 2 * step - 2 : ends + 2 * step]
+            first, last = (0, source * 8 + 4) if source < rank else (4, source * 8 + 8)
+            row[first : first + queries, last - keys : last] = True
+    return out
 
 
 PARTS = [("reference", attention.reference_parts), ("cpu", attention.cpu_parts)]

@@ -29,7 +29,11 @@ RANKS = {"shard": 0, "manual": 3, "generate": 0}  # whose program is compiled
 FAST = {"shard": ("moe-sp",), "manual": ()}  # the default tests of the dry run compile one of the manual lowering
 PLANTED = ("unscattered", "summed_twice", "unannotated")
 SLOW = {"shard": ("dense", "dense-sp", "moe", "moe-ep-sp", *PLANTED), "manual": ("dense", "dense-sp", "moe-ep-sp")}
-SLOW_OPS = {"shard": ("references", "ascendc"), "manual": ("dense-scan", "float32", "ascendc"), "generate": ("generate",)}
+SLOW_OPS = {
+    "shard": ("references", "ascendc", "lengths"),
+    "manual": ("dense-scan", "float32", "ascendc", "lengths", "lengths-ring"),
+    "generate": ("generate",),
+}
 SLOW_TRAFFIC = (*SLOW["manual"], "zero1", "zero2", "zero3", "cp-ring", "cp-ulysses")
 
 pytestmark = pytest.mark.skipif(standin.unavailable() is not None, reason=str(standin.unavailable()))
@@ -231,6 +235,23 @@ def test_mindspores_own_kernels_are_in_the_graph_and_the_references_are_not(comp
         assert found["dtypes"]["GroupedMatmulV4"] == ["BFloat16"]
     assert found["dtypes"]["FlashAttentionScore"] == found["dtypes"]["AddRmsNorm"] == found["dtypes"]["Swiglu"] == ["BFloat16"]
     assert found["dtypes"]["RotaryPositionEmbedding"] == ["Float32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering, name", [("manual", "lengths"), ("shard", "lengths"), ("manual", "lengths-ring")])
+def test_attention_by_lengths_has_no_mask(compiled, lowering, name):
+    """One call a layer, differentiated by MindSpore; in a ring of two ranks another for the keys that arrive, by the kernel's gradient."""
+    case, found = CASES[name], compiled(lowering, name)
+    calls = case.cfg.num_layers * (2 if name == "lengths-ring" else 1)
+    flash = {kind: n for kind, n in found["primitives"].items() if "FlashAttention" in kind}
+    assert flash == {"FlashAttentionScore": calls, "FlashAttentionScoreGrad": calls}
+    assert found["masks"] == [] and "BatchMatMul" not in found["primitives"]
+
+
+@pytest.mark.slow
+def test_documents_by_segments_have_a_mask_of_all_pairs(compiled):
+    found = compiled("manual", "dense-sp")
+    assert found["masks"]
 
 
 @pytest.mark.slow

@@ -115,6 +115,21 @@ def test_a_packed_document_is_what_it_is_in_a_row_of_its_own(kind):
         assert_close(host(alone), packed[:, part], 1e-5)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full", "attention"])
+def test_attention_by_the_lengths_of_documents_trains_as_by_segments(recompute):
+    """Documents of 1 to 16 tokens, one of them a whole row, and padding; loss, metrics and gradients."""
+    params, batch = random_params(MOE), packed_batch(MOE, lengths=(1, 4, 0, 7, 15, 2, 2))
+    counts = [1 + np.count_nonzero(np.diff(row)) for row in host(batch["segment_ids"])]
+    assert min(counts) == 1 and max(counts) > 3
+    names = metric_names(MOE)
+    (loss, aux), grads = value_and_grad(build(MOE).loss_fn, aux=names)(params, batch)
+    by_lengths = build(MOE, Sharding(documents=max(counts)), recompute=recompute).loss_fn
+    (found, found_aux), found_grads = value_and_grad(by_lengths, aux=names, compiled=True)(params, batch)
+    assert_close(loss, found, 1e-6)
+    assert_trees_close(aux, found_aux, 1e-5)
+    assert_trees_close(grads, found_grads, 2e-5)
+
+
 def test_module_level_functions_are_those_of_build():
     params, batch = random_params(MOE), packed_batch(MOE)
     a, aux = forward(params, batch["tokens"], MOE, positions=batch["positions"], segment_ids=batch["segment_ids"])
