@@ -41,7 +41,7 @@ def describe(config):
 
 
 def _totals(config):
-    """Returns (name, axes of a Placed, copies) of each kind of float32 memory: parameters and state between steps, and the gradients that
+    """Returns (name, axes of a Placed, copies) of each kind of memory: parameters and state between steps, and the gradients that
     the optimizer reads."""
     return (("parameters", "stored", 1), ("gradients", "state", 1), ("optimizer state", "state", len(MOMENTS[config.optim.name])))
 

@@ -44,6 +44,8 @@ MODELS = {
     "adapters": _adapted(DENSE.replace(tie_embeddings=False), dropout=0.2),
     "adapters, qwen2": _adapted(QWEN2),
     "adapters, moe": _adapted(MOE),
+    "adapters, bfloat16": _adapted(DENSE).replace(frozen_dtype="bfloat16"),
+    "adapters, moe, float16": _adapted(MOE).replace(frozen_dtype="float16"),
     "frozen": DENSE.replace(frozen=(("embed", "layers.0.*", "*norm"), ("*w_up",))),
     "deep": DENSE.replace(num_layers=5),
     "norms behind": DENSE.replace(norm_placement="post"),
@@ -77,7 +79,14 @@ LAYOUTS = {
     "adapters, tp2, sequence parallel, scan": ("adapters", dict(tp=2, seq=True, loop="scan")),
     "adapters, dp2, ZeRO 3, scan, 2 micro-batches": ("adapters", dict(dp=2, zero=3, loop="scan", micro=2)),
     "adapters, dp2 ep2, ZeRO 1": ("adapters, moe", dict(dp=2, ep=2, zero=1)),
+    "adapters, bfloat16, dp2, ZeRO 3, 2 micro-batches": ("adapters, bfloat16", dict(dp=2, zero=3, micro=2)),
+    "adapters, bfloat16, tp2, sequence parallel": ("adapters, bfloat16", dict(tp=2, seq=True)),
+    "adapters, bfloat16, pp2": ("adapters, bfloat16", dict(pp=2, micro=2)),
+    "adapters, moe, float16, dp2 ep2, ZeRO 3, scan": ("adapters, moe, float16", dict(dp=2, ep=2, zero=3, loop="scan")),
     "frozen, dp2, ZeRO 3": ("frozen", dict(dp=2, zero=3)),
+    "tp2, sequence parallel, loss in chunks": ("dense", dict(tp=2, seq=True, chunks=3)),
+    "untied, tp2 dp2, loss in chunks, packed": ("untied", dict(tp=2, dp=2, chunks=4, packed=True)),
+    "moe, pp2 tp2, loss in chunks": ("moe", dict(pp=2, tp=2, micro=2, chunks=5, evaluate=True)),
     "adapters, tp2 of 1 kv head": ("adapters, qwen2", dict(tp=2)),
     "adapters, dp2, ZeRO 1": ("adapters", dict(dp=2, zero=1)),
     "adapters, dp2, ZeRO 2": ("adapters", dict(dp=2, zero=2)),
@@ -192,6 +201,11 @@ SLOW = (
     "dp2 tp2, ZeRO 2, 2 micro-batches",
     "dp2 tp2, ZeRO 3",
     "moe, dp2 tp2 ep2",
+    "adapters, bfloat16, tp2, sequence parallel",
+    "adapters, bfloat16, pp2",
+    "adapters, moe, float16, dp2 ep2, ZeRO 3, scan",
+    "untied, tp2 dp2, loss in chunks, packed",
+    "moe, pp2 tp2, loss in chunks",
     "frozen, dp2, ZeRO 3",
     "adapters, dp2 ep2, ZeRO 1",
     "adapters, tp2 of 1 kv head",
@@ -353,7 +367,7 @@ def sharding_of(cfg, options, rank=0):
 def run_config(options):
     config = common.get_config()
     config.train.layer_loop = options.get("loop", "unroll")
-    config.train.recompute = options.get("recompute", "none")
+    config.train.recompute, config.train.loss_chunks = options.get("recompute", "none"), options.get("chunks", 0)
     config.parallel.micro_batches = options.get("micro", 1)
     config.parallel.pp_schedule, config.parallel.virtual_stages = options.get("schedule", "1f1b"), options.get("virtual", 1)
     config.parallel.stage_layers = options.get("layers", ())
