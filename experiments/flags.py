@@ -420,6 +420,7 @@ CHECKS = {
     "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),
     "yarn.factor": ((lambda value: value == 0 or value >= 1), "must be 1 or more, or 0 to keep the model's own scaling"),
     "yarn.original_max_position": NOT_NEGATIVE,
+    "parallel.seq_gather_again": _one_of("auto", "on", "off"),
     "parallel.lowering": _one_of("manual", "shard"),
     "parallel.pp_schedule": _one_of(*SCHEDULES),
     "parallel.virtual_stages": POSITIVE,

@@ -104,11 +104,13 @@ class Sharding:
     """A mesh with the rules. `op` binds a function to a signature.
 
     zero: the ZeRO stage. lowering: "manual" or "shard". check: verifies the shapes of every call; for tests, eager on one device.
+    gathers_again: what an all-gather brings to several weights (see fan) is not kept for the backward, which gathers it again.
     """
 
-    def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", check=False):
+    def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", check=False, gathers_again=False):
         self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
         self.zero, self.lowering = zero, lowering if mesh.world > 1 else "manual"  # one rank has nothing to partition
+        self.gathers_again = gathers_again
         self.partial = False  # whether the cotangent of a replicated tensor is a partial sum on each rank, see lowering/partitioner.py
         self.in_region = False  # whether the ops are inside region()
 

@@ -96,6 +96,9 @@ def _parallel():
     p.micro_batches = 1  # number of slices of a data rank's rows, for gradient accumulation and for the pipeline
     p.zero = 0  # ZeRO stage; 0 = parameters and optimizer state are replicated over data ranks
     p.seq_parallel = False  # sequence parallel: activations outside of attention and ffn are sharded over tp ranks by rows
+    # the gathered inputs of the products of a layer, with sequence parallel: on = the backward gathers them again instead of keeping them;
+    # auto = on where layers are not recomputed
+    p.seq_gather_again = "auto"
     p.lowering = "manual"  # manual = our collectives on local shards; shard = MindSpore's partitioner, for training on Ascend
     return p
 

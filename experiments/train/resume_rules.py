@@ -67,7 +67,8 @@ RULES = {
     **_of("ops", " ".join(OPS), IN_PLACE, KERNELS),
     **_of(
         "parallel",
-        "dp tp pp pp_schedule virtual_stages stage_layers cp cp_attention cp_ulysses ep micro_batches zero seq_parallel lowering",
+        "dp tp pp pp_schedule virtual_stages stage_layers cp cp_attention cp_ulysses ep micro_batches zero seq_parallel seq_gather_again"
+        " lowering",
         IN_PLACE,
         LAYOUT,
     ),

@@ -131,7 +131,13 @@ def of_ops(layout, bound, seen, sizes, itemsize):
             out += _rounds(layout, *around, operands, runs, sizes, itemsize)
         for what, i, part, steps in _sides(layout, operands, results, kind, reduce):
             item = FLOAT32 if dtype and what == "result" else _itemsize(layout, part, itemsize)
+            again = 0  # the gathers of a fan that its backward repeats, for the gradients of its weights
+            if layout.gathers_again and len(results) > 1 and (what, i) == ("operand", 0):
+                again = max(seen[place, ("operand", 1 + k)] for k in range(len(results)))
             for name, atoms, complete in _payloads(layout, part, steps, what):
+                if again and name == "all_gather":
+                    elements = math.prod(-(-_size(sizes, dim) // n) for dim, n in complete)
+                    out[Call("backward", "AllGather", atoms, elements, item)] += again
                 forward, backward = directions[name] if name != "sliced" else ("AllGather", None)
                 for phase, kind, step in (("forward", forward, ("run",)), ("backward", backward, (what, i))):
                     if kind and seen[place, step]:

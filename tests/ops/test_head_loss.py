@@ -110,7 +110,7 @@ def test_chunks_of_a_shard_leave_out_its_padding_and_the_targets_of_other_shards
     """The shard has rows of the table from id `first` on; those from `vocab_size` on are padding, which may be all of them."""
     R, D, V = 20, 33, 19
     x, w, _ = case(R, D, V)
-    ids, real = np.arange(R).astype(np.int32) * 3 % 40, np.clip(vocab_size - first, 0, V)
+    ids, real = np.arange(R).astype(np.int32) * 3 % vocab_size, np.clip(vocab_size - first, 0, V)
     cotangents = ms.Tensor(draw(R, 1))
 
     def plain(x, w, ids):

@@ -73,6 +73,7 @@ LAYOUTS = {
     "dp2, scan, 2 micro-batches, ZeRO 2": ("dense", dict(dp=2, loop="scan", micro=2, zero=2)),
     "tp2": ("untied", dict(tp=2)),
     "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
+    "tp2, sequence parallel, gathered again": ("dense", dict(tp=2, seq=True, again=True)),
     "tp2 of 1 kv head, biases": ("qwen2", dict(tp=2, seq=True)),
     "tp2, sequence parallel, full recompute": ("dense", dict(tp=2, seq=True, recompute="full")),
     "dp2 ep2": ("moe", dict(dp=2, ep=2)),
@@ -174,6 +175,7 @@ LAYOUTS = {
 # Layouts that are to the bit what others are.
 RECOMPUTED = {
     "tp2, sequence parallel, full recompute": "tp2, sequence parallel",
+    "tp2, sequence parallel, gathered again": "tp2, sequence parallel",
     "dp2 tp2, ZeRO 3, full recompute": "dp2 tp2, ZeRO 3",
     "cp4, hybrid, packed, attention recompute": "cp4, hybrid, packed",
     "moe, dp2 tp2 ep2, full recompute": "moe, dp2 tp2 ep2",
@@ -219,6 +221,7 @@ SLOW = (
     "tp4 of 1 kv head, sequence parallel, scan",
     "dp2 tp2",
     "tp2, sequence parallel, full recompute",
+    "tp2, sequence parallel, gathered again",
     "cp2, ring",
     "cp2, ring, packed, scan",
     "cp2 tp2, packed, sequence parallel",
@@ -361,7 +364,8 @@ def rows_of(cfg, options, at):
 def sharding_of(cfg, options, rank=0):
     sizes = {axis: options[axis] for axis in ("dp", "tp", "cp", "ep", "pp", "ulysses") if axis in options}
     mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
-    return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0))
+    again = options.get("again", False)
+    return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0), gathers_again=again)
 
 
 def run_config(options):
