@@ -323,7 +323,7 @@ class Model:
 
 
 @functools.lru_cache(maxsize=32)
-def build(cfg, sharding=None, scan=False, kernels=None, recompute="none", loss_chunks=0):
+def build(cfg, sharding=None, scan=False, kernels=None, recompute="none", loss_chunks=1):
     """Returns the Model in a layout, by default on one device.
 
     scan: the layers run in a loop, and `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list.

@@ -51,7 +51,7 @@ def get_config():
     c.train.recompute = "none"
     # chunks of the vocabulary, or of a rank's shard of it, in which the head and the loss are computed one after another, so that the
     # logits do not stand in memory whole; 1 = all at once; 0 = on Ascend as few as keep a chunk's logits within 128 MiB, on CPU 1
-    c.train.loss_chunks = 0
+    c.train.loss_chunks = 1
     c.train.save_hf_every = 0  # steps between Hugging Face folders of the weights, hf_steps/step_N; 0 = none. LoRA: its adapters
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text that the sample continues; empty = the start of a document
@@ -98,7 +98,7 @@ def _parallel():
     p.seq_parallel = False  # sequence parallel: activations outside of attention and ffn are sharded over tp ranks by rows
     # the gathered inputs of the products of a layer, with sequence parallel: on = the backward gathers them again instead of keeping them;
     # auto = on where layers are not recomputed
-    p.seq_gather_again = "auto"
+    p.seq_gather_again = "off"
     p.lowering = "manual"  # manual = our collectives on local shards; shard = MindSpore's partitioner, for training on Ascend
     return p
 

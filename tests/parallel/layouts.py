@@ -371,7 +371,7 @@ def sharding_of(cfg, options, rank=0):
 def run_config(options):
     config = common.get_config()
     config.train.layer_loop = options.get("loop", "unroll")
-    config.train.recompute, config.train.loss_chunks = options.get("recompute", "none"), options.get("chunks", 0)
+    config.train.recompute, config.train.loss_chunks = options.get("recompute", "none"), options.get("chunks", 1)
     config.parallel.micro_batches = options.get("micro", 1)
     config.parallel.pp_schedule, config.parallel.virtual_stages = options.get("schedule", "1f1b"), options.get("virtual", 1)
     config.parallel.stage_layers = options.get("layers", ())
