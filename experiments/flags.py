@@ -28,7 +28,7 @@ from parallel.hints import nearest
 from parallel.mesh import AXES, MOST_RANKS, world_size
 from parallel.pipeline.schedule import SCHEDULES
 from qwen3.chat import FORMATS
-from qwen3.config import SIZES, Lora, Qwen3Config, RopeScaling, check_compute_dtype
+from qwen3.config import DTYPES, SIZES, Lora, Qwen3Config, RopeScaling, check_compute_dtype
 from qwen3.json_files import read_json
 from qwen3.schema import LARGEST, LIMITS, LORA_LIMITS, YARN_LIMIT
 from qwen3.text_stream import printable
@@ -229,7 +229,7 @@ def _with_trainable(cfg, config):
     """cfg with the adapters of config.lora and the frozen parameters of train.freeze_*. Raises ValueError for a pattern without a match."""
     include, exclude = (_patterns(config.train[key]) for key in ("freeze_include", "freeze_exclude"))
     if not config.lora.rank:
-        return cfg.replace(frozen=(include, exclude))
+        return cfg.replace(frozen=(include, exclude), frozen_dtype=_frozen_dtype(config, bool(include), "float32"))
     if include or exclude:
         given = " and ".join(f"{key}={config.train[key]!r}" for key in ("freeze_include", "freeze_exclude") if config.train[key])
         raise ValueError(f"train.{given}: lora.rank={config.lora.rank} freezes all parameters but the adapters; leave it out")
@@ -245,7 +245,18 @@ def _with_trainable(cfg, config):
     if not targets:
         raise ValueError(f"lora.targets is empty; use some of {', '.join(known)}")
     options = {key: config.lora[key] for key in ("rank", "alpha", "dropout", "init", "rslora")}
-    return cfg.replace(lora=Lora(targets=targets, **options))
+    return cfg.replace(lora=Lora(targets=targets, **options), frozen_dtype=_frozen_dtype(config, True, cfg.compute_dtype))
+
+
+def _frozen_dtype(config, freezes, usual):
+    """Returns the dtype that train.frozen_dtype means. freezes: whether anything is frozen. usual: the dtype of "auto"."""
+    asked = config.train.frozen_dtype
+    if not freezes and asked not in ("auto", "float32"):
+        raise ValueError(
+            f"train.frozen_dtype={asked}: nothing is frozen, and what trains is kept in float32; set lora.rank or train.freeze_include, or"
+            " use train.frozen_dtype=auto"
+        )
+    return usual if asked == "auto" else asked
 
 
 def _patterns(text):
@@ -369,6 +380,7 @@ CHECKS = {
             "train.exact_match_rows",
             "train.monitor_every",
             "train.save_hf_every",
+            "train.loss_chunks",
             "data.max_bytes",
             "data.max_samples",
             "data.shuffle_buffer",
@@ -392,6 +404,7 @@ CHECKS = {
     "data.enable_thinking": _one_of("none", "true", "false"),
     "data.packing": _one_of("packed", "padded"),
     "data.too_long": _one_of("truncate", "drop", "error"),
+    "train.frozen_dtype": _one_of("auto", *DTYPES),
     "train.recompute": _one_of("none", "full", "attention"),
     **{f"ops.{op}": _one_of("auto", *IMPLEMENTATIONS) for op in OPS},
     "optim.name": _one_of("adamw", "lion", "sgd", "muon"),
@@ -411,6 +424,7 @@ CHECKS = {
     "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),
     "yarn.factor": ((lambda value: value == 0 or value >= 1), "must be 1 or more, or 0 to keep the model's own scaling"),
     "yarn.original_max_position": NOT_NEGATIVE,
+    "parallel.seq_gather_again": _one_of("auto", "on", "off"),
     "parallel.lowering": _one_of("manual", "shard"),
     "parallel.pp_schedule": _one_of(*SCHEDULES),
     "parallel.virtual_stages": POSITIVE,
@@ -435,6 +449,7 @@ MOST = {
     "checkpoint.timeout_s": (1e9, "that is 30 years"),
     "lora.rank": (LORA_LIMITS["rank"], "no matrix of a model is so large"),
     "lora.alpha": (LORA_LIMITS["alpha"], "a saved adapter could not be read again"),
+    "train.loss_chunks": (LIMITS["vocab_size"], "no model has more words"),
     "data.vocab_size": (LIMITS["vocab_size"], "no model has more"),
     "data.max_bytes": (2**63 - 1, "an int64 counts them"),
     "yarn.factor": (YARN_LIMIT, "a saved model could not be read again"),

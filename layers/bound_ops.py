@@ -44,10 +44,12 @@ class BoundOps:
     has_regions: whether `experts` and `biased_top_k` must be called as one op each, a Region.
     inside: the BoundOps for the ops inside a Region.
     fused_decode: whether decoding runs each layer as two fused ops, decode_attention and decode_mlp.
+    loss_chunks: the number of chunks of the vocabulary in which head_loss computes the head and the loss; 0: as many as limit the memory of
+    their logits. 1: no chunks.
     fused_head: whether head_loss replaces head and cross_entropy.
     """
 
-    def __init__(self, cfg, sharding, kernels, watch=None):
+    def __init__(self, cfg, sharding, kernels, watch=None, loss_chunks=1):
         self.cfg, self.sharding, self.kernels, self.watch = cfg, sharding, kernels, watch
         self.layers, self.run, self.of_layer, self.gathered = None, (), (), ()  # set by qwen3/run_layers.py
         self.dtype, self.noises = getattr(ms, cfg.compute_dtype), lora.noises(cfg)
@@ -55,7 +57,8 @@ class BoundOps:
         self.by_lengths = sharding.documents > 0
         self.ranks_a_head = sharding.mesh.size(sharding.rules["span_heads"]) // sharding.mesh.size(sharding.rules["heads"])
         self.has_regions = sharding.lowering == "shard" or (sharding.check and not cfg.lora)
-        self.fused_head = kernels.head_loss != "reference" and self.vocab_shards == 1
+        self.loss_chunks = loss_chunks
+        self.fused_head = loss_chunks != 1 or (kernels.head_loss != "reference" and self.vocab_shards == 1)
         self.fused_decode = decodes_in_fused_ops(cfg, sharding, kernels)
         if self.fused_decode:
             self.decode_attention = pick(kernels, "decode_attention")(cfg.rms_norm_eps, cfg.head_dim**-0.5)
@@ -67,14 +70,14 @@ class BoundOps:
             self.gathered_adapter = zero.gathered(sharding, adapter)
         self.iota = iota.reference()
         self.gathered_table, self.gathered_norm = (zero.gathered(sharding, specs(cfg)) for specs in (embed.specs, norm.specs))
-        self.definitions, self.sizes = definitions(cfg, sharding, kernels), sizes(cfg, sharding)
+        self.definitions, self.sizes = definitions(cfg, sharding, kernels, loss_chunks), sizes(cfg, sharding)
         self.bound = ops.constexpr(functools.lru_cache(maxsize=None)(self._bind), name=f"bound_op_{next(_numbers)}")
         inner = sharding.inside()
-        self.inside = self if inner is sharding else BoundOps(cfg, inner, kernels)
+        self.inside = self if inner is sharding else BoundOps(cfg, inner, kernels, loss_chunks=loss_chunks)
 
     def at(self, cfg):
         """Returns the BoundOps for layers with the config `cfg`, in the same layout and with the same kernels."""
-        return self if cfg == self.cfg else BoundOps(cfg, self.sharding, self.kernels, self.watch)
+        return self if cfg == self.cfg else BoundOps(cfg, self.sharding, self.kernels, self.watch, self.loss_chunks)
 
     def _bind(self, name, dims):
         """Returns the function of the op `name` with the signature `dims`. If `dims` is a tuple, the function runs several ops, see

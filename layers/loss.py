@@ -9,18 +9,17 @@ cast, maximum = ops.Cast(), ops.Maximum()
 STATISTICS = "tokens vocab_parts, tokens vocab_parts, tokens vocab_parts"
 
 
-def nats(op, x, w, targets):
-    """Returns the cross-entropy [R, 1] in nats of the targets_BS under the logits x_RD w_VD^T."""
+def of_states(op, x, w, targets):
+    """Returns nats_and_gap of the targets_BS under the logits x_RD w_VD^T."""
+    if not op.fused_head:
+        return nats_and_gap(op, op.head(x, w, "rows>tokens embed, vocab embed -> tokens vocab"), targets)
     targets = rearrange(targets, "batch seq -> (batch seq)", {})
-    if op.fused_head:
-        return joined(op, *op.head_loss(x, w, targets, "rows>tokens embed, vocab embed, tokens -> " + STATISTICS))[0]
-    logits = op.head(x, w, "rows>tokens embed, vocab embed -> tokens vocab")
-    return joined(op, *op.cross_entropy(logits, targets, "tokens vocab, tokens -> " + STATISTICS))[0]
+    return joined(op, *op.head_loss(x, w, targets, "rows>tokens embed, vocab embed, tokens -> " + STATISTICS))
 
 
 def nats_and_gap(op, logits, targets):
-    """logits_RV, targets_BS -> (nats, gap), both [R, 1]. gap is the largest logit minus the target's logit, 0 if the target's is the
-    largest."""
+    """logits_RV, targets_BS -> (nats, gap), both [R, 1]: the cross-entropy of each target, and the largest logit minus the target's logit,
+    which is 0 if the target's is the largest."""
     targets = rearrange(targets, "batch seq -> (batch seq)", {})
     return joined(op, *op.cross_entropy(logits, targets, "tokens vocab, tokens -> " + STATISTICS))
 

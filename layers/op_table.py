@@ -15,7 +15,7 @@ import mindspore as ms
 from mindspore import ops
 
 from layers import embed, lora, moe, rope
-from ops import attention
+from ops import attention, head_loss
 from ops import iota as iota_op
 from ops.identity import identity
 from ops.registry import check_options, pick
@@ -46,8 +46,8 @@ class Region(NamedTuple):
     dtype: object = None
 
 
-def definitions(cfg, sharding, kernels):
-    """Returns {name: Definition or Region} for a model in a layout, with the implementations `kernels`."""
+def definitions(cfg, sharding, kernels, loss_chunks):
+    """Returns {name: Definition or Region} for a model in a layout, with the implementations `kernels`. loss_chunks: see BoundOps."""
 
     more = options_of(cfg)
 
@@ -91,7 +91,7 @@ def definitions(cfg, sharding, kernels):
         ),
         "whole_vocab": Definition(lambda: embed.without_padding(V), "kernel"),
         "cross_entropy": Definition(of("cross_entropy"), "kernel", from_first_token, ("vocab", V, from_token), dtype=ms.float32),
-        "head_loss": Definition(of("head_loss"), "kernel", weight_in_dtype_of_x_before_targets, dtype=ms.float32),
+        "head_loss": _head_loss(of, loss_chunks, V),
         "sub": Definition(ops.Sub, "kernel"),
         "mul": Definition(ops.Mul, "elementwise"),
         "exp": Definition(ops.Exp, "elementwise"),
@@ -146,13 +146,25 @@ def _attention(sharding, of, scale):
     return Definition(lambda: ring.attention(sharding, over_some_keys(), "span"), "kernel", around=around)
 
 
+def _head_loss(of, chunks, vocab_size):
+    """Returns the Definition of the head and the terms of cross-entropy in one op. chunks: see BoundOps."""
+    if chunks == 1:
+        return Definition(of("head_loss"), "kernel", weight_in_dtype_of_x_before_integers, dtype=ms.float32)
+    project, measure = of("matmul", transpose_b=True), of("cross_entropy")
+
+    def make():
+        return head_loss.chunked(chunks, project(), measure(), vocab_size)
+
+    return Definition(make, "kernel", in_chunks, ("vocab", vocab_size, in_chunks_from), dtype=ms.float32)
+
+
 def _expert_ops(cfg, sharding, kernels, of):
     """Returns the ops inside the Region `experts`."""
     if not cfg.num_experts:
         return {}
     E, shards, block = cfg.num_experts, sharding.shards("experts"), pick(kernels, "grouped_matmul", "block")(cfg.moe_block_size)
     return {
-        "grouped_matmul": Definition(of("grouped_matmul"), "kernel"),
+        "grouped_matmul": Definition(of("grouped_matmul"), "kernel", weight_in_dtype_of_x_before_integers),
         "permute": Definition(of("routing", "permute", E, block), "kernel"),
         "combine": Definition(of("routing", "combine"), "contraction"),
         "send_plan": Definition(of("routing", "send_plan", E, shards, cfg.moe_capacity_factor), "kernel"),
@@ -177,6 +189,7 @@ def sizes(cfg, sharding):
 IN_FUSED_OPS = (
     *("model_type", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "rms_norm_eps"),
     *("max_position", "rope_theta", "rope_scaling", "param_dtype", "compute_dtype", "tie_embeddings", "initializer_range", "frozen"),
+    "frozen_dtype",
     *("num_experts", "experts_per_token", "moe_ffn_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"),
     *("router_aux_coef", "router_z_coef", "router_bias", "moe_block_size", "moe_capacity_factor", "bos_id", "eos_id", "pad_id"),
 )
@@ -226,11 +239,21 @@ def weight_in_dtype_of_x_before_angles(fn):
     return with_cast
 
 
-def weight_in_dtype_of_x_before_targets(fn):
-    def with_cast(x, w, targets):
-        return fn(x, cast(w, x.dtype), targets)
+def weight_in_dtype_of_x_before_integers(fn):
+    def with_cast(x, w, integers):
+        return fn(x, cast(w, x.dtype), integers)
 
     return with_cast
+
+
+def in_chunks(make):
+    """head_loss over chunks of the full vocabulary."""
+    return make(0)
+
+
+def in_chunks_from(make, first):
+    """head_loss over chunks of the vocabulary shard that starts at token id `first`."""
+    return make(first)
 
 
 def keys_of_the_queries(attend):

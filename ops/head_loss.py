@@ -1,8 +1,13 @@
-"""The output head and the terms of cross-entropy over its logits as one op, for a vocabulary that is not sharded."""
+"""The output head and the terms of cross-entropy over its logits as one op.
 
+The implementations of the registry are for a vocabulary that is not sharded. `chunked` is for any, and for any device: it computes some
+columns of the logits at a time, and in the backward again, so that the logits never stand in memory whole.
+"""
+
+import mindspore as ms
 from mindspore import nn, ops
 
-from ops import cross_entropy, matmul
+from ops import cross_entropy, iota, matmul
 from ops.custom import kernel
 from ops.signature import check
 
@@ -62,3 +67,108 @@ def _x_and_w(x, w, ids, z, top, dtotal, dpicked):
 
 def _two(x, w, ids, z, top, dtotal, dpicked):
     return x, w
+
+
+CHUNK_BYTES = 128 << 20  # of the float32 logits of a chunk, where the number of chunks is chosen here
+COLUMNS = 128  # the columns of a chunk are a multiple of this, for the units of a device
+
+
+def chunk_bounds(count, rows, columns):
+    """Returns the pairs (first column, first column of the next chunk) of the chunks of a matrix of logits.
+
+    count: the number of chunks; 0: as few as keep the logits of a chunk within CHUNK_BYTES. There may be fewer chunks than `count`.
+    """
+    wanted = count or -(-4 * rows * columns // CHUNK_BYTES)
+    unit = COLUMNS if columns >= COLUMNS * wanted else 1
+    size = -(-columns // (wanted * unit)) * unit
+    return tuple((first, min(first + size, columns)) for first in range(0, columns, size))
+
+
+def chunked(count, project, measure, vocab_size):
+    """Returns make(first) -> measure_head(x_RD, w_VD, ids_R), as of reference(), for a shard of the vocabulary that starts at id `first`.
+
+    count: see chunk_bounds. project(x, w): x w^T. measure: of ops/cross_entropy.py. vocab_size: rows of w at and after this id are padding,
+    whose logits are -inf. w may have another dtype than x: it is cast to that of x, a chunk at a time.
+    """
+
+    def make(first):
+        return _Chunked(count, project, measure, vocab_size, first)
+
+    return make
+
+
+class _Chunked(nn.Cell):
+    """Between forward and backward only the operands and the three columns are kept.
+
+    Each chunk waits for the one before it by ops.depend, because MindSpore would otherwise compute the logits of all chunks first. The
+    backward waits for the cotangent, because the compiler would otherwise keep the logits of the forward.
+    """
+
+    def __init__(self, count, project, measure, vocab_size, first):
+        super().__init__()
+        self.measure, self.vocab_size, self.first = measure, vocab_size, first
+        self.on_cpu = ms.get_context("device_target") == "CPU"
+
+        def product(x, w):  # since a primitive itself cannot be differentiated
+            return project(x, w)
+
+        def bounds(rows, columns):
+            return chunk_bounds(count, rows, columns)
+
+        self.bounds = ops.constexpr(bounds, name=f"chunk_bounds_{count}")
+        self.project = product
+        self.vjp, self.count = ops.GradOperation(get_all=True, sens_param=True), iota.reference()
+        self.exp, self.maximum, self.select, self.cast = ops.Exp(), ops.Maximum(), ops.Select(), ops.Cast()
+        self.greater, self.less, self.equal, self.expand = ops.Greater(), ops.Less(), ops.Equal(), ops.ExpandDims()
+        self.zeros_like, self.concat = ops.ZerosLike(), ops.Concat(0)
+
+    def construct(self, x, w, ids):
+        bounds, w = self.bounds(x.shape[0], w.shape[0]), self.sliceable(x, w)
+        start, stop = bounds[0]
+        top, total, picked = self.of_chunk(x, w[start:stop], ids, start)
+        for i in range(1, len(bounds)):
+            start, stop = bounds[i]
+            chunk_top, chunk_total, chunk_picked = self.of_chunk(ops.depend(x, total), w[start:stop], ids, start)
+            highest = self.maximum(top, chunk_top)
+            shift = self.select(self.greater(highest, float("-inf")), highest, self.zeros_like(highest))  # -inf - -inf is NaN
+            total = total * self.exp(top - shift) + chunk_total * self.exp(chunk_top - shift)
+            top, picked = highest, picked + chunk_picked
+        return top, total, picked
+
+    def sliceable(self, x, w):
+        """Returns w, or w in the dtype of x on CPU, where a graph cannot slice bfloat16."""
+        return self.cast(w, x.dtype) if self.on_cpu else w
+
+    def of_chunk(self, x, w, ids, start):
+        """Returns (top, total, picked) of the logits of some rows of the table, of which `start` is the first."""
+        return self.measure(self.first + start, self.logits(x, self.cast(w, x.dtype), start), ids)
+
+    def logits(self, x, w, start):
+        z, first = self.cast(self.project(x, w), ms.float32), self.first + start
+        if first + w.shape[0] <= self.vocab_size:
+            return z
+        real = ops.BroadcastTo(z.shape)(self.less(self.count(w.shape[0]) + first, self.vocab_size))
+        return self.select(real, z, self.zeros_like(z) + float("-inf"))
+
+    def bprop(self, x, w, ids, out, dout):
+        top, dtotal, dpicked = out[0], dout[1], dout[2]
+        top = self.select(self.greater(top, float("-inf")), top, self.zeros_like(top))
+        bounds = self.bounds(x.shape[0], w.shape[0])
+        dtype, w, x = w.dtype, self.sliceable(x, ops.depend(w, dtotal)), ops.depend(x, dtotal)
+        start, stop = bounds[0]
+        dx, dw = self.gradient(x, w[start:stop], ids, start, top, dtotal, dpicked)
+        dx, pieces = self.cast(dx, ms.float32), (dw,)
+        for i in range(1, len(bounds)):
+            start, stop = bounds[i]
+            more, dw = self.gradient(ops.depend(x, dx), w[start:stop], ids, start, top, dtotal, dpicked)
+            dx = dx + self.cast(more, ms.float32)
+            pieces += (dw,)
+        return self.cast(dx, x.dtype), self.cast(self.concat(pieces), dtype), self.zeros_like(ids)
+
+    def gradient(self, x, w, ids, start, top, dtotal, dpicked):
+        """Returns the gradients (dx, dw) of a chunk, in the dtype of x."""
+        w = self.cast(w, x.dtype)
+        dz = self.exp(self.logits(x, w, start) - top) * dtotal
+        hit = self.equal(self.expand(self.count(w.shape[0]) + (self.first + start), 0), self.expand(ids, 1))
+        dz = self.select(hit, dz + dpicked, dz)
+        return self.vjp(self.project)(x, w, self.cast(dz, x.dtype))

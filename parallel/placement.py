@@ -5,7 +5,7 @@ up with zeros, which exist only in the rank's memory.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from parallel.sharding import PADDED
 from parallel.specs import ParamSpec
 from parallel.trees import tree_map, tree_paths, unflatten
 
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 PIECE_BYTES = 64 << 20  # bytes of a global array that are gathered at a time
 
 
@@ -93,7 +94,7 @@ def stacked(placed, count):
     """Returns the placement of `count` parameters like this one, of one layer each, stacked along a new first dim."""
     spec = placed.spec
     parts = (None, *(spec.parts or (None,) * len(spec.shape)))
-    spec = ParamSpec((count, *spec.shape), ("layers", *spec.dims), spec.init, spec.optimizer, parts)
+    spec = replace(spec, shape=(count, *spec.shape), dims=("layers", *spec.dims), parts=parts)
     used, stored, state = (((), *axes) for axes in (placed.used, placed.stored, placed.state))
     return Placed(placed.path, spec, used, stored, state, placed.partial, None if placed.zero_dim is None else placed.zero_dim + 1)
 
@@ -133,7 +134,7 @@ def whole(mesh, spec, axes, x, keep=True, holder=None):
     rows = max(1, PIECE_BYTES * shape[0] // ((4 * math.prod(shape) if x is None else x.nbytes) * ranks))
     for first in range(0, shape[0], rows):
         if x is None:
-            piece = ms.ops.zeros((min(rows, shape[0] - first), *shape[1:]), ms.float32)
+            piece = ms.ops.zeros((min(rows, shape[0] - first), *shape[1:]), getattr(ms, spec.dtype))
         else:
             piece = x[first : first + rows].contiguous()
         if holder is not None:
@@ -169,9 +170,9 @@ def _from(mesh, holder):
     return collectives.broadcast(mesh, ("pp",), holder)
 
 
-def nbytes(mesh, placed, axes_name, itemsize=4):
-    """Returns the bytes of this rank's shard. axes_name: used, stored or state."""
-    return itemsize * math.prod(local_shape(mesh, placed.spec, getattr(placed, axes_name)))
+def nbytes(mesh, placed, axes_name):
+    """Returns the bytes of this rank's shard in a training run. axes_name: used, stored or state."""
+    return ITEMSIZE[placed.spec.dtype] * math.prod(local_shape(mesh, placed.spec, getattr(placed, axes_name)))
 
 
 def reader(tree):
@@ -197,8 +198,8 @@ def load(mesh, placed, read, axes="stored"):
 class Spread:
     """A sharded parameter with the shape, dtype and asnumpy() of an array, for hf.save.
 
-    tensor: this rank's stored shard; None for a float32 parameter of another pipeline stage. layer: the index of the parameter in `tensor`
-    where layers are stacked, else None.
+    tensor: this rank's stored shard; None for a parameter of another pipeline stage, which has the dtype of its spec. layer: the index of
+    the parameter in `tensor` where layers are stacked, else None.
     """
 
     mesh: Mesh
@@ -212,7 +213,7 @@ class Spread:
 
     @property
     def dtype(self):
-        return ms.float32 if self.tensor is None else self.tensor.dtype
+        return getattr(ms, self.placed.spec.dtype) if self.tensor is None else self.tensor.dtype
 
     def asnumpy(self, everywhere=False):
         """Returns the global array on rank 0, or on all ranks; else None. All ranks call it, in one order of parameters."""

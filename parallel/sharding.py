@@ -107,14 +107,18 @@ class Sharding:
 
     zero: the ZeRO stage. lowering: "manual" or "shard". documents: the most documents that a row of a batch may have, if attention takes
     them by their lengths; 0: attention compares the segment ids of queries and keys. The caller checks each batch (check_documents of
-    parallel/context/split.py). check: verifies the shapes of every call; for tests, eager on one device.
+    parallel/context/split.py). gathers_again: what an all-gather brings to several weights (see fan) is not kept for the backward, which
+    gathers it again. check: verifies the shapes of every call; for tests, eager on one device.
     """
 
-    def __init__(self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", documents=0, check=False):
+    def __init__(
+        self, mesh=ONE_DEVICE, rules=None, *, seq_parallel=False, zero=0, lowering="manual", documents=0, gathers_again=False, check=False
+    ):
         assert documents == 0 or documents >= 2, documents
         self.mesh, self.rules, self.check = mesh, rules or (SEQ_PARALLEL_RULES if seq_parallel else RULES), check
         self.documents = documents
         self.zero, self.lowering = zero, lowering if mesh.world > 1 else "manual"  # one rank has nothing to partition
+        self.gathers_again = gathers_again
         self.partial = False  # whether the cotangent of a replicated tensor is a partial sum on each rank, see lowering/partitioner.py
         self.in_region = False  # whether the ops are inside region()
 

@@ -21,6 +21,7 @@ class ParamSpec:
         the router); "none" for a frozen parameter, which has no gradient and no optimizer state.
     parts: for each dim the number of equal parts that must not be split further, such as the number of heads in a dim of heads x head_dim;
         None where each element is a part. Default: all None.
+    dtype: that in which a training run keeps the parameter, float32 for all that trains.
     """
 
     shape: tuple
@@ -28,6 +29,7 @@ class ParamSpec:
     init: tuple
     optimizer: str = "adamw"
     parts: tuple = ()
+    dtype: str = "float32"
 
     def __post_init__(self):
         assert len(self.shape) == len(self.dims), (self.shape, self.dims)

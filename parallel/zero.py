@@ -82,7 +82,9 @@ def gathered(sharding, specs):
     flat = tree_leaves(placed)
     if sharding.lowering == "shard" or all(p.stored == p.used for p in flat):  # MindSpore's partitioner gathers by itself
         return identity
-    done = [f"tree{at}" for at in subscripts(placed)]
+    on_cpu = ms.get_context("device_target") == "CPU"  # where a graph neither reshapes nor transposes bfloat16
+    wide = [on_cpu and p.spec.dtype == "bfloat16" and p.stored != p.used for p in flat]
+    done = [f"cast(tree{at}, float32)" if casts else f"tree{at}" for at, casts in zip(subscripts(placed), wide)]
     lines, names = _gather(sharding.mesh, flat, done)
     return function("gathered(tree)", [*lines, f"return {expression(unflatten(specs, done))}"], **names, **PRIMITIVES)
 
@@ -134,10 +136,7 @@ def buckets(mesh, placed):
         if not p.partial:
             continue
         key, size = (p.partial, p.zero_dim is not None), math.prod(local_shape(mesh, p.spec, p.used))
-        trains = p.spec.trains  # frozen parameters have their own buckets, which the backward leaves out
-        fits = [
-            k for k, b in enumerate(out) if b[:2] == key and placed[b[2][0]].spec.trains == trains and sizes[k] + size <= BUCKET_ELEMENTS
-        ]
+        fits = [k for k, b in enumerate(out) if b[:2] == key and _kind(placed[b[2][0]]) == _kind(p) and sizes[k] + size <= BUCKET_ELEMENTS]
         if fits:
             out[fits[-1]][2].append(i)
             sizes[fits[-1]] += size
@@ -145,6 +144,11 @@ def buckets(mesh, placed):
             out.append((*key, [i]))
             sizes.append(size)
     return out
+
+
+def _kind(p):
+    """Returns what all parameters of a bucket share: one dtype, and whether they train, as the backward leaves out frozen ones."""
+    return p.spec.trains, p.spec.dtype
 
 
 def _pack_whole(mesh, placed, bucket, axes, source):

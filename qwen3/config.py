@@ -146,6 +146,7 @@ class Qwen3Config:
     # is frozen if its path matches a pattern of `include` and no pattern of `exclude`.
     lora: Lora | None = None
     frozen: tuple = ((), ())
+    frozen_dtype: str = "float32"  # in which a training run keeps frozen matrices, but for the router's, which computes in float32
 
     def __post_init__(self):
         _check(self)
@@ -171,7 +172,7 @@ class Qwen3Config:
     @property
     def base(self):
         """The config without adapters and with nothing frozen: the model as Hugging Face files store it."""
-        return dataclasses.replace(self, lora=None, frozen=((), ()))
+        return dataclasses.replace(self, lora=None, frozen=((), ()), frozen_dtype="float32")
 
     @property
     def eos_ids(self):
@@ -245,7 +246,7 @@ def _check(c):
     need(c.rms_norm_eps > 0, f"rms_norm_eps={c.rms_norm_eps} must be above 0")
     for key in ("initializer_range", "router_aux_coef", "router_z_coef"):
         need(getattr(c, key) >= 0, f"{key}={getattr(c, key)} must be 0 or more")
-    for key in ("param_dtype", "compute_dtype"):
+    for key in ("param_dtype", "compute_dtype", "frozen_dtype"):
         need(getattr(c, key) in DTYPES, f"{key}={getattr(c, key)!r} is not one of {', '.join(DTYPES)}")
     if c.model_type == "qwen3_moe":
         need(

@@ -57,8 +57,13 @@ def with_frozen(cfg, tree, prefix=""):
     for path, spec in tree_paths(tree):
         path = prefix + path
         frozen = cfg.lora and ".lora." not in f".{path}" or matches(path, include) and not matches(path, exclude)
-        leaves.append(replace(spec, optimizer="none") if frozen else spec)
+        leaves.append(replace(spec, optimizer="none", dtype=_frozen_dtype(cfg, spec)) if frozen else spec)
     return unflatten(tree, leaves)
+
+
+def _frozen_dtype(cfg, spec):
+    """Returns the dtype in which a training run keeps a frozen parameter. Vectors are small, and the router computes in float32."""
+    return cfg.frozen_dtype if len(spec.shape) > 1 and "router" not in spec.dims else "float32"
 
 
 def check_frozen(cfg):
@@ -120,7 +125,7 @@ def loss_of_batch(cfg, op, params, batch):
 
 def loss_of_states(cfg, op, params, x, stats, batch):
     """Returns (loss, metrics) of loss_of_batch, from the output x_RD of the last layer and the router statistics of all layers."""
-    ce, tokens = loss.weighted_mean(op, nats(cfg, op, params, x, batch["targets"]), batch["loss_weights"])
+    ce, tokens = loss.weighted_mean(op, nats_and_gap(cfg, op, params, x, batch["targets"])[0], batch["loss_weights"])
     if not cfg.moe_layers:
         return ce, {"loss": ce, "tokens": tokens}
     balance, z, load, overflow = moe.losses(cfg, op, stats)
@@ -245,14 +250,9 @@ def full_logits(cfg, op, params, x):
     return found if op.vocab_shards == 1 else op.whole_vocab(found, "tokens vocab>whole_vocab -> tokens whole_vocab")
 
 
-def nats(cfg, op, params, x, targets):
-    """x_RD, targets_BS -> the cross-entropy [R, 1] of each target in nats."""
-    return loss.nats(op, final_norm(op, params, x), head_table(cfg, op, params), targets)
-
-
 def nats_and_gap(cfg, op, params, x, targets):
     """x_RD, targets_BS -> (nats, gap), both [R, 1]. See score_targets."""
-    return loss.nats_and_gap(op, head(cfg, op, params, x), targets)
+    return loss.of_states(op, final_norm(op, params, x), head_table(cfg, op, params), targets)
 
 
 def rows_of(cfg, op, positions, segment_ids, noise):
@@ -326,18 +326,22 @@ class Model:
 
 
 @functools.lru_cache(maxsize=32)
-def build(cfg, sharding=None, scan=False, kernels=None, recompute="none"):
+def build(cfg, sharding=None, scan=False, kernels=None, recompute="none", loss_chunks=1):
     """Returns the Model in a layout, by default on one device.
 
     scan: the layers run in a loop, and `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list.
     kernels: the implementations of ops, an ops.registry.Kernels; default: the fastest on this device.
     recompute: which activations of a layer the backward pass computes again instead of storing them: none, full or attention.
+    loss_chunks: the number of chunks of the vocabulary in which the head and the loss are computed; 0: chosen here. See ops/head_loss.py.
     """
-    check_compute_dtype(cfg, ms.get_context("device_target"))
+    device = ms.get_context("device_target")
+    check_compute_dtype(cfg, device)
     if recompute == "attention" and drops(cfg):
         raise ValueError(f"train.recompute=attention with lora.dropout={cfg.lora.dropout} is not supported; use train.recompute=full")
     sharding = sharding or Sharding()
-    op = BoundOps(cfg, sharding, kernels or choose_kernels({}, cfg, sharding))
+    if device == "CPU":
+        loss_chunks = loss_chunks or 1  # the kernel of head_loss keeps the logits once, and does not compute them twice
+    op = BoundOps(cfg, sharding, kernels or choose_kernels({}, cfg, sharding), loss_chunks=loss_chunks)
     run_layers.bind(cfg, op, (layer, attention_input, finish_layer), param_specs(cfg)["layers"], scan, recompute)
     return Model(cfg, op)
 

@@ -47,7 +47,7 @@ def build_probe(cfg, sharding, kernels, layers, first=True, last=True, scan=Fals
         if returns_x:
             out += (x,)
         if returns_nats:
-            out += loss.sums_of_rows(op, model.nats(cfg, op, params, x, batch["targets"]), batch["loss_weights"])
+            out += loss.sums_of_rows(op, model.nats_and_gap(cfg, op, params, x, batch["targets"])[0], batch["loss_weights"])
         return out
 
     return probe

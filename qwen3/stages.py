@@ -77,9 +77,9 @@ def through_layers(cfg, op, layers, first, stack, params, carried, batch):
     return (x, *stats)
 
 
-def build_stage(cfg, sharding, kernels, layers, first, last, recompute="none"):
+def build_stage(cfg, sharding, kernels, layers, first, last, recompute="none", loss_chunks=1):
     """Returns f(params, carried, batch), which runs `stage` in a layout."""
-    op = model.build(cfg, sharding, False, kernels, recompute).op
+    op = model.build(cfg, sharding, False, kernels, recompute, loss_chunks).op
     layers, stack = tuple(layers), run_layers.stack_stats(sharding, _moe_layers(cfg, layers))
 
     def of_layers(params, carried, batch):

@@ -49,6 +49,9 @@ def get_config():
     c.train.layer_loop = "auto"
     # which part of a layer the backward pass computes again, to save memory: none, attention, or full (scan always recomputes in full)
     c.train.recompute = "none"
+    # chunks of the vocabulary, or of a rank's shard of it, in which the head and the loss are computed one after another, so that the
+    # logits do not stand in memory whole; 1 = all at once; 0 = on Ascend as few as keep a chunk's logits within 128 MiB, on CPU 1
+    c.train.loss_chunks = 1
     c.train.save_hf_every = 0  # steps between Hugging Face folders of the weights, hf_steps/step_N; 0 = none. LoRA: its adapters
     c.train.sample_tokens = 64  # tokens of the sample printed at the end; 0 = no sample
     c.train.sample_prompt = ""  # text that the sample continues; empty = the start of a document
@@ -63,6 +66,9 @@ def get_config():
     # Patterns of parameter paths, separated by commas. Parameters that match freeze_include and not freeze_exclude are not trained.
     c.train.freeze_include = ""  # such as "embed,layers.0.*,*norm"
     c.train.freeze_exclude = ""
+    # in which dtype a rank keeps frozen matrices, and the base of adapters: float32, bfloat16, float16, or auto = the base of adapters in
+    # the compute dtype, in which it is used, and what freeze_include freezes in float32
+    c.train.frozen_dtype = "auto"
 
     c.lora = _lora()
     c.optim = _optim()
@@ -90,6 +96,9 @@ def _parallel():
     p.micro_batches = 1  # number of slices of a data rank's rows, for gradient accumulation and for the pipeline
     p.zero = 0  # ZeRO stage; 0 = parameters and optimizer state are replicated over data ranks
     p.seq_parallel = False  # sequence parallel: activations outside of attention and ffn are sharded over tp ranks by rows
+    # the gathered inputs of the products of a layer, with sequence parallel: on = the backward gathers them again instead of keeping them;
+    # auto = on where layers are not recomputed
+    p.seq_gather_again = "off"
     p.lowering = "manual"  # manual = our collectives on local shards; shard = MindSpore's partitioner, for training on Ascend
     return p
 
@@ -184,6 +193,7 @@ def _data():
 
 
 def _model_args():
-    """Returns a typed placeholder for each field of Qwen3Config, except rope_scaling, lora and frozen, which other keys set."""
-    hints = {f.name: f.type for f in dataclasses.fields(Qwen3Config) if f.name not in ("rope_scaling", "lora", "frozen")}
+    """Returns a typed placeholder for each field of Qwen3Config, except those that other keys set."""
+    by_others = ("rope_scaling", "lora", "frozen", "frozen_dtype")
+    hints = {f.name: f.type for f in dataclasses.fields(Qwen3Config) if f.name not in by_others}
     return ConfigDict({name: placeholder(next(iter(typing.get_args(hint)), hint)) for name, hint in hints.items()})

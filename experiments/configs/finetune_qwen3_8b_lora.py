@@ -3,7 +3,7 @@
     python -m experiments.finetune --config=experiments/configs/finetune_qwen3_8b_lora.py --workdir=runs/lora_8b \
         --hf_dir=HF_FOLDER --config.data.path=CONVERSATIONS.jsonl
 
-Hardware: 8 Ascend NPUs of 64 GB, tensor parallel over 8: frozen weights in float32, 4 GB a NPU. Other sizes, up to 32B, by --hf_dir.
+Hardware: 8 Ascend NPUs of 64 GB, tensor parallel over 8: frozen weights in bfloat16, 2 GB a NPU. Other sizes, up to 32B, by --hf_dir.
 Expected time and loss: not measured. Not run on an NPU; the same code was run on CPU, on small models (docs/finetuning.md).
 """
 

@@ -13,9 +13,9 @@ from experiments.dryrun import report as dryrun_report
 from experiments.dryrun import shard as dryrun_shard
 from experiments.layout import check as layout
 from experiments.layout import table as layout_table
+from experiments.layout.sharding import sharding_of
 from parallel.mesh import WORLD, Mesh
 from parallel.pipeline.schedule import stage_ranges
-from parallel.sharding import Sharding
 from parallel.simulation import dryrun
 
 MODULE = "experiments.dryrun.rank"
@@ -95,9 +95,9 @@ class Job(NamedTuple):
         """Returns the Job of a rank with this many layers; None: all. It must be called in the main thread: it counts collectives with
         MindSpore's eager gradients, which work only there."""
         config = _at_depth(config, layers)
-        cfg, parallel = command_line.model_config(config, "any"), config.parallel
-        mesh = layout.mesh(cfg, parallel, rank)
-        sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering)
+        cfg = command_line.model_config(config, "any")
+        mesh = layout.mesh(cfg, config.parallel, rank)
+        sharding = sharding_of(config, cfg, mesh)
         return cls(config, step, mesh, dryrun_report.expected(config, cfg, sharding, step))
 
     def compiled(self, module, variables):

@@ -17,7 +17,7 @@ from experiments import flags as command_line
 from experiments.dryrun import shard as dryrun_shard
 from experiments.dryrun.steps import STEPS
 from experiments.layout import check as layout
-from parallel.sharding import Sharding
+from experiments.layout.sharding import sharding_of
 from parallel.simulation.dryrun import RESULT
 
 
@@ -29,13 +29,10 @@ def main(path):
     init()
     config = FrozenConfigDict(job["config"])
     cfg, rank = command_line.model_config(config, "any"), int(os.environ["RANK_ID"])
-    parallel = config.parallel
-    mesh = layout.mesh(cfg, parallel, rank)
-    more = {"lowering": parallel.lowering, "documents": layout.documents(config, "Ascend")}
-    sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, **more)
+    sharding = sharding_of(config, cfg, layout.mesh(cfg, config.parallel, rank), device="Ascend")
     began = time.perf_counter()
     step, times = STEPS[job["step"]]
-    if parallel.lowering == "shard":
+    if config.parallel.lowering == "shard":
         step = dryrun_shard.train_step
     found = step(config, cfg, sharding)
     found.update(steps=times, compile_s=time.perf_counter() - began, host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -13,12 +13,13 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from experiments import flags as command_line
 from experiments.layout import check as layout
 from experiments.layout import traffic as layout_traffic
+from experiments.layout.sharding import sharding_of
 from experiments.train.optim_rules import MOMENTS
 from experiments.train.state import stage_placements
 from experiments.watch import metrics
+from ops import head_loss
 from ops.routing import shard_capacity
 from parallel.placement import nbytes, place
-from parallel.sharding import Sharding
 from parallel.simulation import dryrun, traffic
 from parallel.simulation.timeline import Machine
 from parallel.trees import tree_leaves
@@ -32,7 +33,8 @@ memory of a rank, in GiB
   state     float32 parameters and optimizer moments of a rank, by their placement; under a pipeline, of the rank that has most
   gradients float32, with the sharding that the model uses; from ZeRO 2 on, also sharded over dp
   saved     layers x tokens of a rank's micro-batch x (SAVED_ROWS x hidden / ranks of the rows + SAVED_INPUTS x hidden + SAVED_FFN x ffn
-            / tp + SAVED_HEADS x (heads + 2 kv heads) x head_dim / tp) x 2 bytes + tokens x SAVED_LOGITS x vocabulary / tp x 4 bytes;
+            / tp + SAVED_HEADS x (heads + 2 kv heads) x head_dim / tp) x 2 bytes + tokens x SAVED_LOGITS x vocabulary / tp x 4 bytes /
+            chunks of the loss; inputs that the backward gathers again take hidden / ranks of the rows;
             if a layer has experts, the ffn term is: rows of their buffers x (hidden + SAVED_EXPERT_FFN x their ffn) + chosen rows x
             hidden + weights of a rank. A recomputed layer saves only hidden, and one layer at a time is saved in full. Under a pipeline:
             the layers of a stage, and hidden for each live input
@@ -48,7 +50,7 @@ seconds of a step
 # Numbers of bfloat16 tensors that a layer saves for its backward pass, counted in compiled graphs: of [rows, hidden], sharded by sequence
 # parallel; of [tokens, hidden], replicated on all tp ranks; of the heads; of the ffn; of the ffn of experts.
 SAVED_ROWS, SAVED_INPUTS, SAVED_HEADS, SAVED_FFN, SAVED_EXPERT_FFN = 3, 2, 3, 5, 3
-SAVED_LOGITS = 5  # float32 tensors [rows, vocabulary] alive at once in the loss and its backward pass
+SAVED_LOGITS = 5  # float32 tensors of the logits, or of a chunk of them, alive at once in the loss and its backward pass
 UPDATED_FIRST, UPDATED_NEXT = 6, 3  # float32 copies, alive at once in the update, of the largest and the second largest array
 
 
@@ -99,7 +101,7 @@ def candidates(config, world):
 def estimate(config):
     """Returns ({state, gradients, saved, peak, margin}: bytes of a rank, {compute, sent, bubble}: seconds of a step)."""
     cfg, parallel = command_line.model_config(config, "any"), config.parallel
-    sharding = Sharding(layout.mesh(cfg, parallel), seq_parallel=parallel.seq_parallel, zero=parallel.zero)
+    sharding = sharding_of(config, cfg, layout.mesh(cfg, parallel), "manual")
     mesh, pp = sharding.mesh, parallel.pp
     placed = max(_placed(config, cfg, sharding), key=lambda each: _bytes(mesh, each, "stored"))
     trained = [each for each in placed if each.spec.trains]
@@ -162,14 +164,15 @@ def saved_bytes(config, cfg, sharding):
     """Returns the bytes of activations that the forward pass of a micro-batch saves for the backward pass."""
     parallel, tp, pp, tokens = config.parallel, config.parallel.tp, config.parallel.pp, _tokens(config)
     given = tokens * cfg.hidden_size / (tp if parallel.seq_parallel else 1)
-    rows = SAVED_ROWS * given + SAVED_INPUTS * tokens * cfg.hidden_size
+    rows = SAVED_ROWS * given + SAVED_INPUTS * (given if sharding.gathers_again else tokens * cfg.hidden_size)
     heads = tokens * SAVED_HEADS * (cfg.num_heads + 2 * max(cfg.num_kv_heads, tp)) * cfg.head_dim / tp
     sparse = sum(map(cfg.is_moe_layer, range(cfg.num_layers))) / cfg.num_layers  # the share of layers with experts
     ffn = (1 - sparse) * tokens * SAVED_FFN * cfg.ffn_size / tp + (sparse * _of_experts(config, cfg, sharding) if sparse else 0)
     layer, count = rows + heads + ffn, -(-cfg.num_layers // pp)
     kept = {"none": count * layer, "attention": count * (layer - heads) + heads, "full": count * given + layer}[config.train.recompute]
     kept += min(parallel.micro_batches, pp - 1) * given
-    return int(2 * kept + tokens * SAVED_LOGITS * cfg.vocab_size / tp * 4)
+    chunks = len(head_loss.chunk_bounds(config.train.loss_chunks, tokens, -(-cfg.vocab_size // tp)))
+    return int(2 * kept + tokens * SAVED_LOGITS * cfg.vocab_size / tp * 4 / chunks)
 
 
 def _of_experts(config, cfg, sharding):

@@ -1,5 +1,6 @@
 """The training step of a dry run with --lowering=shard: the trainer's own (experiments/train/partitioned.py)."""
 
+from experiments.dryrun.steps import name_of
 from experiments.layout.check import check_partitioned
 from experiments.train import partitioned
 from experiments.train.batch import blank
@@ -26,4 +27,4 @@ def train_step(config, cfg, sharding):
     for at in range(TRAIN_STEPS):
         state, _ = step(state, blank(config.train.batch_size, config.train.seq_len), 1e-3, at)
     held = {"params": [w for _, w in tree_paths(arrays.tree)], "optimizer": [w for flat in arrays.moments.values() for w in flat]}
-    return {kind: {w.name: [list(w.shape), "float32"] for w in tensors} for kind, tensors in held.items()}
+    return {kind: {w.name: [list(w.shape), name_of(w.dtype)] for w in tensors} for kind, tensors in held.items()}

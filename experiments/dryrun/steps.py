@@ -34,7 +34,7 @@ def train_step(config, cfg, sharding):
     if frozen:
         state["frozen"] = to_tuple(_blank(local_shapes(sharding.mesh, frozen, "stored")))
     paths, frozen_paths = ([p.path for p in tree_leaves(tree or ())] for tree in (trainable, frozen))
-    given = {kind: [[list(w.shape), "float32"] for w in tree_leaves(state[kind])] for kind in state}
+    given = {kind: [[list(w.shape), name_of(w.dtype)] for w in tree_leaves(state[kind])] for kind in state}
     state = optim.resident(choose_kernels(config.ops, cfg, sharding))({**state, "norm": ms.Tensor(0.0, ms.float32)})
     batch = blank(config.train.batch_size // sharding.mesh.dp, config.train.seq_len)
     for step in range(TRAIN_STEPS):
@@ -58,13 +58,18 @@ def _gradients_to(found):
 
     def hear(op, shapes, dtypes):
         if op == "adamw" and len(shapes) > 1:  # the call with one shape is the sum of squares
-            found[tuple(shapes[3])] = [list(shapes[4]), str(dtypes[4]).lower().split("[")[-1].rstrip("]")]
+            found[tuple(shapes[3])] = [list(shapes[4]), name_of(dtypes[4])]
 
     return hear
 
 
-def _blank(tree, dtype="float32"):
-    return tree_map(lambda like: ms.Tensor.from_numpy(np.zeros(like.shape, NUMPY[dtype])), tree)
+def name_of(dtype):
+    """Returns the name of a MindSpore dtype, such as float32."""
+    return str(dtype).lower().split("[")[-1].rstrip("]")
+
+
+def _blank(tree):
+    return tree_map(lambda like: ms.Tensor.from_numpy(np.zeros(like.shape, NUMPY[like.dtype])), tree)
 
 
 def generate_step(config, cfg, sharding):

@@ -50,6 +50,11 @@ def check_partitioned(config):
         section, key = name.split(".")
         if (value := config[section][key]) != only:
             raise ValueError(f"{name}={value} with parallel.lowering=shard: {why}; use {name}={only}, or --lowering=manual")
+    if config.parallel.seq_gather_again == "on":
+        raise ValueError(
+            "parallel.seq_gather_again=on with parallel.lowering=shard: MindSpore's partitioner decides what it gathers; use"
+            " parallel.seq_gather_again=auto, or --lowering=manual"
+        )
     if config.optim.name == "muon":
         raise ValueError(
             "optim.name=muon with parallel.lowering=shard: it needs whole matrices; use optim.name=adamw, or --lowering=manual"

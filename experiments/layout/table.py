@@ -8,11 +8,11 @@ from experiments import flags as command_line
 from experiments.layout import check as layout
 from experiments.layout import pipeline as layout_pipeline
 from experiments.layout import traffic as layout_traffic
+from experiments.layout.sharding import sharding_of
 from experiments.train import lr_groups
 from experiments.train.optim_rules import MOMENTS
 from parallel.mesh import AXES
 from parallel.placement import local_shape, nbytes, place
-from parallel.sharding import Sharding
 from parallel.trees import tree_leaves
 from qwen3.model import check_frozen, param_specs
 
@@ -25,7 +25,7 @@ def describe(config):
     check_frozen(cfg)
     lr_groups.check(config.optim.lr_groups, param_specs(cfg))
     mesh = layout.mesh(cfg, config.parallel)
-    sharding = Sharding(mesh, seq_parallel=config.parallel.seq_parallel, zero=config.parallel.zero)
+    sharding = sharding_of(config, cfg, mesh, "manual")
     placed = tree_leaves(place(sharding, param_specs(cfg)))
     lines = [summary(config), "", *_table([COLUMNS, *_rows(sharding, placed)]), ""]
     if mesh.pp > 1:
@@ -41,7 +41,7 @@ def describe(config):
 
 
 def _totals(config):
-    """Returns (name, axes of a Placed, copies) of each kind of float32 memory: parameters and state between steps, and the gradients that
+    """Returns (name, axes of a Placed, copies) of each kind of memory: parameters and state between steps, and the gradients that
     the optimizer reads."""
     return (("parameters", "stored", 1), ("gradients", "state", 1), ("optimizer state", "state", len(MOMENTS[config.optim.name])))
 

@@ -136,7 +136,7 @@ def save_model(folder, cfg, weights, tokenizer, init_from=""):
             for file in hf.carried_files(before):
                 if file.name == hf_files.GENERATION:
                     hf_files.copy_file(file, Path(files))
-        hf.save(folder, cfg, weights, tokenizer_dir=files)
+        hf.save(folder, cfg, weights, tokenizer_dir=files, dtype=cfg.param_dtype)  # frozen parameters may be kept in another dtype
     print(f"saved      {folder}, {hf.who_opens(cfg)}")
 
 

@@ -115,7 +115,8 @@ class Arrays:
 def _parameter(sharding, placed, path):
     """Returns a Parameter of global shape, padded so that each dim is a multiple of its number of shards. It takes no memory before it is
     cut."""
-    return ms.Parameter(initializer("zeros", padded(sharding, placed.spec), ms.float32), name=path, requires_grad=placed.spec.trains)
+    spec = placed.spec
+    return ms.Parameter(initializer("zeros", padded(sharding, spec), getattr(ms, spec.dtype)), name=path, requires_grad=spec.trains)
 
 
 def padded(sharding, spec):
@@ -154,7 +155,8 @@ def build_step(cfg, config, sharding, kernels, arrays):
     """
     micro_batches, names = config.parallel.micro_batches, metric_names(cfg)
     keys = (*BATCH, *["noise"] * drops(cfg))
-    gradient = _gradient(build(cfg, sharding, kernels=kernels, recompute=config.train.recompute).loss_fn, arrays, names, keys)
+    options = {"recompute": config.train.recompute, "loss_chunks": config.train.loss_chunks}
+    gradient = _gradient(build(cfg, sharding, kernels=kernels, **options).loss_fn, arrays, names, keys)
     update = _update(config, sharding, arrays, kernels)
 
     @ms.jit
@@ -255,7 +257,7 @@ def _update(config, sharding, arrays, kernels):
 
 def build_evaluate(cfg, config, sharding, kernels, arrays):
     """Returns evaluate(state, batches) -> cross-entropy in nats per target. batches: global batches, on every rank."""
-    loss_fn = build(lora.without_dropout(cfg), sharding, kernels=kernels).loss_fn
+    loss_fn = build(lora.without_dropout(cfg), sharding, kernels=kernels, loss_chunks=config.train.loss_chunks).loss_fn
     batch = ", ".join(f'"{key}": {key}' for key in BATCH)
     lines = [f"aux = loss_fn(tree, {{{batch}}})[1]", 'return aux["loss"], aux["tokens"]']
     loss_of = ms.jit(function(f"loss_of({', '.join(BATCH)})", lines, loss_fn=loss_fn, tree=arrays.tree))

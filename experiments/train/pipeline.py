@@ -294,8 +294,8 @@ class Stages:
 
     def build(self, number, cfg=None):
         """Returns f(params, carried, batch) of a stage, see qwen3.stages.build_stage."""
-        ends, recompute = (number == 0, number == self.last), self.config.train.recompute
-        return build_stage(cfg or self.cfg, self.sharding, self.kernels, self.layers[number], *ends, recompute)
+        ends, train = (number == 0, number == self.last), self.config.train
+        return build_stage(cfg or self.cfg, self.sharding, self.kernels, self.layers[number], *ends, train.recompute, train.loss_chunks)
 
     def compiled_forward(self, number, cfg):
         """Returns f(params, carried, batch) of a stage, compiled; carried is None for the first stage."""

@@ -7,7 +7,17 @@ from experiments.train import optim as optimizer
 from experiments.train import partitioned
 from experiments.train import pipeline as train_pipeline
 from experiments.train import step as train_step
-from experiments.train.state import Program, check_dtype, held_arrays, new_state, placements, restored, spread_arrays, uses_scan
+from experiments.train.state import (
+    Program,
+    check_dtype,
+    check_stackable,
+    held_arrays,
+    new_state,
+    placements,
+    restored,
+    spread_arrays,
+    uses_scan,
+)
 from parallel.placement import place, reader
 from parallel.sharding import Sharding
 from parallel.trees import tree_map
@@ -43,10 +53,12 @@ def build_program(cfg, config, sharding=None, has_peers=True):
         model_placed = saved_placed = stages.model_placed
     else:
         scan = uses_scan(cfg, config.train.layer_loop)
+        if scan:
+            check_stackable(cfg, ms.get_context("device_target"))
         placed, num_stacked = placements(cfg, sharding, scan), cfg.num_layers if scan else 0
         model_placed, saved_placed = place(sharding, param_specs(cfg)), placed
         step, executor = train_step.build_step(cfg, config, sharding, kernels, placed, scan), None
-        evaluate = train_step.build_evaluate(cfg, sharding, kernels, placed, scan)
+        evaluate = train_step.build_evaluate(cfg, config, sharding, kernels, placed, scan)
     to_device = optimizer.resident(kernels)
 
     def init(params):

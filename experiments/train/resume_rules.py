@@ -44,8 +44,10 @@ RULES = {
     **_of("train", "log_every eval_every eval_rows monitor_every profile_steps", IN_PLACE, LOGGING),
     "train.layer_loop": (IN_PLACE, "how layers are compiled; results differ by rounding"),
     "train.recompute": (IN_PLACE, "what is computed again in the backward pass; memory and speed change"),
+    "train.loss_chunks": (IN_PLACE, "how the loss is computed; results differ by rounding"),
     **_of("train", "save_hf save_hf_every sample_tokens sample_prompt exact_match_rows", IN_PLACE, RESULT),
     **_of("train", "freeze_include freeze_exclude", NEVER, TRAINED),
+    "train.frozen_dtype": (IN_PLACE, "in which dtype frozen matrices are kept from here on; a narrower one rounds them"),
     **_of("lora", "rank alpha rslora dropout init targets adapter", NEVER, MODEL),
     "optim.name": (NEVER, "its state has other arrays"),
     **_of(
@@ -66,7 +68,8 @@ RULES = {
     **_of("ops", " ".join(OPS), IN_PLACE, KERNELS),
     **_of(
         "parallel",
-        "dp tp pp pp_schedule virtual_stages stage_layers cp cp_attention cp_ulysses ep micro_batches zero seq_parallel lowering",
+        "dp tp pp pp_schedule virtual_stages stage_layers cp cp_attention cp_ulysses ep micro_batches zero seq_parallel seq_gather_again"
+        " lowering",
         IN_PLACE,
         LAYOUT,
     ),

@@ -12,6 +12,7 @@ from experiments.data import corpus, loader
 from experiments.layout import check as layout
 from experiments.layout import memory as layout_memory
 from experiments.layout import table as layout_table
+from experiments.layout.sharding import sharding_of
 from experiments.train import checkpoints, lr_groups, run_folder
 from experiments.train.finish import check_results, finish, save_at
 from experiments.train.loop import train
@@ -21,7 +22,6 @@ from experiments.watch import metrics, monitors, profiling
 from experiments.watch.probe import Probe
 from ops import registry
 from parallel import collectives
-from parallel.sharding import Sharding
 from parallel.specs import count
 from qwen3 import hf
 from qwen3.model import check_frozen, choose_kernels, param_specs
@@ -34,7 +34,7 @@ def train_in(workdir, config):
     check_frozen(cfg)
     lr_groups.check(config.optim.lr_groups, param_specs(cfg))
     mesh = layout.mesh(cfg, parallel, rank)
-    layout_memory.check(config, cfg, sharding_of(config, mesh))
+    layout_memory.check(config, cfg, sharding_of(config, cfg, mesh))
     with run_folder.locked(workdir, mesh):
         data = corpus.load(config, cfg.vocab_size)
         cfg = corpus.with_token_ids(cfg, data.tokenizer, not config.data.tokenizer, bool(config.data.format or config.data.conversations))
@@ -44,7 +44,7 @@ def train_in(workdir, config):
 def run(config, cfg, data, workdir, mesh):
     if (config.train.save_hf or config.train.save_hf_every) and not cfg.lora:
         _check_names(cfg)
-    sharding = sharding_of(config, mesh)
+    sharding = sharding_of(config, cfg, mesh, device=ms.get_context("device_target"))
     program = build_program(cfg, config, sharding)
     start = checkpoints.start(workdir, cfg, config, mesh, program)
     peak = metrics.mesh_peak_flops(mesh, cfg.compute_dtype)
@@ -84,11 +84,6 @@ def run(config, cfg, data, workdir, mesh):
         saved = saving.end(state)
         if not saving.stopped:
             saving.finish(partial(finish, program, state, cfg, config, data, writer, workdir, mesh, saved))
-
-
-def sharding_of(config, mesh):
-    parallel, most = config.parallel, layout.documents(config, ms.get_context("device_target"))
-    return Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero, lowering=parallel.lowering, documents=most)
 
 
 def _check_names(cfg):

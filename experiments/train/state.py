@@ -19,6 +19,7 @@ from parallel.graph.nested import from_tuple, to_tuple
 from parallel.pipeline import schedule as pipeline
 from parallel.placement import Held, Spread, load, local_shape, place, stacked
 from parallel.trees import merge, select, shallow, tree_leaves, tree_map
+from qwen3 import hf
 from qwen3.model import param_specs
 from qwen3.run_layers import parameters_of
 from qwen3.stages import stage_specs
@@ -45,6 +46,15 @@ def check_dtype(cfg):
         raise ValueError(
             f"model_args.param_dtype={cfg.param_dtype!r}: training keeps weights in float32 with every compute dtype;"
             " use --config.model_args.param_dtype=float32"
+        )
+
+
+def check_stackable(cfg, device):
+    """Raises ValueError for stacked layers whose frozen weights are in bfloat16 on CPU: MindSpore takes no layer out of such a stack."""
+    if device == "CPU" and any(spec.dtype == "bfloat16" for spec in tree_leaves(param_specs(cfg)["layers"])):
+        raise ValueError(
+            "train.frozen_dtype=bfloat16 with layers in a loop: on CPU MindSpore reads no layer from a stack of bfloat16; use"
+            " --config.train.layer_loop=unroll, or train.frozen_dtype=float16 or float32"
         )
 
 
@@ -106,24 +116,35 @@ def full_tree(placed, params, frozen):
 
 
 def local_shapes(mesh, placed, axes):
-    """A tree of objects that have only a `shape`, that of the local shard. axes: the field of Placed, "used", "stored" or "state"."""
-    return tree_map(lambda p: SimpleNamespace(shape=local_shape(mesh, p.spec, getattr(p, axes))), placed)
+    """A tree of objects that have only a `shape`, that of the local shard, and a `dtype`, the name of that of its spec.
+
+    axes: the field of Placed, "used", "stored" or "state".
+    """
+    return tree_map(lambda p: SimpleNamespace(shape=local_shape(mesh, p.spec, getattr(p, axes)), dtype=p.spec.dtype), placed)
 
 
 def load_shards(mesh, placed, read, num_stacked, axes="stored"):
-    """Reads the local shards of a tree of Placed with read(path, slices). num_stacked: layers in a stack, 0 if they are not stacked."""
+    """Reads the local shards of a tree of Placed with read(path, slices), and casts them to the dtypes of their specs.
+
+    num_stacked: layers in a stack, 0 if they are not stacked.
+    """
+    dtypes = {p.path: p.spec.dtype for p in tree_leaves(placed)}
+
+    def read_cast(path, slices):
+        return hf.cast(read(path, slices), dtypes[path], path)
+
     if not num_stacked:
-        return load(mesh, placed, read, axes)
+        return load(mesh, placed, read_cast, axes)
 
     def read_stack(path, slices):
         rest, out = path.split(".", 2)[2], None
         for i in range(num_stacked):
-            layer = read(f"layers.{i}.{rest}", slices[1:])
+            layer = hf.cast(read(f"layers.{i}.{rest}", slices[1:]), dtypes[path], f"layers.{i}.{rest}")
             out = np.empty((num_stacked, *layer.shape), layer.dtype) if out is None else out
             out[i] = layer
         return out
 
-    return {key: load(mesh, {key: value}, read_stack if key == "layers" else read, axes)[key] for key, value in placed.items()}
+    return {key: load(mesh, {key: value}, read_stack if key == "layers" else read_cast, axes)[key] for key, value in placed.items()}
 
 
 def new_state(mesh, placed, num_stacked, optim, read):

@@ -28,7 +28,7 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
     micro_batches, names = config.parallel.micro_batches, metric_names(cfg)
     reduce_every_micro_batch = micro_batches > 1 and sharding.zero >= 2  # then the running sum has this rank's shard alone
 
-    gradient = _build_gradient(build(cfg, sharding, scan, kernels, config.train.recompute).loss_fn, placed, names)
+    gradient = _build_gradient(build(cfg, sharding, scan, kernels, config.train.recompute, config.train.loss_chunks).loss_fn, placed, names)
     sum_shapes = tree_leaves(local_shapes(sharding.mesh, trainable, "state" if reduce_every_micro_batch else "used"))
     running_sum = RunningSum(tuple(sum_shapes), optimizer.changes_in_place(kernels))
     add = running_sum.add
@@ -104,9 +104,9 @@ def _build_gradient(loss_fn, placed, names):
     return gradient
 
 
-def build_evaluate(cfg, sharding, kernels, placed, scan):
+def build_evaluate(cfg, config, sharding, kernels, placed, scan):
     """Returns evaluate(state, batches) -> cross-entropy in nats per target, over all ranks' batches."""
-    loss_fn = build(lora.without_dropout(cfg), sharding, scan, kernels).loss_fn
+    loss_fn = build(lora.without_dropout(cfg), sharding, scan, kernels, loss_chunks=config.train.loss_chunks).loss_fn
 
     def loss_of(params, batch):
         _, metrics = loss_fn(params, batch)

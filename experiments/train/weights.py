@@ -77,7 +77,8 @@ def initial(cfg, config):
 
 
 def initial_params(cfg, config):
-    """Returns (read(path, slices), description, parameters not loaded): the weights of config.init_from, else random weights."""
+    """Returns (read(path, slices), description, parameters not loaded): the weights of config.init_from in their own dtypes, else random
+    weights."""
     fresh = random(cfg, config)
     read, text, other = _base(cfg.base, config, fresh)
     if cfg.lora is None:
@@ -113,7 +114,7 @@ def _base(cfg, config, fresh):
 def _hugging_face(folder, cfg, config, fresh):
     """Returns (read(path, slices), parameters not loaded) of a Hugging Face folder; a rank reads only the slices that it asks for."""
     try:
-        weights = hf.Reader(folder, cfg.param_dtype, cfg, config.partial)
+        weights = hf.Reader(folder, None, cfg, config.partial)
     except ValueError as error:
         if config.partial:
             raise
@@ -140,7 +141,7 @@ def _native(folder, cfg, partial, fresh):
 
     def read(path, slices):
         name = f"params/{path}"
-        return saved.read(name, slices).astype("float32") if name in found else fresh(path, slices)
+        return saved.read(name, slices) if name in found else fresh(path, slices)
 
     return read, f"the weights of {folder}", other
 

@@ -8,6 +8,7 @@ exists on Ascend only, cannot split a hand-written backward, so the shard loweri
 from mindspore import nn, ops
 
 from parallel.graph.nested import flatten_in_graph, rebuild_flat
+from parallel.graph.source import function
 
 
 def recomputed(body, like, lowering="manual"):
@@ -65,3 +66,28 @@ class _Recomputed(nn.Cell):
             waiting += (ops.depend(w, dout[0]),)
         back = self.vjp(self.body)(waiting, ops.depend(x, dout[0]), consts, dout)
         return back[1], back[0], none
+
+
+def gathered_again(fn, count):
+    """Returns f(x, w0, w1, ...) -> fn(x, w0, w1, ...), a tuple, with `count` weights: products of weights and of what fn gathers of x.
+
+    The backward keeps x and gathers it again. The products are not computed again, because their gradients do not need them, and neither is
+    what fn makes of the weights, because these do not wait for the cotangent.
+    """
+    names = [f"w{i}" for i in range(count)]
+    weights = ", ".join(f"ws[{i}]" for i in range(count))
+    again = _GatheredAgain(function("of_tuple(x, ws)", [f"return fn(x, {weights})"], fn=fn))
+    return function(f"gathered_again(x, {', '.join(names)})", [f"return again(x, ({', '.join(names)},))"], again=again)
+
+
+class _GatheredAgain(nn.Cell):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn, self.vjp = fn, ops.GradOperation(get_all=True, sens_param=True)
+
+    def construct(self, x, ws):
+        return self.fn(x, ws)
+
+    def bprop(self, x, ws, out, dout):
+        back = self.vjp(self.fn)(ops.depend(x, dout[0]), ws, dout)
+        return back[0], back[1]

@@ -16,6 +16,7 @@ reduce-scatters their cotangent. Gradients of parameters are not summed over the
 from typing import NamedTuple
 
 from parallel import collectives
+from parallel.graph.recompute import gathered_again
 from parallel.graph.source import function
 
 
@@ -32,12 +33,18 @@ def lower_fan(sharding, fns, parsed):
     """Returns f(x, *ws) -> (fns[0](x, ws[0]), ...), with the collectives of x once. parsed: (operands, results) of each; x is the first."""
     over = [varying(sharding, operands, results) for operands, results in parsed]
     assert all(v == over[0] for v in over), "the results of a fan vary over the same axes"
-    shared, each = _built(sharding, entering(sharding, parsed[0][0][0], over[0])), ()
+    steps, each = entering(sharding, parsed[0][0][0], over[0]), ()
     for fn, (operands, results) in zip(fns, parsed):
         (_, *enters), leaves = op_steps(sharding, operands, results, "contraction")
         enters, leaves = ([_built(sharding, steps) for steps in side] for side in (enters, leaves))
         each += (_between([None, *enters], fn, leaves),)
-    return fan(each, shared)
+    whole = fan(each, _built(sharding, steps))
+    return gathered_again(whole, len(each)) if sharding.gathers_again and gathers(steps) else whole
+
+
+def gathers(steps):
+    """Whether the Steps of an operand all-gather it."""
+    return any(step.name == "all_gather" for step in steps)
 
 
 def fan(fns, enter=None):

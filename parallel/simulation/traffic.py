@@ -13,7 +13,7 @@ from mindspore import nn
 
 from parallel import matrices, zero
 from parallel.lowering.manual import entering, op_steps, varying, wrapped
-from parallel.placement import local_shape
+from parallel.placement import ITEMSIZE, local_shape
 from parallel.sharding import DATA, Sharding, parse
 
 # Step of parallel/lowering/manual.py -> its collectives in the forward and in the backward. (An all-gather whose backward is a slice is
@@ -131,7 +131,13 @@ def of_ops(layout, bound, seen, sizes, itemsize):
             out += _rounds(layout, *around, operands, runs, sizes, itemsize)
         for what, i, part, steps in _sides(layout, operands, results, kind, reduce):
             item = FLOAT32 if dtype and what == "result" else _itemsize(layout, part, itemsize)
+            again = 0  # the gathers of a fan that its backward repeats, for the gradients of its weights
+            if layout.gathers_again and len(results) > 1 and (what, i) == ("operand", 0):
+                again = max(seen[place, ("operand", 1 + k)] for k in range(len(results)))
             for name, atoms, complete in _payloads(layout, part, steps, what):
+                if again and name == "all_gather":
+                    elements = math.prod(-(-_size(sizes, dim) // n) for dim, n in complete)
+                    out[Call("backward", "AllGather", atoms, elements, item)] += again
                 forward, backward = directions[name] if name != "sliced" else ("AllGather", None)
                 for phase, kind, step in (("forward", forward, ("run",)), ("backward", backward, (what, i))):
                     if kind and seen[place, step]:
@@ -211,7 +217,7 @@ def of_update(layout, placed, micro_batches=1, itemsize=FLOAT32):
     if layout.lowering == "shard":
         return _of_partitioned_update(layout, placed, micro_batches, itemsize)
     out, mesh = of_sums(layout, placed, micro_batches), layout.mesh
-    for atoms, split, elements in _bucket_sizes(mesh, placed):
+    for atoms, split, elements, _ in _bucket_sizes(mesh, placed):
         if split and layout.zero < 3:
             out[Call("update", "AllGather", atoms, elements)] += 1
     if mesh.world > 1:
@@ -247,14 +253,14 @@ def partitioned_gathers(mesh, placed, itemsize):
             (atoms,) = (more[len(has) :] for has, more in zip(p.used, p.stored) if has != more)
             in_float32 = p.path == "embed" or "router" in p.spec.dims
             elements = math.prod(local_shape(mesh, p.spec, p.used))
-            out[Call("update", "AllGather", atoms, elements, FLOAT32 if in_float32 else itemsize)] += 1
+            out[Call("update", "AllGather", atoms, elements, ITEMSIZE[p.spec.dtype] if in_float32 else itemsize)] += 1
     return out
 
 
 def of_sums(layout, placed, micro_batches):
     """Returns the Counter of the Calls of the gradient sums."""
     out = Counter()
-    for atoms, split, elements in _bucket_sizes(layout.mesh, placed):
+    for atoms, split, elements, _ in _bucket_sizes(layout.mesh, placed):
         times = micro_batches if layout.zero >= 2 else 1
         if not (split and layout.zero == 3):
             out[Call("update", "ReduceScatter" if split and layout.zero == 2 else "AllReduce", atoms, elements)] += times
@@ -264,10 +270,10 @@ def of_sums(layout, placed, micro_batches):
 def of_gathered(layout, placed):
     """Returns the Counter of the Calls of ZeRO stage 3 for these parameters, which one place of the model gathers."""
     out = Counter()
-    for atoms, split, elements in _bucket_sizes(layout.mesh, placed):
+    for atoms, split, elements, itemsize in _bucket_sizes(layout.mesh, placed):
         if split and layout.zero == 3:  # in the shard lowering zero_dim is None, since MindSpore gathers
-            out[Call("forward", "AllGather", atoms, elements)] += 1
-            out[Call("backward", "ReduceScatter", atoms, elements)] += 1
+            out[Call("forward", "AllGather", atoms, elements, itemsize)] += 1
+            out[Call("backward", "ReduceScatter", atoms, elements, itemsize)] += 1
     return out
 
 
@@ -281,7 +287,8 @@ def of_whole_matrices(mesh, placed):
 
 def _bucket_sizes(mesh, placed):
     for atoms, split, places in zero.buckets(mesh, placed):
-        yield atoms, split, sum(math.prod(local_shape(mesh, placed[i].spec, placed[i].used)) for i in places)
+        elements = sum(math.prod(local_shape(mesh, placed[i].spec, placed[i].used)) for i in places)
+        yield atoms, split, elements, ITEMSIZE[placed[places[0]].spec.dtype]
 
 
 def times(calls, n):

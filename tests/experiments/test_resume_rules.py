@@ -228,6 +228,7 @@ VALUES = {
     "train.recompute": "full",
     "train.save_hf": True,
     "train.save_hf_every": 2,
+    "train.loss_chunks": 3,
     "train.sample_tokens": 3,
     "train.sample_prompt": "class",
     "train.exact_match_rows": 3,
@@ -258,9 +259,11 @@ VALUES = {
     "parallel.micro_batches": 2,
     "parallel.zero": 1,
     "parallel.seq_parallel": True,
+    "parallel.seq_gather_again": "on",
     **{f"ops.{op}": "reference" for op in common.OPS},
 }
-NEEDS_MORE = {  # ranks, a pipeline, another kind of data, or a main's own work
+NEEDS_MORE = {  # ranks, a pipeline, another kind of data, frozen weights, or a main's own work
+    "train.frozen_dtype",
     *(f"parallel.{name}" for name in ("dp", "tp", "pp", "pp_schedule", "virtual_stages", "stage_layers", "cp", "cp_attention")),
     *("parallel.cp_ulysses", "parallel.ep", "parallel.lowering", "data.skip_bad", "data.cache_dir", "resume_from", "init_from", "partial"),
 }

@@ -89,3 +89,74 @@ def test_what_does_not_fit_is_named(form):
         form()(*tensors(x, w[:, :11].copy(), ids))
     with pytest.raises(ValueError, match="head_loss: ids is float32 and has to be int32"):
         form()(*tensors(x, w, ids.astype(np.float32)))
+
+
+CHUNKED = [((1, 3, 2), 2), ((7, 12, 5), 3), ((20, 33, 19), 4), ((65, 16, 300), 2), ((7, 12, 5), 9)]  # shape, number of chunks
+
+
+def in_chunks(count, vocab_size, first=0, of=(matmul.reference, cross_entropy.reference)):
+    return head_loss.chunked(count, of[0](transpose_b=True), of[1](), vocab_size)(first)
+
+
+@pytest.mark.parametrize("shape, count", CHUNKED)
+def test_chunks_match_the_reference_with_its_gradients(shape, count):
+    x, w, ids = case(*shape)
+    ways = ("eager", "compiled") if count == 4 else ("eager",)
+    agree(of_lse(head_loss.reference()), of_lse(in_chunks(count, shape[2])), (x, w), (np.minimum(ids, shape[2] - 1),), ways=ways)
+
+
+@pytest.mark.parametrize("first, vocab_size", [(0, 19), (19, 38), (19, 27), (19, 19), (38, 21)])
+def test_chunks_of_a_shard_leave_out_its_padding_and_the_targets_of_other_shards(first, vocab_size):
+    """The shard has rows of the table from id `first` on; those from `vocab_size` on are padding, which may be all of them."""
+    R, D, V = 20, 33, 19
+    x, w, _ = case(R, D, V)
+    ids, real = np.arange(R).astype(np.int32) * 3 % vocab_size, np.clip(vocab_size - first, 0, V)
+    cotangents = ms.Tensor(draw(R, 1))
+
+    def plain(x, w, ids):
+        z = matmul.reference(transpose_b=True)(x, w)
+        z = ms.ops.where(ms.Tensor(np.arange(V) < real), z, ms.Tensor(np.float32(-np.inf)))
+        return cross_entropy.reference()(first, z, ids)
+
+    def weighted(op):
+        def parts(x, w, ids):
+            top, total, picked = op(x, w, ids)
+            return total * cotangents, picked, ms.ops.stop_gradient(top)
+
+        return parts
+
+    if real:
+        agree(weighted(plain), weighted(in_chunks(4, vocab_size, first)), (x, w), (ids,), ways=("eager",))
+        return
+    top, total, picked = map(host, in_chunks(4, vocab_size, first)(*tensors(x, w, ids)))
+    assert (top == -np.inf).all() and not total.any() and not picked.any()
+    grads = ms.grad(lambda x, w: in_chunks(4, vocab_size, first)(x, w, ms.Tensor(ids))[1].sum(), (0, 1))(*tensors(x, w))
+    assert not any(host(g).any() for g in grads)
+
+
+def test_chunks_step_after_step_in_a_graph_with_the_kernels_of_a_cpu():
+    of = matmul.cpu, cross_entropy.cpu
+
+    def loss_of(op):
+        def loss(params, ids):
+            return (of_lse(op)(params["x"], params["w"], ids)[0] * params["x"][:, :1]).sum()
+
+        return loss
+
+    chunks = value_and_grad(loss_of(in_chunks(3, 19, of=of)), compiled=True)
+    for _ in range(3):
+        x, w, ids = case(20, 33, 19)
+        params, ids = {"x": ms.Tensor(x), "w": ms.Tensor(w)}, np.minimum(ids, 18)
+        (a, da), (b, db) = value_and_grad(loss_of(head_loss.reference()))(params, ms.Tensor(ids)), chunks(params, ms.Tensor(ids))
+        assert_trees_close({"loss": a, **da}, {"loss": b, **db}, 1e-5)
+
+
+def test_the_chunks_cover_every_column_once_and_keep_within_their_bytes():
+    for count, rows, columns in [(0, 4096, 18_992), (0, 8192, 151_936), (0, 3, 5), (1, 9, 300), (7, 9, 300), (300, 9, 300), (999, 9, 300)]:
+        bounds = head_loss.chunk_bounds(count, rows, columns)
+        assert bounds[0][0] == 0 and bounds[-1][1] == columns and all(a[1] == b[0] for a, b in zip(bounds, bounds[1:]))
+        widest = max(stop - start for start, stop in bounds)
+        assert len(bounds) <= count or not count
+        if not count:
+            assert 4 * rows * widest <= head_loss.CHUNK_BYTES + 4 * rows * head_loss.COLUMNS
+    assert len(head_loss.chunk_bounds(0, 4096, 18_992)) == 3 and len(head_loss.chunk_bounds(7, 9, 300)) == 7

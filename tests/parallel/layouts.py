@@ -44,6 +44,8 @@ MODELS = {
     "adapters": _adapted(DENSE.replace(tie_embeddings=False), dropout=0.2),
     "adapters, qwen2": _adapted(QWEN2),
     "adapters, moe": _adapted(MOE),
+    "adapters, bfloat16": _adapted(DENSE).replace(frozen_dtype="bfloat16"),
+    "adapters, moe, float16": _adapted(MOE).replace(frozen_dtype="float16"),
     "frozen": DENSE.replace(frozen=(("embed", "layers.0.*", "*norm"), ("*w_up",))),
     "deep": DENSE.replace(num_layers=5),
     "norms behind": DENSE.replace(norm_placement="post"),
@@ -72,13 +74,21 @@ LAYOUTS = {
     "dp2, scan, 2 micro-batches, ZeRO 2": ("dense", dict(dp=2, loop="scan", micro=2, zero=2)),
     "tp2": ("untied", dict(tp=2)),
     "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
+    "tp2, sequence parallel, gathered again": ("dense", dict(tp=2, seq=True, again=True)),
     "tp2 of 1 kv head, biases": ("qwen2", dict(tp=2, seq=True)),
     "tp2, sequence parallel, full recompute": ("dense", dict(tp=2, seq=True, recompute="full")),
     "dp2 ep2": ("moe", dict(dp=2, ep=2)),
     "adapters, tp2, sequence parallel, scan": ("adapters", dict(tp=2, seq=True, loop="scan")),
     "adapters, dp2, ZeRO 3, scan, 2 micro-batches": ("adapters", dict(dp=2, zero=3, loop="scan", micro=2)),
     "adapters, dp2 ep2, ZeRO 1": ("adapters, moe", dict(dp=2, ep=2, zero=1)),
+    "adapters, bfloat16, dp2, ZeRO 3, 2 micro-batches": ("adapters, bfloat16", dict(dp=2, zero=3, micro=2)),
+    "adapters, bfloat16, tp2, sequence parallel": ("adapters, bfloat16", dict(tp=2, seq=True)),
+    "adapters, bfloat16, pp2": ("adapters, bfloat16", dict(pp=2, micro=2)),
+    "adapters, moe, float16, dp2 ep2, ZeRO 3, scan": ("adapters, moe, float16", dict(dp=2, ep=2, zero=3, loop="scan")),
     "frozen, dp2, ZeRO 3": ("frozen", dict(dp=2, zero=3)),
+    "tp2, sequence parallel, loss in chunks": ("dense", dict(tp=2, seq=True, chunks=3)),
+    "untied, tp2 dp2, loss in chunks, packed": ("untied", dict(tp=2, dp=2, chunks=4, packed=True)),
+    "moe, pp2 tp2, loss in chunks": ("moe", dict(pp=2, tp=2, micro=2, chunks=5, evaluate=True)),
     "adapters, tp2 of 1 kv head": ("adapters, qwen2", dict(tp=2)),
     "adapters, dp2, ZeRO 1": ("adapters", dict(dp=2, zero=1)),
     "adapters, dp2, ZeRO 2": ("adapters", dict(dp=2, zero=2)),
@@ -176,6 +186,7 @@ LAYOUTS = {
 # Layouts that are to the bit what others are.
 RECOMPUTED = {
     "tp2, sequence parallel, full recompute": "tp2, sequence parallel",
+    "tp2, sequence parallel, gathered again": "tp2, sequence parallel",
     "dp2 tp2, ZeRO 3, full recompute": "dp2 tp2, ZeRO 3",
     "cp4, hybrid, packed, attention recompute": "cp4, hybrid, packed",
     "cp4, hybrid, packed, lengths, attention recompute": "cp4, hybrid, packed, lengths, full recompute",
@@ -204,6 +215,11 @@ SLOW = (
     "dp2 tp2, ZeRO 2, 2 micro-batches",
     "dp2 tp2, ZeRO 3",
     "moe, dp2 tp2 ep2",
+    "adapters, bfloat16, tp2, sequence parallel",
+    "adapters, bfloat16, pp2",
+    "adapters, moe, float16, dp2 ep2, ZeRO 3, scan",
+    "untied, tp2 dp2, loss in chunks, packed",
+    "moe, pp2 tp2, loss in chunks",
     "frozen, dp2, ZeRO 3",
     "adapters, dp2 ep2, ZeRO 1",
     "adapters, tp2 of 1 kv head",
@@ -217,6 +233,7 @@ SLOW = (
     "tp4 of 1 kv head, sequence parallel, scan",
     "dp2 tp2",
     "tp2, sequence parallel, full recompute",
+    "tp2, sequence parallel, gathered again",
     "cp2, ring",
     "cp2, Ulysses, packed, lengths, scan",
     "cp2, ring, lengths of one document, scan",
@@ -364,13 +381,14 @@ def rows_of(cfg, options, at):
 def sharding_of(cfg, options, rank=0):
     sizes = {axis: options[axis] for axis in ("dp", "tp", "cp", "ep", "pp", "ulysses") if axis in options}
     mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
-    return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0), documents=options.get("documents", 0))
+    more = {"documents": options.get("documents", 0), "gathers_again": options.get("again", False)}
+    return Sharding(mesh, seq_parallel=options.get("seq", False), zero=options.get("zero", 0), **more)
 
 
 def run_config(options):
     config = common.get_config()
     config.train.layer_loop = options.get("loop", "unroll")
-    config.train.recompute = options.get("recompute", "none")
+    config.train.recompute, config.train.loss_chunks = options.get("recompute", "none"), options.get("chunks", 1)
     config.parallel.micro_batches = options.get("micro", 1)
     config.parallel.pp_schedule, config.parallel.virtual_stages = options.get("schedule", "1f1b"), options.get("virtual", 1)
     config.parallel.stage_layers = options.get("layers", ())

@@ -9,7 +9,7 @@ import pytest
 from experiments.train.optim_rules import MOMENTS
 from experiments.train.program import build_program
 from parallel.pipeline.schedule import split_layers
-from parallel.placement import local_shape, place
+from parallel.placement import local_shape, nbytes, place
 from parallel.trees import tree_leaves
 from qwen3.model import param_specs
 from tests import processes
@@ -96,9 +96,9 @@ def check_parts(cfg, options, ranks):
     for number, rank in enumerate(ranks):
         placed = [p for p in every if number * mesh.pp // mesh.world in holders(cfg, options, p.path)]
         trained = [p for p in placed if p.spec.trains]
-        floats = sum(np.prod(local_shape(mesh, p.spec, p.stored)) for p in placed)
-        floats += sum(len(MOMENTS[options.get("optim", "adamw")]) * np.prod(local_shape(mesh, p.spec, p.state)) for p in trained)
-        assert rank["state bytes"] == 4 * floats
+        size = sum(nbytes(mesh, p, "stored") for p in placed)
+        size += sum(len(MOMENTS[options.get("optim", "adamw")]) * nbytes(mesh, p, "state") for p in trained)
+        assert rank["state bytes"] == size
         if options.get("loop") != "scan":
             found = {key.partition(".")[2]: tuple(value) for key, value in rank.items() if key.startswith("shape.")}
             assert found == {p.path: local_shape(mesh, p.spec, p.state) for p in trained}

@@ -5,11 +5,16 @@ import json
 import subprocess
 import sys
 
+import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import ops
 
 from experiments.configs import common
 from experiments.train import program as train_program
+from parallel.graph.recompute import gathered_again
+from parallel.lowering import manual
+from parallel.step import value_and_grad
 from parallel.trees import tree_leaves
 from tests.experiments.test_train import make_batch
 from tests.tiny import DENSE, MOE, random_params
@@ -81,3 +86,26 @@ def test_full_recompute_needs_less_than_half_of_the_memory():
         assert done.returncode == 0, done.stderr[-2000:]
         peak[form] = json.loads(done.stdout.splitlines()[-1])
     assert 0 < peak["full"] < 0.6 * peak["none"], peak
+
+
+def test_what_is_gathered_again_has_the_gradients_of_what_is_kept():
+    """In a graph, with a stand-in for two ranks whose rows differ."""
+    double, matmul = ops.Concat(0), ops.MatMul()
+
+    def gather(x):
+        return double((x, x * 2))
+
+    def loss_of(fan):
+        def loss(p):
+            a, b = fan(p["x"] * 1, p["w0"], p["w1"])
+            return (a * a * b).sum()
+
+        return value_and_grad(loss, compiled=True)
+
+    plain = manual.fan((matmul, matmul), gather)
+    kept, again = loss_of(plain), loss_of(gathered_again(plain, 2))
+    for step in range(2):
+        draw = np.random.default_rng(step).normal
+        p = {name: ms.Tensor(draw(size=shape).astype(np.float32)) for name, shape in {"x": (3, 4), "w0": (4, 5), "w1": (4, 5)}.items()}
+        (a, da), (b, db) = kept(p), again(p)
+        assert a == b and all(np.array_equal(da[name].asnumpy(), db[name].asnumpy()) for name in p)
