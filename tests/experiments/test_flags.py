@@ -192,7 +192,7 @@ def test_every_config_file_loads_and_gives_its_command(path):
     assert "Hardware:" in doc and "Expected time and loss:" in doc
     dtype = config.model_args.compute_dtype or "float32"
     cfg = flags.model_config(config, device="Ascend")
-    assert cfg.replace(lora=None) == SIZES[config.model].replace(compute_dtype=dtype)
+    assert cfg.base == SIZES[config.model].replace(compute_dtype=dtype)
 
 
 def test_every_size_has_a_config_file():
@@ -208,7 +208,7 @@ def test_every_config_file_resolves_on_one_device(monkeypatch, path):
 
 def test_model_args_cover_the_model_fields():
     fields = {f.name for f in dataclasses.fields(Qwen3Config)}
-    assert set(common.get_config().model_args) == fields - {"rope_scaling", "lora", "frozen"}
+    assert set(common.get_config().model_args) == fields - {"rope_scaling", "lora", "frozen", "frozen_dtype"}
 
 
 def test_yarn_is_put_on_a_model(monkeypatch):
