@@ -231,9 +231,12 @@ def _unscattered(self, x, w, dims):
     return _matmul(self, x, w, dims.replace("tokens>rows", "tokens"))
 
 
+_add = BoundOps.add
+
+
 def _unannotated(self, x, y, dims):
     """The sum of the residual stream without an annotation."""
-    return ops.Add()(x, y)
+    return ops.Add()(x, y) if dims == "rows embed" else _add(self, x, y, dims)
 
 
 _psum = collectives.psum
@@ -291,13 +294,17 @@ def masks_of(text):
 
 
 def _ranks(attributes):
-    """The ranks of a collective's group: as MindSpore's partitioner states them, or of the group that we made by this name."""
+    """The ranks of a collective's group: of the group that we made by this name, or as MindSpore's partitioner states them.
+
+    Of a group of ours it sometimes states all ranks of the job.
+    """
+    name = re.search(r'group: "([^"]*)"', attributes)[1]
+    if name in collectives._groups.values():
+        return list(next(ranks for ranks, known in collectives._groups.items() if known == name))
     if stated := re.search(r"group_rank_ids: \(([\d, ]*)\)", attributes):
         return _numbers(stated[1])
-    name = re.search(r'group: "([^"]*)"', attributes)[1]
-    if name == GlobalComm.WORLD_COMM_GROUP:
-        return list(range(int(os.environ["RANK_SIZE"])))
-    return list(next(ranks for ranks, known in collectives._groups.items() if known == name))
+    assert name == GlobalComm.WORLD_COMM_GROUP, name
+    return list(range(int(os.environ["RANK_SIZE"])))
 
 
 def _numbers(text):
