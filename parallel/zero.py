@@ -82,9 +82,11 @@ def gathered(sharding, specs):
     flat = tree_leaves(placed)
     if sharding.lowering == "shard" or all(p.stored == p.used for p in flat):  # MindSpore's partitioner gathers by itself
         return identity
-    on_cpu = ms.get_context("device_target") == "CPU"  # where a graph neither reshapes nor transposes bfloat16
-    wide = [on_cpu and p.spec.dtype == "bfloat16" and p.stored != p.used for p in flat]
-    done = [f"cast(tree{at}, float32)" if casts else f"tree{at}" for at, casts in zip(subscripts(placed), wide)]
+    # On CPU a graph neither reshapes nor transposes bfloat16, in which frozen parameters may be.
+    on_cpu = ms.get_context("device_target") == "CPU"
+    done = [
+        f"cast(tree{at}, float32)" if on_cpu and p.stored != p.used else f"tree{at}" for at, p in zip(subscripts(placed), flat, strict=True)
+    ]
     lines, names = _gather(sharding.mesh, flat, done)
     return function("gathered(tree)", [*lines, f"return {expression(unflatten(specs, done))}"], **names, **PRIMITIVES)
 
