@@ -117,8 +117,8 @@ def test_what_is_planted_is_found(spoiled):
     found = "\n".join(spoiled["problems"])
     assert "params: layers.0.mlp.w_gate is 32 x 48 in the compiled step, but 32 x 24 in the layout" in found
     assert "optimizer: m.layers.1.mlp.w_down is 24 x 32 in the compiled step, but 12 x 32 in the layout" in found
-    assert "ReduceScatter" in found and "over ranks 1 3: 0 in a step, and 1 by the signatures" in found  # the gradients'
-    assert "AllReduce of 1 elements of 4 bytes over ranks 1 3: 0 in a step, and 2 by the signatures" in found  # the loss'
+    assert "ReduceScatter" in found and "over ranks 1 3: 0 in a step, but 1 by the signatures" in found  # the gradients'
+    assert "AllReduce of 1 elements of 4 bytes over ranks 1 3: 0 in a step, but 2 by the signatures" in found  # the loss'
 
 
 @needs_standin
