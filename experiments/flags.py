@@ -445,6 +445,7 @@ MOST = {
     **dict.fromkeys(("data.max_samples", "data.shuffle_buffer", "parallel.micro_batches", "yarn.original_max_position"), COUNTED),
     **dict.fromkeys(("optim.lr", "optim.eps", "optim.weight_decay", "optim.clip_norm", "optim.skip_spikes"), FLOAT32),
     "optim.router_bias_rate": FLOAT32,
+    "data.max_documents": (LENGTHS, "MindSpore's attention takes no more lengths"),
     "train.seed": (2**32 - 1, "the generators take 32 bits of it"),
     "checkpoint.timeout_s": (1e9, "that is 30 years"),
     "lora.rank": (LORA_LIMITS["rank"], "no matrix of a model is so large"),

@@ -108,6 +108,8 @@ def estimate(config):
     stored, used, moment = _bytes(mesh, placed, "stored"), _bytes(mesh, trained, "used"), _bytes(mesh, trained, "state")
     state, gradients = stored + len(MOMENTS[config.optim.name]) * moment, moment if parallel.zero >= 2 else used
     saved, held = saved_bytes(config, cfg, sharding), _updated(mesh, trained)
+    if config.train.recompute != "full":  # what a layer saves was counted with a copy of its weights in the compute dtype
+        saved -= _bytes(mesh, [each for each in placed if each.spec.dtype == cfg.compute_dtype != "float32"], "used")
     calls = _calls(config, cfg, sharding, placed)
     groups = {mesh.members(call.atoms) for call in calls} | ({mesh.members(("pp",))} if pp > 1 else set())
     margin = int((dryrun.MARGIN_GIB + dryrun.MARGIN_PER_GROUP_GIB * len(groups)) * GIB)

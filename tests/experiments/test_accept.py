@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 # Functions of ops that have no case of their own, and what tries them instead
 ELSEWHERE = {
     "attention.parts": "the rings of the stage layouts",
+    "attention.spans": "the rings of the stage layouts, where they take documents by their lengths",
     "stack_write.new": "makes an array whose numbers do not matter",
 }
 

@@ -126,7 +126,15 @@ OTHER = {  # another value than the default, for fields where it is not simply o
     **dict(num_heads=8, num_kv_heads=4, head_dim=64, rope_theta=5e5, rms_norm_eps=1e-5, initializer_range=0.1, router_aux_coef=0.2),
     **dict(num_experts=4, experts_per_token=2, moe_ffn_size=32, bos_id=1, eos_id=(2, 3), pad_id=4, param_dtype="bfloat16"),
 }
-OF_A_RUN = ("compute_dtype", "lora", "frozen", "moe_block_size", "moe_capacity_factor", "param_dtype")  # not of the model in the file
+OF_A_RUN = (
+    "compute_dtype",
+    "lora",
+    "frozen",
+    "frozen_dtype",
+    "moe_block_size",
+    "moe_capacity_factor",
+    "param_dtype",
+)  # not of the model in the file
 
 
 def test_every_field_of_the_model_survives_a_config_json():
