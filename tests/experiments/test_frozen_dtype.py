@@ -48,7 +48,7 @@ def test_matrices_that_do_not_train_are_narrow_and_all_else_is_float32():
     "dtype, changes",
     [
         ("bfloat16", {}),
-        ("float16", {"train.layer_loop": "scan"}),
+        pytest.param("float16", {"train.layer_loop": "scan"}, marks=pytest.mark.slow),
         pytest.param("bfloat16", {"train.recompute": "full"}, marks=pytest.mark.slow),
         pytest.param("bfloat16", {"train.recompute": "attention", "parallel.micro_batches": 2}, marks=pytest.mark.slow),
     ],
