@@ -53,6 +53,8 @@ def main(function, folder, timeout_s, *args):
     module, _, name = function.partition(":")
     results = getattr(importlib.import_module(module), name)(*args)
     arrays = {key: np.asarray(value) for key, value in results.items()}
+    # numpy's files keep no bfloat16
+    arrays = {key: array.astype(np.float32) if array.dtype.name == "bfloat16" else array for key, array in arrays.items()}
     assert all(array.dtype != object for array in arrays.values()), {key: array.dtype for key, array in arrays.items()}
     np.savez(f"{folder}/rank_{os.environ['RANK_ID']}.npz", **arrays)
 
