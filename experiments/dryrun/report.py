@@ -114,6 +114,7 @@ def figures(trace, mesh):
     """Returns the figures of one rank at one depth, as JSON."""
     held = {key: sum(map(nbytes, trace.said.get(key.removesuffix("_bytes"), {}).values())) for key in HELD}
     top, live = dryrun.peak(trace.blocks)
+    line = timeline(trace.tasks, Machine())
     return {
         **held,
         "peak_bytes": top,
@@ -123,25 +124,23 @@ def figures(trace, mesh):
         "margin_bytes": int(dryrun.margin_gib(trace.exchanges) * GIB),
         "compile_s": round(trace.said["compile_s"], 1),
         "host_bytes": trace.said["host_bytes"],
-        **times(trace),
-        "collectives": collectives(trace, mesh),
+        **times(line, train_steps(trace)),
+        "collectives": collectives(trace, line, mesh),
         "largest": largest(trace, live),
         "local_shapes": {path: shape for path, (shape, _) in trace.said["params"].items()},
     }
 
 
-def times(trace):
-    """Returns the seconds of a step by the cost model of parallel/simulation/timeline.py, {name: seconds}."""
-    found, steps = timeline(trace.tasks, Machine()), train_steps(trace)
-    exposed = sum(found.exposed.values())
-    each = {"step_s": found.total, "compute_s": found.compute, "sent_s": sum(found.sent.values()), "exposed_s": exposed}
-    return {name: value / steps for name, value in each.items()}
+def times(line, steps):
+    """Returns {name: seconds} of a step, from the Timeline of some steps."""
+    each = line.total, line.compute, sum(line.sent.values()), sum(line.exposed.values())
+    return {name: value / steps for name, value in zip(TIMES, each)}
 
 
-def collectives(trace, mesh):
+def collectives(trace, line, mesh):
     """Returns [[kind, axes, ranks, calls, bytes that a rank sends, seconds, seconds in which computation waits for them]], all in a step,
-    one for each kind and group of ranks. The seconds are of the cost model."""
-    steps, found, out = train_steps(trace), timeline(trace.tasks, Machine()), {}
+    one for each kind and group of ranks. line: the Timeline of the trace, which gives the seconds."""
+    steps, out = train_steps(trace), {}
 
     def add(kind, ranks, *values):
         key = kind, axes_of(ranks, mesh) if ranks else "pp", len(ranks) or 2
@@ -149,8 +148,8 @@ def collectives(trace, mesh):
 
     for exchange, count in trace.exchanges.items():
         add(exchange.kind, exchange.ranks, count, exchange.sent() * count, 0, 0)
-    for (kind, ranks), took in found.sent.items():
-        add(kind, ranks, 0, 0, took, found.exposed[kind, ranks])
+    for (kind, ranks), took in line.sent.items():
+        add(kind, ranks, 0, 0, took, line.exposed[kind, ranks])
     return [[*key, *value] for key, value in sorted(out.items())]
 
 
