@@ -162,14 +162,18 @@ class Expected:
     def compute(self):
         """Computes all in a process on CPU, unless an earlier process of the stage has."""
         if not os.path.exists(self.path):
-            command = [sys.executable, "-m", "experiments.accept.kernels", self.path, json.dumps(self.wanted)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"the references could not be computed on CPU:\n{done.stderr[-2000:]}")
+            compute_on_cpu("experiments.accept.kernels", self.path, json.dumps(self.wanted))
         with np.load(self.path, allow_pickle=False) as found:
             for name, dtype, keys in json.loads(str(found["names"])):
                 self._found[name, dtype] = {key: found[f"{name}|{dtype}|{key}"] for key in keys}
         return {"cases": len(self._found)}
+
+
+def compute_on_cpu(module, *arguments):
+    """Runs `python -m module arguments`, which computes references on CPU, and raises RuntimeError if it fails."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the references could not be computed on CPU:\n{done.stderr[-2000:]}")
 
 
 def results(case, implementation, dtype, rounded=None):

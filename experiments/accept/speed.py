@@ -19,6 +19,7 @@ from experiments.bench.ops import bench_case, copy_bandwidth
 from experiments.bench.train import packed_batch
 from experiments.layout import check as layout
 from experiments.layout import memory as layout_memory
+from experiments.layout.sharding import sharding_of
 from experiments.train import weights
 from experiments.train.program import build_program
 from experiments.watch import metrics
@@ -27,7 +28,6 @@ from ops.ascendc import clock, measure
 from parallel import host_memory
 from parallel.graph.jit import in_device_memory
 from parallel.mesh import WORLD
-from parallel.sharding import Sharding
 from parallel.specs import init_params
 from parallel.trees import tree_leaves, tree_map
 from qwen3.config import SIZES
@@ -80,7 +80,7 @@ def _trains(job, name):
     except ValueError as error:
         raise NotHere(f"the layout does not fit {job.world} rank{'s' * (job.world > 1)}: {error}") from None
     mesh, parallel = layout.mesh(cfg, config.parallel, job.rank), config.parallel
-    sharding = Sharding(mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero)
+    sharding = sharding_of(config, cfg, mesh, device=target)
     needed, have = sum(layout_memory.least(config, cfg, sharding).values()), _memory(target)
     if needed > have:
         raise NotHere(f"a rank needs at least {needed / 2**30:.1f} GiB, and has {have / 2**30:.1f}")

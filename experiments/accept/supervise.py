@@ -19,6 +19,7 @@ from experiments import job_flags
 from experiments.accept import report
 from experiments.accept.child import JOB
 from experiments.accept.outcome import FAIL, NOT_HERE, NOT_RUN, PASS
+from ops.ascendc import build as ascendc
 from parallel.launch.process import Process, end, last_lines
 
 ROOT = Path(__file__).parents[2]
@@ -198,7 +199,7 @@ def _command(stage, options, folder):
 def _environment(out):
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-    vendor = os.path.join(out, PACKAGE, "vendors", "qwen3")
+    vendor = os.path.join(out, PACKAGE, "vendors", ascendc.VENDOR)
     if os.path.isdir(vendor):
         env["ASCEND_CUSTOM_OPP_PATH"] = os.pathsep.join([vendor, *filter(None, [env.get("ASCEND_CUSTOM_OPP_PATH")])])
     return env

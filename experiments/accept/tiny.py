@@ -1,16 +1,17 @@
 """Tiny models, batches and runs of a few steps, that the stages `layouts`, `step` and `checkpoint` share."""
 
+import mindspore as ms
 import numpy as np
 
 from experiments.configs import common
 from experiments.data.loader import rank_rows
 from experiments.layout import check as layout
+from experiments.layout.sharding import sharding_of
 from experiments.train import optim_rules
 from experiments.train.program import build_program
 from parallel.mesh import AXES
 from parallel.placement import whole
 from parallel.random import hash_uniform
-from parallel.sharding import Sharding
 from parallel.specs import init_params, normal
 from parallel.trees import tree_map, tree_paths
 from qwen3.config import Qwen3Config
@@ -80,7 +81,7 @@ class Run:
         self.config.parallel.update(layout.check(self.config, cfg, world))
         parallel = self.config.parallel
         self.mesh = layout.mesh(cfg, parallel, rank)
-        self.sharding = Sharding(self.mesh, seq_parallel=parallel.seq_parallel, zero=parallel.zero)
+        self.sharding = sharding_of(self.config, cfg, self.mesh, device=ms.get_context("device_target"))
         self.program = build_program(cfg, self.config, self.sharding)
         self._mine = rank_rows(rows, self.mesh.index(("dp",)), self.mesh.dp, parallel.micro_batches)
 

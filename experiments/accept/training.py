@@ -16,6 +16,7 @@ import mindspore as ms
 import numpy as np
 
 from experiments.accept import tiny
+from experiments.accept.kernels import compute_on_cpu
 from experiments.accept.outcome import Failed, NotHere
 from experiments.accept.ranks import TOLERANCES, compared
 from ops import registry
@@ -72,10 +73,7 @@ def _references(scratch, model, target):
     if target == "CPU":
         return _computed(model)
     path = os.path.join(scratch, f"{model}.npz")
-    command = [sys.executable, "-m", "experiments.accept.training", model, path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the references could not be computed on CPU:\n{done.stderr[-2000:]}")
+    compute_on_cpu("experiments.accept.training", model, path)
     with np.load(path, allow_pickle=False) as found:
         return dict(found)
 
