@@ -15,7 +15,7 @@ from layers.bound_ops import BoundOps
 from ops.routing import shard_capacity
 from parallel.context import split as context
 from parallel.pipeline import schedule as pipeline
-from parallel.placement import local_shape, place
+from parallel.placement import ITEMSIZE, local_shape, place
 from parallel.sharding import Sharding
 from parallel.simulation import traffic
 from parallel.specs import init_params
@@ -25,7 +25,6 @@ from qwen3 import model
 from qwen3.model import build, choose_kernels, layer_specs, param_specs
 from qwen3.stages import build_stage, carried_shapes, stage_specs
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 HEADER = ("sent in a step", "collective", "over", "ranks", "calls", "bytes a rank sends")
 SMALL = dict(vocab_size=8, hidden_size=4, num_heads=2, num_kv_heads=2, head_dim=2, ffn_size=4, max_position=8, compute_dtype="float32")
 SMALL.update(bos_id=None, eos_id=None, pad_id=None, rope_scaling=None)
@@ -64,7 +63,7 @@ def step_calls(config, cfg, sharding):
     if scan:
         layers = layers + traffic.again(layers)
     placed = [p for p in tree_leaves(placements(cfg, sharding, scan)) if p.spec.trains]
-    update = traffic.of_update(sharding, placed, micro, BYTES[cfg.compute_dtype]) + muon_calls(config, sharding, placed)
+    update = traffic.of_update(sharding, placed, micro, ITEMSIZE[cfg.compute_dtype]) + muon_calls(config, sharding, placed)
     return traffic.times(rest + layers, micro) + update
 
 
@@ -93,7 +92,7 @@ def spare_calls(config, cfg, sharding):
     _, layers = model_calls(cfg, sharding, config.train.batch_size // micro, config.train.seq_len)
     spare = recomputed_calls(config, cfg, sharding, layers, cfg.num_layers)
     if sharding.lowering == "shard" and sharding.zero == 3:
-        spare += traffic.partitioned_gathers(sharding.mesh, tree_leaves(place(sharding, param_specs(cfg))), BYTES[cfg.compute_dtype])
+        spare += traffic.partitioned_gathers(sharding.mesh, tree_leaves(place(sharding, param_specs(cfg))), ITEMSIZE[cfg.compute_dtype])
     return traffic.times(spare, micro)
 
 
@@ -106,7 +105,7 @@ def attention_calls(cfg, sharding, batch_size, seq_len):
     rows = model.rows_of(small, plain, batch["positions"], batch["segment_ids"], batch["noise"])
     x = ms.Tensor(np.ones((4, small.hidden_size), np.float32))
     attention.attention(small, op, p["attention"], model.attention_input(small, op, p, x), rows, None)
-    return traffic.of_ops(sharding, watched.bound, watched.seen, _sizes(cfg, sharding, batch_size, seq_len), BYTES[cfg.compute_dtype])
+    return traffic.of_ops(sharding, watched.bound, watched.seen, _sizes(cfg, sharding, batch_size, seq_len), ITEMSIZE[cfg.compute_dtype])
 
 
 def model_calls(cfg, sharding, batch_size, seq_len):
@@ -146,7 +145,7 @@ def _watched(cfg, sharding, sizes, kinds):
     if cfg.num_experts:
         small.update(_moe_sizes(cfg, sharding, tuple(i for i, is_moe in enumerate(kinds) if not is_moe)))
     bound, seen = _run(cfg.replace(**small), sharding)
-    return traffic.of_ops(sharding, bound, seen, sizes, BYTES[cfg.compute_dtype])
+    return traffic.of_ops(sharding, bound, seen, sizes, ITEMSIZE[cfg.compute_dtype])
 
 
 def _moe_sizes(cfg, sharding, dense):
@@ -249,7 +248,7 @@ def stage_calls(config, cfg, sharding, layers, first, last):
         inputs["carried"] = tuple(ms.ops.ones(*each) for each in carried_shapes(small, Sharding(), layers, rows))
     value_and_grad(_stage_value(build_stage(small, watched, None, layers, first, last), first, last))(inputs, _batch())
     sizes = _sizes(cfg, sharding, config.train.batch_size // config.parallel.micro_batches, config.train.seq_len)
-    out = traffic.of_ops(sharding, watched.bound, watched.seen, sizes, BYTES[cfg.compute_dtype])
+    out = traffic.of_ops(sharding, watched.bound, watched.seen, sizes, ITEMSIZE[cfg.compute_dtype])
     stored = [layer_specs(cfg, i) for i in layers] + [embed.specs(cfg)] * (first + last) + [norm.specs(cfg)] * last
     return sum((_gathered(sharding, specs) for specs in stored), out)
 
@@ -275,7 +274,7 @@ def _transfers(config, cfg, sharding, layers, placed):
             kind = "Send" if isinstance(action, pipeline.Send) else "Receive"
             stage = action.action.stage + (not isinstance(action.action, pipeline.Forward))
             for shape, dtype in carried_shapes(cfg, sharding, layers[stage], rows):
-                out[traffic.Call("forward", kind, (), math.prod(shape), 4 if dtype == ms.float32 else BYTES[cfg.compute_dtype])] += 1
+                out[traffic.Call("forward", kind, (), math.prod(shape), 4 if dtype == ms.float32 else ITEMSIZE[cfg.compute_dtype])] += 1
     for p in placed:
         if len(p.holders) > 1:
             size = math.prod(local_shape(mesh, p.spec, p.state if sharding.zero >= 2 else p.used))
