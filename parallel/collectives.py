@@ -211,10 +211,10 @@ def _cpu_wire(group, ranks, at):
         return total(x)[at * rows : (at + 1) * rows]
 
     def from_root(root):
-        keep = _keep(at == root)
+        keep, cast = _keep(at == root), ops.Cast()
 
         def broadcast(x):
-            return total(keep(x))
+            return cast(total(keep(cast(x, ms.float32))), x.dtype)  # CPU stacks no bfloat16
 
         return broadcast
 

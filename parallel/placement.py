@@ -137,15 +137,13 @@ def whole(mesh, spec, axes, x, keep=True, holder=None):
             piece = ms.ops.zeros((min(rows, shape[0] - first), *shape[1:]), getattr(ms, spec.dtype))
         else:
             piece = x[first : first + rows].contiguous()
-        dtype = piece.dtype
-        piece = piece.astype(ms.float32)  # exact; CPU exchanges no bfloat16
         if holder is not None:
             piece = _from(mesh, holder)(piece)
         for i, atoms in enumerate(axes):
             for atom in reversed(atoms):  # the shards of the innermost atom are neighbours
                 piece = _gather(mesh, atom, i)(piece)
         if keep:
-            piece = piece.astype(dtype).asnumpy()
+            piece = piece.asnumpy()
             out = np.empty(spec.shape, piece.dtype) if out is None else out
             _put(out, rearrange(piece, "(part row) ... -> part row ...", part=mesh.size(axes[0])), shape[0], first)
     return out
