@@ -283,7 +283,7 @@ def vendor_packed(scale):
 
     All rows are one axis of tokens, cut by cumulative lengths, whose values travel to the host in each call. Documents without tokens,
     which fill up a row's ends, are given as such: MindSpore's docstring asks for documents of at least one key, while CANN's documentation
-    of aclnnFlashAttentionVarLenScore and its sources allow empty ones, and MindFormers fills up its lengths in this way.
+    of aclnnFlashAttentionVarLenScore and its sources allow empty ones.
     """
     require, lengths, later = check("attention", PACKED, HALF, **GROUPED), documents.lengths(), _later()
     reshape = ops.Reshape()
