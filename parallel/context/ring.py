@@ -10,7 +10,6 @@ from mindspore import nn, ops
 
 from ops import documents
 from parallel import collectives
-from parallel.graph.source import function
 
 
 def attention(sharding, parts, dim):
@@ -20,10 +19,13 @@ def attention(sharding, parts, dim):
     concatenated by rank. parts: (forward, backward) of attention to some of the keys, see ops/attention.py.
     """
     assert sharding.lowering == "manual", sharding.lowering
-    ring = _Ring(sharding.mesh, sharding.atoms(dim), *parts)
+    mesh, atoms, concat = sharding.mesh, sharding.atoms(dim), ops.Concat(1)
+    n, at = mesh.size(atoms), mesh.index(atoms)
+    steps = [_of_part(n, at, (at - step) % n, *parts) for step in range(1, n)]
+    ring = _Ring(mesh, atoms, _own_part(n, at, *parts), steps)
 
     def attend(q, k, v, segments, order):
-        return ring(q, k, v, segments, order)[0]
+        return ring(q, k, v, concat((segments, order)))[0]
 
     return attend
 
@@ -35,7 +37,10 @@ def attention_by_lengths(sharding, spans, dim):
     spans: (documents, crossing), see reference_spans in ops/attention.py.
     """
     assert sharding.lowering == "manual", sharding.lowering
-    ring = _RingByLengths(sharding.mesh, sharding.atoms(dim), sharding.documents - 1, *spans)
+    mesh, atoms, ends, (own, crossing) = sharding.mesh, sharding.atoms(dim), sharding.documents - 1, spans
+    n, at = mesh.size(atoms), mesh.index(atoms)
+    of = [_of_earlier if (at - step) % n < at else _of_later for step in range(1, n)]
+    ring = _Ring(mesh, atoms, _own_documents(ends, *own), [each(ends + 2 * i, *crossing) for i, each in enumerate(of)])
 
     def attend(q, k, v, lengths):
         return ring(q, k, v, lengths)[0]
@@ -86,157 +91,171 @@ def count_lengths(sharding, dim):
     return sharding.documents - 1 + 2 * (sharding.shards(dim) - 1)
 
 
-class _RingByLengths(nn.Cell):
-    """Returns (o_BSNH, lse_BSN), like _Ring. A rank attends to the keys of another in one call, see lengths()."""
+class _Ring(nn.Cell):
+    """Returns (o_BSNH, lse_BSN) of attention to the keys of all ranks. The graphs of all ranks have equal structure, so their collectives
+    run in an equal order.
 
-    def __init__(self, mesh, atoms, ends, own, crossing):
+    own: (forward, backward) of the rank's own keys, as in reference_parts of ops/attention.py. steps: for each other rank, in the order in
+    which its keys arrive, (attend, gradients), see _of_part. Each takes `about`, int32 [B, X], what it needs to know of the documents.
+    """
+
+    def __init__(self, mesh, atoms, own, steps):
         super().__init__()
-        n, at = mesh.size(atoms), mesh.index(atoms)
-        self.ends, (self.forward_own, self.backward_own) = ends, own
+        n = mesh.size(atoms)
+        self.forward_own, self.backward_own = own
         self.pass_on = collectives.ppermute(mesh, atoms, [(i, (i + 1) % n) for i in range(n)])
         self.stack, self.cast, self.zeros_like = ops.Stack(0), ops.Cast(), ops.ZerosLike()
         # The steps call each other. A loop over them in `construct` does not compile within a loop of layers, see docs/mindspore.md
         self.attend, self.gradients = _all_seen, _all_added
-        for step in range(n - 1, 0, -1):
-            attend, gradients = (_of_earlier if (at - step) % n < at else _of_later)(*crossing)
-            first = ends + 2 * (step - 1)  # of the two numbers that lengths() has for the step
-            self.attend = _attend_and_go_on(self.pass_on, attend, first, self.attend)
-            self.gradients = _add_and_go_on(self.pass_on, gradients, first, self.gradients)
+        for attend, gradients in reversed(steps):
+            self.attend = _attend_and_go_on(self.pass_on, attend, self.attend)
+            self.gradients = _add_and_go_on(self.pass_on, gradients, self.gradients)
 
-    def construct(self, q, k, v, lengths):
-        o, lse = self.forward_own(q, k, v, lengths[:, : self.ends])
-        o, lse = self.attend(q, self.stack((k, v)), lengths, o, lse)
+    def construct(self, q, k, v, about):
+        o, lse = self.forward_own(q, k, v, about)
+        o, lse = self.attend(q, self.stack((k, v)), about, o, lse)
         return self.cast(o, q.dtype), lse
 
-    def bprop(self, q, k, v, lengths, out, dout):
-        dq, dk, dv = self.backward_own(q, k, v, lengths[:, : self.ends], out[0], out[1], dout[0], dout[1])
+    def bprop(self, q, k, v, about, out, dout):
+        dq, dk, dv = self.backward_own(q, k, v, about, out[0], out[1], dout[0], dout[1])
         # depends on the cotangent, or the compiler would keep the keys of all ranks from the forward instead of sending them again
         kv, dkv = self.stack((ops.depend(k, dout[0]), v)), self.stack((self.cast(dk, ms.float32), self.cast(dv, ms.float32)))
-        dq, dkv = self.gradients(q, kv, lengths, out[0], out[1], dout[0], dout[1], self.cast(dq, ms.float32), dkv)
+        dq, dkv = self.gradients(q, kv, about, out[0], out[1], dout[0], dout[1], self.cast(dq, ms.float32), dkv)
         dkv = self.pass_on(dkv)
         dk, dv = self.cast(dkv[0], k.dtype), self.cast(dkv[1], v.dtype)
-        return self.cast(dq, q.dtype), dk, dv, self.zeros_like(lengths)
+        return self.cast(dq, q.dtype), dk, dv, self.zeros_like(about)
 
 
-def _all_seen(q, kv, lengths, o, lse):
+def _all_seen(q, kv, about, o, lse):
     return o, lse
 
 
-def _all_added(q, kv, lengths, o, lse, do, dlse, dq, dkv):
+def _all_added(q, kv, about, o, lse, do, dlse, dq, dkv):
     return dq, dkv
 
 
-def _attend_and_go_on(pass_on, attend, first, go_on):
+def _attend_and_go_on(pass_on, attend, go_on):
     """Returns the step `attend` of the ring followed by the steps `go_on`."""
 
-    def steps(q, kv, lengths, o, lse):
+    def steps(q, kv, about, o, lse):
         kv = pass_on(kv)
-        o, lse = attend(q, kv, lengths[:, first : first + 2], o, lse)
-        return go_on(q, kv, lengths, o, lse)
+        o, lse = attend(q, kv, about, o, lse)
+        return go_on(q, kv, about, o, lse)
 
     return steps
 
 
-def _add_and_go_on(pass_on, gradients, first, go_on):
+def _add_and_go_on(pass_on, gradients, go_on):
     """Returns the step `gradients` of the ring's backward followed by the steps `go_on`."""
 
-    def steps(q, kv, lengths, o, lse, do, dlse, dq, dkv):
+    def steps(q, kv, about, o, lse, do, dlse, dq, dkv):
         kv = pass_on(kv)
         dkv = pass_on(ops.depend(dkv, kv))  # after the keys, so that all ranks send in an equal order
-        dq, dkv = gradients(q, kv, lengths[:, first : first + 2], o, lse, do, dlse, dq, dkv)
-        return go_on(q, kv, lengths, o, lse, do, dlse, dq, dkv)
+        dq, dkv = gradients(q, kv, about, o, lse, do, dlse, dq, dkv)
+        return go_on(q, kv, about, o, lse, do, dlse, dq, dkv)
 
     return steps
 
 
-def _of_earlier(forward, backward):
-    """Returns (attend, gradients) of a step whose keys are of a rank with a lower number: all queries attend to their first half.
+def _part(n):
+    """Returns part(about_BX, i): slice i of `about`, which has the segments and then the orders of all tokens of a ring of n ranks. Slice i
+    has the segments, and slice n + i the orders, of the tokens of the rank with index i."""
 
-    attend(q, kv, meets, o, lse) -> (o, lse) of these keys too. gradients(q, kv, meets, o, lse, do, dlse, dq, dkv) -> (dq, dkv), with the
-    share of these queries and keys added, in float32. kv, dkv: [2, B, S, K, H]. forward, backward: `crossing` of ops/attention.py.
+    def part(about, i):
+        size = about.shape[1] // (2 * n)
+        return about[:, i * size : (i + 1) * size]
+
+    return part
+
+
+def _own_part(n, at, forward, backward):
+    """Returns (forward, backward) of the keys of this rank, with index `at`, for _Ring. forward, backward: attention to some of the keys,
+    see reference_parts in ops/attention.py. about: see _part."""
+    part = _part(n)
+
+    def of_own(q, k, v, about):
+        segment, place = part(about, at), part(about, n + at)
+        return forward(q, k, v, segment, segment, place, place)
+
+    def of_own_back(q, k, v, about, o, lse, do, dlse):
+        segment, place = part(about, at), part(about, n + at)
+        return backward(q, k, v, segment, segment, place, place, o, lse, do, dlse)
+
+    return of_own, of_own_back
+
+
+def _of_part(n, at, source, forward, backward):
+    """Returns (attend, gradients) of the step whose keys are of the rank `source`, for _Ring. The other arguments: see _own_part.
+
+    attend(q, kv, about, o, lse) -> (o, lse) of these keys too. gradients(q, kv, about, o, lse, do, dlse, dq, dkv) -> (dq, dkv), with the
+    share of these queries and keys added, in float32. kv, dkv: [2, B, S, K, H].
+    """
+    part, join, stack, cast = _part(n), _join(), ops.Stack(0), ops.Cast()
+
+    def attend(q, kv, about, o, lse):
+        segment, place = part(about, at), part(about, n + at)
+        other = forward(q, kv[0], kv[1], segment, part(about, source), place, part(about, n + source))
+        return join(o, lse, other[0], other[1])
+
+    def gradients(q, kv, about, o, lse, do, dlse, dq, dkv):
+        segment, place = part(about, at), part(about, n + at)
+        more = backward(q, kv[0], kv[1], segment, part(about, source), place, part(about, n + source), o, lse, do, dlse)
+        return dq + cast(more[0], ms.float32), dkv + stack((cast(more[1], ms.float32), cast(more[2], ms.float32)))
+
+    return attend, gradients
+
+
+def _own_documents(ends, forward, backward):
+    """Returns (forward, backward) of the rank's own keys for _Ring. about: of lengths(), whose first `ends` integers are of own documents.
+    forward, backward: `documents` of reference_spans in ops/attention.py."""
+
+    def of_own(q, k, v, about):
+        return forward(q, k, v, about[:, :ends])
+
+    def of_own_back(q, k, v, about, o, lse, do, dlse):
+        return backward(q, k, v, about[:, :ends], o, lse, do, dlse)
+
+    return of_own, of_own_back
+
+
+def _of_earlier(first, forward, backward):
+    """Returns (attend, gradients), see _of_part, of a step whose keys are of a rank with a lower number: all queries attend to their first
+    half. first: the place in `about` of the two numbers that lengths() has for the step. forward, backward: `crossing` of ops/attention.py.
     """
     join, stack, concat, cast = _join(), ops.Stack(0), ops.Concat(2), ops.Cast()
 
-    def attend(q, kv, meets, o, lse):
+    def attend(q, kv, about, o, lse):
         half = q.shape[1] // 2
-        other = forward(q, kv[0][:, :half], kv[1][:, :half], meets)
+        other = forward(q, kv[0][:, :half], kv[1][:, :half], about[:, first : first + 2])
         return join(o, lse, other[0], other[1])
 
-    def gradients(q, kv, meets, o, lse, do, dlse, dq, dkv):
+    def gradients(q, kv, about, o, lse, do, dlse, dq, dkv):
         half = q.shape[1] // 2
-        more = backward(q, kv[0][:, :half], kv[1][:, :half], meets, o, lse, do, dlse)
+        more = backward(q, kv[0][:, :half], kv[1][:, :half], about[:, first : first + 2], o, lse, do, dlse)
         early = dkv[:, :, :half] + stack((cast(more[1], ms.float32), cast(more[2], ms.float32)))
         return dq + cast(more[0], ms.float32), concat((early, dkv[:, :, half:]))
 
     return attend, gradients
 
 
-def _of_later(forward, backward):
+def _of_later(first, forward, backward):
     """Returns (attend, gradients) as _of_earlier does, of a step whose keys are of a rank with a higher number: the second half of the
     queries attends to all of them."""
     join, stack, concat, cast = _join(), ops.Stack(0), ops.Concat(1), ops.Cast()
 
-    def attend(q, kv, meets, o, lse):
+    def attend(q, kv, about, o, lse):
         half = q.shape[1] // 2
-        other = forward(q[:, half:], kv[0], kv[1], meets)
+        other = forward(q[:, half:], kv[0], kv[1], about[:, first : first + 2])
         late = join(o[:, half:], lse[:, half:], other[0], other[1])
         return concat((cast(o[:, :half], ms.float32), late[0])), concat((lse[:, :half], late[1]))
 
-    def gradients(q, kv, meets, o, lse, do, dlse, dq, dkv):
+    def gradients(q, kv, about, o, lse, do, dlse, dq, dkv):
         half = q.shape[1] // 2
-        more = backward(q[:, half:], kv[0], kv[1], meets, o[:, half:], lse[:, half:], do[:, half:], dlse[:, half:])
+        more = backward(q[:, half:], kv[0], kv[1], about[:, first : first + 2], o[:, half:], lse[:, half:], do[:, half:], dlse[:, half:])
         dkv = dkv + stack((cast(more[1], ms.float32), cast(more[2], ms.float32)))
         return concat((dq[:, :half], dq[:, half:] + cast(more[0], ms.float32))), dkv
 
     return attend, gradients
-
-
-class _Ring(nn.Cell):
-    """Returns (o_BSNH, lse_BSN). The graphs of all ranks have equal structure, so their collectives run in an equal order."""
-
-    def __init__(self, mesh, atoms, forward, backward):
-        super().__init__()
-        n, at = mesh.size(atoms), mesh.index(atoms)
-        self.n, self.at, self.forward, self.backward = n, at, forward, backward
-        self.sources = tuple((at - step) % n for step in range(n))  # the rank whose keys this rank has, in each step
-        self.pass_on = collectives.ppermute(mesh, atoms, [(i, (i + 1) % n) for i in range(n)])
-        lines = []  # written out: as a loop it does not compile in a loop over layers (docs/mindspore.md)
-        for source in self.sources[1:]:
-            keys = f"kv[0], kv[1], segment, part(segments, {source}), place, part(order, {source})"
-            lines += ["kv = pass_on(kv)", f"more = forward(q, {keys})", "o, lse = join(o, lse, more[0], more[1])"]
-        names = {"pass_on": self.pass_on, "forward": forward, "part": self.part, "join": _join()}
-        self.others = function("others(q, kv, segments, order, segment, place, o, lse)", [*lines, "return o, lse"], **names)
-        self.stack, self.cast, self.zeros_like = ops.Stack(0), ops.Cast(), ops.ZerosLike()
-
-    def part(self, x, source):
-        """Returns the slice of x_BT for the tokens of the rank with index `source`."""
-        size = x.shape[1] // self.n
-        return x[:, source * size : (source + 1) * size]
-
-    def construct(self, q, k, v, segments, order):
-        segment, place = self.part(segments, self.at), self.part(order, self.at)
-        o, lse = self.forward(q, k, v, segment, segment, place, place)
-        kv = self.stack((k, v))
-        o, lse = self.others(q, kv, segments, order, segment, place, o, lse)
-        return self.cast(o, q.dtype), lse
-
-    def bprop(self, q, k, v, segments, order, out, dout):
-        segment, place = self.part(segments, self.at), self.part(order, self.at)
-        dq, dk, dv = self.backward(q, k, v, segment, segment, place, place, out[0], out[1], dout[0], dout[1])
-        # depends on the cotangent, or the compiler would keep the keys of all ranks from the forward instead of sending them again
-        kv, dkv = self.stack((ops.depend(k, dout[0]), v)), self.stack((self.cast(dk, ms.float32), self.cast(dv, ms.float32)))
-        dq = self.cast(dq, ms.float32)
-        for step in range(1, self.n):
-            kv = self.pass_on(kv)
-            dkv = self.pass_on(ops.depend(dkv, kv))  # after the keys, so that all ranks send in an equal order
-            source = self.sources[step]
-            segment_of, place_of = self.part(segments, source), self.part(order, source)
-            more = self.backward(q, kv[0], kv[1], segment, segment_of, place, place_of, out[0], out[1], dout[0], dout[1])
-            dq = dq + self.cast(more[0], ms.float32)
-            dkv = dkv + self.stack((self.cast(more[1], ms.float32), self.cast(more[2], ms.float32)))
-        dkv = self.pass_on(dkv)
-        dk, dv = self.cast(dkv[0], k.dtype), self.cast(dkv[1], v.dtype)
-        return self.cast(dq, q.dtype), dk, dv, self.zeros_like(segments), self.zeros_like(order)
 
 
 def _join():
