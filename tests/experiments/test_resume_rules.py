@@ -16,6 +16,7 @@ from experiments.train.resume_rules import ELSEWHERE, IN_PLACE, NEVER, RULES
 from parallel.checkpoint.files import step_folder, steps
 from parallel.checkpoint.store import save
 from parallel.mesh import ONE_DEVICE
+from tests import processes
 from tests.experiments.test_pretrain import make_text
 from tests.experiments.test_resume import arrays, config_of, records
 
@@ -154,6 +155,15 @@ def damage(path, how):
         path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
 
 
+def is_unchanged(folder, before):
+    """Whether the files of a run's folder are as they were, but for the lock file. before: {path: bytes}."""
+    return before == {path: (folder / path).read_bytes() for path in before if path != ".lock"} | {".lock": before.get(".lock")}
+
+
+def contents(folder):
+    return {path: (folder / path).read_bytes() for path in files_of(folder)}
+
+
 def outcome(name, how):
     return next(results[DAMAGES.index(how)] for pattern, results in FILES.items() if re.fullmatch(pattern, name))
 
@@ -163,10 +173,10 @@ def check_file(name, how, run, longer, text, folder):
     damage(folder / name, how)
     said = outcome(name, how)
     if said:
-        before = {path: (folder / path).read_bytes() for path in files_of(folder)}
+        before = contents(folder)
         with pytest.raises((ValueError, FileNotFoundError), match=said.replace("NAME", re.escape(str(folder / name)))):
             pretrain.pretrain(config_of(text, **LONGER), str(folder))
-        assert before == {path: (folder / path).read_bytes() for path in before if path != ".lock"} | {".lock": before.get(".lock")}
+        assert is_unchanged(folder, before)
         return
     pretrain.pretrain(config_of(text, **LONGER), str(folder))
     (got, meta), (want, want_meta) = (arrays(step_folder(str(f), 7)) for f in (folder, longer))
@@ -186,6 +196,42 @@ def test_every_file_of_a_runs_folder(run, longer, text, tmp_path):
     for name in files_of(run):
         for how in DAMAGES:
             check_file(name, how, run, longer, text, tmp_path / f"{name.replace('/', '_')}.{how}")
+
+
+def on_two_ranks(runs, text, path):
+    """Starts runs, [(folder, changes)], one after the other on two data ranks. Returns how each ended, the same on both ranks."""
+    path.write_text(json.dumps([[str(folder), {**changes, "parallel.dp": 2}] for folder, changes in runs]))
+    ends = processes.run("tests.experiments.resume_worker:main", 2, text, str(path), timeout_s=2400)
+    assert ends[0] == ends[1]  # where one rank alone had failed, the other would wait for it until the job's time is over
+    return [str(ends[0][str(number)]) for number in range(len(runs))]
+
+
+@pytest.mark.slow
+def test_every_file_of_a_runs_folder_on_two_ranks(run, longer, text, tmp_path):
+    """The run of one process goes on on two. The files that do no harm are damaged all at once."""
+    folders, refused = [], {}
+    for how in DAMAGES:
+        harmless = tmp_path / how
+        shutil.copytree(run, harmless)
+        folders.append(harmless)
+        for name in files_of(run):
+            folder, said = tmp_path / f"{name.replace('/', '_')}.{how}", outcome(name, how)
+            if said is None:
+                damage(harmless / name, how)
+                continue
+            shutil.copytree(run, folder)
+            damage(folder / name, how)
+            folders.append(folder)
+            refused[folder] = said.replace("NAME", re.escape(str(folder / name))), contents(folder)
+    assert len(refused) > 20
+    for folder, end in zip(folders, on_two_ranks([(folder, LONGER) for folder in folders], text, tmp_path / "runs.json"), strict=True):
+        if folder in refused:
+            said, before = refused[folder]
+            assert re.search(said, end), (folder, end)
+            assert is_unchanged(folder, before)
+        else:
+            assert end == "" and json.loads((folder / "finished.json").read_text()) == {"step": 7}
+            assert records(folder)[-1]["objective"] == pytest.approx(records(longer)[-1]["objective"], rel=1e-5), folder
 
 
 def test_a_run_without_its_tokenizer_writes_it_again_and_a_changed_one_is_not_used(run, longer, text, tmp_path):
@@ -273,26 +319,63 @@ OTHER_UPDATES = ("train.steps",)  # in place, and yet the updates change
 @pytest.mark.slow
 def test_every_key_that_may_change_is_changed_while_a_run_goes_on(text, tmp_path):
     assert set(VALUES) | NEEDS_MORE == set(resume_rules.keys(IN_PLACE, ELSEWHERE))
-    begun = tmp_path / "begun"
+    begun, whole = run_that_was_stopped(text, tmp_path / "begun")
+    for key in VALUES:
+        folder, changes = going_on(begun, key, tmp_path)
+        pretrain.pretrain(config_of(text, **changes), str(folder))
+        check_changed(folder, key, whole)
+
+
+@pytest.mark.slow
+def test_every_key_is_changed_while_a_run_goes_on_on_two_ranks(text, tmp_path):
+    """The run of one process goes on on two, or is refused by the name of the key."""
+    begun, whole = run_that_was_stopped(text, tmp_path / "begun")
+    runs = [going_on(begun, key, tmp_path) for key in VALUES]
+    before, refused = contents(begun), [key for key in KEYS if RULES[key][0] == NEVER and has_another(key, config_of(text))]
+    runs += [(begun, {key: has_another(key, config_of(text))}) for key in refused]
+    ends = on_two_ranks(runs, text, tmp_path / "runs.json")
+    for key, (folder, _), end in zip([*VALUES, *refused], runs, ends, strict=True):
+        if key in refused:
+            assert f"{key}=" in end, (key, end)
+        else:
+            assert end == "", key
+            check_changed(folder, key, whole)
+    assert is_unchanged(begun, before) and len(refused) > 10
+
+
+def has_another(key, config):
+    """Returns another value of a key that is right by itself: one more than a number. None for a key of another type."""
+    value = flags._value(config, key)
+    return value + 1 if type(value) in (int, float) else None
+
+
+def run_that_was_stopped(text, begun):
+    """Returns the folder of a run of 6 steps that was stopped after 4, and its lines with a loss, of all 6."""
     pretrain.pretrain(config_of(text), str(begun))
     shutil.rmtree(step_folder(str(begun), 6))
     (begun / "finished.json").unlink()
     assert steps(str(begun)) == [2, 4]
-    whole = [r for r in records(begun) if "loss" in r]
-    for key, value in VALUES.items():
-        where, folder = RULES[key][0], tmp_path / key
-        changes = {key: value} if where == IN_PLACE else {key: value, "resume_from": str(begun)}
-        if where == IN_PLACE:
-            shutil.copytree(begun, folder)
-        pretrain.pretrain(config_of(text, **changes), str(folder))
-        last = value if key == "train.steps" else 6
-        assert json.loads((folder / "finished.json").read_text()) == {"step": last}, key
-        losses = [r["loss"] for r in records(folder) if "loss" in r and r["step"] == (5 if key != "train.log_every" else 6)]
-        want = next(r["loss"] for r in whole if r["step"] == (5 if key != "train.log_every" else 6))
-        if where == IN_PLACE and key not in OTHER_UPDATES:
-            assert losses[-1] == pytest.approx(want, rel=2e-5), key
-        else:
-            assert np.isfinite(losses[-1]), key
+    return begun, [r for r in records(begun) if "loss" in r]
+
+
+def going_on(begun, key, tmp_path):
+    """Returns (folder, changes of the config) of a run that goes on from `begun` with another value of a key."""
+    folder, changes = tmp_path / key, {key: VALUES[key]}
+    if RULES[key][0] != IN_PLACE:
+        return folder, {**changes, "resume_from": str(begun)}
+    shutil.copytree(begun, folder)
+    return folder, changes
+
+
+def check_changed(folder, key, whole):
+    """Holds a run that went on with another value of a key to the run that did not."""
+    last, logged = VALUES[key] if key == "train.steps" else 6, 5 if key != "train.log_every" else 6
+    assert json.loads((folder / "finished.json").read_text()) == {"step": last}, key
+    losses = [r["loss"] for r in records(folder) if "loss" in r and r["step"] == logged]
+    if RULES[key][0] == IN_PLACE and key not in OTHER_UPDATES:
+        assert losses[-1] == pytest.approx(next(r["loss"] for r in whole if r["step"] == logged), rel=2e-5), key
+    else:
+        assert np.isfinite(losses[-1]), key
 
 
 def test_evaluation_reads_a_runs_own_data_keys(run):
