@@ -68,18 +68,16 @@ class Tokenizer:
                 f"tokenizer.json: the highest id is {self.vocab_size - 1:,} of {len(vocabulary):,} tokens; ids with such holes are not"
                 " supported, number the tokens anew"
             )
-        spec = json.loads(backend.to_str())
-        if spec["model"]["type"] != "BPE" or (spec["decoder"] or {}).get("type") != "ByteLevel":
-            raise ValueError(f"tokenizer.json: model type {spec['model']['type']!r} is not supported; only byte-level BPE is")
-        self._added = frozenset(t["id"] for t in spec["added_tokens"])
-        self._special = frozenset(t["id"] for t in spec["added_tokens"] if t["special"])
+        if not (isinstance(backend.model, models.BPE) and isinstance(backend.decoder, decoders.ByteLevel)):
+            raise ValueError(f"tokenizer.json: model type {type(backend.model).__name__!r} is not supported; only byte-level BPE is")
+        added = backend.get_added_tokens_decoder()
+        self._added, self._special = frozenset(added), frozenset(i for i, token in added.items() if token.special)
         # `encode_special_tokens` would still match the added tokens not marked special, such as <think>.
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
-        self._can_cut = json.dumps(SPLIT) in json.dumps(spec["pre_tokenizer"])
+        self._plain = _without_added(backend)
+        self._can_cut = backend.pre_tokenizer is not None and json.dumps(SPLIT).encode() in backend.pre_tokenizer.__getstate__()
         # An added token must be on one side of a cut, and must not take spaces from the other side.
-        added = spec["added_tokens"]
-        self._can_cut_chats = self._can_cut and not any(t["lstrip"] or t["rstrip"] or set(t["content"]) & set(AFTER) for t in added)
-        added = {t["content"] for t in added}
+        self._can_cut_chats = self._can_cut and not any(t.lstrip or t.rstrip or set(t.content) & set(AFTER) for t in added.values())
+        added = {t.content for t in added.values()}
         self._longest = max((len(t.encode()) if t in added else len(t) for t in vocabulary), default=1)  # bytes of the longest token
         self.eod_id = self._id("the end of a document", EOD)
         self.eos_id = self._id("eos_token", _content(found.eos_token))
@@ -267,6 +265,13 @@ def train_bpe(texts, vocab_size):
         "chat_template": CHAT_TEMPLATE,
     }
     return Tokenizer(backend, config)
+
+
+def _without_added(backend):
+    """Returns a tokenizers.Tokenizer with the model of another one, which both then share, and without its added tokens."""
+    plain = tokenizers.Tokenizer(backend.model)
+    plain.normalizer, plain.pre_tokenizer, plain.decoder = backend.normalizer, backend.pre_tokenizer, backend.decoder
+    return plain
 
 
 def _encoded(backend, pieces, offsets=False):
