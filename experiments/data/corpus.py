@@ -11,6 +11,7 @@ from experiments.data import conversations, gpt_index, loader, packing, pairs, p
 from experiments.data.megatron import IndexedDataset
 from experiments.data.rows import Blend, ExampleRows, PackedRows, PairRows
 from experiments.data.stream import TextStream
+from experiments.data.token_cache import tokenised
 from qwen3 import chat
 from qwen3.tokenizer import Tokenizer, train_bpe
 
@@ -75,7 +76,7 @@ def whole(config, vocab_size):
     if not prefixes:
         _refuse_table(data.path)
         documents = _capped(sources.find_documents(data.path), data.max_bytes)
-        rows = packing.pack(tokenizer.encode_batch([d.text for d in documents]), seq_len, tokenizer.eod_id, data.reset_at_eod)
+        rows = packing.pack(tokenised([[d.text for d in documents]], tokenizer)[1][0], seq_len, tokenizer.eod_id, data.reset_at_eod)
         return tokenizer, PackedRows(rows, os.path.basename(data.path) or "library")
     pairs_ = [IndexedDataset(prefix) for _, prefix in prefixes]
     found = [_pair_rows(indexed, (0, len(indexed)), "whole", config, tokenizer) for indexed in pairs_]
@@ -129,11 +130,10 @@ def _text(config, vocab_size):
     data, seq_len = config.data, config.train.seq_len
     _refuse_table(data.path)
     train, held = sources.split(_capped(sources.find_documents(data.path), data.max_bytes), data.held_out)
-    tokenizer = _loaded(data, vocab_size) if data.tokenizer else train_bpe([d.text for d in train], data.vocab_size)
+    given = _loaded(data, vocab_size) if data.tokenizer else None
+    tokenizer, ids = tokenised([[d.text for d in part] for part in (train, held)], given, data.vocab_size)
     _check_vocabulary(tokenizer, f"data.vocab_size={data.vocab_size}", vocab_size)
-    rows = [
-        packing.pack(tokenizer.encode_batch([d.text for d in part]), seq_len, tokenizer.eod_id, data.reset_at_eod) for part in (train, held)
-    ]
+    rows = [packing.pack(part, seq_len, tokenizer.eod_id, data.reset_at_eod) for part in ids]
     return Corpus(tokenizer, PackedRows(rows[0], os.path.basename(data.path) or "library"), rows[1], held[0].text)
 
 
