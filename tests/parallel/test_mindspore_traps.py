@@ -504,3 +504,39 @@ def test_the_gradient_of_a_fused_sum_and_norm_leaves_out_that_of_the_sum(tmp_pat
     lines = re.findall(r" = .*\n", next(tmp_path.rglob("*_validate_*.ir")).read_text())
     assert any("AddRmsNorm(%para1_" in line and "%para3_" in line for line in lines)
     still(not any("%para4_" in line for line in lines), "_VendorAddNorm in ops/rms_norm.py needs no bprop of its own")
+
+
+COMPILE_CACHE = """
+    import sys
+
+    import mindspore as ms
+
+    ms.set_context(enable_compile_cache=True, compile_cache_path=sys.argv[1])
+
+    @ms.jit(fullgraph=True)
+    def plus(x, y):
+        return x + y
+
+    @ms.jit(fullgraph=True)
+    def minus(x, y):
+        return x - y
+
+    one, found = ms.Tensor([1.0]), {}
+    for name in sys.argv[2:]:
+        found[name] = float({"plus": plus, "minus": minus}[name](one, one).asnumpy()[0])
+    print("FOUND", found["plus"], found["minus"])
+"""
+
+
+@pytest.mark.slow
+def test_the_compile_cache_gives_the_graph_of_another_function(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(COMPILE_CACHE))
+
+    def values(*order):
+        command = [sys.executable, program, tmp_path / "cache", *order]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+        return re.search("FOUND (.*)", out)[1]
+
+    assert values("plus", "minus") == values("plus", "minus") == "2.0 0.0"
+    still(values("minus", "plus") == "0.0 2.0", "let parallel/graph/jit.py use the cache")
