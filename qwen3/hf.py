@@ -172,14 +172,13 @@ class Reader:
         if origin.stacked:
             out = np.empty([s.stop - s.start for s in index], hf_files.DTYPES[CODES[dtype]])
             for place, array in zip(out, self._arrays(origin.names[index[0]], index[1:], True)):
-                place[...] = cast(array, dtype, path)
+                hf_files.copy(cast(array, dtype, path), place)
             return out
         if origin.fused_number is not None:
             first = origin.fused_number * self.shape(path)[2]
             index = (*index[:2], slice(index[2].start + first, index[2].stop + first))
         (array,) = self._arrays(origin.names, index, origin.transposed)
-        array = np.ascontiguousarray(array)
-        return cast(array, dtype, path)
+        return cast(hf_files.in_c_order(array), dtype, path)
 
     def _arrays(self, names, index, transposed):
         """Yields the elements of each tensor that `index` selects, in our orientation. transposed: whether the file has the last two dims
