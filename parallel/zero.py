@@ -23,7 +23,8 @@ BUCKET_ELEMENTS = 1 << 24  # of float32, 64 MiB
 
 
 def sum_gradients(sharding, placed):
-    """Returns f(flat gradients) -> flat gradients, summed over their data axes and, from stage 1 on, each reduced to this rank's shard.
+    """Returns f(flat gradients) -> flat gradients, summed over their data axes. From stage 1 on they are reduce-scattered, so that a rank
+    gets its shard of each.
 
     placed: the flat list of Placed; `state` gives the shard of each. f is for use inside a compiled function.
     """
@@ -33,12 +34,8 @@ def sum_gradients(sharding, placed):
         if sharding.zero == 3 and split:
             continue  # summed by the backward of gathered()
         pack, unpack = (_pack_shards, _unpack_shards) if split else (_pack_whole, _unpack_whole)
-        scatters = split and sharding.zero == 2
-        names[f"sum{k}"] = (collectives.reduce_scatter if scatters else collectives.psum)(mesh, atoms)
+        names[f"sum{k}"] = (collectives.reduce_scatter if split else collectives.psum)(mesh, atoms)
         lines += [f"b{k} = sum{k}({pack(mesh, placed, bucket, 'used', done)})"]
-        if split and not scatters:
-            names[f"part{k}"] = collectives.split(mesh, atoms)
-            lines += [f"b{k} = part{k}(b{k})"]
         for i, text in unpack(mesh, placed, bucket, f"b{k}", "state"):
             done[i] = text
     return _flat_function("sum_gradients(g)", lines, done, names)

@@ -263,7 +263,7 @@ def of_sums(layout, placed, micro_batches):
     for atoms, split, elements, _ in _bucket_sizes(layout.mesh, placed):
         times = micro_batches if layout.zero >= 2 else 1
         if not (split and layout.zero == 3):
-            out[Call("update", "ReduceScatter" if split and layout.zero == 2 else "AllReduce", atoms, elements)] += times
+            out[Call("update", "ReduceScatter" if split else "AllReduce", atoms, elements)] += times
     return out
 
 

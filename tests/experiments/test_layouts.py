@@ -147,11 +147,8 @@ def test_experts_and_padding_in_the_table():
 def test_the_table_ends_with_what_a_rank_sends():
     """Sequence parallel: a gather before attention, feed-forward and head, over tp, of bfloat16 [rows, D]; twice more for looped layers."""
     layout = ("--dp=2", "--tp=8", "--pp=1", "--micro_batches=1", "--seq_parallel")
-    text, sent = layout_table.describe(read("--config=experiments/configs/qwen3_32b.py", *layout)), {}
-    for line in text.splitlines():
-        cells = re.split(r"  +", line)
-        if cells[0] in ("forward", "backward", "update"):
-            sent[tuple(cells[:3])] = [int(cell.replace(",", "")) for cell in cells[4:]]
+    text = layout_table.describe(read("--config=experiments/configs/qwen3_32b.py", *layout))
+    sent = sent_of(text)
     gathers, size = 2 * 64 + 1, 4 * 4096 // 2 * 5120 * 2 * 7 // 8
     assert sent["forward", "AllGather", "tp"] == [gathers, gathers * size]
     assert sent["forward", "ReduceScatter", "tp"] == [gathers, (gathers + 1) * size]  # the embedding's is of float32
@@ -159,6 +156,23 @@ def test_the_table_ends_with_what_a_rank_sends():
     assert sent["update", "AllReduce", "dp+tp"] == [1, 7]
     local = float(re.search(r"parameters +([\d.]+) GiB", text)[1]) * 2**30
     assert sent["update", "AllReduce", "dp"][1] == pytest.approx(local, rel=1e-3)  # in a ring of two, all of them once
+
+
+def sent_of(text):
+    """{(phase, kind, axes): [calls, bytes]} of a table of what a rank sends."""
+    each = [re.split(r"  +", line) for line in text.splitlines()]
+    return {tuple(c[:3]): [int(n.replace(",", "")) for n in c[4:]] for c in each if c[0] in ("forward", "backward", "update")}
+
+
+def test_zero_1_and_2_send_as_much_as_no_zero():
+    """Half of it is the reduce-scatter of the gradients, half the all-gather of the new parameters. A ring's all-reduce is both."""
+    layout = ("--config=experiments/configs/qwen3_32b.py", "--dp=2", "--tp=8", "--pp=1", "--micro_batches=1")
+    plain, *sharded = (sent_of(layout_table.describe(read(*layout, f"--zero={zero}"))) for zero in (0, 1, 2))
+    size = plain["update", "AllReduce", "dp"][1]
+    assert size > 2**33
+    for sent in sharded:
+        assert sent["update", "ReduceScatter", "dp"][1] == sent["update", "AllGather", "dp"][1] == pytest.approx(size / 2, rel=1e-3)
+        assert ("update", "AllReduce", "dp") not in sent
 
 
 def test_the_table_of_a_pipeline_has_each_ranks_layers_and_bytes_and_the_schedule():
