@@ -263,10 +263,6 @@ class BoundOps:
         """Returns weight. In the backward pass, bias gets the gradient `gradient`."""
         return self.bound("bias_gradient", dims)(weight, bias, gradient)
 
-    def total_valid(self, valid, dims):
-        """The sum of a vector, as a vector of size 1."""
-        return self.bound("total_valid", dims)(valid)
-
     def router_stats(self, logits, probs, expert, valid, dims):
         return self.bound("router_stats", dims)(logits, probs, expert, valid)
 

@@ -10,7 +10,7 @@ from ops.rearrange import rearrange
 from parallel.specs import ParamSpec, normal, zeros
 
 _reshape, _concat, _segment_sum = ops.Reshape(), ops.Concat(0), ops.UnsortedSegmentSum()
-_log1p, _exp, _maximum, _total, _mean = ops.Log1p(), ops.Exp(), ops.Maximum(), ops.ReduceSum(), ops.ReduceMean(keep_dims=True)
+_log1p, _exp, _maximum, _total = ops.Log1p(), ops.Exp(), ops.Maximum(), ops.ReduceSum()
 _largest, _total_kept = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True)
 NO_OVERFLOW = ms.Tensor([0.0], ms.float32)
 
@@ -124,12 +124,11 @@ def experts_of(cfg, op):
 
 
 def biased_top_k(cfg, op, logits, bias, valid):
-    """Chooses experts by logits plus bias; the bias does not change their weights. Its gradient is (load - mean load) / mean load of each
-    expert."""
+    """Chooses experts by logits plus bias; the bias does not change their weights. Its gradient is E (load - mean load) of each expert: whole
+    numbers, whose sum over ranks is exact, because the optimizer takes its sign, and the sum is 0 for an expert of mean load."""
     probs, expert, weight = op.top_k_by_bias(logits, ops.stop_gradient(bias))
-    mean_load = op.total_valid(valid, "rows -> one") * (cfg.experts_per_token / cfg.num_experts)
     own = load(expert, valid, cfg.num_experts)  # of this rank's rows
-    excess = (own - _mean(own, 0)) / _maximum(mean_load, 1e-9)
+    excess = own * cfg.num_experts - _reshape(_total(own, 0), (1,))
     return probs, expert, op.bias_gradient(weight, bias, ops.stop_gradient(excess), "rows choice, router, router -> rows choice")
 
 

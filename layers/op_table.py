@@ -109,7 +109,6 @@ def definitions(cfg, sharding, kernels, loss_chunks):
         "top_k": Definition(of("routing", "top_k", k, cfg.norm_topk_prob), "kernel", dtype=choice),
         "biased_top_k": Region(moe.biased_top_k_of, dtype=choice),
         "bias_gradient": Definition(moe.BiasGradient, "kernel"),
-        "total_valid": Definition(lambda: ops.ReduceSum(keep_dims=True), "reduction", over_dim_0),
         "router_stats": Definition(lambda: moe.statistics(cfg.num_experts), "contraction", dtype=ms.float32),
         "router_losses": Definition(lambda: moe.losses_of_stats(cfg), "kernel"),
         "router_entropy": Definition(lambda: moe.entropy_of_logits, "contraction", dtype=ms.float32),

@@ -80,6 +80,23 @@ def test_all_rows_to_the_same_experts():
         np.testing.assert_array_equal(used, [False, False, True, False, True, False])
 
 
+def test_ranks_add_up_the_gradient_of_the_bias_exactly():
+    """It is E times what the load is above its mean. The optimizer takes the sign of the sum over ranks, so rounding would move the bias of
+    an expert that has the mean load."""
+    cfg = MOE.replace(router_bias=True)
+    trained, _ = inputs(cfg, 35)
+    E, k, valid = cfg.num_experts, cfg.experts_per_token, np.ones(35, np.float32)
+
+    def gradient(rows):
+        part = {"p": trained["p"], "x": trained["x"][rows]}
+        return value_and_grad(loss_of(cfg, CPU))(part, ms.Tensor(valid[rows]))[1]["p"]["router_bias"].asnumpy()
+
+    at_once = gradient(slice(None))
+    assert (at_once == np.round(at_once)).all() and at_once.sum() == 0 and at_once.any() and np.abs(at_once).max() <= E * 35
+    assert ((at_once + 35 * k) % E == 0).all()
+    np.testing.assert_array_equal(sum(gradient(slice(start, start + 5)) for start in range(0, 35, 5)), at_once)
+
+
 def test_the_annotations_hold():
     trained, valid = inputs(MOE, 30)
     for cfg in (MOE, MOE.replace(router_bias=True, norm_topk_prob=False)):
