@@ -23,30 +23,50 @@ def reference():
     The gradient treats top as a constant, so a loss made of the three terms must not depend on top: log(total) + (top - picked) does not,
     and is accurate for large logits. A row with only -inf has top -inf, total 0 and no gradient.
     """
-    largest, total, exp = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True), ops.Exp()
-    select, greater, zeros_like, pick = ops.Select(), ops.Greater(), ops.ZerosLike(), _pick()
-    require = check("cross_entropy", ARGUMENTS)
+    terms, require = _Terms(), check("cross_entropy", ARGUMENTS)
 
     def measure(first, z, ids):
         require((z.shape, ids.shape), (z.dtype, ids.dtype))
-        top = ops.stop_gradient(largest(z, 1))
-        shift = select(greater(top, float("-inf")), top, zeros_like(top))  # -inf - -inf is NaN
-        return top, total(exp(z - shift), 1), pick(z, ids - first)
+        return terms(z, ids - first)
 
     return measure
 
 
-def _pick():
-    """Returns pick(z_RV, at_R) -> z[r, at[r]] [R, 1]; 0 if at[r] is no column."""
-    greater_equal, less, logical_and = ops.GreaterEqual(), ops.Less(), ops.LogicalAnd()
-    gather, expand, cast, select, zeros_like = ops.GatherD(), ops.ExpandDims(), ops.Cast(), ops.Select(), ops.ZerosLike()
+class _Terms(nn.Cell):
+    """The terms of z_RV and the targets' columns at_R. It has a backward of its own, because MindSpore's keeps exp(z - top) and adds two
+    arrays of the size of z, one of which is zeros but for the targets."""
 
-    def pick(z, at):
-        mine = logical_and(greater_equal(at, 0), less(at, z.shape[1]))
-        picked = gather(z, 1, expand(at * cast(mine, ms.int32), 1))
-        return select(expand(mine, 1), picked, zeros_like(picked))  # not a product, since the column that was gathered instead may be -inf
+    def __init__(self):
+        super().__init__()
+        self.largest, self.total, self.exp = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True), ops.Exp()
+        self.greater, self.greater_equal, self.less, self.both = ops.Greater(), ops.GreaterEqual(), ops.Less(), ops.LogicalAnd()
+        self.select, self.expand, self.cast = ops.Select(), ops.ExpandDims(), ops.Cast()
+        self.gather, self.add_at, self.zeros_like = ops.GatherD(), ops.TensorScatterElements(1, "add"), ops.ZerosLike()
 
-    return pick
+    def construct(self, z, at):
+        top = self.largest(z, 1)
+        return top, self.total(self.exp(z - self.finite(top)), 1), self.pick(z, at)
+
+    def bprop(self, z, at, out, dout):
+        z = ops.depend(z, (out[2], dout[1]))  # or the compiler would keep the exponentials of the forward
+        mine, column = self.column(z, at)
+        dz = self.exp(z - self.finite(out[0])) * dout[1]
+        return self.add_at(dz, column, self.select(mine, dout[2], self.zeros_like(dout[2]))), self.zeros_like(at)
+
+    def finite(self, top):
+        """Returns top, with 0 in place of -inf: -inf - -inf is NaN."""
+        return self.select(self.greater(top, float("-inf")), top, self.zeros_like(top))
+
+    def pick(self, z, at):
+        """Returns z[r, at[r]] [R, 1]; 0 if at[r] is no column."""
+        mine, column = self.column(z, at)
+        picked = self.gather(z, 1, column)
+        return self.select(mine, picked, self.zeros_like(picked))  # the column gathered instead may be -inf
+
+    def column(self, z, at):
+        """Returns (whether at[r] is a column of z, and at[r] if so, else 0), both [R, 1]."""
+        mine = self.both(self.greater_equal(at, 0), self.less(at, z.shape[1]))
+        return self.expand(mine, 1), self.expand(at * self.cast(mine, ms.int32), 1)
 
 
 def cpu():

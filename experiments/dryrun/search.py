@@ -50,7 +50,7 @@ seconds of a step
 # Numbers of bfloat16 tensors that a layer saves for its backward pass, counted in compiled graphs: of [rows, hidden], sharded by sequence
 # parallel; of [tokens, hidden], replicated on all tp ranks; of the heads; of the ffn; of the ffn of experts.
 SAVED_ROWS, SAVED_INPUTS, SAVED_HEADS, SAVED_FFN, SAVED_EXPERT_FFN = 3, 2, 3, 5, 3
-SAVED_LOGITS = 5  # float32 tensors of the logits, or of a chunk of them, alive at once in the loss and its backward pass
+SAVED_LOGITS = 3  # float32 tensors of the logits, or of a chunk of them, alive at once in the loss and its backward pass
 UPDATED_FIRST, UPDATED_NEXT = 6, 3  # float32 copies, alive at once in the update, of the largest and the second largest array
 
 
@@ -109,7 +109,7 @@ def estimate(config):
     state, gradients = stored + len(MOMENTS[config.optim.name]) * moment, moment if parallel.zero >= 2 else used
     saved, held = saved_bytes(config, cfg, sharding), _updated(mesh, trained)
     if config.train.recompute != "full":  # what a layer saves was counted with a copy of its weights in the compute dtype
-        saved -= _bytes(mesh, [each for each in placed if each.spec.dtype == cfg.compute_dtype != "float32"], "used")
+        saved -= _bytes(mesh, [each for each in placed if each.path.startswith("layers.") and each.spec.dtype != "float32"], "used")
     calls = _calls(config, cfg, sharding, placed)
     groups = {mesh.members(call.atoms) for call in calls} | ({mesh.members(("pp",))} if pp > 1 else set())
     margin = int((dryrun.MARGIN_GIB + dryrun.MARGIN_PER_GROUP_GIB * len(groups)) * GIB)
