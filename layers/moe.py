@@ -124,8 +124,11 @@ def experts_of(cfg, op):
 
 
 def biased_top_k(cfg, op, logits, bias, valid):
-    """Chooses experts by logits plus bias; the bias does not change their weights. Its gradient is E (load - mean load) of each expert: whole
-    numbers, whose sum over ranks is exact, because the optimizer takes its sign, and the sum is 0 for an expert of mean load."""
+    """Chooses experts by logits plus bias; the bias does not change their weights.
+
+    The gradient of the bias is E (load - mean load) of each expert, of which the optimizer takes the sign. These are whole numbers, so that
+    their sum over ranks is exact, and 0 for an expert of mean load.
+    """
     probs, expert, weight = op.top_k_by_bias(logits, ops.stop_gradient(bias))
     own = load(expert, valid, cfg.num_experts)  # of this rank's rows
     excess = own * cfg.num_experts - _reshape(_total(own, 0), (1,))
