@@ -24,8 +24,8 @@ def cpu(transpose_b=False):
 
 
 def reference_int8():
-    """Returns matmul(x_RI, w int8 [O, I], scale float32 [O, G]) -> y_RO, the product with the transpose of a matrix in 8 bits (ops/int8.py).
-    It makes the whole matrix in the dtype of x."""
+    """Returns matmul(x_RI, w int8 [O, I], scale float32 [O, G]) -> y_RO, the product with the transpose of a matrix in 8 bits
+    (ops/int8.py). It makes the whole matrix in the dtype of x."""
     multiply, wide, require = ops.MatMul(transpose_b=True), int8.widen(), check("matmul", INT8, **GROUPS)
 
     def matmul(x, w, scale):

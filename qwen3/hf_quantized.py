@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ops.int8 import group_of
 from qwen3.hf_files import DTYPES, Entry
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the column, of 8 neighbours, of each number in an int32
@@ -60,15 +61,25 @@ def with_floats(folder, files, scheme):
     return {**{name: file for name, file in files.items() if name not in own}, **dict.fromkeys(weights.entries, weights)}
 
 
+def is_zero_bias(files, name):
+    """Whether a tensor is a bias of zeros of a quantised module, as some versions of AutoGPTQ write for modules that have none."""
+    weights = files.get(f"{name.removesuffix('.bias')}.weight")
+    return name.endswith(".bias") and isinstance(weights, FloatWeights) and not files[name].array(name).astype(np.float32).any()
+
+
 class FloatWeights:
     """The weights [N, K] of quantised modules, with the interface of hf_files.TensorFile: entries, path, dtype(), array() and arrays()."""
 
     def __init__(self, folder, files, scheme, modules):
-        self.path, self._files, self._scheme, self.entries = Path(folder), files, scheme, {}
-        self._has = {}  # module: its parts
+        self.path, self._files, self._scheme, self.entries, self._has = Path(folder), files, scheme, {}, {}
         for module in modules:
             self._has[module] = [part for part in PARTS[scheme.method][0] if f"{module}.{part}" in files]
-            shape = self._checked(module)
+            self._check_parts(module)
+        packed = scheme.method == "pack-quantized"
+        given = self._each(modules, "weight_shape", ()) if packed else (None for _ in modules)  # in one go: there may be thousands
+        for module, shape in zip(modules, given):
+            shape = self._shape(module, shape.tolist() if packed else None)
+            self._check_shapes(module, *shape)
             self.entries[f"{module}.weight"] = Entry("F32", shape, 0, 4 * math.prod(shape))
 
     def dtype(self, name):
@@ -85,6 +96,23 @@ class FloatWeights:
         for _, alike in groupby(modules, key=self._has.get):  # which have the same parts, so that each kind is read in one go
             for numbers, scale, group in self._read(list(alike), index):
                 yield numbers.astype(np.float32) * scale[:, group]
+
+    def int8_group(self, name):
+        """Returns how many inputs share a scale where the numbers of a weight fit in int8 (ops/int8.py); None where they do not, as the
+        inputs of a group are no neighbours, or as 8 bits less a zero point take 9."""
+        if self._scheme.ordered or (self._scheme.bits == 8 and not self._scheme.symmetric):
+            return None
+        inputs = self._scheme.group or self.entries[name].shape[1]
+        return group_of(inputs) if self.entries[name].shape[1] % inputs == 0 else None
+
+    def int8_arrays(self, names, index):
+        """Yields (numbers int8 [n, k], scales float32 [n, k / int8_group(name)]) for each name, with the values of arrays(). index: slices
+        that begin and end with a group. Raises ValueError for numbers that do not fit, as sym=true promises."""
+        each = self.int8_group(names[0])
+        for name, (numbers, scale, group) in zip(names, self._read([name.removesuffix(".weight") for name in names], index)):
+            if numbers.size and (numbers.min() < -128 or numbers.max() > 127 or (group != np.repeat(group[::each], each)).any()):
+                raise ValueError(f"{self.path}: {name} has zero points or groups that config.json does not tell; use --weights=float")
+            yield numbers.astype(np.int8), scale[:, group[::each]]
 
     def _read(self, modules, index):
         """Yields (numbers less zero points [n, k], scales float32 [n, G], the group of each input [k]) of the selected part of each
@@ -116,12 +144,7 @@ class FloatWeights:
     def _packed(self, modules, rows, columns):
         bits, G = self._scheme.bits, self._groups(modules[0])
         numbers = self._each(modules, "weight_packed", (rows, _packed(columns, 32 // bits)))
-        shapes = self._each(modules, "weight_shape", ())
-        for q, given, module, (z, scale, group) in zip(numbers, shapes, modules, self._scaled(modules, rows, columns, G)):
-            wanted = self.entries[f"{module}.weight"].shape
-            if tuple(given.tolist()) != wanted:
-                name = f"{module}.weight_shape"
-                raise ValueError(f"{self._files[name].path}: tensor {name} holds {given.tolist()}, and the others are of {list(wanted)}")
+        for q, (z, scale, group) in zip(numbers, self._scaled(modules, rows, columns, G)):
             yield _unpack(q, bits, 1, columns) - (1 << (bits - 1)) - z[:, group], scale, group
 
     def _integers(self, modules, rows, columns):
@@ -172,60 +195,67 @@ class FloatWeights:
         K, size = self.entries[f"{module}.weight"].shape[1], self._scheme.group
         return -(-K // size) if size else 1
 
-    def _checked(self, module):
-        """Returns the shape [N, K] of a module's weight. Raises ValueError unless its tensors fit each other."""
-        (codes, mark), bits, method = PARTS[self._scheme.method], self._scheme.bits, self._scheme.method
-        found = {part: self._files[f"{module}.{part}"].entries[f"{module}.{part}"] for part in self._has[module]}
+    def _check_parts(self, module):
+        """Raises ValueError for a part of a module that is missing, or that has a wrong dtype or number of dims."""
+        codes, mark = PARTS[self._scheme.method]
         for part in codes:
-            needed = part not in MAY_LACK or (part.endswith("g_idx") and self._scheme.ordered)
+            needed = part not in MAY_LACK
+            needed = needed or (part in ("g_idx", "weight_g_idx") and self._scheme.ordered)
             needed = needed or (part == "weight_zero_point" and not self._scheme.symmetric)
-            if part not in found and needed:
-                raise ValueError(f"{self.path}: tensor {module}.{part} is missing, and {module}.{mark} is there; is a shard missing?")
-            if part in found and found[part].code not in codes[part]:
-                raise self._wrong(module, part, f"is {found[part].code}", f"has to be {' or '.join(codes[part])}")
+            if part not in self._has[module]:
+                if needed:
+                    raise ValueError(f"{self.path}: tensor {module}.{part} is missing beside {module}.{mark}; is a shard missing?")
+                continue
+            entry = self._entry(module, part)
+            allowed = ("I8",) if part == "weight_zero_point" and self._scheme.group == 0 else codes[part]
+            if entry.code not in allowed:
+                raise self._wrong(module, part, f"is {entry.code}", f"has to be {' or '.join(allowed)}")
             rank = 1 if part in ("g_idx", "weight_g_idx", "weight_shape") else 2
-            if part in found and len(found[part].shape) != rank and not (self._scheme.group == 0 and part != mark):
-                raise self._wrong(module, part, f"has shape {list(found[part].shape)}", f"has to have {rank} dims")
-        pf = 32 // bits
-        if method in ("gptq", "awq"):
-            rows, columns = found["qweight"].shape
-            K, N = (rows * pf, columns) if method == "gptq" else (rows, columns * pf)
-        elif method == "pack-quantized":  # weight_shape has the number of inputs, and is read with the numbers
-            N, K = found["weight_packed"].shape[0], self._inputs(module, found["weight_packed"].shape[1] * pf)
-        else:
-            N, K = found["weight"].shape
-        G = -(-K // self._scheme.group) if self._scheme.group else 1
-        if method in ("pack-quantized", "int-quantized") and self._scheme.group and K % self._scheme.group:
-            raise ValueError(f"{self.path}: {module} has {K} inputs, which group_size={self._scheme.group} does not divide")
-        one = self._scheme.group == 0
-        zero_rows = -(-N // pf) if found.get("weight_zero_point", (None,))[0] == "I32" else N
+            if len(entry.shape) != rank and not (self._scheme.group == 0 and part in ("weight_scale", "weight_zero_point")):
+                raise self._wrong(module, part, f"has shape {list(entry.shape)}", f"has to have {rank} dims")
+
+    def _shape(self, module, given):
+        """Returns the shape (N, K) of a module's weight. given: the numbers in weight_shape, where there are some."""
+        pf = 32 // self._scheme.bits
+        if self._scheme.method == "gptq":
+            words, N = self._entry(module, "qweight").shape
+            return N, words * pf
+        if self._scheme.method == "awq":
+            K, words = self._entry(module, "qweight").shape
+            return words * pf, K
+        if self._scheme.method == "int-quantized":
+            return self._entry(module, "weight").shape
+        N, words = self._entry(module, "weight_packed").shape
+        if len(given) != 2 or given[0] != N or not pf * (words - 1) < given[1] <= pf * words:
+            raise self._wrong(module, "weight_shape", f"holds {given}", f"has to fit {module}.weight_packed of {[N, words]}")
+        return N, given[1]
+
+    def _check_shapes(self, module, N, K):
+        """Raises ValueError for a part of a module whose shape does not fit a weight [N, K]."""
+        pf, size, compressed = 32 // self._scheme.bits, self._scheme.group, self._scheme.method in ("pack-quantized", "int-quantized")
+        if compressed and size and K % size:
+            raise ValueError(f"{self.path}: {module} has {K} inputs, which group_size={size} does not divide")
+        G = -(-K // size) if size else 1
+        packed_zeros = "weight_zero_point" in self._has[module] and self._entry(module, "weight_zero_point").code == "I32"
         wanted = {
             "qzeros": (G, -(-N // pf)),
             "scales": (G, N),
             "g_idx": (K,),
-            "weight_packed": (N, -(-K // pf)),
             "weight_scale": (N, G),
-            "weight_zero_point": (zero_rows, G),
+            "weight_zero_point": (-(-N // pf) if packed_zeros else N, G),
             "weight_g_idx": (K,),
-            "weight_shape": (2,),
         }
-        for part, entry in found.items():
-            if one and part in ("weight_scale", "weight_zero_point"):
-                if math.prod(entry.shape) != 1:
-                    raise self._wrong(module, part, f"has shape {list(entry.shape)}", "has to have one element")
-            elif part in wanted and entry.shape != wanted[part]:
-                raise self._wrong(module, part, f"has shape {list(entry.shape)}", f"has to have {list(wanted[part])}")
-        return N, K
+        for part in self._has[module]:
+            shape = self._entry(module, part).shape
+            if size == 0 and part in ("weight_scale", "weight_zero_point"):
+                if math.prod(shape) != 1:
+                    raise self._wrong(module, part, f"has shape {list(shape)}", "has to have one element")
+            elif part in wanted and shape != wanted[part]:
+                raise self._wrong(module, part, f"has shape {list(shape)}", f"has to have {list(wanted[part])}")
 
-    def _inputs(self, module, most):
-        """Returns the number of inputs that weight_shape has, if the packed numbers may be of so many: up to `most`."""
-        name = f"{module}.weight_shape"
-        if self._files[name].entries[name].shape != (2,):
-            raise self._wrong(module, "weight_shape", f"has shape {list(self._files[name].entries[name].shape)}", "has to have [2]")
-        inputs = int(self._files[name].array(name)[1])
-        if not most - 32 // self._scheme.bits < inputs <= most:
-            raise self._wrong(module, "weight_shape", f"says {inputs} inputs", f"has to fit {module}.weight_packed, of at most {most}")
-        return inputs
+    def _entry(self, module, part):
+        name = f"{module}.{part}"
+        return self._files[name].entries[name]
 
     def _wrong(self, module, part, what, wanted):
         name = f"{module}.{part}"

@@ -1,4 +1,4 @@
-"""What config.json says about quantised weights: `quantization_config` of GPTQ, AWQ and compressed-tensors, as released Qwen models have it.
+"""The `quantization_config` of config.json, which says how weights are quantised: by GPTQ, AWQ or compressed-tensors.
 
 Sources: AutoGPTQ and GPTQModel (quantize_config), AutoAWQ (quant_config), compressed-tensors (QuantizationConfig), as transformers stores
 them. qwen3/hf_quantized.py reads the tensors.
@@ -16,8 +16,8 @@ class Scheme(NamedTuple):
     """How the weights of a folder are quantised.
 
     method: "gptq", "awq", "pack-quantized" or "int-quantized". bits: 4 or 8. group: inputs that share a scale; None for all inputs; 0 for
-    one scale a matrix. ordered: whether inputs may belong to groups in any order, by g_idx. symmetric: whether there are no zero points.
-    offset: what is added to the stored zero points.
+    one scale a matrix. ordered: whether inputs may belong to groups in any order, by g_idx. symmetric: whether all zero points are
+    2 ** (bits - 1), or there are none. offset: what is added to the stored zero points.
     """
 
     method: str
@@ -32,6 +32,7 @@ class _Gptq(Fields):
     bits: whole(1, 32)
     group_size: GroupSize = 128
     desc_act: Yes = False
+    sym: Yes = False
     checkpoint_format: Text = None
     format: Text = None
     pack_dtype: Text = "int32"
@@ -97,7 +98,7 @@ def _gptq(found, at):
     _need(at, "is_marlin_format", found.is_marlin_format, (False,))
     _need(at, "dynamic", found.dynamic, ({},))
     offset = 1 if form == "gptq" else 0  # version 1 stores each zero point less 1
-    return Scheme("gptq", found.bits, _group(found.group_size, at), found.desc_act, False, offset)
+    return Scheme("gptq", found.bits, _group(found.group_size, at), found.desc_act, found.sym, offset)
 
 
 def _awq(found, at):

@@ -34,13 +34,18 @@ def define_flags():
     flags.DEFINE_string("json", None, "file to write the results to")
 
 
+def check_weights(kinds):
+    """Raises ValueError for kinds of weights that do not exist, that are there twice, or none."""
+    if not kinds or set(kinds) - set(WEIGHTS) or len(set(kinds)) < len(kinds):
+        raise ValueError(f"--weights={','.join(kinds)} must be {', '.join(WEIGHTS)} or several of them, as {','.join(WEIGHTS)}")
+
+
 def main(_):
     for name in ("init_from", "resume_from", "partial", "zero", "micro_batches"):
         if FLAGS[name].present:
             raise ValueError(f"--{name} has no use here; leave it out")
     command_line.check_source(FLAGS.hf_dir, FLAGS.workdir)
-    if not FLAGS.weights or set(FLAGS.weights) - set(WEIGHTS) or len(set(FLAGS.weights)) < len(FLAGS.weights):
-        raise ValueError(f"--weights={','.join(FLAGS.weights)} must be {', '.join(WEIGHTS)} or several of them, as {','.join(WEIGHTS)}")
+    check_weights(FLAGS.weights)
     # Imported here, so that wrong flags are answered before MindSpore is imported, which takes seconds.
     from experiments.evaluate import evaluation
     from experiments.train import weights

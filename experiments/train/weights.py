@@ -148,25 +148,26 @@ def _native(folder, cfg, partial, fresh):
 
 
 class Inference(NamedTuple):
-    """A model for inference. read(path, slices) -> elements of a parameter, in the dtype of cfg. tokenizer: the folder of its files, or
-    None.
+    """A model for inference. read(path, slices) -> elements of a parameter, in the dtype of cfg. reader: None, or the qwen3.hf.Reader of
+    its files, for numbers in 8 bits. tokenizer: the folder of its files, or None.
 
     text: the source of the weights, to print. folder: that of the Hugging Face files or of the checkpoint.
     """
 
     cfg: Qwen3Config
     read: object
+    reader: object
     tokenizer: Path | None
     folder: Path
     text: str
 
     def params(self, sharding, weights="float"):
         """Returns this rank's shards of the parameters. weights: "float", or "int8" for matrices in 8 bits (qwen3/int8.py), which are
-        quantised while they are read, one after another. Raises ValueError for a layout that cannot split a parameter."""
+        quantised while they are read, one after another, unless the files have numbers that can be kept. Raises ValueError for a layout that cannot split a parameter."""
         specs, read = own_specs(self.cfg, sharding.mesh), self.read
         if weights == "int8":
             check_int8()
-            specs, read = int8_specs(specs), Quantised(read, specs).read
+            specs, read = int8_specs(specs, reader=self.reader), Quantised(read, specs, reader=self.reader).read
         return in_device_memory(load(sharding.mesh, place(sharding, specs), read, "used"))
 
     def describe(self, weights="float"):
@@ -215,7 +216,8 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
             )
         return value
 
-    return Inference(cfg, read_cast, tokenizer, weights.folder, text)
+    reader = None if adapter_dir else weights.hugging_face
+    return Inference(cfg, read_cast, reader, tokenizer, weights.folder, text)
 
 
 def check_int8():

@@ -1,4 +1,4 @@
-"""Models with matrices in 8 bits: their numbers are those of the floats that the matrices stand for, in every way that a model is called."""
+"""Models with matrices in 8 bits compute what the floats compute that these stand for, in every way that a model is called."""
 
 import mindspore as ms
 import numpy as np
