@@ -112,6 +112,8 @@ class FloatWeights:
         for name, (numbers, scale, group) in zip(names, self._read([name.removesuffix(".weight") for name in names], index)):
             if numbers.size and (numbers.min() < -128 or numbers.max() > 127 or (group != np.repeat(group[::each], each)).any()):
                 raise ValueError(f"{self.path}: {name} has zero points or groups that config.json does not tell; use --weights=float")
+            if not np.isfinite(scale).all():
+                raise ValueError(f"{self.path}: {name} has scales that are NaN or infinite; copy the file again")
             yield numbers.astype(np.int8), scale[:, group[::each]]
 
     def _read(self, modules, index):

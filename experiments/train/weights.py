@@ -163,7 +163,8 @@ class Inference(NamedTuple):
 
     def params(self, sharding, weights="float"):
         """Returns this rank's shards of the parameters. weights: "float", or "int8" for matrices in 8 bits (qwen3/int8.py), which are
-        quantised while they are read, one after another, unless the files have numbers that can be kept. Raises ValueError for a layout that cannot split a parameter."""
+        quantised while they are read, one after another, unless the files have numbers that can be kept. Raises ValueError for a layout
+        that cannot split a parameter."""
         specs, read = own_specs(self.cfg, sharding.mesh), self.read
         if weights == "int8":
             check_int8()
