@@ -61,15 +61,14 @@ def main(_):
     FLAGS.config.data.path = data or ""
     FLAGS.config.data.tokenizer = FLAGS.config.data.tokenizer or str(model.tokenizer)
     config = command_line.resolve(FLAGS, cfg=model.cfg)
-
-    def evaluate(kind):
-        scorer, results = evaluation.load(model, tokenizer, config, rank, FLAGS.max_length, kind), {}
+    results = {}
+    for kind in FLAGS.weights:
+        scorer, found = evaluation.load(model, tokenizer, config, rank, FLAGS.max_length, kind), {}
         if data is not None:
-            results["data"] = evaluation.data_set(scorer, config, part, FLAGS.rows)
-        results.update(evaluation.run_tasks(scorer, files, names, FLAGS.task_folder, FLAGS.limit))
-        return results
-
-    results = evaluation.compared(FLAGS.weights, evaluate)
+            found["data"] = evaluation.data_set(scorer, config, part, FLAGS.rows)
+        found.update(evaluation.run_tasks(scorer, files, names, FLAGS.task_folder, FLAGS.limit))
+        del scorer  # frees its weights before those of the next kind are read
+        results = evaluation.joined(results, found, kind)
     if rank == 0:
         report = {"weights": model.describe(FLAGS.weights[0]), "data": data, "part": part if data is not None else None, "results": results}
         print("\n".join(evaluation.table(report)), flush=True)

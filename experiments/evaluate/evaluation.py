@@ -84,17 +84,18 @@ def run_tasks(scorer, files, names, folder=None, limit=None):
     return out
 
 
-def compared(kinds, evaluate):
-    """Returns {name: results} for all kinds of weights, from evaluate(kind) -> {name: results}. The first kind keeps the names, and the
-    others' end with their kind; their perplexities are followed by the ratio to the first's, as perplexity_ratio."""
-    first, out = evaluate(kinds[0]), {}
-    for kind in kinds[1:]:
-        for name, found in evaluate(kind).items():
-            values = dict(found["values"])
-            if "perplexity" in values:
-                values["perplexity_ratio"] = values["perplexity"] / first[name]["values"]["perplexity"]
-            out[f"{name}, {kind}"] = {**found, "values": values}
-    return {**first, **out}
+def joined(results, found, kind):
+    """Adds the results `found` of a kind of weights to those of the kinds before it, {name: results}. The first kind keeps the names, and
+    the others' end with their kind; their perplexities are followed by the ratio to the first's, as perplexity_ratio."""
+    if not results:
+        return found
+    out = dict(results)
+    for name, one in found.items():
+        values = dict(one["values"])
+        if "perplexity" in values:
+            values["perplexity_ratio"] = values["perplexity"] / results[name]["values"]["perplexity"]
+        out[f"{name}, {kind}"] = {**one, "values": values}
+    return out
 
 
 def table(report):

@@ -95,11 +95,10 @@ def test_a_trained_model_loses_less_than_1_percent_of_perplexity():
 
 
 def test_several_kinds_are_compared_with_the_first():
-    def evaluate(kind):
-        value = {"float": 8.0, "int8": 10.0}[kind]
-        return {"data": {"values": {"perplexity": value}, "errors": {}}, "task": {"values": {"acc": value}, "errors": {}}}
-
-    found = evaluation.compared(["float", "int8"], evaluate)
+    found = {}
+    for kind, value in (("float", 8.0), ("int8", 10.0)):
+        of_kind = {"data": {"values": {"perplexity": value}, "errors": {}}, "task": {"values": {"acc": value}, "errors": {}}}
+        found = evaluation.joined(found, of_kind, kind)
     assert {name: each["values"] for name, each in found.items()} == {
         "data": {"perplexity": 8.0},
         "task": {"acc": 8.0},

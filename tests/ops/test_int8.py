@@ -168,9 +168,9 @@ def test_the_attention_half_is_that_of_the_floats(B, D, N, K, H, compiled, imple
 
 
 def test_views_are_taken():
-    args, _ = mlp_case(5, 40, 33)
+    args, _ = mlp_case(5, 256, 384)
     takes_views(decode_mlp.cpu_int8(EPS), *args)
-    takes_views(matmul.cpu_int8(), draw(6, 40), *stored(7, 40)[:2])
+    takes_views(matmul.cpu_int8(), draw(6, 40), *stored(7, 40, group=8)[:2])
 
 
 def test_what_does_not_fit_is_named():

@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 
 from ops.int8 import dequantize, is_int8
+from parallel.mesh import Mesh
+from parallel.placement import place
+from parallel.sharding import Sharding
 from parallel.trees import tree_paths
 from qwen3 import generate
 from qwen3.engine import Engine, Request
@@ -96,6 +99,14 @@ def test_the_engine_gives_the_text_of_the_floats(kind):
                 found.setdefault(event.id, []).append(event.token)
         texts.append([found[number] for number in numbers])
     assert texts[0] == texts[1]
+
+
+def test_a_layout_that_would_cut_a_group_is_refused_by_name():
+    specs, sharding = {"mlp": param_specs(KINDS["dense"])["layers"][0]["mlp"]}, Sharding(Mesh(tp=2))
+    placed = dict(tree_paths(place(sharding, int8_specs(specs, 4))))
+    assert placed["mlp.w_down.scale"].used == placed["mlp.w_down.int8"].used and any(placed["mlp.w_down.scale"].used)
+    with pytest.raises(ValueError, match=r"mlp.w_down.scale: dim 'ffn' has 5, which the 2 ranks of tp do not divide; use 1, 5"):
+        place(sharding, int8_specs(specs, 8))
 
 
 def test_a_matrix_is_read_once_and_a_slice_of_it_has_the_numbers_of_the_whole():
