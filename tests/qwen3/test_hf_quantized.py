@@ -190,5 +190,5 @@ def test_groups_that_do_not_exist_are_named(tmp_path, group):
 def test_a_group_size_that_does_not_divide_is_named(tmp_path):
     write(tmp_path / "m", DENSE, FORMS["packed 4"])
     edit_config(tmp_path / "m", quantization_config=compressed(group=7)[0])
-    with pytest.raises(ValueError, match="has 24 inputs, which group_size=7 does not divide"):
+    with pytest.raises(ValueError, match=r"has \d+ inputs, which group_size=7 does not divide"):
         hf.Reader(tmp_path / "m")

@@ -14,7 +14,7 @@ from qwen3 import generate, hf
 from qwen3.int8 import quantised
 from qwen3.model import build, loss_fn, metric_names
 from tests.qwen3.quantised_folders import awq, gptq, write
-from tests.qwen3.test_int8 import with_floats
+from tests.qwen3.test_int8_models import with_floats
 from tests.tiny import DENSE, MOE, host, random_params
 
 PROMPTS = [[5, 3, 9], [2, 7, 1, 8, 4]]
