@@ -18,14 +18,15 @@ STEPS, LENGTH, SEEN = 32, 256, 100  # tokens that are decoded in a turn; slots o
 CONSTANT = {"ones": 1.0, "zeros": 0.0}
 
 
-def bench_int8(options):
-    """Returns figures as a dict, medians over `options.steps` turns, for each of options.batch rows: float_cpu_s and int8_cpu_s, seconds of
-    this process's CPU time for a token of all rows; float_over_int8, the median over turns of their ratio; float_gib and int8_gib, the size
-    of the weights; peak_gib, the most memory of the process, which holds both."""
-    cfg = SIZES["qwen3-0.6b"].replace(num_layers=options.layers)
+def bench_int8(options, model=None):
+    """Returns figures as a dict, for a model of the shape of Qwen3-0.6B with options.layers layers, or of the Qwen3Config `model`:
+    medians over `options.steps` turns, for each of options.batch rows: float_cpu_s and int8_cpu_s, seconds of this process's CPU time for a
+    token of all rows; float_over_int8, the median over turns of their ratio; float_gib and int8_gib, the size of the weights; peak_gib, the
+    most memory of the process, which holds both."""
+    cfg = model or SIZES["qwen3-0.6b"].replace(num_layers=options.layers)
     kernels, specs = choose_kernels({}, cfg), param_specs(cfg)
     params = {"float": random_tree(specs), "int8": random_tree(int8_specs(specs))}
-    figures = {"what": "int8", "layers": options.layers, "cores": os.cpu_count()}
+    figures = {"what": "int8", "layers": cfg.num_layers, "cores": os.cpu_count()}
     figures.update({f"{kind}_gib": sum(w.nbytes for _, w in tree_paths(tree)) / 2**30 for kind, tree in params.items()})
     for batch in options.batch:
         turns = {kind: [] for kind in params}
@@ -48,6 +49,7 @@ def random_tree(specs):
 
 
 def random_array(spec):
+    """Returns the values of random_tree for one spec, a numpy array."""
     rng = np.random.default_rng(0)
     if spec.dtype == "int8":
         return rng.integers(-127, 128, spec.shape, np.int8)
