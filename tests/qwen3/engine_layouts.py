@@ -2,6 +2,9 @@
 
 import json
 
+import mindspore as ms
+import numpy as np
+
 from experiments.generate.batch import Together, gathered, run
 from parallel import collectives
 from parallel.mesh import Mesh
@@ -10,7 +13,7 @@ from parallel.sharding import Sharding
 from qwen3 import hf
 from qwen3.engine import Engine, Request
 from qwen3.int8 import Quantised, int8_specs
-from qwen3.model import param_specs
+from qwen3.model import build, param_specs
 from qwen3.stages import own_specs
 from qwen3.tokenizer import train_bpe
 from tests.qwen3.test_engine import CONTINUATIONS, GOLDEN
@@ -70,3 +73,23 @@ def main(names):
     """In each process: {layout: tokens} of a JSON list of names."""
     rank, _ = collectives.start()
     return {name: tokens(*LAYOUTS[name], rank, name.endswith("int8")) for name in json.loads(names)}
+
+
+def int8_logits(sizes, rank=0):
+    """{model: logits [2, 11, V]} with the matrices in 8 bits, in one process or as a rank of a layout has them. Eager, which is quicker for
+    one call."""
+    sharding, out = Sharding(Mesh(**sizes, rank=rank)), {}
+    for name in ("dense_tied", "moe_norm"):
+        cfg, params = hf.load(GOLDEN / "hf" / name)
+        specs = param_specs(cfg)
+        placed = place(sharding, int8_specs(specs, GROUP))
+        params = load(sharding.mesh, placed, Quantised(reader(params), specs, GROUP).read, "used")
+        tokens = ms.Tensor(np.arange(1, 23, dtype=np.int32).reshape(2, 11))
+        out[name] = build(cfg, sharding).forward(params, tokens)[0].asnumpy()
+    return out
+
+
+def main_int8():
+    """In each of two processes: int8_logits of tp2."""
+    rank, _ = collectives.start()
+    return int8_logits(dict(tp=2), rank)
