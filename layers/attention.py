@@ -8,6 +8,7 @@ from mindspore import ops
 
 from layers import lora
 from layers.lora import adapted
+from ops.int8 import is_int8
 from ops.rearrange import rearrange
 from parallel.specs import ParamSpec, normal, ones, zeros
 
@@ -111,8 +112,14 @@ def largest_logit(cfg, op, p, x, rows):
 
 def decode(op, norm, p, x, rows, cache):
     """x_BD -> x + attention(norm(x)), cache. One fused op, for one token per row on one device. norm: the weights [D] of the norm."""
-    wq, wk, wv, wo = cast(p["wq"], x.dtype), cast(p["wk"], x.dtype), cast(p["wv"], x.dtype), cast(p["wo"], x.dtype)
+    wq, wk, wv, wo, order = p["wq"], p["wk"], p["wv"], p["wo"], rows["order"]
     norm, q_norm, k_norm = cast(norm, x.dtype), cast(p["q_norm"], x.dtype), cast(p["k_norm"], x.dtype)
     cos, sin, k, v = rows["cos"], rows["sin"], cache[0], cache[1]
-    x, k, v = op.decode_attention(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, rows["order"], k, v)
+    if is_int8(wq):
+        scales = wq["scale"], wk["scale"], wv["scale"], wo["scale"]
+        wq, wk, wv, wo = wq["int8"], wk["int8"], wv["int8"], wo["int8"]
+        x, k, v = op.decode_attention_int8(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, order, k, v, *scales)
+    else:
+        wq, wk, wv, wo = cast(wq, x.dtype), cast(wk, x.dtype), cast(wv, x.dtype), cast(wo, x.dtype)
+        x, k, v = op.decode_attention(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, order, k, v)
     return x, (k, v)

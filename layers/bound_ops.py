@@ -19,6 +19,7 @@ from mindspore import ops
 from layers import embed, lora, norm
 from layers.op_table import Region, decodes_in_fused_ops, definitions, sizes
 from ops import iota
+from ops.int8 import is_int8
 from ops.registry import pick
 from parallel import zero
 
@@ -63,6 +64,8 @@ class BoundOps:
         if self.fused_decode:
             self.decode_attention = pick(kernels, "decode_attention")(cfg.rms_norm_eps, cfg.head_dim**-0.5)
             self.decode_mlp = pick(kernels, "decode_mlp")(cfg.rms_norm_eps)
+            self.decode_attention_int8 = pick(kernels, "decode_attention", "int8")(cfg.rms_norm_eps, cfg.head_dim**-0.5)
+            self.decode_mlp_int8 = pick(kernels, "decode_mlp", "int8")(cfg.rms_norm_eps)
         if cfg.router_bias:
             self.top_k_by_bias = pick(kernels, "routing", "top_k")(cfg.experts_per_token, cfg.norm_topk_prob, biased=True)
         if cfg.lora and "embed" in cfg.lora.targets:
@@ -87,18 +90,28 @@ class BoundOps:
             return self.sharding.region(found.make(self.cfg, self.inside), dims, sizes=sizes, dtype=found.dtype)
         if isinstance(dims, tuple):
             return self.sharding.fan(found.make, dims[0], dims[1:], kind=found.kind, wrap=found.wrap)
+        if found.signature:
+            dims = found.signature(dims)
         options = {key: getattr(found, key) for key in ("kind", "wrap", "part", "reduce", "dtype", "around")}
         return self.sharding.op(found.make(), dims, sizes=sizes, **options)
 
     # Matrix products and sums of the residual stream
 
     def matmul(self, x, w, dims):
-        """x W"""
+        """x W. w may be a matrix in 8 bits (ops/int8.py); dims has the dims of the float matrix, here and in every op with a weight."""
+        if is_int8(w):
+            return self.bound("matmul_int8", dims)(x, w["int8"], w["scale"])
         return self.bound("matmul", dims)(x, w)
 
     def matmuls(self, x, weights, dims):
         """Returns a tuple of x W, one for each weight; the collectives of x run once. dims: the dims of x, then for each weight the rest of
-        its signature, as in ("rows>tokens embed", "embed heads -> tokens heads", "embed kv -> tokens kv_heads")."""
+        its signature, as in ("rows>tokens embed", "embed heads -> tokens heads", "embed kv -> tokens kv_heads"). With weights in 8 bits
+        each product has its own collectives of x."""
+        if is_int8(weights[0]):
+            out = ()
+            for i in range(len(weights)):
+                out += (self.matmul(x, weights[i], f"{dims[0]}, {dims[i + 1]}"),)
+            return out
         return self.bound("matmul", dims)(x, *weights)
 
     def router(self, x, w, dims):
@@ -163,6 +176,8 @@ class BoundOps:
 
     def embedding(self, w, ids, dims):
         """The rows `ids` of the table w, in float32."""
+        if is_int8(w):
+            return self.bound("embedding_int8", dims)(w["int8"], ids, w["scale"])
         return self.bound("embedding", dims)(w, ids)
 
     def gather_seq(self, segments, dims):
@@ -189,6 +204,8 @@ class BoundOps:
 
     def head(self, x, w, dims):
         """Logits in float32. If the vocabulary is sharded, a rank has its shard, in which padding is -inf."""
+        if is_int8(w):
+            return self.bound("head_int8", dims)(x, w["int8"], w["scale"])
         return self.bound("head", dims)(x, w)
 
     def whole_vocab(self, logits, dims):
@@ -298,4 +315,6 @@ class BoundOps:
 
     def grouped_matmul(self, x, w, group, dims):
         """Each block of rows times the matrix of its group."""
+        if is_int8(w):
+            return self.bound("grouped_matmul_int8", dims)(x, w["int8"], group, w["scale"])
         return self.bound("grouped_matmul", dims)(x, w, group)

@@ -39,6 +39,20 @@ def lookup_in_shard(kernels):
     return make
 
 
+def lookup_int8_in_shard(kernels):
+    """Returns make(take, first) -> rows(w int8 [V, D], ids, scale) for a shard of a table in 8 bits; see lookup_in_shard."""
+
+    def make(_, first):
+        take = pick(kernels, "embedding", "int8_part")()
+
+        def rows(w, ids, scale):
+            return take(first, w, ids, scale)
+
+        return rows
+
+    return make
+
+
 def project(matmul):
     """Returns logits(x_RD, w_VD) -> [R, V] float32. matmul(x, w) computes x w^T."""
 
@@ -57,6 +71,30 @@ def project_to_shard(vocab_size):
             z = cast(matmul(x, cast(w, x.dtype)), ms.float32)
             if first + w.shape[0] <= vocab_size:
                 return z
+            real = ops.BroadcastTo(z.shape)(less(count(w.shape[0]) + first, vocab_size))
+            return select(real, z, ops.OnesLike()(z) * NEVER)
+
+        return logits
+
+    return make
+
+
+def project_int8(matmul):
+    """Returns logits(x_RD, w int8 [V, D], scale [V, G]) -> [R, V] float32."""
+
+    def logits(x, w, scale):
+        return cast(matmul(x, w, scale), ms.float32)
+
+    return logits
+
+
+def project_int8_to_shard(vocab_size):
+    """Returns make(matmul, first) -> logits(x, w, scale) for a shard of the vocabulary; see project_to_shard."""
+    less, count, select = ops.Less(), iota.reference(), ops.Select()
+
+    def make(matmul, first):
+        def logits(x, w, scale):
+            z = cast(matmul(x, w, scale), ms.float32)
             real = ops.BroadcastTo(z.shape)(less(count(w.shape[0]) + first, vocab_size))
             return select(real, z, ops.OnesLike()(z) * NEVER)
 

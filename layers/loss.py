@@ -3,6 +3,7 @@
 import mindspore as ms
 from mindspore import ops
 
+from ops.int8 import is_int8
 from ops.rearrange import rearrange
 
 cast, maximum = ops.Cast(), ops.Maximum()
@@ -11,7 +12,7 @@ STATISTICS = "tokens vocab_parts, tokens vocab_parts, tokens vocab_parts"
 
 def of_states(op, x, w, targets):
     """Returns nats_and_gap of the targets_BS under the logits x_RD w_VD^T."""
-    if not op.fused_head:
+    if not op.fused_head or is_int8(w):
         return nats_and_gap(op, op.head(x, w, "rows>tokens embed, vocab embed -> tokens vocab"), targets)
     targets = rearrange(targets, "batch seq -> (batch seq)", {})
     return joined(op, *op.head_loss(x, w, targets, "rows>tokens embed, vocab embed, tokens -> " + STATISTICS))

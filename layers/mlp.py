@@ -4,6 +4,7 @@ from mindspore import ops
 
 from layers import lora
 from layers.lora import adapted
+from ops.int8 import is_int8
 from parallel.specs import ParamSpec, normal
 
 cast = ops.Cast()
@@ -31,4 +32,7 @@ def mlp(cfg, op, p, x, rows):
 
 def decode(op, norm, p, x):
     """x_BD -> x + mlp(norm(x)). One fused op, for one token per row on one device. norm: the weights [D] of the norm."""
-    return op.decode_mlp(x, cast(norm, x.dtype), cast(p["w_gate"], x.dtype), cast(p["w_up"], x.dtype), cast(p["w_down"], x.dtype))
+    norm, gate, up, down = cast(norm, x.dtype), p["w_gate"], p["w_up"], p["w_down"]
+    if is_int8(gate):
+        return op.decode_mlp_int8(x, norm, gate["int8"], up["int8"], down["int8"], gate["scale"], up["scale"], down["scale"])
+    return op.decode_mlp(x, norm, cast(gate, x.dtype), cast(up, x.dtype), cast(down, x.dtype))

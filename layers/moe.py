@@ -6,6 +6,7 @@ from mindspore import nn, ops
 
 from layers import lora
 from layers.lora import adapted, adapted_experts
+from ops.int8 import is_int8
 from ops.rearrange import rearrange
 from parallel.specs import ParamSpec, normal, zeros
 
@@ -48,7 +49,7 @@ def moe(cfg, op, p, x, rows):
     else:
         probs, expert, weight = op.top_k(logits, "rows router -> rows router, rows choice, rows choice")
     stats = op.router_stats(logits, probs, expert, valid, "rows router, rows router, rows choice, rows -> router_stats")
-    if op.has_regions:
+    if op.has_regions and not is_int8(p["w_gate"]):
         y, overflow = op.experts(x, expert, weight, p["w_gate"], p["w_up"], p["w_down"], EXPERTS)
     else:
         y, overflow = experts(cfg, op.inside, p, x, expert, weight)

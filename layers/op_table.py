@@ -27,7 +27,10 @@ cast = ops.Cast()
 
 
 class Definition(NamedTuple):
-    """One op. make() returns the function that computes it. The other fields are the arguments of Sharding.op with these names."""
+    """One op. make() returns the function that computes it. The other fields are the arguments of Sharding.op with these names.
+
+    signature: None, or a function of the signature at the call that returns that of the op.
+    """
 
     make: object
     kind: str
@@ -36,6 +39,7 @@ class Definition(NamedTuple):
     reduce: str = "sum"
     dtype: object = None
     around: tuple = None
+    signature: object = None
 
 
 class Region(NamedTuple):
@@ -61,6 +65,7 @@ def definitions(cfg, sharding, kernels, loss_chunks):
     return {
         # Matrix products and sums of the residual stream
         "matmul": Definition(of("matmul"), "contraction", weight_in_dtype_of_x),
+        "matmul_int8": Definition(of("matmul", "int8"), "contraction", signature=with_scale_turned),
         "router": Definition(of("matmul"), "contraction", in_float32),
         "add": Definition(ops.Add, "elementwise"),
         "add_bias": Definition(ops.Add, "kernel", weight_in_dtype_of_x),
@@ -81,6 +86,13 @@ def definitions(cfg, sharding, kernels, loss_chunks):
         "embedding": Definition(
             of("embedding"), "contraction", embed.lookup, ("vocab", V, embed.lookup_in_shard(kernels)), dtype=ms.float32
         ),
+        "embedding_int8": Definition(
+            of("embedding", "int8"),
+            "contraction",
+            part=("vocab", V, embed.lookup_int8_in_shard(kernels)),
+            dtype=ms.float32,
+            signature=with_scale_of_table,
+        ),
         "gather_seq": Definition(lambda: identity, "kernel"),
         "token_order": Definition(lambda: token_order(sharding.mesh.size(sharding.rules["span"])), "kernel"),
         "is_token": Definition(lambda: is_token, "kernel", dtype=ms.float32),
@@ -88,6 +100,14 @@ def definitions(cfg, sharding, kernels, loss_chunks):
         # The head and the loss
         "head": Definition(
             of("matmul", transpose_b=True), "contraction", embed.project, ("vocab", V, embed.project_to_shard(V)), dtype=ms.float32
+        ),
+        "head_int8": Definition(
+            of("matmul", "int8"),
+            "contraction",
+            embed.project_int8,
+            ("vocab", V, embed.project_int8_to_shard(V)),
+            dtype=ms.float32,
+            signature=with_scale,
         ),
         "whole_vocab": Definition(lambda: embed.without_padding(V), "kernel"),
         "cross_entropy": Definition(of("cross_entropy"), "kernel", from_first_token, ("vocab", V, from_token), dtype=ms.float32),
@@ -164,6 +184,7 @@ def _expert_ops(cfg, sharding, kernels, of):
     E, shards, block = cfg.num_experts, sharding.shards("experts"), pick(kernels, "grouped_matmul", "block")(cfg.moe_block_size)
     return {
         "grouped_matmul": Definition(of("grouped_matmul"), "kernel", weight_in_dtype_of_x_before_integers),
+        "grouped_matmul_int8": Definition(of("grouped_matmul", "int8"), "kernel", signature=with_scale_turned),
         "permute": Definition(of("routing", "permute", E, block), "kernel"),
         "combine": Definition(of("routing", "combine"), "contraction"),
         "send_plan": Definition(of("routing", "send_plan", E, shards, cfg.moe_capacity_factor), "kernel"),
@@ -204,6 +225,29 @@ def decodes_in_fused_ops(cfg, sharding, kernels):
     one_device = sharding.mesh == ONE_DEVICE and sharding.lowering == "manual" and not sharding.check
     chosen = "reference" not in (kernels.decode_attention, kernels.decode_mlp)
     return one_device and chosen and plain
+
+
+# Signatures of ops with a matrix in 8 bits (ops/int8.py), from those of the ops with a float matrix. The scale of a matrix is the last
+# operand. Its dims have the names of the matrix' dims, as it is sharded like the matrix; along the input dim it counts groups.
+
+
+def with_scale(dims, weight=1):
+    """Returns the signature with the dims of operand number `weight` once more, at the end of the operands."""
+    operands, arrow, results = dims.partition(" -> ")
+    return f"{operands}, {operands.split(', ')[weight]}{arrow}{results}"
+
+
+def with_scale_of_table(dims):
+    """Returns with_scale for a table of rows, which is the first operand."""
+    return with_scale(dims, 0)
+
+
+def with_scale_turned(dims):
+    """Returns with_scale for a matrix, operand 1, whose last two dims are stored in the other order: output first."""
+    operands, arrow, results = dims.partition(" -> ")
+    x, w, *rest = operands.split(", ")
+    *lead, inputs, outputs = w.split()
+    return with_scale(", ".join([x, " ".join([*lead, outputs, inputs]), *rest]) + arrow + results)
 
 
 # Wrappers of primitives and kernels. Each returns a function with a fixed number of operands, which MindSpore requires of a function that

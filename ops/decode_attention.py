@@ -3,7 +3,7 @@
 import mindspore as ms
 from mindspore import nn, ops
 
-from ops import attention, cache_write, iota, matmul, rms_norm, rope
+from ops import attention, cache_write, int8, iota, matmul, rms_norm, rope
 from ops.custom import kernel
 from ops.signature import check
 
@@ -69,4 +69,55 @@ class _Decode(nn.Cell):
 
 
 def _x(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, eps, scale):
+    return x
+
+
+# With weights in 8 bits (ops/int8.py): output dim first, and their scales after the other arguments.
+INT8 = (
+    "x B D; norm same D; wq int8 Q D; wk int8 K*H D; wv int8 K*H D; wo int8 D Q; q_norm same H; k_norm same H; "
+    "cos float32 B 1 1 H/2; sin float32 B 1 1 H/2; at int32 B 1; k same B T K H; v same B T K H"
+)
+SCALES = "q_scale float32 Q g; k_scale float32 K*H g; v_scale float32 K*H g; o_scale float32 D h"
+
+
+def reference_int8(eps, scale):
+    """Returns decode(x_BD, norm_D, wq, wk, wv, wo, q_norm_H, k_norm_H, cos, sin, at_B1, k_BTKH, v_BTKH, q_scale, k_scale, v_scale,
+    o_scale), which computes reference() with weights in 8 bits."""
+    decode_floats, wide, turn = reference(eps, scale), int8.widen(), ops.Transpose()
+    require = check("decode_attention", f"{INT8}; {SCALES}", **HEADS)
+
+    def decode(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, q_scale, k_scale, v_scale, o_scale):
+        require(*_given(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, q_scale, k_scale, v_scale, o_scale))
+        pairs = (wq, q_scale), (wk, k_scale), (wv, v_scale), (wo, o_scale)
+        wq, wk, wv, wo = (turn(wide(w, s, x), (1, 0)) for w, s in pairs)
+        return decode_floats(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v)
+
+    return decode
+
+
+def cpu_int8(eps, scale):
+    """Returns decode as `reference_int8` does, as a C++ kernel that changes the caches in place; see `cpu`."""
+    return _DecodeInt8(eps, scale)
+
+
+class _DecodeInt8(nn.Cell):
+    def __init__(self, eps, scale):
+        super().__init__()
+        self.eps, self.scale = ms.Tensor(eps, ms.float32), ms.Tensor(scale, ms.float32)
+        self.step = kernel("decode_attention", "decode_attention_int8", f"{INT8}; eps; scale; {SCALES}", _x_int8, _x_int8, **HEADS)
+
+    def __call__(self, x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, qs, ks, vs, os):
+        """Makes the caches contiguous, as _Decode does."""
+        k, v = k.contiguous(), v.contiguous()
+        return super().__call__(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, qs, ks, vs, os)
+
+    def construct(self, x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, qs, ks, vs, os):
+        y = self.step(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, self.eps, self.scale, qs, ks, vs, os)
+        return y, ops.depend(k, y), ops.depend(v, y)
+
+    def bprop(self, x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, qs, ks, vs, os, out, dout):
+        raise RuntimeError("the decode_attention kernel works in place and has no gradient; use ops.decode_attention=reference")
+
+
+def _x_int8(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, eps, scale, qs, ks, vs, os):
     return x

@@ -8,10 +8,13 @@ import mindspore as ms
 from mindspore import nn, ops
 from mindspore.ops.auto_generate import GroupedMatmulV4
 
+from ops import int8
 from ops.custom import kernel
 from ops.signature import check
 
 ARGUMENTS = "x n b i; w E i o; group int32 n"
+INT8 = "x n b i; w int8 E o i; group int32 n; scale float32 E o g"
+GROUPS = {"divides": ("g", "i")}
 ONE_RESULT, ROWS_IN_GROUPS, GIVEN_ENDS, NO_ACTIVATION = 3, 0, 0, 0  # GroupedMatmulV4: split_item, group_type, group_list_type, act_type
 
 
@@ -86,6 +89,37 @@ def cpu_block(limit):
     return 1
 
 
+def reference_int8():
+    """Returns grouped_matmul(x [blocks, b, i], w int8 [E, o, i], group int32 [blocks], scale float32 [E, o, g]) -> [blocks, b, o], the
+    product of block n with the transpose of matrix group[n], which is in 8 bits (ops/int8.py)."""
+    gather, matmul, minimum = ops.Gather(), ops.BatchMatMul(transpose_b=True), ops.Minimum()
+    wide, require = int8.widen(), check("grouped_matmul", INT8, **GROUPS)
+
+    def grouped_matmul(x, w, group, scale):
+        require((x.shape, w.shape, group.shape, scale.shape), (x.dtype, w.dtype, group.dtype, scale.dtype))
+        group = minimum(group, w.shape[0] - 1)
+        return matmul(x, wide(gather(w, group, 0), gather(scale, group, 0), x))
+
+    return grouped_matmul
+
+
+def cpu_int8():
+    """Returns grouped_matmul as `reference_int8` does, as a C++ kernel for float32 x, without gradient. See matmul.cpu_int8."""
+    return _Int8()
+
+
+class _Int8(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.forward = kernel("grouped_matmul", "grouped_matmul_int8", INT8, _product_int8, _dtype, **GROUPS)
+
+    def construct(self, x, w, group, scale):
+        return self.forward(x, w, group, scale)
+
+    def bprop(self, x, w, group, scale, out, dout):
+        raise RuntimeError("the grouped_matmul kernel for weights in 8 bits has no gradient; use ops.grouped_matmul=reference")
+
+
 class _GroupedMatMul(nn.Cell):
     def __init__(self):
         super().__init__()
@@ -103,6 +137,10 @@ class _GroupedMatMul(nn.Cell):
 
 def _product(x, w, group):
     return x[0], x[1], w[2]
+
+
+def _product_int8(x, w, group, scale):
+    return x[0], x[1], w[1]
 
 
 def _dx(dy, w, group):

@@ -13,7 +13,7 @@ import itertools
 from mindspore import ops
 
 FLOATS = ("float32", "float16", "bfloat16")
-DTYPES = FLOATS + ("float64", "int32", "same")
+DTYPES = FLOATS + ("float64", "int32", "int8", "same")
 
 _numbers = itertools.count()
 listeners = []  # functions (op, shapes, dtypes) that are called on each check; in a graph, once for each kind of call

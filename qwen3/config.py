@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from parallel.hints import divisors, nearest
+from qwen3.quantization import scheme_of
 from qwen3.schema import LARGEST, LIMITS, LORA_LIMITS, REAL_LIMITS, YARN_LIMIT, ConfigJson, checked, short
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2")
@@ -363,9 +364,7 @@ def _refuse_unsupported(found, where):
         raise ValueError(f"{where}: use_sliding_window=true is not supported; every layer here attends to the whole sequence")
     if other := sorted(set(found.layer_types or ()) - {"full_attention"}):
         raise ValueError(f"{where}: layer_types={short(other)} is not supported; only full_attention is")
-    if found.quantization_config:
-        method = found.quantization_config.get("quant_method")
-        raise ValueError(f"{where}: quantization_config (quant_method={short(method)}) is not supported; use the unquantised weights")
+    scheme_of(found.quantization_config, where)
     if found.hidden_act not in (None, "silu"):
         raise ValueError(f"{where}: hidden_act={short(found.hidden_act)} is not supported; only 'silu' is")
     if found.attention_dropout:

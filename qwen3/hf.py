@@ -16,10 +16,11 @@ from einops import rearrange
 from mindspore import Tensor
 
 from parallel.trees import tree_paths, unflatten
-from qwen3 import hf_files
+from qwen3 import hf_files, hf_quantized
 from qwen3.config import DTYPES, Qwen3Config, own_fields
 from qwen3.hf_files import CODES
 from qwen3.model import param_specs
+from qwen3.quantization import scheme_of
 from qwen3.schema import GenerationJson, checked
 
 _LAYER = "model.layers.{layer}."
@@ -112,7 +113,8 @@ def who_opens(cfg):
 
 
 class Reader:
-    """An opened Hugging Face folder. Opening reads config.json and the headers, and checks names, shapes and dtypes.
+    """An opened Hugging Face folder. Opening reads config.json and the headers, and checks names, shapes and dtypes. Quantised weights are
+    read as float32 (qwen3/hf_quantized.py).
 
     dtype: the dtype that read() returns, "float32", "float16" or "bfloat16"; None keeps the dtype of each tensor. config: the Qwen3Config;
     its param_dtype is the dtype of the embedding. specs: the tree of ParamSpecs. paths: our path of every parameter. Raises
@@ -131,10 +133,13 @@ class Reader:
             raise FileNotFoundError(f"{self.folder} {what}; give a folder with config.json and model.safetensors")
         path = self.folder / "config.json"
         try:
-            config = Qwen3Config.from_hf(hf_files.read_json(path), where=path)
+            found = hf_files.read_json(path)
+            config = Qwen3Config.from_hf(found, where=path)
         except ValueError as error:
             raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
         self._files = hf_files.open_weights(self.folder)
+        if scheme := scheme_of(found.get("quantization_config"), path):
+            self._files = hf_quantized.with_floats(self.folder, self._files, scheme)
         self._check_sizes(config)
         self.specs, self.left_out = param_specs(like or config), ""
         self._specs = dict(tree_paths(self.specs))
@@ -180,6 +185,21 @@ class Reader:
         (array,) = self._arrays(origin.names, index, origin.transposed)
         return cast(hf_files.in_c_order(array), dtype, path)
 
+    def int8_group(self, path):
+        """Returns how many inputs share a scale, where the file has a parameter in 8 bits or less and read_int8 can give its numbers; else
+        None."""
+        name = self._sources[path].names[0]
+        file = self._files[name]
+        return file.int8_group(name) if isinstance(file, hf_quantized.FloatWeights) else None
+
+    def read_int8(self, path, index):
+        """Reads a parameter that has an int8_group as it stands in ops/int8.py: (numbers int8 [..., O, I], scales float32 [..., O, G]) of
+        the elements that `index` selects, slices of [..., O, I] that begin and end with a group."""
+        origin = self._sources[path]
+        names = origin.names[index[0]] if origin.stacked else origin.names
+        found = [pair for file, group in groupby(names, key=self._files.get) for pair in file.int8_arrays(list(group), index[-2:])]
+        return tuple(np.stack(part) if origin.stacked else part[0] for part in zip(*found))
+
     def _arrays(self, names, index, transposed):
         """Yields the elements of each tensor that `index` selects, in our orientation. transposed: whether the file has the last two dims
         swapped."""
@@ -216,7 +236,7 @@ class Reader:
                 continue
             wanted.update(origin.names if known else ())
             del self._specs[path]
-        extra = [n for n in self._files.keys() - wanted if not n.endswith("rotary_emb.inv_freq")]
+        extra = [n for n in self._files.keys() - wanted if not self._is_ignored(n)]
         lists = {"missing": missing, "of another shape": other, "unknown": sorted(extra)}
         text = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in lists.items() if names)
         if text and not partial:
@@ -225,6 +245,10 @@ class Reader:
             raise ValueError(f"{self.folder} has none of the model's parameters; give the folder of a model like it")
         return text
 
+    def _is_ignored(self, name):
+        """Whether a tensor that no parameter needs may be there: it changes nothing."""
+        return name.endswith("rotary_emb.inv_freq") or hf_quantized.is_zero_bias(self._files, name)
+
     def _shape(self, name):
         return self._files[name].entries[name][1]
 
@@ -232,7 +256,7 @@ class Reader:
         wanted = {name for origin in self._sources.values() for name in origin.names}
         ignored = {"lm_head.weight"} if config.tie_embeddings else set()
         missing = sorted(wanted - self._files.keys())
-        extra = sorted(n for n in self._files.keys() - wanted - ignored if not n.endswith("rotary_emb.inv_freq"))
+        extra = sorted(n for n in self._files.keys() - wanted - ignored if not self._is_ignored(n))
         found = [f"{what} {_some(names)}" for what, names in (("missing tensors", missing), ("unexpected tensors", extra)) if names]
         if found:
             raise ValueError(f"{self.folder}: {'; '.join(found)}. Do config.json and the weights belong to one model?")

@@ -27,6 +27,7 @@ from qwen3.schema import IndexJson, checked, short
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16)}
+INTEGERS = {"I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # of quantised weights
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAPPED_BYTES = 64 << 20  # after reading tensors of this size, the file is closed and opened again
 PACKAGE_BYTES = 16 << 20  # the largest file that the package writes; it needs all tensors of a file in memory
@@ -106,7 +107,8 @@ class TensorFile:
             ) from None
 
     def dtype(self, name):
-        return DTYPES[self.entries[name].code]
+        code = self.entries[name].code
+        return DTYPES[code] if code in DTYPES else INTEGERS[code]
 
 
 def _read_header(path):
@@ -143,7 +145,8 @@ def _entry(path, name, item, base):
         well_formed = False
     if not well_formed:
         raise ValueError(f"{path}: the header entry of tensor {name} is malformed ({str(item)[:80]}); fetch the file again")
-    if code in DTYPES and stop - start != math.prod(shape) * DTYPES[code].itemsize:
+    known = DTYPES.get(code) or INTEGERS.get(code)
+    if known and stop - start != math.prod(shape) * known.itemsize:
         raise ValueError(f"{path}: tensor {name} of {code} {list(shape)} has {stop - start} bytes; the file is damaged: fetch it again")
     return Entry(code, shape, base + start, base + stop)
 

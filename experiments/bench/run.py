@@ -8,6 +8,7 @@ from experiments.bench.checkpoint import bench_checkpoint
 from experiments.bench.context import bench_context
 from experiments.bench.data import bench_data
 from experiments.bench.decode import bench_decode
+from experiments.bench.int8 import bench_int8
 from experiments.bench.memory import bench_memory
 from experiments.bench.monitors import bench_monitors
 from experiments.bench.ops import bench_ops
@@ -24,6 +25,7 @@ BENCHES = {
     "memory": (bench_memory, 6),
     "monitors": (bench_monitors, 20),
     "context": (bench_context, 2),
+    "int8": (bench_int8, 5),
 }
 
 

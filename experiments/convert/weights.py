@@ -28,7 +28,7 @@ class Weights:
     """Opened weights. kind: "Hugging Face folder" or "checkpoint". arrays: {name: (shape, dtype)}; a name is the path of a parameter, such
     as "embed", and m/path and v/path are its optimizer state. read(name, slices) -> those elements as numpy; slices=None reads all. config:
     the Qwen3Config. tokenizer: the folder of the tokenizer's files, or None. text: more about them, such as "step 100". checked: the Reader
-    of a checkpoint, else None."""
+    of a checkpoint, else None. hugging_face: the qwen3.hf.Reader of a Hugging Face folder, else None."""
 
     kind: str
     folder: Path
@@ -38,6 +38,7 @@ class Weights:
     tokenizer: Path | None
     text: str = ""
     checked: Reader | None = None
+    hugging_face: hf.Reader | None = None
 
     def __str__(self):
         return f"{self.kind} {self.folder}{', ' * bool(self.text)}{self.text}"
@@ -99,7 +100,7 @@ def _hugging_face(folder, dtype):
     found = hf.Reader(folder, dtype)
     arrays = {path: (found.shape(path), found.dtype(path)) for path in found.paths}
     tokenizer = folder if hf_files.tokenizer_files(folder) else None
-    return Weights("Hugging Face folder", folder, arrays, found.read, found.config, tokenizer)
+    return Weights("Hugging Face folder", folder, arrays, found.read, found.config, tokenizer, hugging_face=found)
 
 
 def _native(folder, state):

@@ -27,13 +27,14 @@ def own_data(config, workdir):
     return config.data.path
 
 
-def load(model, tokenizer, config, rank, length=None):
-    """Returns a scoring.Scorer of an opened model in the layout of config.parallel. Each rank reads its own shards of the weights."""
+def load(model, tokenizer, config, rank, length=None, weights="float"):
+    """Returns a scoring.Scorer of an opened model in the layout of config.parallel. Each rank reads its own shards of the weights, as
+    "float" or in 8 bits, "int8"."""
     cfg, seq_parallel = model.cfg, config.parallel.seq_parallel
     layout.check_only_computes(config.parallel, cfg)
     sharding = Sharding(layout.mesh(cfg, config.parallel, rank), seq_parallel=seq_parallel)
     options = {"kernels": choose_kernels(config.ops, cfg, sharding), "batch_size": config.train.batch_size, "length": length}
-    return scoring.build(model.params(sharding), cfg, tokenizer, sharding=sharding, **options)
+    return scoring.build(model.params(sharding, weights), cfg, tokenizer, sharding=sharding, **options)
 
 
 def data_set(scorer, config, part, most=0):
@@ -80,6 +81,20 @@ def run_tasks(scorer, files, names, folder=None, limit=None):
         out[task.name] = {"values": values, "errors": errors, "count": len(task.lines), "of": "documents"}
     for name, (values, errors, count) in (harness.run(scorer, names, folder, limit) if names else {}).items():
         out[name] = {"values": values, "errors": errors, "count": count, "of": "documents, lm-evaluation-harness"}
+    return out
+
+
+def joined(results, found, kind):
+    """Adds the results `found` of a kind of weights to those of the kinds before it, {name: results}. The first kind keeps the names, and
+    the others' end with their kind; their perplexities are followed by the ratio to the first's, as perplexity_ratio."""
+    if not results:
+        return found
+    out = dict(results)
+    for name, one in found.items():
+        values = dict(one["values"])
+        if "perplexity" in values:
+            values["perplexity_ratio"] = values["perplexity"] / results[name]["values"]["perplexity"]
+        out[f"{name}, {kind}"] = {**one, "values": values}
     return out
 
 

@@ -11,6 +11,8 @@ from parallel.mesh import AXES
 from qwen3.schema import LARGEST, short
 
 FLAGS = flags.FLAGS
+WEIGHTS = ("float", "int8")
+WEIGHTS_HELP = "float, or int8: matrices in 8 bits, quantised while they are read; a quarter of the memory"
 MOST_CHUNK = 2**16  # tokens of a prompt that are read at a time; more would save nothing
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 
@@ -32,6 +34,7 @@ def define():
     )
     number_flags.integer("prefill_chunk", 256, "tokens of a prompt that one prefill step processes", 1, MOST_CHUNK)
     number_flags.integer("max_new_tokens", None, "the most new tokens of a text; default: generation_config.json's, else 128", 1)
+    define_weights()
     define_generation_config()
     number_flags.real(
         "temperature", None, "0: the likeliest token. Default of this and the flags below: as in generation_config.json, else off", 0, 100
@@ -49,6 +52,11 @@ def define():
     flags.DEFINE_list("stop_ids", [], "token ids that end a result, in addition to the model's own")
     flags.DEFINE_boolean("ignore_eos", False, "do not stop at the model's own stop ids")
     flags.DEFINE_boolean("enable_thinking", None, "passed to the chat template; without the flag the template decides")
+
+
+def define_weights():
+    """Defines the flag that experiments.generate and experiments.serve share."""
+    flags.DEFINE_enum("weights", WEIGHTS[0], WEIGHTS, WEIGHTS_HELP)
 
 
 def define_generation_config():

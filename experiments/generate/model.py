@@ -34,7 +34,7 @@ class Model:
         self.defaults = self.file if FLAGS.use_generation_config else defaults.GenerationJson()
 
     def params(self):
-        return self.opened.params(self.sharding or Sharding())
+        return self.opened.params(self.sharding or Sharding(), FLAGS.weights)
 
     @property
     def stop_ids(self):

@@ -54,7 +54,7 @@ def build(model, slots, length, sizes):
     engine = Engine(model.params(), model.cfg, slots=slots, length=length, prefill_chunk=FLAGS.prefill_chunk, sharding=model.sharding)
     if model.mesh.rank == 0:
         layout = " x ".join(f"{axis} {getattr(model.mesh, axis)}" for axis in ("dp", "pp", "tp", "ep") if getattr(model.mesh, axis) > 1)
-        print(f"model      {model.opened.text}{', ' * bool(layout)}{layout}")
+        print(f"model      {model.opened.describe(FLAGS.weights)}{', ' * bool(layout)}{layout}")
         print(f"cache      {slots} rows of {engine.length} tokens, {engine.cache.nbytes / 2**20:,.1f} MiB a rank", flush=True)
     engine.warm_up(sizes)
     return engine

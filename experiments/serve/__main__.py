@@ -34,6 +34,7 @@ def define_flags():
     number_flags.integer("max_connections", 1000, "the most open connections; fewer where the limit of open files is lower. More wait", 1)
     number_flags.real("idle_s", 60, "seconds after which a connection without a request at work is closed", 1, number_flags.MOST_S)
     flags.DEFINE_string("api_key_file", None, "file with the API keys that are accepted, one a line; without it no key is needed")
+    inference_flags.define_weights()
     inference_flags.define_generation_config()
     inference_flags.define_forms()
     number_flags.real("drain_s", 30, "after SIGTERM, seconds that running requests have to end", 0, number_flags.MOST_S)
@@ -64,7 +65,7 @@ def serve_with(keys, connections, sockets):
     collectives.start()
     model = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
     tokenizer = model.load_tokenizer()
-    params, length = model.params(Sharding()), min(FLAGS.length, model.cfg.max_position)
+    params, length = model.params(Sharding(), FLAGS.weights), min(FLAGS.length, model.cfg.max_position)
     name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
     file = defaults.read(model.folder)
     stop_ids, found = defaults.stop_ids(file, model.cfg, tokenizer), defaults.for_requests(file) if FLAGS.use_generation_config else {}
@@ -72,7 +73,7 @@ def serve_with(keys, connections, sockets):
     compiler = grammars.Grammars(tokenizer, model.cfg.vocab_size) if grammars.installed() else None
     limits = FLAGS.slots, FLAGS.max_body, keys, access.names(FLAGS.host)
     settings = http.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), *limits, found, forms, compiler)
-    print(f"weights    {model.text}", flush=True)
+    print(f"weights    {model.describe(FLAGS.weights)}", flush=True)
 
     def make():
         engine = Engine(params, model.cfg, slots=FLAGS.slots, length=length)

@@ -23,6 +23,7 @@ from parallel.specs import init_array
 from parallel.trees import tree_paths
 from qwen3 import hf
 from qwen3.config import Qwen3Config
+from qwen3.int8 import Quantised, int8_specs
 from qwen3.model import param_specs
 from qwen3.stages import own_specs
 from qwen3.tokenizer import Tokenizer
@@ -147,16 +148,32 @@ def _native(folder, cfg, partial, fresh):
 
 
 class Inference(NamedTuple):
-    """A model for inference. params(sharding) -> this rank's shards of its parameters. tokenizer: the folder of its files, or None.
+    """A model for inference. read(path, slices) -> elements of a parameter, in the dtype of cfg. reader: None, or the qwen3.hf.Reader of
+    its files, for numbers in 8 bits. tokenizer: the folder of its files, or None.
 
     text: the source of the weights, to print. folder: that of the Hugging Face files or of the checkpoint.
     """
 
     cfg: Qwen3Config
-    params: object
+    read: object
+    reader: object
     tokenizer: Path | None
     folder: Path
     text: str
+
+    def params(self, sharding, weights="float"):
+        """Returns this rank's shards of the parameters. weights: "float", or "int8" for matrices in 8 bits (qwen3/int8.py), which are
+        quantised while they are read, one after another, unless the files have numbers that can be kept. Raises ValueError for a layout
+        that cannot split a parameter."""
+        specs, read = own_specs(self.cfg, sharding.mesh), self.read
+        if weights == "int8":
+            check_int8()
+            specs, read = int8_specs(specs, reader=self.reader), Quantised(read, specs, reader=self.reader).read
+        return in_device_memory(load(sharding.mesh, place(sharding, specs), read, "used"))
+
+    def describe(self, weights="float"):
+        """Returns the source of the weights as text, for these weights."""
+        return f"{self.text}, in 8 bits" if weights == "int8" else self.text
 
     def load_tokenizer(self):
         """Returns the Tokenizer. Raises ValueError if there is none, or if it has more ids than the model."""
@@ -200,10 +217,14 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
             )
         return value
 
-    def params(sharding):
-        return in_device_memory(load(sharding.mesh, place(sharding, own_specs(cfg, sharding.mesh)), read_cast, "used"))
+    reader = None if adapter_dir else weights.hugging_face
+    return Inference(cfg, read_cast, reader, tokenizer, weights.folder, text)
 
-    return Inference(cfg, params, tokenizer, weights.folder, text)
+
+def check_int8():
+    """Raises ValueError where the device has no ops for weights in 8 bits."""
+    if (device := ms.get_context("device_target")) != "CPU":
+        raise ValueError(f"--weights=int8 has kernels for CPU only, and this is {device}; use --weights=float")
 
 
 def _finite(value):

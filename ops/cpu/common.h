@@ -26,12 +26,13 @@ struct Args {
     return n;
   }
   bool dtype(int i, const char *name) const { return std::strcmp(dtypes[i], name) == 0; }
-  // Whether there are as many arrays as letters, each of float32 (f), int32 (i) or any type (.).
+  // Whether there are as many arrays as letters, each of float32 (f), int32 (i), int8 (b) or any type (.).
   bool are(const char *letters) const {
     if (count != static_cast<int>(std::strlen(letters))) return false;
     for (int i = 0; i < count; i++) {
       if (letters[i] == 'f' && !dtype(i, "float32")) return false;
       if (letters[i] == 'i' && !dtype(i, "int32")) return false;
+      if (letters[i] == 'b' && !dtype(i, "int8")) return false;
     }
     return true;
   }

@@ -8,22 +8,27 @@
 
 namespace {
 
+// W: the type of the four matrices, const float * or int8::Matrix
+template <typename W>
 struct Step {
   int64_t B, D, T, N, K, H;
-  const float *x, *norm, *wq, *wk, *wv, *wo, *q_norm, *k_norm, *cos, *sin;
+  W wq, wk, wv, wo;
+  const float *x, *norm, *q_norm, *k_norm, *cos, *sin;
   const int32_t *at;
   float *k_cache, *v_cache, eps, scale;
 
-  bool read(const Args &a) {
+  // All but the matrices. queries: the dim of wq that has them.
+  bool read(const Args &a, int queries) {
     if (a.ndims[0] != 2 || a.ndims[2] != 2 || a.ndims[11] != 4) return false;
     B = a.dim(0, 0), D = a.dim(0, 1), T = a.dim(11, 1), K = a.dim(11, 2), H = a.dim(11, 3);
-    if (H == 0 || H % 2 || K == 0 || a.dim(2, 1) % (K * H)) return false;
-    N = a.dim(2, 1) / H;
+    if (H == 0 || H % 2 || K == 0 || a.dim(2, queries) % (K * H)) return false;
+    N = a.dim(2, queries) / H;
     const int64_t cache = B * T * K * H, angles = B * H / 2;
-    const int64_t sizes[] = {B * D, D, D * N * H, D * K * H, D * K * H, N * H * D, H, H, angles, angles, B, cache, cache, 1, 1, B * D};
-    for (int i = 0; i < 16; i++)
+    const int64_t sizes[] = {B * D, D, D * N * H, D * K * H, D * K * H, N * H * D, H, H, angles, angles, B, cache, cache, 1, 1};
+    for (int i = 0; i < 15; i++)
       if (a.size(i) != sizes[i]) return false;
-    x = a.get(0), norm = a.get(1), wq = a.get(2), wk = a.get(3), wv = a.get(4), wo = a.get(5), q_norm = a.get(6), k_norm = a.get(7);
+    if (a.size(a.count - 1) != B * D) return false;
+    x = a.get(0), norm = a.get(1), q_norm = a.get(6), k_norm = a.get(7);
     cos = a.get(8), sin = a.get(9), at = a.get<int32_t>(10), k_cache = a.get(11), v_cache = a.get(12), eps = *a.get(13), scale = *a.get(14);
     return true;
   }
@@ -54,17 +59,11 @@ struct Step {
   }
 };
 
-}  // namespace
-
-// x [B, D], its norm [D], wq [D, N H], wk, wv [D, K H], wo [N H, D], the norms of q and k [H], cos, sin [B, 1, 1, H / 2], at [B, 1],
-// k and v of the cache [B, T, K, H] (written to), eps, scale -> y [B, D]
-KERNEL(decode_attention) {
-  if (!a.are("ffffffffffifffff")) return WRONG_TYPES;
-  Step p;
-  if (!p.read(a)) return WRONG_SHAPES;
+template <typename W>
+void run(const Step<W> &p, float *y) {
   const int64_t B = p.B, D = p.D, Q = p.N * p.H, KV = p.K * p.H;
   const std::unique_ptr<float[]> memory(new float[B * (D + 2 * Q + 2 * KV + p.N)]);
-  float *normed = memory.get(), *q = normed + B * D, *k = q + B * Q, *v = k + B * KV, *o = v + B * KV, *lse = o + B * Q, *y = a.get(15);
+  float *normed = memory.get(), *q = normed + B * D, *k = q + B * Q, *v = k + B * KV, *o = v + B * KV, *lse = o + B * Q;
   const Problem problem = p.problem(q);
   const UpTo seen{p.at, p.T};
   const Few<UpTo> few{problem, seen, o, lse};
@@ -88,5 +87,35 @@ KERNEL(decode_attention) {
     });
     worker.stage(of_y.pieces(), [&](int64_t i) { multiply_add(of_y, i, B, Q, o, p.wo, p.x, y); });
   });
+}
+
+// The matrix in argument i, whose scale is argument s; false if they do not fit.
+bool read_int8(const Args &a, int i, int s, int8::Matrix *w) {
+  if (a.ndims[i] != 2 || a.ndims[s] != 2 || a.dim(s, 0) != a.dim(i, 0)) return false;
+  *w = {a.get<int8_t>(i), a.get(s), a.dim(i, 1), a.dim(s, 1)};
+  return w->groups > 0 && w->k % w->groups == 0;
+}
+
+}  // namespace
+
+// x [B, D], its norm [D], wq [D, N H], wk, wv [D, K H], wo [N H, D], the norms of q and k [H], cos, sin [B, 1, 1, H / 2], at [B, 1],
+// k and v of the cache [B, T, K, H] (written to), eps, scale -> y [B, D]
+KERNEL(decode_attention) {
+  if (!a.are("ffffffffffifffff")) return WRONG_TYPES;
+  Step<const float *> p;
+  if (!p.read(a, 1)) return WRONG_SHAPES;
+  p.wq = a.get(2), p.wk = a.get(3), p.wv = a.get(4), p.wo = a.get(5);
+  run(p, a.get(15));
+  return 0;
+}
+
+// The same with wq [N H, D], wk, wv [K H, D] and wo [D, N H] in 8 bits, and their scales [N H, g], [K H, g], [K H, g], [D, h] after `scale`
+KERNEL(decode_attention_int8) {
+  if (!a.are("ffbbbbffffifffffffff")) return WRONG_TYPES;
+  Step<int8::Matrix> p;
+  if (!p.read(a, 0)) return WRONG_SHAPES;
+  if (!read_int8(a, 2, 15, &p.wq) || !read_int8(a, 3, 16, &p.wk) || !read_int8(a, 4, 17, &p.wv) || !read_int8(a, 5, 18, &p.wo)) return WRONG_SHAPES;
+  if (p.wq.k != p.D || p.wk.k != p.D || p.wv.k != p.D || p.wo.k != p.N * p.H) return WRONG_SHAPES;
+  run(p, a.get(19));
   return 0;
 }

@@ -1,19 +1,14 @@
 // Takes rows of a matrix by id, and sums their gradients.
 #include "common.h"
+#include "int8.h"
 
 #include <cstdio>
 
 enum : int { ID_OUT_OF_RANGE = 3 };
 
-// An id outside [0, V) gives a row of zeros if PART, else an error.
-template <bool PART>
-static int take(const Args &a) {
-  if (!a.are("fif")) return WRONG_TYPES;
-  if (a.ndims[0] != 2 || a.ndims[1] != 1) return WRONG_SHAPES;
-  const int64_t V = a.dim(0, 0), D = a.dim(0, 1), R = a.size(1);
-  const float *w = a.get(0);
-  const int32_t *ids = a.get<int32_t>(1);
-  float *out = a.get(2);
+// Calls write(id, to) for each id; `to` is its row of D. An id outside [0, V) gives a row of zeros if PART, else an error.
+template <bool PART, typename F>
+static int take(int64_t R, int64_t V, int64_t D, const int32_t *ids, float *out, F write) {
   if (!PART)
     for (int64_t r = 0; r < R; r++)
       if (ids[r] < 0 || ids[r] >= V) {
@@ -25,7 +20,7 @@ static int take(const Args &a) {
   for (int64_t r = 0; r < R; r++) {
     float *to = out + r * D;
     if (ids[r] >= 0 && ids[r] < V) {
-      std::copy_n(w + ids[r] * D, D, to);
+      write(ids[r], to);
     } else {
       std::fill_n(to, D, 0.0f);
     }
@@ -33,9 +28,32 @@ static int take(const Args &a) {
   return 0;
 }
 
+template <bool PART>
+static int take_floats(const Args &a) {
+  if (!a.are("fif")) return WRONG_TYPES;
+  if (a.ndims[0] != 2 || a.ndims[1] != 1) return WRONG_SHAPES;
+  const int64_t D = a.dim(0, 1);
+  const float *w = a.get(0);
+  return take<PART>(a.size(1), a.dim(0, 0), D, a.get<int32_t>(1), a.get(2), [=](int64_t id, float *to) { std::copy_n(w + id * D, D, to); });
+}
+
+template <bool PART>
+static int take_int8(const Args &a) {
+  if (!a.are("biff")) return WRONG_TYPES;
+  if (a.ndims[0] != 2 || a.ndims[1] != 1 || a.ndims[2] != 2 || a.dim(0, 0) != a.dim(2, 0)) return WRONG_SHAPES;
+  const int64_t D = a.dim(0, 1), groups = a.dim(2, 1);
+  if (groups == 0 || D % groups) return WRONG_SHAPES;
+  const int8::Matrix w{a.get<int8_t>(0), a.get(2), D, groups};
+  return take<PART>(a.size(1), a.dim(0, 0), D, a.get<int32_t>(1), a.get(3), [=](int64_t id, float *to) { w.widen(id, 0, D, to); });
+}
+
 // w [V, D], ids [R] -> [R, D]
-KERNEL(embedding) { return take<false>(a); }
-KERNEL(embedding_part) { return take<true>(a); }
+KERNEL(embedding) { return take_floats<false>(a); }
+KERNEL(embedding_part) { return take_floats<true>(a); }
+
+// w [V, D] in 8 bits, ids [R], the scale of w [V, groups] -> [R, D]
+KERNEL(embedding_int8) { return take_int8<false>(a); }
+KERNEL(embedding_int8_part) { return take_int8<true>(a); }
 
 // w, for its shape, ids, dy [R, D] -> dw [V, D]; ids outside [0, V) add to nothing
 KERNEL(embedding_grad) {

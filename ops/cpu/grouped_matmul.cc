@@ -5,6 +5,7 @@
 
 #include "blas.h"
 #include "common.h"
+#include "int8_wide.h"
 
 enum : int { WRONG_GROUP = 3 };
 
@@ -75,6 +76,32 @@ KERNEL(grouped_matmul) {
   bool ok = multiply(a.get(0), a.get(1), blas::AS_IS, a.get<int32_t>(2), a.dim(0, 0), a.dim(0, 1), a.dim(1, 0), a.dim(1, 1), a.dim(1, 2),
                      a.get(3));
   return ok ? 0 : WRONG_GROUP;
+}
+
+// x [n, b, i], w [E, o, i] in 8 bits, group [n], the scale [E, o, groups of i] -> y [n, b, o]
+KERNEL(grouped_matmul_int8) {
+  if (!a.are("fbiff")) return WRONG_TYPES;
+  if (a.ndims[0] != 3 || a.ndims[1] != 3 || a.ndims[3] != 3 || a.dim(0, 2) != a.dim(1, 2) || a.size(2) != a.dim(0, 0)) return WRONG_SHAPES;
+  const int64_t n = a.dim(0, 0), b = a.dim(0, 1), experts = a.dim(1, 0), from = a.dim(1, 2), to = a.dim(1, 1), groups = a.dim(3, 2);
+  if (a.dim(3, 0) != experts || a.dim(3, 1) != to || groups == 0 || from % groups) return WRONG_SHAPES;
+  const float *x = a.get(0);
+  float *y = a.get(4);
+  std::vector<Run> runs;
+  if (!runs_of(a.get<int32_t>(2), n, b, experts, runs)) return WRONG_GROUP;
+  const std::vector<Tile> tiles = tiles_of(runs, to);
+#pragma omp parallel for schedule(dynamic, 1) if (n * b * from * to > SMALL)
+  for (size_t i = 0; i < tiles.size(); i++) {
+    const Tile &t = tiles[i];
+    float *out = y + t.run.first * to;
+    if (t.run.group == experts) {
+      zero(out + t.column, to, t.run.rows, t.columns);
+      continue;
+    }
+    const int8::Matrix w{a.get<int8_t>(1) + t.run.group * to * from, a.get(3) + t.run.group * to * groups, from, groups};
+    const auto multiply = t.run.rows <= few::MOST_ROWS ? int8::columns : int8::wide_columns;
+    multiply(t.run.rows, to, x + t.run.first * from, w, t.column, t.column + t.columns, out);
+  }
+  return 0;
 }
 
 // dy [n, b, o], w [E, i, o], group [n] -> dx [n, b, i]

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "few_rows.h"
+#include "int8.h"
 
 class Team {
  public:
@@ -65,8 +66,14 @@ static inline void multiply(const Columns &columns, int64_t i, int64_t m, int64_
   few::columns(m, columns.n, k, x, w, columns.first(i), columns.last(i), to);
 }
 
-// The same with the residual stream of [m, n] added.
-static inline void multiply_add(const Columns &columns, int64_t i, int64_t m, int64_t k, const float *x, const float *w,
+// The same of a matrix [n, k] in 8 bits
+static inline void multiply(const Columns &columns, int64_t i, int64_t m, int64_t, const float *x, const int8::Matrix &w, float *to) {
+  int8::columns(m, columns.n, x, w, columns.first(i), columns.last(i), to);
+}
+
+// The same with the residual stream of [m, n] added. W: const float *, or int8::Matrix
+template <typename W>
+static inline void multiply_add(const Columns &columns, int64_t i, int64_t m, int64_t k, const float *x, const W &w,
                                 const float *residual, float *to) {
   multiply(columns, i, m, k, x, w, to);
   for (int64_t r = 0; r < m; r++)

@@ -17,6 +17,7 @@ from experiments.bench import ops as bench_ops
 from experiments.bench import peers as bench_peers
 from experiments.bench import turns as bench_turns
 from experiments.bench.decode import bench_decode
+from experiments.bench.int8 import bench_int8
 from experiments.bench.monitors import bench_monitors
 from experiments.bench.train import LOSS_TOLERANCE, MODEL, bench_train, packed_batch
 from ops import build, registry
@@ -236,3 +237,9 @@ def test_an_op_in_place_is_measured_too(monkeypatch):
 def test_an_unknown_case_is_refused():
     with pytest.raises(ValueError, match="--ops=nothing is not a case; use rms_norm"):
         bench_ops.bench_ops(options(ops=["nothing"]))
+
+
+def test_weights_in_8_bits_take_turns_with_floats():
+    figures = bench_int8(SimpleNamespace(batch=[2], steps=1, layers=1), Qwen3Config(**SMALL))
+    assert figures["layers"] == 1 and figures["float_over_int8"] > 0
+    assert figures["float_cpu_s"] > 0 and figures["int8_cpu_s"] > 0 and figures["int8_gib"] < figures["float_gib"] / 2

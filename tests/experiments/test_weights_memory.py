@@ -16,6 +16,7 @@ import json, os, sys
 import numpy as np
 from experiments.convert import look, weights as convert
 from experiments.train import state as train_state
+from experiments.train import weights as train_weights
 from parallel.checkpoint import store as checkpoint_store
 from parallel.mesh import Mesh
 from parallel.sharding import Sharding
@@ -60,6 +61,12 @@ for name, scan in (("load", False), ("scan", True)):
     out[name + " share"] = sum(leaf.nbytes for leaf in tree_leaves(tree))
     del tree
 write = lambda *args: list(convert.write(*args))
+def load_int8():
+    return train_weights.inference(folder + "/hf").params(Sharding(), "int8")
+
+out["int8"], tree = measured(load_int8)
+out["int8 share"] = sum(leaf.nbytes for leaf in tree_leaves(tree))
+del tree
 out["hf-to-native"], _ = measured(write, "hf-to-native", folder + "/hf", folder + "/native", None)
 out["native-to-hf"], _ = measured(write, "native-to-hf", folder + "/native", folder + "/back", None)
 a, b = convert.open_weights("input", folder + "/hf"), convert.open_weights("input", folder + "/native")
@@ -88,6 +95,12 @@ def test_what_is_measured_is_a_model_of_many_tensors(measured):
 def test_a_rank_holds_its_share_and_little_more(measured, loop):
     assert measured[f"{loop} share"] < 0.3 * measured["total"]
     assert measured[loop] < measured[f"{loop} share"] + 1.5 * measured["largest"], measured
+
+
+def test_weights_in_8_bits_never_stand_in_memory_as_floats(measured):
+    """Beside the numbers there are one float matrix, its transpose and the pieces that are quantised."""
+    assert 0.25 * measured["total"] < measured["int8 share"] < 0.27 * measured["total"]
+    assert measured["int8"] < measured["int8 share"] + 3 * measured["largest"] + 48 * MB, measured
 
 
 @pytest.mark.parametrize("what", ["save", "hf-to-native", "native-to-hf", "inspect", "diff", "verify"])

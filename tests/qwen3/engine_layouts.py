@@ -2,6 +2,9 @@
 
 import json
 
+import mindspore as ms
+import numpy as np
+
 from experiments.generate.batch import Together, gathered, run
 from parallel import collectives
 from parallel.mesh import Mesh
@@ -9,16 +12,23 @@ from parallel.placement import load, place, reader
 from parallel.sharding import Sharding
 from qwen3 import hf
 from qwen3.engine import Engine, Request
+from qwen3.int8 import Quantised, int8_specs
+from qwen3.model import build, param_specs
 from qwen3.stages import own_specs
 from qwen3.tokenizer import train_bpe
 from tests.qwen3.test_engine import CONTINUATIONS, GOLDEN
 
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "seed": 5}
-# name -> the golden model, sizes of the mesh, options of the requests
+GROUP = 4  # inputs that share a scale in the layouts of weights in 8 bits: it divides each rank's inputs
+# name -> the golden model, sizes of the mesh, options of the requests. In those that end in "int8" the matrices are in 8 bits
 LAYOUTS = {
     "tp2": ("dense_tied", dict(tp=2), {}),
     "dp2 ep2": ("moe_norm", dict(dp=2, ep=2), {}),
     "tp2, drawn": ("dense_tied", dict(tp=2), DRAWN),
+    "tp2, int8": ("dense_tied", dict(tp=2), {}),
+    "pp2, int8": ("dense_tied", dict(pp=2), {}),
+    "dp2 ep2, int8": ("moe_norm", dict(dp=2, ep=2), {}),
+    "tp2, experts, int8": ("moe_norm", dict(tp=2), {}),
     "tp2, biases": ("qwen2_bias", dict(tp=2), {}),
     "tp2, experts": ("moe_norm", dict(tp=2), {}),
     "dp2": ("dense_tied", dict(dp=2), {}),
@@ -38,13 +48,15 @@ def requests(name, options):
     return [(i, Request(case["prompt"], len(case["greedy"]), **options), ()) for i, case in enumerate(cases)]
 
 
-def tokens(name, sizes, options, rank=0):
+def tokens(name, sizes, options, rank=0, int8=False):
     """The tokens of each prompt, in one process without a mesh, or as every rank gathers them. Data rank 0 has all but two prompts."""
     cfg, params = hf.load(GOLDEN / "hf" / name)
     mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
     sharding = Sharding(mesh) if mesh.world > 1 else None
-    if sharding:
-        params = load(mesh, place(sharding, own_specs(cfg, mesh)), reader(params), "used")
+    if sharding or int8:
+        specs, read = own_specs(cfg, mesh), reader(params)
+        specs, read = (int8_specs(specs, GROUP), Quantised(read, param_specs(cfg), GROUP).read) if int8 else (specs, read)
+        params = load(mesh, place(sharding or Sharding(), specs), read, "used")
     engine = Engine(params, cfg, slots=3, length=64, prefill_chunk=8, sharding=sharding)
     engine.warm_up()
     mine = requests(name, options)
@@ -60,4 +72,24 @@ TOKENIZER = train_bpe(["a b c"], 259)
 def main(names):
     """In each process: {layout: tokens} of a JSON list of names."""
     rank, _ = collectives.start()
-    return {name: tokens(*LAYOUTS[name], rank) for name in json.loads(names)}
+    return {name: tokens(*LAYOUTS[name], rank, name.endswith("int8")) for name in json.loads(names)}
+
+
+def int8_logits(sizes, rank=0):
+    """{model: logits [2, 11, V]} with the matrices in 8 bits, in one process or as a rank of a layout has them. Eager, which is quicker for
+    one call."""
+    sharding, out = Sharding(Mesh(**sizes, rank=rank)), {}
+    for name in ("dense_tied", "moe_norm"):
+        cfg, params = hf.load(GOLDEN / "hf" / name)
+        specs = param_specs(cfg)
+        placed = place(sharding, int8_specs(specs, GROUP))
+        params = load(sharding.mesh, placed, Quantised(reader(params), specs, GROUP).read, "used")
+        tokens = ms.Tensor(np.arange(1, 23, dtype=np.int32).reshape(2, 11))
+        out[name] = build(cfg, sharding).forward(params, tokens)[0].asnumpy()
+    return out
+
+
+def main_int8():
+    """In each of two processes: int8_logits of tp2."""
+    rank, _ = collectives.start()
+    return int8_logits(dict(tp=2), rank)
