@@ -172,7 +172,7 @@ def runs(words):
 
 def shortened(words, steps=2):
     """The command with little to do: few steps of small rows, few tokens."""
-    if "experiments.pretrain" in words or "experiments.finetune" in words:
+    if {"experiments.pretrain", "experiments.finetune", "experiments.prefer"} & set(words):
         if "--print_layout" in words:
             return words
         short = f"steps={steps} batch_size=8 seq_len=64 log_every=1 sample_tokens=0 exact_match_rows=0".split()

@@ -330,7 +330,7 @@ def test_another_vocabulary_drops_the_token_ids_of_the_released_one():
     assert (cfg.vocab_size, cfg.eos_id, cfg.pad_id) == (512, None, None)
 
 
-MAINS = ["pretrain", "finetune", "launch", "preprocess", "compare"]
+MAINS = ["pretrain", "finetune", "prefer", "launch", "preprocess", "compare"]
 PACKAGES = ["generate", "serve", "evaluate", "convert", "sweep", "dryrun", "bench"]
 
 
