@@ -218,6 +218,7 @@ def model_config(config, device="CPU"):
     base = _base_model(config.model)
     if args.get("vocab_size", base.vocab_size) != base.vocab_size:  # another tokenizer, so the ids of the special tokens are unknown
         args = {"bos_id": None, "eos_id": None, "pad_id": None, **args}
+    args["num_labels"] = int(config.prefer.loss == "reward")
     cfg = _with_trainable(_with_yarn(base.replace(**args), config.yarn), config)
     check_compute_dtype(cfg, device)
     return cfg

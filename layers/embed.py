@@ -16,6 +16,11 @@ def specs(cfg):
     return ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), normal(cfg.initializer_range))
 
 
+def score_specs(cfg):
+    """Returns the ParamSpec [D, num_labels] of the head of a model with labels."""
+    return ParamSpec((cfg.hidden_size, cfg.num_labels), ("embed", "one"), normal(cfg.initializer_range))
+
+
 def lookup(take):
     """Returns rows(w, ids): the kernel `take` of ops/embedding.py in float32, so that gradients of a token are summed in float32."""
 

@@ -208,6 +208,6 @@ def _data():
 
 def _model_args():
     """Returns a typed placeholder for each field of Qwen3Config, except those that other keys set."""
-    by_others = ("rope_scaling", "lora", "frozen", "frozen_dtype")
+    by_others = ("rope_scaling", "lora", "frozen", "frozen_dtype", "num_labels")
     hints = {f.name: f.type for f in dataclasses.fields(Qwen3Config) if f.name not in by_others}
     return ConfigDict({name: placeholder(next(iter(typing.get_args(hint)), hint)) for name, hint in hints.items()})

@@ -67,6 +67,8 @@ def load(config, vocab_size):
 def whole(config, vocab_size):
     """(tokenizer, source) of all that data.path has, for evaluation; data.tokenizer has to be set."""
     data, seq_len = config.data, config.train.seq_len
+    if data.format in preferences.FORMATS:
+        raise ValueError(f"data.format={data.format} has preferences, and evaluation reads text or conversations; give it other data")
     prefixes, tokenizer = _checked_prefixes(config), _loaded(data, vocab_size)
     if data.stream:
         return tokenizer, _text_stream(data, tokenizer, seq_len, held_out=0.0)

@@ -202,6 +202,12 @@ def _check_preferences(config, sizes):
             f"parallel.cp={sizes['cp']} with prefer.loss={config.prefer.loss} of all weights: the cache of the reference model needs whole"
             " rows on a rank; use --cp=1, or adapters by --config.lora.rank"
         )
+    if config.prefer.loss == "reward":
+        for key, only in (("lora.rank", 0), ("train.sample_tokens", 0)):
+            section, name = key.split(".")
+            if (value := config[section][name]) != only:
+                why = "adapters would leave its head as it was drawn" if name == "rank" else "it writes no text"
+                raise ValueError(f"{key}={value} with prefer.loss=reward, a reward model: {why}; use --config.{key}={only}")
     if config.train.monitor_every:
         raise ValueError("train.monitor_every with prefer.loss: the monitors know the loss of next tokens alone; use train.monitor_every=0")
 

@@ -3,7 +3,7 @@
 Dims: B rows, S tokens, P pairs of a row, A = 2 P answers of a row. The batch is that of qwen3.model.loss_fn, with more in it [B, S]:
 
     segment_ids   the answers of pair k, from 0, are the documents 2k + 1, the chosen one, and 2k + 2, so that they do not see each other
-    loss_weights  1 on the targets that belong to the answer, 0 on those of its prompt
+    loss_weights  1 on the targets that belong to the answer, 0 on those of its prompt; of a reward model, 1 on the last token alone
     signs         float32, on the first token of each answer: 1 for a chosen or desirable one, -1 for the other; else 0. For kto, the second
                   document of a pair is an answer to another prompt, and its sign is 0
     reference     float32, the nats of each target under the reference model, if caches_reference(config)
@@ -55,8 +55,11 @@ def loss_of_pairs(cfg, op, s, params, reference, batch):
     B, S = batch["tokens"].shape
     rows = model.rows_of(cfg, op, batch["positions"], batch["segment_ids"], batch["noise"] if op.noises else None)
     x, stats = op.layers(params["layers"], model.embed(cfg, op, params, batch["tokens"]), rows)
-    nats = model.nats_and_gap(cfg, op, params, x, batch["targets"])[0]
-    logp, weights = -rearrange(nats, "(batch seq) 1 -> batch seq", {"batch": B, "seq": S}), batch["loss_weights"]
+    if s.loss == "reward":
+        logp = model.scores(cfg, op, params, x)  # the score head's, which takes the place of the log-probability
+    else:
+        logp = -model.nats_and_gap(cfg, op, params, x, batch["targets"])[0]
+    logp, weights = rearrange(logp, "(batch seq) 1 -> batch seq", {"batch": B, "seq": S}), batch["loss_weights"]
 
     documents = documents_of_rows(op, batch["segment_ids"], 2 * s.row_pairs)
     sign, logps = sums(op, batch["signs"], documents), sums(op, logp * weights, documents)
@@ -117,15 +120,15 @@ def sums(op, x, documents):
     return reshape(each, (B, A))
 
 
-def finished(metrics):
-    """Returns the metrics of a step or of an evaluation, as numbers, with the sums over answers divided by their numbers:
+def finished(metrics, loss):
+    """Returns the metrics of a step or of an evaluation, as numbers, with the sums over answers divided by their counts. loss: prefer.loss.
 
     accuracy        the share of pairs whose chosen answer has the larger score; for kto, of answers on the right side of the reference
     reward_margin   the mean reward of chosen answers minus that of rejected ones; a reward is beta times the score, or the score head's
     """
     out = {name: value for name, value in metrics.items() if name not in SUMS[1:]}
     chosen, rejected = (max(metrics[name], 1e-9) for name in ("chosen", "rejected"))
-    for name in ("logp", "reward"):
+    for name in ("reward",) if loss == "reward" else ("logp", "reward"):
         out[f"chosen_{name}"], out[f"rejected_{name}"] = metrics[f"chosen_{name}"] / chosen, metrics[f"rejected_{name}"] / rejected
     out["reward_margin"] = out["chosen_reward"] - out["rejected_reward"]
     return {**out, "accuracy": metrics["right"] / max(metrics["pairs"], 1e-9)}

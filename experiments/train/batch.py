@@ -96,7 +96,7 @@ def metrics_of(cfg, config, names, lr, objective, aux, norm, skipped):
     update was made."""
     metrics = {name: number(value) for name, value in zip(names, aux)}
     if config.prefer.loss:
-        metrics = preference.finished(metrics)
+        metrics = preference.finished(metrics, config.prefer.loss)
     metrics.update(objective=number(objective), grad_norm=number(norm), lr=lr)
     if cfg.moe_layers:
         metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # busiest expert over the mean

@@ -147,7 +147,7 @@ def _build_evaluate_pairs(model, sharding, placed):
             found["loss"] *= found["pairs"]
             totals = {name: totals[name] + found[name] for name in names}
         totals["loss"] /= max(totals["pairs"], 1.0)
-        return preference.finished(totals)
+        return preference.finished(totals, model.settings.loss)
 
     return evaluate
 

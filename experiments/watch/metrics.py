@@ -28,7 +28,7 @@ def flops_per_token(cfg, seq_len):
         share = cfg.experts_per_token / cfg.num_experts if "experts" in spec.dims else 1
         flops += each * math.prod(spec.shape) * share
     attention = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len  # scores and weighted sum of values; half of them are masked
-    return flops + head + 6 * attention
+    return flops + (0 if cfg.num_labels else head) + 6 * attention
 
 
 def peak_flops(repeats=5, dtype="float32"):

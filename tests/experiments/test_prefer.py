@@ -6,6 +6,7 @@ import shutil
 import mindspore as ms
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from experiments import finetune, prefer, pretrain
 from experiments import flags as command_line
@@ -16,13 +17,15 @@ from experiments.data.loader import first_rows
 from experiments.posttrain import losses, preference, reference
 from experiments.posttrain.settings import LOSSES, settings
 from experiments.train import program as train_program
+from experiments.train.weights import inference, initial_params
 from parallel.checkpoint.files import step_folder
 from parallel.checkpoint.read import Reader
 from parallel.sharding import Sharding
 from parallel.step import value_and_grad
-from parallel.trees import tree_map, tree_paths
+from parallel.trees import tree_map, tree_paths, unflatten
+from qwen3 import hf
 from qwen3.config import Lora
-from qwen3.model import build, forward
+from qwen3.model import build, forward, param_specs
 from tests.experiments.test_pretrain import make_config
 from tests.experiments.test_resume import records, stopping_after
 from tests.tiny import DENSE, FUSED, assert_close, random_params
@@ -148,16 +151,14 @@ def test_packed_pairs_have_the_loss_the_gradient_and_the_metrics_of_answers_comp
     model = preference.Preference(config, DENSE, Sharding(), False, FUSED, "none", 1)
     (value, found), grads = value_and_grad(model.loss_fn, aux=preference.names(DENSE))(params, tensors(batch))
     assert_close(want.mean(), value, 1e-5)
-    done = preference.finished({name: float(x.asnumpy()) for name, x in found.items()})
+    done = preference.finished({name: float(x.asnumpy()) for name, x in found.items()}, loss)
     chosen, rejected = pairs.signs == 1, pairs.signs == -1
     assert done["accuracy"] == pytest.approx(right.mean()) and done["pairs"] == 5
     assert done["reward_margin"] == pytest.approx(s.beta * (score[chosen].mean() - score[rejected].mean()), rel=1e-4)
     assert done["rejected_logp"] == pytest.approx(own[rejected].mean(), rel=1e-5)
 
     slopes = np.zeros(10)  # of the loss by each answer's log-probability, with the reference point held
-    for i in range(0 if loss != "kto" else 0, 10):
-        if loss == "kto" and i % 2:
-            continue
+    for i in range(0, 10, 2 if loss == "kto" else 1):
         step = np.zeros(10)
         step[i] = 1e-5
         slopes[i] = (formula(s, (score + step).reshape(-1, 2), pairs.signs[::2])[0].mean()) / 2e-5
@@ -201,21 +202,12 @@ def test_under_adapters_the_reference_is_the_model_without_them():
     batch, _ = batch_of(pairs)
     del batch["reference"]
     found = preference.Preference(config, LORA, Sharding(), False, FUSED, "none", 1).loss_fn(params, tensors(batch))[0]
-    base = {path: leaf for path, leaf in tree_paths(params) if ".lora." not in path}
-    plain = tree_map(lambda path: base[path], tree_map(lambda x: x, _paths(DENSE)))
+    leaves, specs = dict(tree_paths(params)), param_specs(DENSE)
+    plain = unflatten(specs, [leaves[path] for path, _ in tree_paths(specs)])
     nats = [-log_probabilities(plain, DENSE, pairs.answers[i][0]) for i in range(10)]
     logps = [-_nats(params, LORA, pairs.answers[i][0]) for i in range(10)]
     want = expected(settings(config), pairs, logps, nats)[0]
     assert abs(want.mean() - np.log(2)) > 1e-3 and found.asnumpy() == pytest.approx(want.mean(), rel=1e-5)
-
-
-def _paths(cfg):
-    """The tree of a model's parameters, with the path of each as its leaf."""
-    from parallel.trees import unflatten
-    from qwen3.model import param_specs
-
-    specs = param_specs(cfg)
-    return unflatten(specs, [path for path, _ in tree_paths(specs)])
 
 
 def _nats(params, cfg, ids):
@@ -328,6 +320,74 @@ def test_dpo_learns_a_made_up_preference(rank, tmp_path, monkeypatch):
     assert records(tmp_path / "run")[-1]["final_accuracy"] >= 0.95
 
 
+REWARD = DENSE.replace(num_labels=1)
+
+
+def test_a_reward_model_scores_the_last_token_of_each_answer():
+    """Packed, against the trunk's last states and the head in numpy."""
+    config, params = config_of("reward"), random_params(REWARD)
+    assert "score" in params and "lm_head" not in params
+    pairs, s = made_pairs("reward"), settings(config)
+    lasts = np.concatenate([np.arange(len(pairs.answers[i][0])) == len(pairs.answers[i][0]) - 1 for i in range(10)])
+    pairs = preferences.Pairs(Conversations(pairs.answers.ids, lasts.astype(np.uint8), pairs.answers.ends), pairs.signs)
+    batch, _ = batch_of(pairs)
+    found = preference.Preference(config, REWARD, Sharding(), False, FUSED, "none", 1).loss_fn(params, tensors(batch))
+    scores = [forward(params, ms.Tensor(pairs.answers[i][0][None, :-1], ms.int32), REWARD)[0].asnumpy()[0, -1, 0] for i in range(10)]
+    want, right = formula(s, np.array(scores, np.float64).reshape(-1, 2), pairs.signs[::2])
+    assert found[0].asnumpy() == pytest.approx(want.mean(), rel=1e-5)
+    assert found[1]["right"].asnumpy() == right.sum() and found[1]["chosen_reward"].asnumpy() == pytest.approx(sum(scores[::2]), rel=1e-5)
+
+
+def test_the_scores_are_the_last_states_times_the_head():
+    params = random_params(REWARD)
+    untied = {**params, "lm_head": ms.Tensor(np.eye(DENSE.hidden_size, dtype=np.float32))}  # whose logits are the states themselves
+    head = {name: leaf for name, leaf in untied.items() if name != "score"}
+    tokens = ms.Tensor([[3, 1, 4, 1, 5]], ms.int32)
+    states = forward(head, tokens, DENSE.replace(tie_embeddings=False, vocab_size=DENSE.hidden_size))[0].asnumpy()
+    assert_close(states @ params["score"].asnumpy(), forward(params, tokens, REWARD)[0], 1e-5)
+
+
+def test_a_saved_reward_model_is_one_of_transformers_and_is_read_again(tmp_path):
+    params = random_params(REWARD)
+    hf.save(tmp_path / "hf", REWARD, params)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForSequenceClassification"] and config["id2label"] == {"0": "LABEL_0"}
+    with safe_open(tmp_path / "hf" / "model.safetensors", "numpy") as file:
+        assert file.get_tensor("score.weight").shape == (1, DENSE.hidden_size) and "lm_head.weight" not in file.keys()
+    cfg, again = hf.load(tmp_path / "hf")
+    assert cfg.num_labels == 1
+    for path, leaf in tree_paths(again):
+        np.testing.assert_array_equal(leaf.asnumpy(), dict(tree_paths(params))[path].asnumpy())
+    with pytest.raises(ValueError, match="hf is a reward model, which writes no text; use a language model"):
+        inference(hf_dir=str(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_starts_from_a_language_model_or_from_a_reward_model(tied, tmp_path):
+    plain = DENSE.replace(tie_embeddings=tied)
+    for cfg in (plain, plain.replace(num_labels=1)):
+        hf.save(tmp_path / "hf", cfg, params := random_params(cfg))
+        config = config_of("reward")
+        config.model = config.init_from = str(tmp_path / "hf")
+        wanted = command_line.model_config(config)
+        read, _, left_out = initial_params(wanted, config)
+        assert wanted.num_labels == 1 and not left_out
+        for path, spec in tree_paths(param_specs(wanted)):
+            value = read(path, tuple(slice(0, n) for n in spec.shape))
+            if path != "score" or cfg.num_labels:
+                np.testing.assert_array_equal(value, dict(tree_paths(params))[path].asnumpy())
+        shutil.rmtree(tmp_path / "hf")
+
+
+@pytest.mark.slow
+def test_a_reward_model_learns_a_made_up_preference_and_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(preferences, "GENERATED", 400)
+    changes = {"prefer.loss": "reward", "train.steps": 40, "train.log_every": 20, "train.batch_size": 8, "train.save_hf": True}
+    prefer.prefer(run_config(**changes), str(tmp_path / "run"))
+    assert records(tmp_path / "run")[-1]["final_accuracy"] >= 0.95
+    assert hf.load(tmp_path / "run" / "hf")[0].num_labels == 1
+
+
 WRONG = [
     ({"prefer.loss": ""}, "prefer.loss is empty; use one of dpo, ipo, kto, simpo"),
     ({"data.format": "messages"}, "data.format='messages' is no format of preferences; use pairs or unpaired"),
@@ -355,6 +415,11 @@ LAYOUTS = [
     ({"parallel.cp": 2}, "parallel.cp=2 with prefer.loss=dpo of all weights: the cache of the reference model needs whole rows"),
     ({"train.monitor_every": 1}, "train.monitor_every with prefer.loss"),
     ({"parallel.lowering": "shard"}, "prefer.loss=dpo with parallel.lowering=shard"),
+    ({"prefer.loss": "reward", "lora.rank": 2}, "lora.rank=2 with prefer.loss=reward, a reward model: adapters would leave its head"),
+    (
+        {"prefer.loss": "reward", "train.sample_tokens": 2},
+        "train.sample_tokens=2 with prefer.loss=reward, a reward model: it writes no text",
+    ),
 ]
 
 
