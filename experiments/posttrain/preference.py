@@ -33,17 +33,19 @@ class Preference:
     """loss_fn(params, batch) -> (loss, metrics), for the loss that config.prefer names. The other arguments: see qwen3.model.build."""
 
     def __init__(self, config, cfg, sharding, scan, kernels, recompute, loss_chunks):
-        self.cfg, self.settings, self.cached, self.base = cfg, settings(config), caches_reference(config), None
+        self.cfg, self.settings, self.cached = cfg, settings(config), caches_reference(config)
         self.op = model.build(cfg, sharding, scan, kernels, recompute, loss_chunks).op
-        if needs_reference(config) and cfg.lora:
-            self.base = model.build(cfg.base, sharding, scan, kernels, loss_chunks=loss_chunks)
-            self.without_adapters = part(stacked_specs(cfg.base) if scan else param_specs(cfg.base))
+        self.has_base = needs_reference(config) and not self.cached
+        if self.has_base:
+            self.base = cfg.replace(lora=None, frozen=(("*",), ()))  # frozen as under the adapters, so gathered alike in ZeRO 3
+            self.without_adapters = part(stacked_specs(self.base) if scan else param_specs(self.base))
+            self.base_op = model.build(self.base, sharding, scan, kernels, loss_chunks=loss_chunks).op
 
     def loss_fn(self, params, batch):
         reference = batch["reference"] if self.cached else None
-        if self.base is not None:
-            given = (batch["tokens"], batch["targets"], batch["positions"], batch["segment_ids"])
-            reference = ops.stop_gradient(self.base.score(self.without_adapters(params), *given)[0])
+        if self.has_base:
+            given = batch["tokens"], batch["targets"], batch["positions"], batch["segment_ids"]
+            reference = ops.stop_gradient(model.score_targets(self.base, self.base_op, self.without_adapters(params), *given)[0])
         return loss_of_pairs(self.cfg, self.op, self.settings, params, reference, batch)
 
 

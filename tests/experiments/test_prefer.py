@@ -210,6 +210,20 @@ def test_under_adapters_the_reference_is_the_model_without_them():
     assert abs(want.mean() - np.log(2)) > 1e-3 and found.asnumpy() == pytest.approx(want.mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("loss, cfg", [("dpo", LORA.replace(num_layers=1)), ("reward", DENSE.replace(num_layers=1, num_labels=1))])
+def test_a_compiled_step_has_the_loss_and_the_gradient_of_the_eager_one(loss, cfg):
+    config, params = config_of(loss), random_params(cfg)
+    config.lora.rank = cfg.lora.rank if cfg.lora else 0
+    batch = {key: value for key, value in batch_of(made_pairs(loss))[0].items() if key != "reference"}
+    model = preference.Preference(config, cfg, Sharding(), False, FUSED, "none", 1)
+    (value, _), grads = value_and_grad(model.loss_fn, aux=preference.names(cfg))(params, tensors(batch))
+    trained = [grad.asnumpy() for path, grad in tree_paths(grads) if ".lora." in path or not cfg.lora]
+    program = train_program.build_program(cfg, config)
+    _, metrics = program.step(program.init(tree_map(lambda leaf: leaf.asnumpy(), params)), batch, 1e-3, 0)
+    assert metrics["loss"] == metrics["objective"] == pytest.approx(float(value.asnumpy()), rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(np.sqrt(sum((grad**2).sum() for grad in trained)), rel=1e-4)
+
+
 def _nats(params, cfg, ids):
     tokens, targets = ms.Tensor(ids[None, :-1], ms.int32), ms.Tensor(ids[None, 1:], ms.int32)
     positions = ms.Tensor(np.arange(len(ids) - 1)[None], ms.int32)
@@ -217,6 +231,7 @@ def _nats(params, cfg, ids):
 
 
 QUICK = {
+    "model_args.num_layers": 1,
     "data.format": "pairs",
     "train.seq_len": 160,
     "train.steps": 4,
