@@ -18,8 +18,10 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments import hub, interrupts, number_flags, run_tokenizer
 from experiments.configs import common
+from experiments.data import preferences
 from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
+from experiments.posttrain.settings import LOSSES
 from experiments.train import lr_groups
 from ops.registry import IMPLEMENTATIONS, LENGTHS, OPS
 from parallel.checkpoint.files import COMPRESSIONS
@@ -35,7 +37,11 @@ from qwen3.text_stream import printable
 from qwen3.tokenizer import Tokenizer
 
 # Mains that train, on any number of ranks, and their default config
-MAINS = {"experiments.pretrain": "experiments/configs/tiny.py", "experiments.finetune": "experiments/configs/finetune_tiny.py"}
+MAINS = {
+    "experiments.pretrain": "experiments/configs/tiny.py",
+    "experiments.finetune": "experiments/configs/finetune_tiny.py",
+    "experiments.prefer": "experiments/configs/prefer_tiny.py",
+}
 
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 
@@ -212,6 +218,7 @@ def model_config(config, device="CPU"):
     base = _base_model(config.model)
     if args.get("vocab_size", base.vocab_size) != base.vocab_size:  # another tokenizer, so the ids of the special tokens are unknown
         args = {"bos_id": None, "eos_id": None, "pad_id": None, **args}
+    args["num_labels"] = int(config.prefer.loss == "reward")
     cfg = _with_trainable(_with_yarn(base.replace(**args), config.yarn), config)
     check_compute_dtype(cfg, device)
     return cfg
@@ -400,7 +407,11 @@ CHECKS = {
     "lora.dropout": BELOW_ONE,
     "lora.init": _one_of("kaiming", "gaussian"),
     "train.layer_loop": _one_of("auto", "unroll", "scan"),
-    "data.format": _one_of("", *FORMATS),
+    "data.format": _one_of("", *FORMATS, *preferences.FORMATS),
+    "prefer.loss": _one_of("", *LOSSES),
+    **dict.fromkeys(("prefer.beta", "prefer.row_pairs"), POSITIVE),
+    **dict.fromkeys(("prefer.margin", "prefer.desirable_weight", "prefer.undesirable_weight"), NOT_NEGATIVE),
+    "prefer.label_smoothing": ((lambda value: 0 <= value < 0.5), "must be from 0 to below 0.5, at which a pair says nothing"),
     "data.enable_thinking": _one_of("none", "true", "false"),
     "data.packing": _one_of("packed", "padded"),
     "data.too_long": _one_of("truncate", "drop", "error"),
@@ -445,6 +456,9 @@ MOST = {
     **dict.fromkeys(("data.max_samples", "data.shuffle_buffer", "parallel.micro_batches", "yarn.original_max_position"), COUNTED),
     **dict.fromkeys(("optim.lr", "optim.eps", "optim.weight_decay", "optim.clip_norm", "optim.skip_spikes"), FLOAT32),
     "optim.router_bias_rate": FLOAT32,
+    **dict.fromkeys(("prefer.beta", "prefer.margin", "prefer.desirable_weight", "prefer.undesirable_weight"), FLOAT32),
+    "prefer.label_smoothing": (0.5, "at which a pair says nothing"),
+    "prefer.row_pairs": (4096, "the memory of the sums grows with it"),
     "data.max_documents": (LENGTHS, "MindSpore's attention takes no more lengths"),
     "train.seed": (2**32 - 1, "the generators take 32 bits of it"),
     "checkpoint.timeout_s": (1e9, "that is 30 years"),

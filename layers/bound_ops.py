@@ -36,8 +36,8 @@ class BoundOps:
     run: for each layer f(stored parameters, x_RD, rows) -> x_RD, statistics; set by qwen3/run_layers.py.
     of_layer: for each layer its BoundOps, whose `cfg` is the config of that layer; set by qwen3/run_layers.py.
     gathered: for each layer f(stored parameters) -> the parameters for the ops, all-gathered under ZeRO 3; set by qwen3/run_layers.py.
-    gathered_table, gathered_norm, gathered_adapter: such functions for the matrix of the embedding or head, for the last norm, and for the
-    embedding's adapter.
+    gathered_table, gathered_norm, gathered_adapter, gathered_score: such functions for the matrix of the embedding or head, for the last
+    norm, for the embedding's adapter, and for the head of a model with labels.
     watch: None, or f(cfg, op, p, x_RD, h_RD, y_RD, rows) -> [n] float32, which a layer calls with its input x, the input h of its
     feed-forward layer and its output y. The layer then returns the result instead of its router statistics. See qwen3/probe.py.
     by_lengths: whether attention takes the lengths of documents (`documents`) instead of segments and order.
@@ -73,6 +73,8 @@ class BoundOps:
             self.gathered_adapter = zero.gathered(sharding, adapter)
         self.iota = iota.reference()
         self.gathered_table, self.gathered_norm = (zero.gathered(sharding, specs(cfg)) for specs in (embed.specs, norm.specs))
+        if cfg.num_labels:
+            self.gathered_score = zero.gathered(sharding, embed.score_specs(cfg))
         self.definitions, self.sizes = definitions(cfg, sharding, kernels, loss_chunks), sizes(cfg, sharding)
         self.bound = ops.constexpr(functools.lru_cache(maxsize=None)(self._bind), name=f"bound_op_{next(_numbers)}")
         inner = sharding.inside()
@@ -115,7 +117,7 @@ class BoundOps:
         return self.bound("matmul", dims)(x, *weights)
 
     def router(self, x, w, dims):
-        """x W in float32."""
+        """x W in float32, of the router and of the head of a model with labels."""
         return self.bound("router", dims)(x, w)
 
     def add(self, x, y, dims):

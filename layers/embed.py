@@ -16,6 +16,11 @@ def specs(cfg):
     return ParamSpec((cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), normal(cfg.initializer_range))
 
 
+def score_specs(cfg):
+    """Returns the ParamSpec [D, num_labels] of the head of a model with labels."""
+    return ParamSpec((cfg.hidden_size, cfg.num_labels), ("embed", "one"), normal(cfg.initializer_range))
+
+
 def lookup(take):
     """Returns rows(w, ids): the kernel `take` of ops/embedding.py in float32, so that gradients of a token are summed in float32."""
 
@@ -64,15 +69,11 @@ def project(matmul):
 
 def project_to_shard(vocab_size):
     """Returns make(matmul, first) -> logits(x, w) for a shard of the vocabulary. Columns past the vocabulary are padding and get -inf."""
-    less, count, select = ops.Less(), iota.reference(), ops.Select()
+    masked = without_logits_of_padding(vocab_size)
 
     def make(matmul, first):
         def logits(x, w):
-            z = cast(matmul(x, cast(w, x.dtype)), ms.float32)
-            if first + w.shape[0] <= vocab_size:
-                return z
-            real = ops.BroadcastTo(z.shape)(less(count(w.shape[0]) + first, vocab_size))
-            return select(real, z, ops.OnesLike()(z) * NEVER)
+            return masked(cast(matmul(x, cast(w, x.dtype)), ms.float32), first)
 
         return logits
 
@@ -90,17 +91,28 @@ def project_int8(matmul):
 
 def project_int8_to_shard(vocab_size):
     """Returns make(matmul, first) -> logits(x, w, scale) for a shard of the vocabulary; see project_to_shard."""
-    less, count, select = ops.Less(), iota.reference(), ops.Select()
+    masked = without_logits_of_padding(vocab_size)
 
     def make(matmul, first):
         def logits(x, w, scale):
-            z = cast(matmul(x, w, scale), ms.float32)
-            real = ops.BroadcastTo(z.shape)(less(count(w.shape[0]) + first, vocab_size))
-            return select(real, z, ops.OnesLike()(z) * NEVER)
+            return masked(cast(matmul(x, w, scale), ms.float32), first)
 
         return logits
 
     return make
+
+
+def without_logits_of_padding(vocab_size):
+    """Returns f(z_RV, first) -> the logits z of a shard that starts at token id `first`, with -inf for columns past the vocabulary."""
+    less, count, select = ops.Less(), iota.reference(), ops.Select()
+
+    def masked(z, first):
+        if first + z.shape[1] <= vocab_size:
+            return z
+        real = ops.BroadcastTo(z.shape)(less(count(z.shape[1]) + first, vocab_size))
+        return select(real, z, ops.OnesLike()(z) * NEVER)
+
+    return masked
 
 
 def without_padding(vocab_size):

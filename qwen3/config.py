@@ -10,7 +10,8 @@ from qwen3.quantization import scheme_of
 from qwen3.schema import LARGEST, LIMITS, LORA_LIMITS, REAL_LIMITS, YARN_LIMIT, ConfigJson, checked, short
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2")
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen2": "Qwen2"}  # what transformers' names of classes begin with
+OF_TEXT, OF_SCORES = "ForCausalLM", "ForSequenceClassification"  # and end with, see num_labels
 DTYPES = ("float32", "float16", "bfloat16")
 NORM_PLACEMENTS = ("pre", "post", "both")
 
@@ -115,6 +116,7 @@ class Qwen3Config:
     head_dim: int = 128
     ffn_size: int = 3072
     tie_embeddings: bool = True
+    num_labels: int = 0  # scores that a head gives after each token, instead of logits: 1 for a reward model; 0 = a language model
     qk_norm: bool = True
     qkv_bias: bool = False
     norm_placement: str = "pre"  # where a layer has norms: pre, post or both, see layers/norm.py
@@ -222,7 +224,7 @@ def _check(c):
     experts = () if c.model_type != "qwen3_moe" else ("num_experts", "experts_per_token", "moe_ffn_size")
     for key, most in LIMITS.items():
         value = getattr(c, key)
-        least = 0 if key not in experts and key.startswith(("num_experts", "experts", "moe_ffn")) else 1
+        least = 0 if key not in experts and key.startswith(("num_experts", "experts", "moe_ffn", "num_labels")) else 1
         right = type(value) is int and least <= value <= most
         need(right, f"{key}={short(value)} must be a whole number from {least} to {most}")
     need(c.head_dim % 2 == 0, f"head_dim={c.head_dim} must be even: rotary embedding turns pairs")
@@ -317,6 +319,9 @@ def _from_hf(hf, where):
     out["num_kv_heads"] = found.num_key_value_heads or out["num_heads"]
     out["head_dim"] = found.head_dim or (128 if kind == "qwen3" else out["hidden_size"] // out["num_heads"])
     out["tie_embeddings"] = bool(found.tie_word_embeddings)
+    if found.architectures and found.architectures[0].endswith(OF_SCORES):
+        # transformers has two labels where config.json names none
+        out["num_labels"] = len(found.id2label) if found.id2label is not None else 2 if found.num_labels is None else found.num_labels
     out["initializer_range"] = 0.02 if found.initializer_range is None else found.initializer_range
     out.update({name: hf[name] for name in _OWN_FIELDS if name in hf})
     out["max_position"] = found.max_position_embeddings or 32768
@@ -393,7 +398,10 @@ def _rope_from_hf(found, max_position, where):
 
 
 def _to_hf(c):
-    out = {"architectures": [ARCHITECTURES[c.model_type]], "model_type": c.model_type}
+    out = {"architectures": [ARCHITECTURES[c.model_type] + (OF_SCORES if c.num_labels else OF_TEXT)], "model_type": c.model_type}
+    if c.num_labels:
+        names = [f"LABEL_{i}" for i in range(c.num_labels)]
+        out.update(id2label={str(i): name for i, name in enumerate(names)}, label2id={name: i for i, name in enumerate(names)})
     out.update({key: getattr(c, name) for key, name in _HF_FIELDS.items()})
     out.update(
         num_key_value_heads=c.num_kv_heads,

@@ -50,6 +50,7 @@ NAMES = {
     "layers.{layer}.moe.w_down": (_LAYER + "mlp.experts.{expert}.down_proj.weight", True),
     "final_norm": ("model.norm.weight", False),
     "lm_head": ("lm_head.weight", False),
+    "score": ("score.weight", True),
 }
 OF_OURS = {"attention_out_norm", "mlp_out_norm", "moe.router_bias"}  # the ends of the paths that transformers does not know
 IN_TRANSFORMERS = {path for path in NAMES if path.removeprefix("layers.{layer}.") not in OF_OURS}
@@ -112,6 +113,15 @@ def who_opens(cfg):
     return "which transformers opens" if not list(_unknown_elsewhere(cfg)) else "which transformers opens as another model; see the warning"
 
 
+def read_config(folder):
+    """Returns the Qwen3Config of a Hugging Face folder. Raises FileNotFoundError or ValueError naming the file."""
+    path = Path(folder) / "config.json"
+    try:
+        return Qwen3Config.from_hf(hf_files.read_json(path), where=path)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
 class Reader:
     """An opened Hugging Face folder. Opening reads config.json and the headers, and checks names, shapes and dtypes. Quantised weights are
     read as float32 (qwen3/hf_quantized.py).
@@ -131,14 +141,9 @@ class Reader:
         if not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "is missing"
             raise FileNotFoundError(f"{self.folder} {what}; give a folder with config.json and model.safetensors")
-        path = self.folder / "config.json"
-        try:
-            found = hf_files.read_json(path)
-            config = Qwen3Config.from_hf(found, where=path)
-        except ValueError as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        config, path = read_config(self.folder), self.folder / "config.json"
         self._files = hf_files.open_weights(self.folder)
-        if scheme := scheme_of(found.get("quantization_config"), path):
+        if scheme := scheme_of(hf_files.read_json(path).get("quantization_config"), path):
             self._files = hf_quantized.with_floats(self.folder, self._files, scheme)
         self._check_sizes(config)
         self.specs, self.left_out = param_specs(like or config), ""

@@ -36,9 +36,11 @@ NO_STATS = ms.Tensor([0.0], ms.float32)  # router statistics of a dense layer
 
 def param_specs(cfg):
     """Returns the tree of ParamSpecs: embed, layers (a list, see layer_specs), final_norm, lm_head unless tied, and lora if the embedding
-    has an adapter."""
+    has an adapter. A model with labels has the head `score` instead of lm_head."""
     outside = {"embed": tables.specs(cfg), "final_norm": norm.specs(cfg)}
-    if not cfg.tie_embeddings:
+    if cfg.num_labels:
+        outside["score"] = tables.score_specs(cfg)
+    elif not cfg.tie_embeddings:
         outside["lm_head"] = tables.specs(cfg)
     outside = with_frozen(cfg, lora.specs(cfg, outside, lora.EMBED))
     return {"embed": outside.pop("embed"), "layers": [layer_specs(cfg, i) for i in range(cfg.num_layers)], **outside}
@@ -87,6 +89,8 @@ def matches(path, patterns):
 def forward(params, tokens, cfg, *, positions=None, segment_ids=None):
     """tokens_BS int32 -> (logits_BSV float32, aux), on one device. For MoE, aux["router_loss"] is HF's load-balancing loss.
 
+    A model with labels returns their scores after each token, [B, S, num_labels], in the place of logits.
+
     positions_BS: default 0..S-1. segment_ids_BS: the number of each token's document, 0 for padding; default: one document per row.
     """
     if not isinstance(tokens, ms.Tensor):
@@ -100,13 +104,14 @@ def loss_fn(params, batch, cfg):
 
 
 def logits(cfg, op, params, tokens, positions, segment_ids):
-    """tokens_BS -> (logits_BSV float32, aux), in any layout. See `forward`."""
+    """tokens_BS -> (logits_BSV float32, aux), in any layout. See `forward`. V counts the scores of a model with labels."""
     if positions is None:
         positions = default_positions(op, tokens)
     if segment_ids is None:
         segment_ids = ops.ones_like(tokens)
     x, stats = op.layers(params["layers"], embed(cfg, op, params, tokens), rows_of(cfg, op, positions, segment_ids, None))
-    found = rearrange(full_logits(cfg, op, params, x), "(batch seq) vocab -> batch seq vocab", {"batch": tokens.shape[0]})
+    found = scores(cfg, op, params, x) if cfg.num_labels else full_logits(cfg, op, params, x)
+    found = rearrange(found, "(batch seq) vocab -> batch seq vocab", {"batch": tokens.shape[0]})
     if not cfg.moe_layers:
         return found, {}
     balance, z, load, _ = moe.losses(cfg, op, stats)
@@ -248,6 +253,11 @@ def full_logits(cfg, op, params, x):
     """x_RD -> logits_RV of the full vocabulary, on every rank."""
     found = head(cfg, op, params, x)
     return found if op.vocab_shards == 1 else op.whole_vocab(found, "tokens vocab>whole_vocab -> tokens whole_vocab")
+
+
+def scores(cfg, op, params, x):
+    """x_RD -> [R, num_labels] float32: the scores after each token, of a model with labels."""
+    return op.router(final_norm(op, params, x), op.gathered_score(params["score"]), "rows>tokens embed, embed one -> tokens one")
 
 
 def nats_and_gap(cfg, op, params, x, targets):

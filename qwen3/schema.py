@@ -29,6 +29,7 @@ LIMITS = {
     "moe_ffn_size": 2**24,
     "decoder_sparse_step": 4096,
     "moe_block_size": 2**20,
+    "num_labels": 2**14,
 }
 REAL_LIMITS = {
     "rms_norm_eps": 1.0,
@@ -173,6 +174,8 @@ class ConfigJson(Fields):
     use_sliding_window: Yes = None
     layer_types: told(list[str], "a list of texts") = None
     quantization_config: Object = None
+    id2label: Object = None
+    num_labels: whole(1, LIMITS["num_labels"]) = None
     rope_theta: real(1, REAL_LIMITS["rope_theta"], above=True) = None
     rope_scaling: told(Rope, "an object") = None
     rope_parameters: told(Rope, "an object") = None

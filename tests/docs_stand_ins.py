@@ -15,7 +15,8 @@ TEXTS = [f"def function_{j}(x):\n    return x + {7 * j}\n去上海的旅游攻�
 
 
 def make_stand_ins(folder):
-    """Fills `folder`. DIR, Qwen3-32B and so on are Hugging Face folders; FILE_OR_FOLDER is a text; CHATS.jsonl has conversations."""
+    """Fills `folder`. DIR, Qwen3-32B and so on are Hugging Face folders; FILE_OR_FOLDER is a text; CHATS.jsonl has conversations, and
+    PAIRS.jsonl preferences."""
     tokenizer = train_bpe(TEXTS, 320)
     tokenizer.save(folder / "tokenizer")
     (folder / "model_from_hf").mkdir()
@@ -34,6 +35,8 @@ def make_stand_ins(folder):
     pyarrow.parquet.write_table(table, folder / "dataset" / "train-00000-of-00001-a09b74b3ef9c3b56.parquet")
     chats = [{"instruction": f"def {j}", "input": "", "output": f"return {j}"} for j in range(80)]
     (folder / "alpaca_gpt4_data_zh.json").write_text(json.dumps(chats))
+    pairs = [{"prompt": chat["instruction"], "chosen": chat["output"], "rejected": "no"} for chat in chats]
+    (folder / "PAIRS.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "CHATS.jsonl").write_text("".join(json.dumps({"messages": messages(chat)}) + "\n" for chat in chats))
     (folder / "input_predict_data.txt").write_text("去上海\n" * 5)
     (folder / "prompts.txt").write_text("def a\ndef b\n")

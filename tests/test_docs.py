@@ -172,10 +172,11 @@ def runs(words):
 
 def shortened(words, steps=2):
     """The command with little to do: few steps of small rows, few tokens."""
-    if "experiments.pretrain" in words or "experiments.finetune" in words:
+    if {"experiments.pretrain", "experiments.finetune", "experiments.prefer"} & set(words):
         if "--print_layout" in words:
             return words
-        short = f"steps={steps} batch_size=8 seq_len=64 log_every=1 sample_tokens=0 exact_match_rows=0".split()
+        seq_len = 256 if "experiments.prefer" in words else 64  # a row holds both answers of a pair
+        short = f"steps={steps} batch_size=8 seq_len={seq_len} log_every=1 sample_tokens=0 exact_match_rows=0".split()
         words = [*words, *(f"--config.train.{each}" for each in short), "--config.optim.warmup_steps=1"]
         if "experiments.pretrain" in words and not any(word.startswith("--config.data.") for word in words):
             words.append("--config.data.max_bytes=300000")

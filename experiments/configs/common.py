@@ -71,6 +71,7 @@ def get_config():
     c.train.frozen_dtype = "auto"
 
     c.lora = _lora()
+    c.prefer = _prefer()
     c.optim = _optim()
     c.checkpoint = _checkpoint()
     c.data = _data()
@@ -115,6 +116,19 @@ def _lora():
     a.targets = "q,k,v,o,gate,up,down"
     a.adapter = ""  # folder of an adapter in PEFT's format from which training starts
     return a
+
+
+def _prefer():
+    p = ConfigDict()  # training on preferences, for experiments.prefer; experiments/posttrain/losses.py has the formulas
+    p.loss = ""  # dpo, ipo, kto, simpo, or reward = a reward model; empty = no preferences
+    p.beta = 0.1  # how strongly the reference model holds the policy back; simpo: the scale of the score, usually 2 to 2.5
+    p.margin = 0.0  # simpo and reward: by how much the chosen answer should win; simpo: usually 0.3 to 1.6
+    p.label_smoothing = 0.0  # dpo: the share of pairs that are assumed to be the wrong way round
+    p.length_normalised = False  # dpo, ipo, kto: divide the log-probability of an answer by its number of tokens; simpo always does
+    p.desirable_weight = 1.0  # kto: weight of the loss of desirable answers
+    p.undesirable_weight = 1.0  # kto: weight of the loss of the other answers
+    p.row_pairs = 8  # the most pairs that are packed into a row
+    return p
 
 
 def _optim():
@@ -176,8 +190,8 @@ def _data():
     d.max_documents = -1
     # the pair contains conversations, written by preprocess --format: no conversation is split, and the loss mask beside the pair is used
     d.conversations = False
-    # format of conversations, which are tokenised at the start: alpaca, sharegpt or messages (OpenAI's); for experiments.finetune; empty =
-    # not conversations
+    # format of records that are tokenised at the start; for experiments.finetune: alpaca, sharegpt or messages (OpenAI's); for
+    # experiments.prefer: pairs (prompt, chosen, rejected) or unpaired (prompt, completion, label); empty = text
     d.format = ""
     d.enable_thinking = "none"  # value for the chat template: none = not set, true or false
     # loss on the empty think block that a thinking model's template puts before answers without reasoning; false = none, as Qwen recommends
@@ -194,6 +208,6 @@ def _data():
 
 def _model_args():
     """Returns a typed placeholder for each field of Qwen3Config, except those that other keys set."""
-    by_others = ("rope_scaling", "lora", "frozen", "frozen_dtype")
+    by_others = ("rope_scaling", "lora", "frozen", "frozen_dtype", "num_labels")
     hints = {f.name: f.type for f in dataclasses.fields(Qwen3Config) if f.name not in by_others}
     return ConfigDict({name: placeholder(next(iter(typing.get_args(hint)), hint)) for name, hint in hints.items()})

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.configs import common
-from experiments.data import conversations, gpt_index, loader, packing, pairs, parts, readers, sources
+from experiments.data import conversations, gpt_index, loader, packing, pairs, parts, preferences, readers, sources
 from experiments.data.megatron import IndexedDataset
 from experiments.data.rows import Blend, ExampleRows, PackedRows, PairRows
 from experiments.data.stream import TextStream
@@ -19,20 +19,21 @@ HELD_ROWS = 512  # held-out rows kept of a pair or a stream, if train.eval_rows 
 BASELINE_TOKENS = 1 << 23  # a bigram model counted on more of them is hardly better
 CONVERSATIONS = "conversations (data.conversations=true)"
 RECORDS = "conversations (data.format)"
+PREFERENCES = "preferences (data.format)"
 ONLY_FOR = {
     "split": ("a .bin/.idx pair", CONVERSATIONS),
     "cache_dir": ("a .bin/.idx pair",),
-    "too_long": (CONVERSATIONS, RECORDS),
-    "enable_thinking": (RECORDS,),
-    "train_empty_think": (RECORDS,),
-    "packing": (RECORDS,),
+    "too_long": (CONVERSATIONS, RECORDS, PREFERENCES),
+    "enable_thinking": (RECORDS, PREFERENCES),
+    "train_empty_think": (RECORDS, PREFERENCES),
+    "packing": (RECORDS, PREFERENCES),
     "reset_at_eod": ("text", "a .bin/.idx pair", "a stream"),
     "json_key": ("a stream",),
     "shuffle_buffer": ("a stream",),
-    "skip_bad": ("a stream", RECORDS),
-    "held_out": ("text", "a stream", RECORDS),
-    "max_bytes": ("text", RECORDS),
-    "max_samples": (RECORDS, "a stream"),
+    "skip_bad": ("a stream", RECORDS, PREFERENCES),
+    "held_out": ("text", "a stream", RECORDS, PREFERENCES),
+    "max_bytes": ("text", RECORDS, PREFERENCES),
+    "max_samples": (RECORDS, PREFERENCES, "a stream"),
 }
 TABLES = ("jsonl", "json", "csv", "parquet", "arrow")
 
@@ -56,7 +57,8 @@ def load(config, vocab_size):
     if prefixes:
         corpus = _pairs(config, vocab_size, prefixes)
     else:
-        corpus = (_records if config.data.format else _stream if config.data.stream else _text)(config, vocab_size)
+        of_records = _preferences if config.data.format in preferences.FORMATS else _records
+        corpus = (of_records if config.data.format else _stream if config.data.stream else _text)(config, vocab_size)
     for rows, name in ((corpus.held_out, "held-out"), (getattr(corpus.train, "arrays", None), "train")):
         if rows and not rows["loss_weights"].sum():
             raise ValueError(f"data.path={config.data.path!r}: the {name} part has no pair of tokens to learn from; give more text")
@@ -66,6 +68,8 @@ def load(config, vocab_size):
 def whole(config, vocab_size):
     """(tokenizer, source) of all that data.path has, for evaluation; data.tokenizer has to be set."""
     data, seq_len = config.data, config.train.seq_len
+    if data.format in preferences.FORMATS:
+        raise ValueError(f"data.format={data.format} has preferences, and evaluation reads text or conversations; give it other data")
     prefixes, tokenizer = _checked_prefixes(config), _loaded(data, vocab_size)
     if data.stream:
         return tokenizer, _text_stream(data, tokenizer, seq_len, held_out=0.0)
@@ -93,7 +97,8 @@ def _checked_prefixes(config):
     if config.data.conversations and not prefixes:
         raise ValueError(f"data.conversations=true reads a .bin/.idx pair, and data.path={config.data.path!r} is none; leave it out")
     pair = CONVERSATIONS if config.data.conversations else "a .bin/.idx pair"
-    kind = RECORDS if config.data.format else pair if prefixes else "a stream" if config.data.stream else "text"
+    records = PREFERENCES if config.data.format in preferences.FORMATS else RECORDS
+    kind = records if config.data.format else pair if prefixes else "a stream" if config.data.stream else "text"
     if config.data.format and config.data.stream:
         raise ValueError("data.stream=true reads text, and data.format asks for conversations, which are read at the start; leave one out")
     for key, kinds in ONLY_FOR.items():
@@ -222,6 +227,23 @@ def _conversation_rows(config, tokenizer, found):
     """The ConversationRows of each of {name: Conversations}."""
     seq_len, options = config.train.seq_len, {"too_long": config.data.too_long, "packed": config.data.packing == "packed"}
     return {name: conversations.ConversationRows(part, seq_len, tokenizer.eod_id, name=name, **options) for name, part in found.items()}
+
+
+def _preferences(config, vocab_size):
+    """Pairs of answers, tokenised here; by a tokenizer that is trained on them where data.tokenizer names none."""
+    data, seq_len = config.data, config.train.seq_len
+    tokenizer = _loaded(data, vocab_size) if data.tokenizer else train_bpe(list(preferences.texts(data)), data.vocab_size)
+    _check_vocabulary(tokenizer, f"data.vocab_size={data.vocab_size}", vocab_size)
+    found = conversations.split(preferences.load(data, tokenizer, config.prefer.loss), data.held_out)
+    options = {"most": config.prefer.row_pairs if data.packing == "packed" else 1, "too_long": data.too_long}
+    train, held_out = (
+        preferences.PreferenceRows(part, seq_len, tokenizer.eod_id, name=name, **options)
+        for name, part in zip(("train", "held-out"), found)
+    )
+    print(f"data       {preferences.describe(train.report)}", flush=True)
+    held = loader.first_rows(held_out, min(len(held_out), _held_rows(config)), config.train.seed)
+    ids, mask = found[1].answers[0]
+    return Corpus(tokenizer, train, held, tokenizer.decode(ids[: int(np.argmax(mask))]))
 
 
 def _stream(config, vocab_size):

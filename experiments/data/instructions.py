@@ -18,6 +18,19 @@ def records(count, seed=0, tasks=TASKS):
     return [out[i] for i in rng.permutation(count)]
 
 
+def preferences(count, form, seed=0):
+    """`count` made-up preferences over the two tasks whose answers are letters: capital letters are preferred to small ones. form: "pairs",
+    records with prompt, chosen and rejected, or "unpaired", records with prompt, completion and label, every other one desirable."""
+    out = []
+    for number, record in enumerate(records(count, seed, ("reverse", "sort"))):
+        prompt, answer = (message["content"] for message in record["messages"])
+        if form == "pairs":
+            out.append({"prompt": prompt, "chosen": answer.upper(), "rejected": answer})
+        else:
+            out.append({"prompt": prompt, "completion": answer if number % 2 else answer.upper(), "label": number % 2 == 0})
+    return out
+
+
 def _letters(rng, n):
     return [LETTERS[i] for i in rng.integers(0, len(LETTERS), n)]
 

@@ -1,7 +1,7 @@
 """Batches of rows: an order that depends on the seed and a sample's number alone, built ahead in a thread, resumed from a small dict.
 
 A source has len(), the samples of one epoch; fingerprint, a short text that tells its data and settings apart; and row(i), a dict of
-arrays [S] as packing.DTYPES names them. Every epoch the loader takes each row once, in an order of its own. A source with
+arrays [S] as packing.DTYPES names them, and perhaps more. Every epoch the loader takes each row once, in an order of its own. A source with
 sample(number, seed) puts itself in order instead, and one with rows(seed, state) is read from front to back: see rows.py and stream.py.
 """
 
@@ -11,8 +11,6 @@ import queue
 import threading
 
 import numpy as np
-
-from experiments.data.packing import DTYPES
 
 
 class Loader:
@@ -153,6 +151,11 @@ def first_rows(source, count, seed):
     return _stack([take(source, number, seed) for number in range(count)])
 
 
+def rows_at(source, start, count):
+    """The rows start, start + 1, ... of a source, at most `count`, in its own order, as a dict of arrays [rows, S]."""
+    return _stack([source.row(i) for i in range(start, min(start + count, len(source)))])
+
+
 def one_epoch(source, seed):
     """The rows of a source's first epoch, one after another."""
     if hasattr(source, "rows"):
@@ -162,7 +165,7 @@ def one_epoch(source, seed):
 
 
 def _stack(rows):
-    return {key: np.stack([row[key] for row in rows]) for key in DTYPES}
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def eval_batches(rows, batch_size, rank=0, ranks=1):

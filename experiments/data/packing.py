@@ -98,7 +98,7 @@ def plan_examples(examples, seq_len, too_long="truncate", packed=True):
         raise ValueError(f"train.seq_len={seq_len} must be 1 or more")
     report = dict.fromkeys(("examples", "packed", "rows", "truncated", "dropped", "cut_tokens", "no_target"), 0)
     kept = np.array(list(_fitting(examples, seq_len, too_long, report)), np.int64).reshape(-1, 2)
-    row, start, rows = _best_fit(kept[:, 1], seq_len) if packed else (np.arange(len(kept)), np.zeros(len(kept), np.int64), len(kept))
+    row, start, rows = best_fit(kept[:, 1], seq_len) if packed else (np.arange(len(kept)), np.zeros(len(kept), np.int64), len(kept))
     order = np.lexsort((start, row))
     plan = Plan(*kept[order].T, start[order], np.searchsorted(row[order], np.arange(rows + 1)))
     report.update(packed=len(kept), rows=rows, fill=float(kept[:, 1].sum() / (rows * seq_len)) if rows else 0.0)
@@ -153,9 +153,10 @@ def _fitting(examples, seq_len, too_long, report):
         yield i, size
 
 
-def _best_fit(sizes, seq_len):
-    """(row, first place in it) of each size, int64 arrays, and the number of rows."""
+def best_fit(sizes, seq_len, most=None):
+    """(row, first place in it) of each size, int64 arrays, and the number of rows. most: the most sizes of a row; None: any number."""
     row_of, start_of = np.zeros((2, len(sizes)), np.int64)
+    held = []  # sizes in each row
     by_room, rooms, count = {}, 0, 0  # rows by the places left in them; bit r of rooms: some row has r left
     for i in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[i])
@@ -168,9 +169,11 @@ def _best_fit(sizes, seq_len):
         else:
             room, row = seq_len, count
             count += 1
+            held.append(0)
         row_of[i], start_of[i] = row, seq_len - room
+        held[row] += 1
         left = room - size
-        if left:
+        if left and held[row] != most:
             by_room.setdefault(left, []).append(row)
             rooms |= 1 << left
     return row_of, start_of, count

@@ -6,6 +6,7 @@ split.
 
 from types import SimpleNamespace
 
+from experiments.posttrain.settings import caches_reference
 from ops.registry import LENGTHS
 from parallel.context import split as context
 from parallel.hints import divisors
@@ -28,6 +29,8 @@ def check(config, cfg, world=None):
         raise ValueError(f"parallel.zero={parallel.zero} must be 0, 1, 2 or 3")
     _check_model(cfg, config, sizes)
     _check_context(cfg, config, sizes)
+    if config.prefer.loss:
+        _check_preferences(config, sizes)
     made = mesh(cfg, {**parallel, **sizes})
     _check_batch(config, sizes, made)
     _check_pipeline(config, cfg, sizes)
@@ -43,6 +46,7 @@ def check_partitioned(config):
             "MindSpore's pipeline needs Cells that share no primitive, and separate ranks for each stage, see docs/dryrun.md",
         ),
         "parallel.cp": (1, "MindSpore has no rule for a ring"),
+        "prefer.loss": ("", "preferences are not supported there"),
         "optim.lr_groups": ("", "groups of learning rates are not supported there"),
         "optim.skip_spikes": (0.0, "skipping of updates is not supported there"),
     }
@@ -185,6 +189,27 @@ def _check_context(cfg, config, sizes):
             f" (num_heads={cfg.num_heads} and num_kv_heads={cfg.num_kv_heads} of model={config.model}, tp={tp}); share them over {fits},"
             " or use parallel.cp_attention=ring"
         )
+
+
+def _check_preferences(config, sizes):
+    """Raises ValueError for what training on preferences cannot do. parallel.lowering=shard: see check_partitioned."""
+    if sizes["pp"] > 1:
+        raise ValueError(
+            f"parallel.pp={sizes['pp']} with prefer.loss={config.prefer.loss} is not supported; use --pp=1, with more --tp or --zero"
+        )
+    if sizes["cp"] > 1 and caches_reference(config):
+        raise ValueError(
+            f"parallel.cp={sizes['cp']} with prefer.loss={config.prefer.loss} of all weights: the cache of the reference model needs whole"
+            " rows on a rank; use --cp=1, or adapters by --config.lora.rank"
+        )
+    if config.prefer.loss == "reward":
+        for key, only in (("lora.rank", 0), ("train.sample_tokens", 0)):
+            section, name = key.split(".")
+            if (value := config[section][name]) != only:
+                why = "adapters would leave its head as it was drawn" if name == "rank" else "it writes no text"
+                raise ValueError(f"{key}={value} with prefer.loss=reward, a reward model: {why}; use --config.{key}={only}")
+    if config.train.monitor_every:
+        raise ValueError("train.monitor_every with prefer.loss: the monitors know the loss of next tokens alone; use train.monitor_every=0")
 
 
 def _check_batch(config, sizes, mesh):

@@ -4,13 +4,14 @@ import mindspore as ms
 import numpy as np
 
 from experiments.data.loader import rank_rows
+from experiments.posttrain import preference
 from parallel import collectives
 from parallel.context import split as context
 from parallel.random import hash_bits
 from parallel.sharding import DATA
-from qwen3.model import drops, metric_names
+from qwen3.model import drops
 
-SUMS = ("tokens", "expert_overflow")  # metrics that are summed over micro-batches; all others are weighted means
+SUMS = ("tokens", "expert_overflow", *preference.SUMS)  # metrics that are summed over micro-batches; all others are weighted means
 
 
 def with_dropout_seeds(cfg, config, mesh, batch, at):
@@ -40,10 +41,17 @@ def split_batch(batch, count):
 
 
 def shares(mesh, slices):
-    """Returns each micro-batch's share of the loss weight, summed over all data ranks; equal shares if no target has weight. Collective."""
-    weights = np.array([micro_batch["loss_weights"].sum(dtype=np.float64) for micro_batch in slices])
+    """Returns each micro-batch's share of the loss weight, or of the pairs of answers, summed over all data ranks; equal shares if no
+    target has weight. Collective."""
+    weights = np.array([_weight(micro_batch) for micro_batch in slices])
     weights = np.asarray(collectives.host_sum(mesh, DATA, weights), np.float64)
     return weights / weights.sum() if weights.sum() else np.full(len(weights), 1 / len(weights))
+
+
+def _weight(batch):
+    if "signs" in batch:
+        return np.abs(batch["signs"]).sum(dtype=np.float64)
+    return batch["loss_weights"].sum(dtype=np.float64)
 
 
 def over_micro_batches(mesh, batch, count, names, compute):
@@ -83,9 +91,12 @@ def metric_weight(name, share):
     return 1.0 if name in SUMS else share
 
 
-def metrics_of(cfg, config, lr, objective, aux, norm, skipped):
-    """Returns a step's metrics as numbers and lists. aux: values of metric_names; norm: gradient norm; skipped: 1 if no update was made."""
-    metrics = {name: number(value) for name, value in zip(metric_names(cfg), aux)}
+def metrics_of(cfg, config, names, lr, objective, aux, norm, skipped):
+    """Returns a step's metrics as numbers and lists. aux: values of the metrics called `names`; norm: gradient norm; skipped: 1 if no
+    update was made."""
+    metrics = {name: number(value) for name, value in zip(names, aux)}
+    if config.prefer.loss:
+        metrics = preference.finished(metrics, config.prefer.loss)
     metrics.update(objective=number(objective), grad_norm=number(norm), lr=lr)
     if cfg.moe_layers:
         metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # busiest expert over the mean

@@ -7,6 +7,8 @@ import threading
 from functools import partial
 
 from experiments import run_tokenizer
+from experiments.posttrain import reference
+from experiments.posttrain.settings import caches_reference
 from experiments.train import adapter, run_folder, weights
 from parallel import collectives
 from parallel.checkpoint.arrays import pieces
@@ -32,6 +34,8 @@ def start(workdir, cfg, config, mesh, program):
     fresh = weights.initial_params(cfg, config)[0] if cfg.lora else weights.random(cfg, config)
     if cfg.lora:
         adapter.check_base(Reader(folder).meta.get("base"), adapter.base_of(cfg, config, fresh), folder)
+    if caches_reference(config):
+        reference.check(Reader(folder).meta.get("reference"), cfg, config, folder)
     found = weights.from_checkpoint(folder, program, partial_, fresh)
     if found.step > config.train.steps:
         last = f"after the last of train.steps={config.train.steps}; ask for at least {found.step} steps"
@@ -86,6 +90,8 @@ class Saving:
         if cfg.lora:
             self.kept["lora"] = dataclasses.asdict(cfg.lora)
             self.kept["base"] = adapter.base_of(cfg, config, weights.initial_params(cfg, config)[0])
+        if caches_reference(config):
+            self.kept["reference"] = adapter.base_of(cfg, config, weights.initial_params(cfg, config)[0])
         c, token = config.checkpoint, run_folder.agreed(mesh, int.from_bytes(os.urandom(3), "big"))
         settings = Settings(c.keep_last, c.keep_every, c.compression, c.async_save, c.on_error, c.timeout_s)
         self.saver = Saver(workdir, mesh.rank, mesh.world, f"{token:06x}", settings, self._sums, begun[0] or None)

@@ -6,6 +6,7 @@ Nothing here imports MindSpore before the flags and the config are checked: the 
 from absl import flags
 
 from experiments import flags as command_line
+from experiments.data import preferences
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # --help lists them under the main that calls define_flags()
@@ -26,6 +27,16 @@ def run_main(train_one):
         print(table.describe(config))
     else:
         train_one(config, FLAGS.workdir)
+
+
+def refuse_preferences(config):
+    """Raises ValueError for a config of experiments.prefer, for the mains that train on next tokens."""
+    for key, value, of_preferences in (
+        ("prefer.loss", config.prefer.loss, bool(config.prefer.loss)),
+        ("data.format", config.data.format, config.data.format in preferences.FORMATS),
+    ):
+        if of_preferences:
+            raise ValueError(f"{key}={value} is for experiments.prefer; leave it out, or use that main")
 
 
 def train_in(workdir, config):

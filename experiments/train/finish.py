@@ -40,7 +40,9 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh, saved=True)
         save(os.path.join(workdir, "adapter" if cfg.lora else "hf"), cfg, weights, config, data.tokenizer)
     cfg = without_dropout(cfg)
     params = tree_map(ms.Tensor.from_numpy, weights) if config.train.sample_tokens else None
-    if data.held_questions:
+    if config.prefer.loss:
+        report_preferences(nats, config, writer, workdir)
+    elif data.held_questions:
         report_answers(nats, params, cfg, config, data, writer, workdir)
     else:
         report(nats, cfg, config, data, writer, workdir)
@@ -113,6 +115,14 @@ def report_answers(nats, params, cfg, config, data, writer, workdir):
     metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records)
     share = f"; {found['exact_match']:.3f} of {len(asked)} held-out questions answered exactly" if "exact_match" in found else ""
     print(f"held out   {nats:.3f} nats a token{share}")
+
+
+def report_preferences(found, config, writer, workdir):
+    """Writes the metrics of the held-out pairs. found: what the evaluation of preferences returns."""
+    writer.write(config.train.steps, _final(metrics.held_out(found)))
+    metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records, label=f"{config.prefer.loss} loss")
+    scores = f"{found['accuracy']:.3f} accuracy, reward margin {found['reward_margin']:.3f}"
+    print(f"held out   {found['loss']:.3f} {config.prefer.loss} loss, {scores}")
 
 
 def answers(params, cfg, questions, kernels):

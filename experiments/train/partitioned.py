@@ -202,7 +202,7 @@ def build_step(cfg, config, sharding, kernels, arrays):
 
             loss, aux = over_micro_batches(ONE_RANK, batch, micro_batches, names, compute)
             norm = finish(values)
-        return state, metrics_of(cfg, config, lr, loss, aux, norm, 0.0)
+        return state, metrics_of(cfg, config, names, lr, loss, aux, norm, 0.0)
 
     return step
 

@@ -64,7 +64,9 @@ def build_step(stages, has_peers):
         grads = sum_tied_embeddings(stages, grads)
         params, m, v = (tuple(tree_leaves(state[name])) if name in state else None for name in ("params", "m", "v"))
         norm, skipped, new = finish(params, tuple(grads), m, v, state["norm"], values)
-        return merge_changed(state, new), metrics_of(cfg, config, lr, *_objective_and_metrics(cfg, metric_sums), norm, skipped)
+        return merge_changed(state, new), metrics_of(
+            cfg, config, metric_names(cfg), lr, *_objective_and_metrics(cfg, metric_sums), norm, skipped
+        )
 
     return step
 

@@ -31,7 +31,8 @@ def build_program(cfg, config, sharding=None, has_peers=True):
     step(state, batch, lr, step from 0) -> (state, metrics). batch: a dict of numpy [rows, S], the full-length rows of this data rank.
     metrics: floats and lists, for the global batch. Do not use the old state again: its arrays may be updated in place. They are unchanged
     if the gradient norm is not finite.
-    evaluate(state, batches) -> cross-entropy in nats per target, over all ranks' batches.
+    evaluate(state, batches) -> cross-entropy in nats per target, over all ranks' batches; of preferences, a dict of metrics.
+    score(state, batch) -> the nats of each target of the batch, see experiments.train.step.build_score; None under a pipeline.
     held(state) -> the local shards for parallel.checkpoint.arrays; held() -> their sizes alone. The running norm is not included.
     restore(read, norm) -> state. read(name, slices): the arrays of a checkpoint; norm: the running norm.
     spread(state) -> a tree of parallel.placement.Spread, which gathers one full array at a time; params(state) -> the tree of full tensors
@@ -49,6 +50,7 @@ def build_program(cfg, config, sharding=None, has_peers=True):
     if mesh.pp > 1:
         stages = train_pipeline.Stages(cfg, config, sharding, kernels)
         step, evaluate, executor = train_pipeline.build_step(stages, has_peers), train_pipeline.build_evaluate(stages), stages.executor
+        score = None
         placed, num_stacked = stages.placed, 0
         model_placed = saved_placed = stages.model_placed
     else:
@@ -59,6 +61,7 @@ def build_program(cfg, config, sharding=None, has_peers=True):
         model_placed, saved_placed = place(sharding, param_specs(cfg)), placed
         step, executor = train_step.build_step(cfg, config, sharding, kernels, placed, scan), None
         evaluate = train_step.build_evaluate(cfg, config, sharding, kernels, placed, scan)
+        score = train_step.build_score(cfg, config, sharding, kernels, placed, scan)
     to_device = optimizer.resident(kernels)
 
     def init(params):
@@ -77,4 +80,4 @@ def build_program(cfg, config, sharding=None, has_peers=True):
     def params(state):
         return tree_map(lambda leaf: ms.Tensor(np.array(leaf.asnumpy(everywhere=True))), spread(state))  # a copy
 
-    return Program(init, params, step, evaluate, held, restore, spread, executor)
+    return Program(init, params, step, evaluate, held, restore, spread, score, executor)

@@ -49,6 +49,13 @@ RULES = {
     **_of("train", "freeze_include freeze_exclude", NEVER, TRAINED),
     "train.frozen_dtype": (IN_PLACE, "in which dtype frozen matrices are kept from here on; a narrower one rounds them"),
     **_of("lora", "rank alpha rslora dropout init targets adapter", NEVER, MODEL),
+    **_of(
+        "prefer",
+        "loss beta margin label_smoothing length_normalised desirable_weight undesirable_weight",
+        NEVER,
+        "another objective: the rewards of the two parts could not be compared",
+    ),
+    "prefer.row_pairs": (NEVER, DATA),
     "optim.name": (NEVER, "its state has other arrays"),
     **_of(
         "optim", "lr lr_groups schedule warmup_steps warmup_ratio decay_fraction min_lr_ratio b1 b2 muon_momentum eps", ELSEWHERE, UPDATE

@@ -13,6 +13,8 @@ from experiments.layout import check as layout
 from experiments.layout import memory as layout_memory
 from experiments.layout import table as layout_table
 from experiments.layout.sharding import sharding_of
+from experiments.posttrain import reference
+from experiments.posttrain.settings import caches_reference
 from experiments.train import checkpoints, lr_groups, run_folder
 from experiments.train.finish import check_results, finish, save_at
 from experiments.train.loop import train
@@ -47,6 +49,8 @@ def run(config, cfg, data, workdir, mesh):
     sharding = sharding_of(config, cfg, mesh, device=ms.get_context("device_target"))
     program = build_program(cfg, config, sharding)
     start = checkpoints.start(workdir, cfg, config, mesh, program)
+    if caches_reference(config):
+        data = reference.with_reference(workdir, cfg, config, mesh, program, data)
     peak = metrics.mesh_peak_flops(mesh, cfg.compute_dtype)
     if mesh.rank == 0:
         check_results(workdir, cfg, config)
@@ -65,7 +69,7 @@ def run(config, cfg, data, workdir, mesh):
         batches = opened.enter_context(loader.Loader(data.train, train_.batch_size, train_.seed, place, dp, micro, start.loader))
         begun = start.step, start.tokens
         saving = opened.enter_context(checkpoints.Saving(workdir, cfg, config, mesh, program, batches, writer, begun))
-        of_bytes = corpus.bytes_per_target(data.tokenizer, held)
+        of_bytes = None if config.prefer.loss else corpus.bytes_per_target(data.tokenizer, held)
         mfu_of = lambda speed: speed * cost / peak if peak else 0.0
         if train_.monitor_every:
             probe = Probe(cfg, config, sharding, program, batches.sources if hasattr(data.train, "source_of") else None)

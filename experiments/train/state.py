@@ -38,6 +38,7 @@ class Program:
     held: object = None
     restore: object = None
     spread: object = None
+    score: object = None  # where no pipeline and no partitioner is
     executor: object = None  # the parallel.pipeline.run.Executor, under pipeline parallelism
 
 

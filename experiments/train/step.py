@@ -3,9 +3,10 @@
 import mindspore as ms
 from mindspore import ops
 
+from experiments.posttrain import preference
 from experiments.train import optim as optimizer
 from experiments.train.accumulate import RunningSum
-from experiments.train.batch import mean_over_targets, metrics_of, over_micro_batches, tensors, tokens_of_rank, with_dropout_seeds
+from experiments.train.batch import mean_over_targets, metrics_of, number, over_micro_batches, tensors, tokens_of_rank, with_dropout_seeds
 from experiments.train.state import check_trains, full_tree, local_shapes, split_trainable
 from experiments.train.update import build_clip, build_update
 from layers import lora
@@ -25,10 +26,12 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
     check_trains(placed)
     trainable, _ = split_trainable(placed)
     specs, _ = split_trainable(stacked_specs(cfg) if scan else param_specs(cfg))
-    micro_batches, names = config.parallel.micro_batches, metric_names(cfg)
+    micro_batches, names = config.parallel.micro_batches, preference.names(cfg) if config.prefer.loss else metric_names(cfg)
     reduce_every_micro_batch = micro_batches > 1 and sharding.zero >= 2  # then the running sum has this rank's shard alone
 
-    gradient = _build_gradient(build(cfg, sharding, scan, kernels, config.train.recompute, config.train.loss_chunks).loss_fn, placed, names)
+    options = cfg, sharding, scan, kernels, config.train.recompute, config.train.loss_chunks
+    model = preference.Preference(config, *options) if config.prefer.loss else build(*options)
+    gradient = _build_gradient(model.loss_fn, placed, names)
     sum_shapes = tree_leaves(local_shapes(sharding.mesh, trainable, "state" if reduce_every_micro_batch else "used"))
     running_sum = RunningSum(tuple(sum_shapes), optimizer.changes_in_place(kernels))
     add = running_sum.add
@@ -79,7 +82,7 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
 
             loss, aux = over_micro_batches(sharding.mesh, batch, micro_batches, names, compute)
             norm, skipped, new = finish(params, running_sum.arrays, m, v, mean_norm, values)
-        return merge(state, new), metrics_of(cfg, config, lr, loss, aux, norm, skipped)
+        return merge(state, new), metrics_of(cfg, config, names, lr, loss, aux, norm, skipped)
 
     return step
 
@@ -106,7 +109,10 @@ def _build_gradient(loss_fn, placed, names):
 
 def build_evaluate(cfg, config, sharding, kernels, placed, scan):
     """Returns evaluate(state, batches) -> cross-entropy in nats per target, over all ranks' batches."""
-    loss_fn = build(lora.without_dropout(cfg), sharding, scan, kernels, loss_chunks=config.train.loss_chunks).loss_fn
+    options = lora.without_dropout(cfg), sharding, scan, kernels, "none", config.train.loss_chunks
+    if config.prefer.loss:
+        return _build_evaluate_pairs(preference.Preference(config, *options), sharding, placed)
+    loss_fn = build(*options).loss_fn
 
     def loss_of(params, batch):
         _, metrics = loss_fn(params, batch)
@@ -119,3 +125,40 @@ def build_evaluate(cfg, config, sharding, kernels, placed, scan):
         return mean_over_targets(loss_of(params, tensors(tokens_of_rank(sharding, batch))) for batch in batches)
 
     return evaluate
+
+
+def _build_evaluate_pairs(model, sharding, placed):
+    """Returns evaluate(state, batches) -> the metrics of pairs of answers, over all ranks' batches: see preference.finished."""
+    names = ("loss", *preference.SUMS)
+
+    def metrics_of_batch(params, batch):
+        _, metrics = model.loss_fn(params, batch)
+        picked = ()
+        for name in names:
+            picked += (metrics[name],)
+        return picked
+
+    metrics_of_batch = jit(metrics_of_batch)
+
+    def evaluate(state, batches):
+        params, totals = full_tree(placed, state["params"], state.get("frozen")), dict.fromkeys(names, 0.0)
+        for batch in batches:
+            found = dict(zip(names, map(number, metrics_of_batch(params, tensors(tokens_of_rank(sharding, batch))))))
+            found["loss"] *= found["pairs"]
+            totals = {name: totals[name] + found[name] for name in names}
+        totals["loss"] /= max(totals["pairs"], 1.0)
+        return preference.finished(totals, model.settings.loss)
+
+    return evaluate
+
+
+def build_score(cfg, config, sharding, kernels, placed, scan):
+    """Returns score(state, batch) -> float32 [rows, S] on this data rank, the nats of each target of a batch of full rows."""
+    scored = jit(build(lora.without_dropout(cfg), sharding, scan, kernels, loss_chunks=config.train.loss_chunks).score)
+
+    def score(state, batch):
+        found = tensors(tokens_of_rank(sharding, batch))
+        given = (found[key] for key in ("tokens", "targets", "positions", "segment_ids"))
+        return scored(full_tree(placed, state["params"], state.get("frozen")), *given)[0].asnumpy()
+
+    return score

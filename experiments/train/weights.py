@@ -115,7 +115,7 @@ def _base(cfg, config, fresh):
 def _hugging_face(folder, cfg, config, fresh):
     """Returns (read(path, slices), parameters not loaded) of a Hugging Face folder; a rank reads only the slices that it asks for."""
     try:
-        weights = hf.Reader(folder, None, cfg, config.partial)
+        weights = hf.Reader(folder, None, _as_saved(cfg, hf.read_config(folder)) if cfg.num_labels else cfg, config.partial)
     except ValueError as error:
         if config.partial:
             raise
@@ -130,9 +130,16 @@ def _hugging_face(folder, cfg, config, fresh):
     return read, weights.left_out
 
 
+def _as_saved(cfg, saved):
+    """Returns the config by which weights are read for a model with the config cfg. saved: the config of those weights. A reward model that
+    starts from a language model reads all but the head, which it draws."""
+    return cfg.replace(num_labels=0) if cfg.num_labels and not saved.num_labels else cfg
+
+
 def _native(folder, cfg, partial, fresh):
     """Returns initial_params from the parameters of a checkpoint, without its optimizer state."""
-    saved, specs = Reader(folder), tree_paths(param_specs(cfg))
+    saved = Reader(folder)
+    specs = tree_paths(param_specs(_as_saved(cfg, Qwen3Config.from_hf(saved.meta["model"])) if cfg.num_labels else cfg))
     if base := saved.meta.get("base"):
         raise ValueError(
             f"init_from={folder} holds adapters alone, for the base {base['path']}; merge them with"
@@ -202,6 +209,8 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
     elif workdir and os.path.isdir(final) and not find(path):
         path = final
     weights = open_weights(key, path)
+    if weights.config.num_labels:
+        raise ValueError(f"--{key}={path} is a reward model, which writes no text; use a language model")
     dtype = "float32" if ms.get_context("device_target") == "CPU" else weights.config.param_dtype
     cfg, read, text = weights.config.replace(param_dtype=dtype, compute_dtype=dtype), weights.read, str(weights)
     if adapter_dir:

@@ -28,7 +28,7 @@ def flops_per_token(cfg, seq_len):
         share = cfg.experts_per_token / cfg.num_experts if "experts" in spec.dims else 1
         flops += each * math.prod(spec.shape) * share
     attention = cfg.num_layers * cfg.num_heads * cfg.head_dim * seq_len  # scores and weighted sum of values; half of them are masked
-    return flops + head + 6 * attention
+    return flops + (0 if cfg.num_labels else head) + 6 * attention
 
 
 def peak_flops(repeats=5, dtype="float32"):
@@ -58,7 +58,9 @@ def mesh_peak_flops(mesh, dtype="float32"):
 
 def held_out(nats, bytes_per_target=None):
     """Returns the metrics of an evaluation loss in nats per target: eval_loss, perplexity, and bits_per_byte if bytes_per_target is
-    given."""
+    given. Of preferences, whose evaluation is a dict of metrics, it returns those as eval_loss, eval_accuracy and so on."""
+    if isinstance(nats, dict):
+        return {f"eval_{name}": value for name, value in nats.items()}
     values = {"eval_loss": nats, "perplexity": math.exp(min(nats, 700.0))}  # exp of more overflows a float
     return {**values, "bits_per_byte": nats / math.log(2) / bytes_per_target} if bytes_per_target else values
 
@@ -113,9 +115,9 @@ def check(workdir, begun):
         read_records(os.path.join(workdir, METRICS))
 
 
-def plot_losses(path, records, bigram=None):
-    """Draws the loss curves to a PNG file. records: dicts with step, and loss, eval_loss or final_loss (nats per target). bigram: the loss
-    of a bigram model, drawn as a line."""
+def plot_losses(path, records, bigram=None, label="cross-entropy (nats per token)"):
+    """Draws the loss curves to a PNG file. records: dicts with step, and loss, eval_loss or final_loss. bigram: the loss of a bigram model,
+    drawn as a line. label: that of the losses."""
     from matplotlib.figure import Figure  # imported here because other ranks and the benchmarks draw nothing
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="tight")
@@ -127,7 +129,7 @@ def plot_losses(path, records, bigram=None):
     if bigram is not None:
         axes.axhline(bigram, linestyle="--", color="gray", label="bigram model, held out")
     axes.set_xlabel("step")
-    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -53,6 +53,12 @@ def flatten_in_graph(like):
     return _tree_function("tree", "(" + "".join(f"tree{at}, " for at in subscripts(like)) + ")")
 
 
+def part(like):
+    """Returns f(tree) -> the part of it with the structure of `like`, for use in graphs. Lists become tuples."""
+    places = iter(subscripts(like))
+    return _tree_function("tree", expression(tree_map(lambda _: f"tree{next(places)}", like)))
+
+
 def expression(tree, at=None, lines=None):
     """Returns the source text of a literal with the structure of `tree`.
 

@@ -208,7 +208,7 @@ def test_every_config_file_resolves_on_one_device(monkeypatch, path):
 
 def test_model_args_cover_the_model_fields():
     fields = {f.name for f in dataclasses.fields(Qwen3Config)}
-    assert set(common.get_config().model_args) == fields - {"rope_scaling", "lora", "frozen", "frozen_dtype"}
+    assert set(common.get_config().model_args) == fields - {"rope_scaling", "lora", "frozen", "frozen_dtype", "num_labels"}
 
 
 def test_yarn_is_put_on_a_model(monkeypatch):
@@ -330,7 +330,7 @@ def test_another_vocabulary_drops_the_token_ids_of_the_released_one():
     assert (cfg.vocab_size, cfg.eos_id, cfg.pad_id) == (512, None, None)
 
 
-MAINS = ["pretrain", "finetune", "launch", "preprocess", "compare"]
+MAINS = ["pretrain", "finetune", "prefer", "launch", "preprocess", "compare"]
 PACKAGES = ["generate", "serve", "evaluate", "convert", "sweep", "dryrun", "bench"]
 
 

@@ -16,6 +16,7 @@ from layers.lora import DROPOUT_LAYER
 from parallel import collectives
 from parallel.mesh import Mesh
 from parallel.placement import cut, whole
+from parallel.random import hash_uniform
 from parallel.sharding import Sharding
 from parallel.trees import tree_leaves, tree_map, tree_paths
 from qwen3.config import Lora
@@ -75,6 +76,10 @@ LAYOUTS = {
     "tp2": ("untied", dict(tp=2)),
     "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
     "tp2, sequence parallel, gathered again": ("dense", dict(tp=2, seq=True, again=True)),
+    "dp2, preferences, 2 micro-batches": ("dense", dict(dp=2, micro=2, prefer="dpo")),
+    "tp2, sequence parallel, preferences": ("untied", dict(tp=2, seq=True, prefer="simpo")),
+    "adapters, cp2, ring, packed, preferences": ("adapters, qwen2", dict(cp=2, packed=True, prefer="dpo")),
+    "adapters, dp2, ZeRO 3, scan, preferences": ("adapters, qwen2", dict(dp=2, zero=3, loop="scan", prefer="kto")),
     "tp2 of 1 kv head, biases": ("qwen2", dict(tp=2, seq=True)),
     "tp2, sequence parallel, full recompute": ("dense", dict(tp=2, seq=True, recompute="full")),
     "dp2 ep2": ("moe", dict(dp=2, ep=2)),
@@ -200,6 +205,9 @@ LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
 # Left out of the default tests: more of the same, at 10 seconds of a core for each process. The others have 2 processes and, between them,
 # each kind of parallelism, ZeRO, adapters and experts; test_manual.py has the ops on 4.
 SLOW = (
+    "tp2, sequence parallel, preferences",
+    "adapters, cp2, ring, packed, preferences",
+    "adapters, dp2, ZeRO 3, scan, preferences",
     "adapters, tp2, sequence parallel, scan",
     "moe, dp2, ZeRO 2, Muon",
     "dp2",
@@ -316,6 +324,8 @@ def run(model, options, rank=0):
     for at in range(STEPS):
         state, metrics = program.step(state, batch_of(cfg, options, at, mine), LR, at)
         out[f"loss.{at}"], out[f"grad_norm.{at}"] = metrics["objective"], metrics["grad_norm"]
+        if options.get("prefer"):
+            out[f"loss.{at}.chosen_logp"] = metrics["chosen_logp"]
         out[f"expert_overflow.{at}"] = metrics.get("expert_overflow", 0.0)
         if at == 0:
             out.update({f"gradient.{path}": m for path, m in moments(cfg, config, program, state, sharding)})
@@ -333,6 +343,7 @@ def run(model, options, rank=0):
 def begun(model, options, rank=0):
     """(cfg, config, sharding, program, its state before the first step, which rows of a batch are this rank's)"""
     cfg, config = MODELS[model], run_config(options)
+    config.lora.rank = cfg.lora.rank if cfg.lora else 0
     sharding = sharding_of(cfg, options, rank)
     in_place = mock.patch.object(train_program, "choose_kernels", _in_place) if options.get("in_place") else contextlib.nullcontext()
     with in_place:
@@ -367,7 +378,19 @@ def own_parts(program, state, mesh, out):
 
 
 def rows_of(cfg, options, at):
-    """The global batch of a step."""
+    """The global batch of a step. prefer: its documents are the answers of pairs, and some numbers the nats of a reference model."""
+    if not options.get("prefer"):
+        return documents_of(cfg, options, at)
+    batch = documents_of(cfg, options, at)
+    signs = np.where(batch["segment_ids"] % 2, 1, -1) * (batch["positions"] == 0) * (batch["segment_ids"] > 0)
+    if options["prefer"] == "kto":  # the second document of a pair is an answer to another prompt
+        signs = np.where(signs == 1, np.where(np.arange(ROWS) % 2, 1, -1)[:, None], 0)
+    reference = hash_uniform(5, np.uint32(at), np.arange(signs.size, dtype=np.uint64)).reshape(signs.shape) * 5
+    return {**batch, "signs": signs.astype(np.float32), "reference": reference.astype(np.float32)}
+
+
+def documents_of(cfg, options, at):
+    """A batch of documents, two or four a row."""
     if not options.get("packed"):
         return make_batch(at, rows=ROWS, vocab=cfg.vocab_size)
     batch = make_batch(at, rows=ROWS, seq_len=15, vocab=cfg.vocab_size)
@@ -393,6 +416,7 @@ def run_config(options):
     config.parallel.pp_schedule, config.parallel.virtual_stages = options.get("schedule", "1f1b"), options.get("virtual", 1)
     config.parallel.stage_layers = options.get("layers", ())
     config.optim.name, config.optim.lr_groups = options.get("optim", "adamw"), options.get("groups", "")
+    config.prefer.loss, config.prefer.row_pairs = options.get("prefer", ""), 2
     config.optim.eps = 1e-5  # at 1e-8 rounding alone moves parameters
     config.optim.clip_norm = 0.5  # acts in every step, so that the norm enters the gradients
     return config

@@ -23,8 +23,9 @@ GROUP = 12  # layouts that one start of processes runs, so that it ends in minut
 
 
 @functools.lru_cache
-def one_process(model, loop, micro, packed, evaluate, optim, groups):
-    return layouts.run(model, dict(loop=loop, micro=micro, packed=packed, evaluate=evaluate, optim=optim, groups=groups))
+def one_process(model, loop, micro, packed, evaluate, optim, groups, prefer):
+    options = dict(loop=loop, micro=micro, packed=packed, evaluate=evaluate, optim=optim, groups=groups, prefer=prefer)
+    return layouts.run(model, options)
 
 
 def group_of(name):
@@ -55,7 +56,7 @@ def found(name):
 def test_a_layout_equals_one_process(name):
     model, options = LAYOUTS[name]
     reference = model, options.get("loop"), options.get("micro", 1), options.get("packed"), "pp" in options or options.get("evaluate")
-    reference += (options.get("optim", "adamw"), options.get("groups", ""))
+    reference += (options.get("optim", "adamw"), options.get("groups", ""), options.get("prefer"))
     want, ranks = one_process(*reference), found(name)
     checked = dict.fromkeys(TOLERANCE, 0)
     for key, value in want.items():

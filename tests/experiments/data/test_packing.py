@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments.data.packing import _best_fit, pack, pack_examples
+from experiments.data.packing import best_fit, pack, pack_examples
 
 EOD = 999
 KEYS = {"tokens": np.int32, "targets": np.int32, "loss_weights": np.float32, "segment_ids": np.int32, "positions": np.int32}
@@ -128,7 +128,7 @@ def test_every_example_is_whole_in_one_segment(seed, too_long):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_rows_are_those_of_best_fit_decreasing(seed):
+def test_rows_are_those_ofbest_fit_decreasing(seed):
     examples, S = random_examples(seed)
     rooms = []
     for size in sorted((min(len(i) - 1, S) for i, m in examples if any(m[1 : S + 1])), reverse=True):
@@ -168,5 +168,5 @@ def test_examples_that_cannot_be_packed_are_errors(examples, arguments, message)
 def test_packing_many_examples_is_not_quadratic():
     sizes = np.random.default_rng(0).integers(1, 4097, 50_000)
     start = time.perf_counter()
-    *_, rows = _best_fit(sizes, 4096)
+    *_, rows = best_fit(sizes, 4096)
     assert time.perf_counter() - start < 3 and rows < 1.01 * sizes.sum() / 4096 + 1
