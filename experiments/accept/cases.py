@@ -159,7 +159,7 @@ def _of_decoding():
     pages = normal(P, C, K, H), normal(P, C, K, H) + 1
     table, length = np.array([[4, 1, 3], [5, 0, 2]], np.int32), np.array([9, 12], np.int32)
     x, weights = normal(B, D), tuple(normal(*shape) / 7 for shape in ((D, N * H), (D, K * H), (D, K * H), (N * H, D)))
-    attend = (x, normal(D), *weights, normal(H), normal(H), *_angles(B, 1), at, *caches)
+    attend = (x, normal(D), *weights, normal(H), normal(H), *_angles(B, 1), at, np.arange(B, dtype=np.int32)[:, None], *caches)
     free = {"gradient": False, "more": (("head_dim", H),)}
     return [
         Case("cache_write", (caches[0], new), (at,), in_place=True, **free),

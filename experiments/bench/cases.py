@@ -202,7 +202,7 @@ def _of_decoding():
     x, w, weights = normal(1, D), normal(D), (normal(D, N * H), normal(D, K * H), normal(D, K * H), normal(N * H, D))
     angles, last, mlp = normal(1, 1, 1, H // 2), np.full((1, 1), CACHE_T - 1, np.int32), (normal(D, F), normal(D, F), normal(F, D))
     caches = normal(1, CACHE_T, K, H), normal(1, CACHE_T, K, H) + 1
-    attend = (x, w, *weights, normal(H), normal(H), np.cos(angles), np.sin(angles), last, *caches)
+    attend = (x, w, *weights, normal(H), normal(H), np.cos(angles), np.sin(angles), last, np.zeros((1, 1), np.int32), *caches)
     flop = 2 * D * (2 * N + 2 * K) * H + 4 * N * H * CACHE_T
     paged = normal(1, N, H), normal(CACHE_T // PAGE, PAGE, K, H), normal(CACHE_T // PAGE, PAGE, K, H)
     pages = np.arange(CACHE_T // PAGE, dtype=np.int32)[None, ::-1].copy(), np.full(1, CACHE_T, np.int32)
