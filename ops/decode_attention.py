@@ -20,8 +20,8 @@ def reference(eps, scale):
     -> (x + attention(norm(x)), k, v).
 
     The cache is one of pages, see ops/paged_attention.py; a cache [B, T, K, H] is one with a page of T slots a row. The returned caches
-    have the new k and v of each row in slot `at`; they are dropped if the row has no page for it. Such a row attends to nothing, and its
-    result is x. A row attends to the slots from 0 to `at`.
+    have the new k and v of each row in slot `at`; they are dropped if the row has no page for it. A row attends
+    to the slots from 0 to `at` for which it has pages.
     """
     require, reshape = check("decode_attention", ARGUMENTS, **HEADS), ops.Reshape()
     norm, turn, write = rms_norm.reference(eps), rope.reference_norm(eps), paged_write.reference()

@@ -35,6 +35,16 @@ struct Step {
     p.q = q, p.k = k_cache, p.v = v_cache, p.scale = scale;
     return p;
   }
+  // For each row the last position that it sees, at[b] or the last one for which it has a page; -1 if there is none.
+  std::vector<int32_t> last_seen() const {
+    std::vector<int32_t> last(B);
+    for (int64_t b = 0; b < B; b++) {
+      int64_t t = std::min<int64_t>(at[b], M * C - 1);
+      while (t >= 0 && (table[b * M + t / C] < 0 || table[b * M + t / C] >= P)) t = t / C * C - 1;
+      last[b] = static_cast<int32_t>(std::max<int64_t>(t, -1));
+    }
+    return last;
+  }
   // The heads of a row and kv head: normed and turned, q where it is, k and v into their slot; of a row without a page for them they are dropped.
   void place(const Problem &p, const UpTo &seen, int64_t b, int64_t head, float *q, float *k, const float *v) const {
     const int64_t G = N / K;
@@ -48,7 +58,7 @@ struct Step {
       float *one = k + (b * K + head) * H;
       norm_turn_head(one, k_norm, c, s, half, eps, one);
     });
-    if (!seen.sees(b)) return;
+    if (at[b] != seen.at[b] || !seen.sees(b)) return;
     const int64_t slot = p.k_at(b, at[b], head), from = (b * K + head) * H;
     std::copy_n(k + from, H, k_cache + slot);
     std::copy_n(v + from, H, v_cache + slot);
@@ -67,7 +77,8 @@ KERNEL(decode_attention) {
   const std::unique_ptr<float[]> memory(new float[B * (D + 2 * Q + 2 * KV + p.N)]);
   float *normed = memory.get(), *q = normed + B * D, *k = q + B * Q, *v = k + B * KV, *o = v + B * KV, *lse = o + B * Q, *y = a.get(16);
   const Problem problem = p.problem(q);
-  const UpTo seen{problem, p.at, p.P};
+  const std::vector<int32_t> last = p.last_seen();
+  const UpTo seen{problem, last.data(), p.P};
   const Few<UpTo> few{problem, seen, o, lse};
   const int threads = few::threads_for(B, 2 * D * (Q + KV));
   const Columns of_q(Q, threads), of_kv(KV, threads), of_y(D, threads);

@@ -33,8 +33,6 @@ def case(B, D, T, N, K, H, C="a page a row"):
     caches = [draw(B, T, K, H), draw(B, T, K, H)]
     if C != "a page a row":
         caches, table = in_pages(caches, at, T, C)
-    else:
-        at = np.where(at == T, -1, at)  # the row has a page, which has no such slot
     arrays = draw(B, D), 1 + draw(D) / 4, *weights, 1 + draw(H) / 4, 1 + draw(H) / 4, np.cos(angles), np.sin(angles)
     return (*(np.asarray(x, np.float32) for x in arrays), *(np.asarray(x, np.int32) for x in (at[:, None], table)), *caches)
 
@@ -48,7 +46,7 @@ def in_pages(caches, at, T, C):
         for cache, pages in zip(caches, paged):
             if t < at[b]:
                 pages[table[b, t // C], t % C] = cache[b, t]
-    needed = np.where((at < 0) | (at >= T), 0, at // C + 1)
+    needed = np.where((at < 0) | (at >= T), 0, at // C + 1)  # a row past the end has none, and sees nothing
     return paged, np.where(np.arange(M) < needed[:, None], table, -1)
 
 
