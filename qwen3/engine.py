@@ -133,6 +133,11 @@ class _Row:
         return self.at if self.count else len(self.request.prompt)
 
     @property
+    def most(self):
+        """The most tokens of the row that are stored."""
+        return len(self.request.prompt) + self.limit - 1
+
+    @property
     def unread(self):
         return self.target - self.read
 
@@ -340,18 +345,21 @@ class Engine:
 
     def _allocate(self, row):
         """Gives a waiting row the pages that it needs to be read, and returns True; False if there are not enough. One page is left for
-        each running row, which will need it."""
-        blocks, running = self.cache.blocks, sum(other is not None for other in self._rows)
+        each running row that may still need one."""
+        blocks, growing = self.cache.blocks, sum(len(other.pages) < self._pages(other.most) for other in self._rows if other)
         found = blocks.find(row.known)
         blocks.share(found)
-        needed = -(-row.target // self.cache.size) - len(found)
-        taken = blocks.take(needed) if needed + running <= blocks.available() else None
+        needed = self._pages(row.target) - len(found)
+        taken = blocks.take(needed) if needed + growing <= blocks.available() else None
         if taken is None:
             blocks.release(found)
             return False
         row.pages, row.read, row.reading = found + taken, len(found) * self.cache.size, True
         self.totals.reused_tokens += row.read
         return True
+
+    def _pages(self, tokens):
+        return -(-tokens // self.cache.size)
 
     def _leave(self, b):
         """Frees a slot and the pages of its row. Returns the row."""
@@ -378,7 +386,7 @@ class Engine:
         allotted = {}
         for b, row in self._decoding():
             count = min(steps, row.limit - row.count)
-            wanted = -(-(row.at + count) // size) - len(row.pages)
+            wanted = self._pages(row.at + count) - len(row.pages)
             row.pages += blocks.take(min(max(wanted, 0), blocks.available()))
             allotted[b] = min(count, len(row.pages) * size - row.at)
         return allotted
