@@ -23,6 +23,10 @@ DOCUMENTS_TO_SPAN = f"{SPAN}, {KV_SPAN}, {KV_SPAN}, batch documents -> batch spa
 KV = "batch keys kv_heads head_dim"
 OVER_CACHE = f"{HEADS}, {KV}, {KV}, batch seq, batch keys, batch seq, batch keys -> {HEADS}"
 INTO_CACHE = f"{KV}, batch new_keys kv_heads head_dim, batch new_keys -> {KV}"
+PAGES = "pages page_slots kv_heads head_dim"
+INTO_PAGES = f"{PAGES}, tokens kv_heads head_dim, tokens -> {PAGES}"
+OVER_PAGES = f"tokens heads head_dim, {PAGES}, {PAGES}, tokens row_pages, tokens -> tokens heads head_dim"
+PACKED_OVER_PAGES = f"tokens heads head_dim, {PAGES}, {PAGES}, batch row_pages, tokens, tokens -> tokens heads head_dim"
 
 
 def specs(cfg):
@@ -46,7 +50,8 @@ def attention(cfg, op, p, x, rows, cache):
     """x_RD -> y_RD, cache.
 
     rows: see qwen3.model.rows_of. A token attends to the tokens of its own segment up to itself. cache: None in training; else the pair
-    k_BTKH, v_BTKH: the new keys and values are written into the slots `order`, and a query attends to the slots up to its own.
+    k_BTKH, v_BTKH: the new keys and values are written into the slots `order`, and a query attends to the slots up to its own. With a table
+    in `rows` the cache is one of pages, and each row of the batch is one token, see qwen3.model.rows_over_pages.
     """
     q, k, v = project(cfg, op, p, x, rows)
     if cache is None:
@@ -55,6 +60,8 @@ def attention(cfg, op, p, x, rows, cache):
             o = op.attention_by_lengths(q, k, v, rows["documents"], DOCUMENTS_TO_SPAN)
         else:
             o = op.attention(q, k, v, rows["segments"], rows["order"], TO_SPAN)
+    elif "slot" in rows:
+        o, cache = over_pages(op, q, k, v, rows, cache)
     else:
         order = rows["order"]
         k, v = op.cache_write(cache[0], k, order, INTO_CACHE), op.cache_write(cache[1], v, order, INTO_CACHE)
@@ -63,6 +70,18 @@ def attention(cfg, op, p, x, rows, cache):
     o = rearrange(o, "batch seq heads head_dim -> (batch seq) (heads head_dim)", {})
     y = op.matmul(o, p["wo"], "tokens heads, heads embed -> tokens>rows embed")
     return adapted(cfg, op, p, "wo", o, y, rows), cache
+
+
+def over_pages(op, q, k, v, rows, cache):
+    """Attention over pages of q [R, 1, N, H], after k, v [R, 1, K, H] are written into them -> o [R, 1, N, H], cache."""
+    q = rearrange(q, "tokens one heads head_dim -> (tokens one) heads head_dim", {})
+    k = op.paged_write(cache[0], rearrange(k, "tokens one heads head_dim -> (tokens one) heads head_dim", {}), rows["slot"], INTO_PAGES)
+    v = op.paged_write(cache[1], rearrange(v, "tokens one heads head_dim -> (tokens one) heads head_dim", {}), rows["slot"], INTO_PAGES)
+    if "row" in rows:
+        o = op.packed_attention(q, k, v, rows["table"], rows["row"], rows["position"], PACKED_OVER_PAGES)
+    else:
+        o = op.paged_attention(q, k, v, rows["table"], rows["length"], OVER_PAGES)
+    return rearrange(o, "tokens heads head_dim -> tokens 1 heads head_dim", {}), (k, v)
 
 
 def project(cfg, op, p, x, rows):
@@ -112,14 +131,14 @@ def largest_logit(cfg, op, p, x, rows):
 
 def decode(op, norm, p, x, rows, cache):
     """x_BD -> x + attention(norm(x)), cache. One fused op, for one token per row on one device. norm: the weights [D] of the norm."""
-    wq, wk, wv, wo, order = p["wq"], p["wk"], p["wv"], p["wo"], rows["order"]
+    wq, wk, wv, wo = p["wq"], p["wk"], p["wv"], p["wo"]
     norm, q_norm, k_norm = cast(norm, x.dtype), cast(p["q_norm"], x.dtype), cast(p["k_norm"], x.dtype)
-    cos, sin, k, v = rows["cos"], rows["sin"], cache[0], cache[1]
+    cos, sin, order, table, k, v = rows["cos"], rows["sin"], rows["order"], rows["table"], cache[0], cache[1]
     if is_int8(wq):
         scales = wq["scale"], wk["scale"], wv["scale"], wo["scale"]
         wq, wk, wv, wo = wq["int8"], wk["int8"], wv["int8"], wo["int8"]
-        x, k, v = op.decode_attention_int8(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, order, k, v, *scales)
+        x, k, v = op.decode_attention_int8(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, order, table, k, v, *scales)
     else:
         wq, wk, wv, wo = cast(wq, x.dtype), cast(wk, x.dtype), cast(wv, x.dtype), cast(wo, x.dtype)
-        x, k, v = op.decode_attention(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, order, k, v)
+        x, k, v = op.decode_attention(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, order, table, k, v)
     return x, (k, v)

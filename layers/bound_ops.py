@@ -20,6 +20,7 @@ from layers import embed, lora, norm
 from layers.op_table import Region, decodes_in_fused_ops, definitions, sizes
 from ops import iota
 from ops.int8 import is_int8
+from ops.pages import slots_and_lengths
 from ops.registry import pick
 from parallel import zero
 
@@ -48,9 +49,10 @@ class BoundOps:
     loss_chunks: the number of chunks of the vocabulary in which head_loss computes the head and the loss; 0: as many as limit the memory of
     their logits. 1: no chunks.
     fused_head: whether head_loss replaces head and cross_entropy.
+    rows_alone: for inference: in matrix products, a row has the same bits whatever rows are beside it (ops/rows_matmul.py).
     """
 
-    def __init__(self, cfg, sharding, kernels, watch=None, loss_chunks=1):
+    def __init__(self, cfg, sharding, kernels, watch=None, loss_chunks=1, rows_alone=False):
         self.cfg, self.sharding, self.kernels, self.watch = cfg, sharding, kernels, watch
         self.layers, self.run, self.of_layer, self.gathered = None, (), (), ()  # set by qwen3/run_layers.py
         self.dtype, self.noises = getattr(ms, cfg.compute_dtype), lora.noises(cfg)
@@ -58,7 +60,7 @@ class BoundOps:
         self.by_lengths = sharding.documents > 0
         self.ranks_a_head = sharding.mesh.size(sharding.rules["span_heads"]) // sharding.mesh.size(sharding.rules["heads"])
         self.has_regions = sharding.lowering == "shard" or (sharding.check and not cfg.lora)
-        self.loss_chunks = loss_chunks
+        self.loss_chunks, self.rows_alone = loss_chunks, rows_alone
         self.fused_head = loss_chunks != 1 or (kernels.head_loss != "reference" and self.vocab_shards == 1)
         self.fused_decode = decodes_in_fused_ops(cfg, sharding, kernels)
         if self.fused_decode:
@@ -71,18 +73,18 @@ class BoundOps:
         if cfg.lora and "embed" in cfg.lora.targets:
             adapter = lora.specs(cfg, {"embed": embed.specs(cfg)}, lora.EMBED)["lora"]
             self.gathered_adapter = zero.gathered(sharding, adapter)
-        self.iota = iota.reference()
+        self.iota, self.places_in_pages = iota.reference(), slots_and_lengths()
         self.gathered_table, self.gathered_norm = (zero.gathered(sharding, specs(cfg)) for specs in (embed.specs, norm.specs))
         if cfg.num_labels:
             self.gathered_score = zero.gathered(sharding, embed.score_specs(cfg))
-        self.definitions, self.sizes = definitions(cfg, sharding, kernels, loss_chunks), sizes(cfg, sharding)
+        self.definitions, self.sizes = definitions(cfg, sharding, kernels, loss_chunks, rows_alone), sizes(cfg, sharding)
         self.bound = ops.constexpr(functools.lru_cache(maxsize=None)(self._bind), name=f"bound_op_{next(_numbers)}")
         inner = sharding.inside()
-        self.inside = self if inner is sharding else BoundOps(cfg, inner, kernels, loss_chunks=loss_chunks)
+        self.inside = self if inner is sharding else BoundOps(cfg, inner, kernels, loss_chunks=loss_chunks, rows_alone=rows_alone)
 
     def at(self, cfg):
         """Returns the BoundOps for layers with the config `cfg`, in the same layout and with the same kernels."""
-        return self if cfg == self.cfg else BoundOps(cfg, self.sharding, self.kernels, self.watch, self.loss_chunks)
+        return self if cfg == self.cfg else BoundOps(cfg, self.sharding, self.kernels, self.watch, self.loss_chunks, self.rows_alone)
 
     def _bind(self, name, dims):
         """Returns the function of the op `name` with the signature `dims`. If `dims` is a tuple, the function runs several ops, see
@@ -169,6 +171,18 @@ class BoundOps:
     def cache_write(self, cache, new, at, dims):
         """Writes new[:, s] into slot at[:, s] of cache_BTKH; nothing is written for a slot past the end. Returns the cache."""
         return self.bound("cache_write", dims)(cache, new, at)
+
+    def paged_write(self, pages, new, slot, dims):
+        """Writes new[r] into slot[r] of pages [P, C, K, H]; nothing is written for a slot that is not there. Returns the pages."""
+        return self.bound("paged_write", dims)(pages, new, slot)
+
+    def paged_attention(self, q, k, v, table, length, dims):
+        """Attention of one query a row over pages; see ops/paged_attention.py."""
+        return self.bound("paged_attention", dims)(q, k, v, table, length)
+
+    def packed_attention(self, q, k, v, table, row, position, dims):
+        """Attention of many queries of several rows over pages; see ops/paged_attention.py."""
+        return self.bound("packed_attention", dims)(q, k, v, table, row, position)
 
     def largest_logits(self, q, k, segments, key_segments, order, key_order, dims):
         """The largest attention score of each query; see ops/attention.py."""

@@ -50,8 +50,9 @@ class Region(NamedTuple):
     dtype: object = None
 
 
-def definitions(cfg, sharding, kernels, loss_chunks):
-    """Returns {name: Definition or Region} for a model in a layout, with the implementations `kernels`. loss_chunks: see BoundOps."""
+def definitions(cfg, sharding, kernels, loss_chunks, rows_alone=False):
+    """Returns {name: Definition or Region} for a model in a layout, with the implementations `kernels`. loss_chunks, rows_alone: see
+    BoundOps."""
 
     more = options_of(cfg)
 
@@ -60,13 +61,23 @@ def definitions(cfg, sharding, kernels, loss_chunks):
             check_options(kernels, op, function, own)
         return lambda: pick(kernels, op, function)(*args, **options, **own)
 
+    def over_pages(function):
+        """Attention over pages. It needs the options of `attention`, and a model whose kernels lack one is refused when it is read."""
+
+        def make():
+            check_options(kernels, "paged_attention", function, more.get("attention", {}))
+            return pick(kernels, "paged_attention", function)(scale, **more.get("attention", {}))
+
+        return make
+
+    product = of("rows_matmul" if rows_alone else "matmul")
     eps, scale, k = cfg.rms_norm_eps, cfg.head_dim**-0.5, cfg.experts_per_token
     V, choice = cfg.vocab_size, (None, ms.int32, None)
     return {
         # Matrix products and sums of the residual stream
-        "matmul": Definition(of("matmul"), "contraction", weight_in_dtype_of_x),
+        "matmul": Definition(product, "contraction", weight_in_dtype_of_x),
         "matmul_int8": Definition(of("matmul", "int8"), "contraction", signature=with_scale_turned),
-        "router": Definition(of("matmul"), "contraction", in_float32),
+        "router": Definition(product, "contraction", in_float32),
         "add": Definition(ops.Add, "elementwise"),
         "add_bias": Definition(ops.Add, "kernel", weight_in_dtype_of_x),
         # Norms, activations, rotary embedding
@@ -81,6 +92,9 @@ def definitions(cfg, sharding, kernels, loss_chunks):
         "documents": Definition(lambda: ring.lengths(sharding, "span"), "kernel", dtype=ms.int32),
         "attention_over_cache": Definition(of("attention", "", scale), "kernel"),
         "cache_write": Definition(of("cache_write"), "kernel"),
+        "paged_attention": Definition(over_pages(""), "kernel"),
+        "packed_attention": Definition(over_pages("packed"), "kernel"),
+        "paged_write": Definition(of("paged_write"), "kernel"),
         "largest_logits": Definition(lambda: attention.largest_logits(scale, **more.get("attention", {})), "kernel", dtype=ms.float32),
         # Tokens and documents
         "embedding": Definition(
@@ -99,7 +113,11 @@ def definitions(cfg, sharding, kernels, loss_chunks):
         "move": Definition(lambda: unchanged_integers, "kernel"),
         # The head and the loss
         "head": Definition(
-            of("matmul", transpose_b=True), "contraction", embed.project, ("vocab", V, embed.project_to_shard(V)), dtype=ms.float32
+            of("rows_matmul" if rows_alone else "matmul", transpose_b=True),
+            "contraction",
+            embed.project,
+            ("vocab", V, embed.project_to_shard(V)),
+            dtype=ms.float32,
         ),
         "head_int8": Definition(
             of("matmul", "int8"),

@@ -45,6 +45,7 @@ class Kernels:
     rms_norm: str = "reference"
     rope: str = "reference"
     routing: str = "reference"
+    rows_matmul: str = "reference"
     sampling: str = "reference"
     stack_write: str = "reference"
     swiglu: str = "reference"
@@ -74,7 +75,7 @@ class Use:
 
 OPS = tuple(field.name for field in fields(Kernels))
 PARTS = {  # fused ops -> the ops that they replace. A fused op is chosen if all of these have its implementation
-    "decode_attention": ("attention", "cache_write", "matmul", "rms_norm", "rope"),
+    "decode_attention": ("matmul", "paged_attention", "paged_write", "rms_norm", "rope"),
     "decode_mlp": ("matmul", "rms_norm", "swiglu"),
     "head_loss": ("cross_entropy", "matmul"),
 }

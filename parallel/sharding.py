@@ -29,6 +29,7 @@ from parallel.mesh import ONE_DEVICE, Mesh
 # than tp ranks, neighbours have copies of one head.
 # Vocabulary: `vocab_parts` has one element a vocabulary shard, such as the largest logit of each; `whole_vocab` is all entries.
 # Context parallel: `span` is the tokens whose heads a rank computes after the exchange of heads for tokens; `keys` is all tokens of a row.
+# Paged cache: `pages` of `page_slots` tokens; each data rank has its own. `row_pages` is the pages of one row.
 # `documents` is the numbers that say where the documents of a row end; `answers` is its packed answers, of which training on preferences
 # sums the tokens.
 # Experts: all-to-all turns send buffers indexed by target rank, [to_shard, sent], into receive buffers indexed by source rank, [shard,
@@ -45,6 +46,9 @@ RULES = {
     "new_keys": (),
     "documents": (),
     "answers": (),
+    "pages": ("dp", "cp"),
+    "page_slots": (),
+    "row_pages": (),
     "rows": ("dp", "cp"),
     "tokens": ("dp", "cp"),
     "embed": (),

@@ -1,15 +1,24 @@
-"""The KV cache: a pair (k_BTKH, v_BTKH) per layer, in which slot t of a row stores position t."""
+"""KV caches: rows for `generate`, pages for the engine.
+
+A cache of rows is a pair (k_BTKH, v_BTKH) per layer, in which slot t of a row stores position t. A cache of pages is a pair of arrays
+[P, C, K, H] per layer; which pages a row has is said by a table (ops/paged_attention.py), which the engine keeps on the host by Blocks.
+"""
+
+import hashlib
+from collections import OrderedDict, deque
+from dataclasses import dataclass
 
 import mindspore as ms
 import numpy as np
-from mindspore import ops
+
+DIGEST_BYTES = 16
 
 
 def init_cache(cfg, batch_size, length, kv_heads=None, layers=None):
     """Returns an empty cache for sequences of up to `length` tokens, prompt and continuation together, in the compute dtype.
 
-    No two arrays share memory, because the C++ kernel writes into them. kv_heads, layers: how many this rank has; default: all of the
-    model.
+    A cache of pages has `batch_size` pages of `length` tokens. No two arrays share memory, because the C++ kernel writes into them.
+    kv_heads, layers: how many this rank has; default: all of the model.
     """
     shape = (batch_size, length, kv_heads or cfg.num_kv_heads, cfg.head_dim)
 
@@ -19,53 +28,114 @@ def init_cache(cfg, batch_size, length, kv_heads=None, layers=None):
     return tuple((empty(), empty()) for _ in range(cfg.num_layers if layers is None else layers))
 
 
-class RowsCache:
-    """A KV cache that gives one row at a time, so that a prompt is read into one row while the other rows do not change.
-
-    arrays: all rows, in the form of init_cache. in_place: the ops write into the arrays that they are given (ops.cache_write=cpu). Then
-    the arrays of row(b) share the memory of `arrays`, and nothing is copied or allocated after the constructor.
-    """
-
-    def __init__(self, cfg, batch_size, length, kv_heads, in_place, layers):
-        self.length = length
-        if not in_place:
-            self.arrays, self._rows = init_cache(cfg, batch_size, length, kv_heads, layers), None
-            return
-        shape = (batch_size, length, kv_heads, cfg.head_dim)
-        memory = [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in range(layers)]
-        self.arrays = _shared(memory, slice(None))
-        self._rows, self._memory = [_shared(memory, slice(b, b + 1)) for b in range(batch_size)], memory
-
-    @property
-    def nbytes(self):
-        return sum(array.nbytes for pair in self.arrays for array in pair)
-
-    def row(self, b):
-        """Returns the cache of row b alone, arrays [1, T, K, H]."""
-        return self._rows[b] if self._rows else tuple((k[b : b + 1], v[b : b + 1]) for k, v in self.arrays)
-
-    def put(self, b, row):
-        """Stores the cache [1, T, K, H] that a step returned for row b."""
-        if self._rows is None:
-            at = ms.Tensor([[b]], ms.int32)
-            self.arrays = tuple(
-                tuple(ops.tensor_scatter_update(all_rows, at, one) for all_rows, one in zip(*pair)) for pair in zip(self.arrays, row)
-            )
-
-    def clear(self, b):
-        """Sets row b to 0."""
-        if self._rows is None:
-            self.put(b, tuple((ops.zeros_like(k), ops.zeros_like(v)) for k, v in self.row(b)))
-            return
-        for k, v in self._memory:
-            k[b] = v[b] = 0
-
-
-def _shared(memory, rows):
-    """Returns tensors that share the memory of the selected rows of numpy arrays."""
-    return tuple((ms.Tensor.from_numpy(k[rows]), ms.Tensor.from_numpy(v[rows])) for k, v in memory)
+def writes_in_place(kernels):
+    """Returns whether the kernels change the pages that they are given, instead of returning new ones."""
+    return kernels.paged_write != "reference"
 
 
 def round_up(length, step=64):
     """Rounds a cache or prompt length up to a multiple of `step`, so that few different graphs are compiled."""
     return -(-length // step) * step
+
+
+@dataclass(frozen=True)
+class Known:
+    """A block of a prompt whose keys and values are in a page. digest: of the prompt up to the end of this block. tokens: of the block."""
+
+    digest: bytes
+    tokens: bytes
+
+
+def known_blocks(prompt, size):
+    """Returns [Known] of the full blocks of `size` tokens of a prompt, without the last token: its logits are wanted, so it is always
+    read."""
+    tokens, digest, found = np.asarray(prompt, np.int32), b"", []
+    for start in range(0, (len(tokens) - 1) // size * size, size):
+        block = tokens[start : start + size].tobytes()
+        digest = hashlib.blake2b(digest + block, digest_size=DIGEST_BYTES).digest()
+        found.append(Known(digest, block))
+    return found
+
+
+class Blocks:
+    """Which pages of a cache are free, how many rows use each of the others, and which hold blocks of prompts that may come again.
+
+    count: the number of pages. A page is free, or used by one row or more, or kept: no row uses it, and it holds a known block. take()
+    takes free pages first, then the kept page that was used least lately. All of this depends on the calls alone, so ranks that make the
+    same calls agree. evicted: how many kept pages were taken.
+    """
+
+    def __init__(self, count):
+        self.count, self.evicted = count, 0
+        self._free, self._users, self._kept = deque(range(count)), [0] * count, OrderedDict()
+        self._page_of, self._known = {}, {}  # digest: page; page: Known
+
+    def available(self):
+        """Returns how many pages take() could give."""
+        return len(self._free) + len(self._kept)
+
+    def used(self):
+        """Returns how many pages rows use."""
+        return self.count - self.available()
+
+    def find(self, known):
+        """Returns the pages of the first blocks of [Known], as many as are there. They are not the caller's until share()."""
+        pages = []
+        for block in known:
+            page = self._page_of.get(block.digest)
+            if page is None or self._known[page] != block:
+                break
+            pages.append(page)
+        return pages
+
+    def share(self, pages):
+        """Makes the caller one more user of each page that find() returned."""
+        for page in pages:
+            self._users[page] += 1
+            self._kept.pop(page, None)
+
+    def take(self, count):
+        """Returns `count` pages with one user, the caller, or None if there are not so many."""
+        if count > self.available():
+            return None
+        pages = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
+        for page in pages:
+            self._users[page] = 1
+        return pages
+
+    def _evict(self):
+        page, _ = self._kept.popitem(last=False)
+        del self._page_of[self._known.pop(page).digest]
+        self.evicted += 1
+        return page
+
+    def know(self, page, block):
+        """Notes that a page which the caller uses holds a block of a prompt. Another page with this block stays the one that is found."""
+        if block.digest not in self._page_of:
+            self._page_of[block.digest], self._known[page] = page, block
+
+    def release(self, pages):
+        """Ends the caller's use of a row's pages. The last ones are taken first by others, as a block is found only after those before
+        it."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            if page in self._known:
+                self._kept[page] = True
+            else:
+                self._free.append(page)
+
+
+class PagedCache:
+    """The arrays of a cache of pages, [pages, size, K, H] in pairs of keys and values per layer, and its Blocks.
+
+    kv_heads, layers: how many this rank has.
+    """
+
+    def __init__(self, cfg, pages, size, kv_heads, layers):
+        self.arrays, self.blocks, self.size = init_cache(cfg, pages, size, kv_heads, layers), Blocks(pages), size
+
+    @property
+    def nbytes(self):
+        return sum(array.nbytes for pair in self.arrays for array in pair)

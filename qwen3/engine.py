@@ -1,4 +1,4 @@
-"""Continuous batching: any number of requests, of any lengths, share the rows of one KV cache of fixed size. No I/O.
+"""Continuous batching: any number of requests, of any lengths, share one paged KV cache of fixed size. No I/O.
 
     engine = Engine(params, cfg, slots=16, length=2048)
     number = engine.submit(Request(prompt=[1, 2, 3], max_new_tokens=100, temperature=0.8, seed=7))
@@ -6,17 +6,23 @@
         for event in engine.step():
             ...  # event.id, event.token, event.finish_reason
 
-A request waits until one of the `slots` rows of the cache is free. Then its prompt is read into that row in chunks of fixed width, and one
-step decodes a token of every row, until the request stops and the next one takes its row. So few graphs are compiled, one for each chunk
-width and one for decoding, and memory is needed only for the cache and the running requests.
+A request waits until one of `slots` is free, and as many pages of the cache as its prompt needs. Prompts are read in flat batches: a graph
+of one of a few widths takes tokens of several prompts, some of a long one and all of short ones. Between two such graphs all rows whose
+prompts are read decode a token; when no prompt is left to read, they decode many in one graph. So few graphs are compiled, and a long
+prompt stops neither the rows that decode nor short prompts that come after it.
 
-The tokens of a request do not depend on its row nor on the other requests: a random draw depends only on the request's seed, the number of
-the token and the number of the sample, and a prompt is read alone, in a graph with one row.
+A prompt that begins like an earlier one shares the pages of the full blocks that both have, and reads only the rest; these pages stay
+until others need them. When a row that decodes needs a page and there is none, the row that came last gives its pages back and
+is read again later.
+
+The tokens of a request do not depend on its slot nor on the other requests: a random draw depends only on the request's seed, the number of
+the token and the number of the sample; and with the C++ kernels, in a dense model, what is computed of a token has the same bits whatever
+is read or decoded beside it. Only a row that was read again has other roundings, as its new tokens were then read and not decoded.
 """
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mindspore as ms
 import numpy as np
@@ -25,15 +31,16 @@ from ops import sampling as sampling_op
 from parallel import collectives, host_memory
 from parallel.random import hash_uniform
 from parallel.sharding import DATA, Sharding
-from qwen3.cache import RowsCache, round_up
-from qwen3.generate import CHUNK, decode_loop, extended
+from qwen3.cache import Known, PagedCache, known_blocks, round_up, writes_in_place
+from qwen3.generate import CHUNK, decode_loop, extended_pages
 from qwen3.model import choose_kernels
 from qwen3.stages import build_extend, own_layers
 from qwen3.steering import GuideError, Steering, steered
 
-READS = 4  # the most prompt chunks that one step reads before it decodes
-SHORT = 4  # the most decode steps at a time while prompts wait to be read
-NARROW = 32  # tokens of the narrow chunk, for short prompts and for the last tokens of long ones
+READS = 4  # the most flat batches of prompts that one step reads
+NARROW = 32  # tokens of the narrowest batch of prompts
+OLDEST = 4  # the prompt that came first gets at least one part in so many of each batch; of the rest, the shortest come first
+PAGE = 64  # tokens of a page; the kernel of decoding takes as many keys at a time
 STOPS = 8  # the number of stop ids per row in the compiled graph is rounded up to a multiple of this
 NEVER = -1  # no token has this id; it fills up the stop ids, and stands for the token that a failed row does not have
 
@@ -92,18 +99,27 @@ class Event:
     finish_reason: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
-    """A request and its state. options: [1, 4], for sampling. limit: the most new tokens. read: how many prompt tokens are in the cache.
-    count: how many new tokens there are; token: the last of them. steering: see qwen3/steering.py; None where nothing steers."""
+    """A request and its state.
+
+    options: [1, 4], for sampling. limit: the most new tokens. known: the blocks of its prompt, see qwen3/cache.py. pages: its pages, in
+    order. read: how many tokens are in them, while `reading`: the prompt, and of a row that is read again its new tokens but the last.
+    count: how many new tokens there are; token: the last of them; made: all of them. steering: see qwen3/steering.py; None where nothing
+    steers.
+    """
 
     id: int
     request: Request
     options: np.ndarray
     limit: int
+    known: list[Known]
+    pages: list = field(default_factory=list)
+    reading: bool = True
     read: int = 0
     count: int = 0
     token: int = 0
+    made: list = field(default_factory=list)
     steering: Steering | None = None
 
     @property
@@ -112,27 +128,52 @@ class _Row:
         return len(self.request.prompt) + self.count - 1
 
     @property
+    def target(self):
+        """How many tokens are to be read before the row decodes."""
+        return self.at if self.count else len(self.request.prompt)
+
+    @property
+    def most(self):
+        """The most tokens of the row that are stored."""
+        return len(self.request.prompt) + self.limit - 1
+
+    @property
+    def unread(self):
+        return self.target - self.read
+
+    @property
     def needs_logits(self):
         return self.request.needs_logits
+
+    def next_tokens(self, count):
+        """Returns the next `count` tokens to read."""
+        size, stop = len(self.request.prompt), self.read + count
+        if stop <= size:
+            return self.request.prompt[self.read : stop]
+        return [*self.request.prompt[self.read : size], *self.made[max(0, self.read - size) : stop - size]]
 
 
 @dataclass
 class Totals:
-    """Sums over all steps: prompt tokens read, and the seconds for them; decoded tokens, without the first of each request, and the seconds
-    for them."""
+    """Sums over all steps: tokens of prompts that were read, and the seconds for them; decoded tokens, without the first of each request,
+    and the seconds for them; tokens of prompts that were not read because the cache had them; rows that gave their pages back."""
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    reused_tokens: int = 0
+    preempted: int = 0
 
 
 class Engine:
-    """Runs requests in the rows of one cache.
+    """Runs requests over one cache.
 
     params, cfg: the model; in a layout, params are this rank's shards. slots: rows that decode together. length: the most tokens of a row,
-    prompt and new tokens together, rounded up to a multiple of 64. prefill_chunk: prompt tokens that are read at a time. sharding: the
-    layout, without sequence parallel and ZeRO. kernels: see qwen3.model.build. totals: see Totals.
+    prompt and new tokens together, rounded up to whole pages. prefill_chunk: the most prompt tokens that are read at a time. sharding: the
+    layout, without sequence parallel and ZeRO. kernels: see qwen3.model.build. cache_tokens: how many tokens the cache has room for; by
+    default all slots at full length. page: tokens of a page. reuse: whether prompts share the blocks that they begin with. reads: the most
+    batches of prompts that one step reads. totals: see Totals.
 
     The ranks of one tensor parallel group, and of one pipeline, must make the same calls; they compute the same tokens. Under a pipeline,
     each stage has the cache of its own layers, and the last stage broadcasts its logits, from which every rank chooses on the host. Data
@@ -140,78 +181,123 @@ class Engine:
     that is not busy, because the ranks agree on each step and run it together.
     """
 
-    def __init__(self, params, cfg, *, slots, length, prefill_chunk=256, sharding=None, kernels=None):
-        for key, value in (("slots", slots), ("length", length), ("prefill_chunk", prefill_chunk)):
+    def __init__(
+        self,
+        params,
+        cfg,
+        *,
+        slots,
+        length,
+        prefill_chunk=256,
+        sharding=None,
+        kernels=None,
+        cache_tokens=None,
+        page=PAGE,
+        reuse=True,
+        reads=READS,
+    ):
+        cache_tokens = slots * round_up(length, page) if cache_tokens is None else cache_tokens
+        numbers = {
+            "slots": slots,
+            "length": length,
+            "prefill_chunk": prefill_chunk,
+            "cache_tokens": cache_tokens,
+            "page": page,
+            "reads": reads,
+        }
+        for key, value in numbers.items():
             if value < 1:
                 raise ValueError(f"engine: {key}={value} must be 1 or more")
-        self.sharding, self.slots, self.length, self.totals = sharding, slots, round_up(length), Totals()
+        pages, self.sharding, self.slots, self.totals = -(-cache_tokens // page), sharding, slots, Totals()
+        self.length, self.reads, self._reuse = min(round_up(length, page), pages * page), reads, reuse
         sharding = sharding or Sharding()
         # With a capacity factor, a token that finds no slot at its expert would be dropped without an error.
         self.params, self.cfg = params, cfg.replace(moe_capacity_factor=None)
         self.kernels = kernels or choose_kernels({}, cfg, sharding)
-        in_place = self.kernels.cache_write == "cpu"
         layers, staged = len(own_layers(cfg, sharding.mesh)), sharding.mesh.pp > 1
-        needed = 8 * layers * slots * self.length * (cfg.num_kv_heads // sharding.shards("kv")) * cfg.head_dim
+        kv_heads = cfg.num_kv_heads // sharding.shards("kv")
         if ms.get_context("device_target") == "CPU":
-            host_memory.check({f"the cache of slots={slots} rows of length={self.length} tokens": needed}, "use fewer or shorter rows")
-        self.cache = RowsCache(cfg, slots, self.length, cfg.num_kv_heads // sharding.shards("kv"), in_place, layers)
+            needed = 8 * layers * pages * page * kv_heads * cfg.head_dim
+            host_memory.check(
+                {f"the cache of {pages * page} tokens, for slots={slots} of length={self.length}": needed}, "use fewer or shorter rows"
+            )
+        self.cache = PagedCache(cfg, pages, page, kv_heads, layers)
         self._staged = build_extend(self.cfg, sharding, self.kernels) if staged else None
         self._sample = sampling_op.cpu() if self.kernels.sampling == "cpu" else sampling_op.reference()
-        self._on_device = self.kernels.sampling == "cpu" and in_place and not staged
+        self._on_device = self.kernels.sampling == "cpu" and writes_in_place(self.kernels) and not staged
         experts_sharded = sharding.shards("experts") > 1
         self._largest = collectives.pmax(sharding.mesh, DATA) if experts_sharded else None
-        self._widths = sorted({min(NARROW, prefill_chunk), prefill_chunk})
+        self._widths = sorted({min(NARROW, prefill_chunk), min(max(NARROW, prefill_chunk // 4), prefill_chunk), prefill_chunk})
         self._rows, self._waiting, self._next = [None] * slots, deque(), 0
 
     def warm_up(self, sizes=None, by_host=False):
         """Compiles the graphs in advance, so that no step waits for the compiler.
 
-        sizes: numbers of prompt tokens; only the chunk widths that these prompts need are compiled. Default: all widths. by_host: also
-        compile for tokens that are chosen on the host. The ranks of one job must call it together: a rank that compiles alone can keep the
-        others waiting until their collectives time out.
+        sizes: numbers of prompt tokens; only the widths are compiled in which these prompts are read, alone or together. Default: all
+        widths. by_host: also compile for tokens that are chosen on the host. The ranks of one job must call it together: a rank that
+        compiles alone can keep the others waiting until their collectives time out.
         """
-        chunk = self._widths[-1]
-        counts = {n for size in sizes for n in (min(size, chunk), (size - 1) % chunk + 1)} if sizes else self._widths
-        for width in {self._fitting(n) for n in counts}:
+        for width in self._widths_of([*sizes, sum(sizes)]) if sizes else self._widths:
             self._read(width, [])
         if self._on_device:
             self._decode_on_device(1, [])
         if by_host or not self._on_device:
-            token, at = self._inputs()
-            self._extended(self.cache.arrays, token[:, None], at[:, None], np.zeros_like(at))
+            token, at, table = self._inputs({})
+            self._extended(table, token, at)
+
+    def _widths_of(self, sizes):
+        found = set()
+        for left in sizes:
+            while left > 0:
+                found.add(self._fitting(left))
+                left -= self._fitting(left)
+        return found
 
     def submit(self, request):
         """Queues a Request. Returns its id, which is unique in this engine. Raises ValueError for a prompt that is empty, has ids outside
         the vocabulary or does not fit the cache, and for options out of range."""
         options = self._checked(request)
         limit = min(request.max_new_tokens, self.length - len(request.prompt) + 1)  # the last new token is not stored in the cache
-        self._waiting.append(_Row(self._next, request, options, limit))
+        known = known_blocks(request.prompt, self.cache.size) if self._reuse else []
+        self._waiting.append(_Row(self._next, request, options, limit, known))
         self._next += 1
         return self._next - 1
 
     def cancel(self, number):
         """Drops the request with this id, which then has no further events. An id of no running or waiting request is ignored."""
         self._waiting = deque(row for row in self._waiting if row.id != number)
-        self._rows = [None if row and row.id == number else row for row in self._rows]
+        for b, row in enumerate(self._rows):
+            if row and row.id == number:
+                self._leave(b)
 
     def busy(self):
         """Returns whether a request is waiting or running."""
         return bool(self._waiting) or any(self._rows)
 
     def step(self, most=CHUNK):
-        """Reads up to READS chunks of prompts, then decodes up to `most` tokens of each running row. Returns a list of Events, in order for
-        each request. A small `most` returns tokens sooner; a large one has less overhead a token."""
-        events = []
-        for _ in range(READS):
-            (width,) = self._agreed(self._width())
+        """Reads up to `reads` batches of prompts and decodes up to `most` tokens of each running row: one after each batch, and the rest
+        when no prompt is left to read. Returns a list of Events, in order for each request. A small `most` returns tokens sooner; a large
+        one has less overhead a token."""
+        events, decoded = [], 0
+        for _ in range(self.reads):
+            self._admit()
+            (width,) = self._agreed(self._fitting(sum(row.unread for _, row in self._read_next())))
             if not width:
                 break
             self._timed("prefill", self._read, width, events)
-        reading, steps, by_host = self._agreed(self._width() > 0, self._steps(most), self._by_host())
-        if steps:
-            decode = self._decode_by_host if by_host else self._decode_on_device
-            self._timed("decode", decode, min(steps, SHORT) if reading else steps, events)
+            decoded += self._decode(min(1, most - decoded), events)
+        self._admit()
+        (reading,) = self._agreed(len(self._read_next()) > 0)
+        if not reading:
+            self._decode(most - decoded, events)
         return events
+
+    def _decode(self, most, events):
+        """Decodes up to `most` tokens of each running row, as many as the ranks agree on. Returns how many."""
+        steps, by_host = self._agreed(self._steps(most), self._by_host())
+        if steps > 0:
+            self._timed("decode", self._decode_by_host if by_host else self._decode_on_device, steps, events)
+        return steps
 
     def _checked(self, request):
         """Returns the sampling options [1, 4] of a request. Raises ValueError for a request that this engine cannot serve."""
@@ -239,33 +325,100 @@ class Engine:
         setattr(self.totals, f"{what}_tokens", getattr(self.totals, f"{what}_tokens") + tokens)
         setattr(self.totals, f"{what}_s", getattr(self.totals, f"{what}_s") + took)
 
-    def _reading(self):
-        """Returns (slot, row) of the prompt that is being read. If there is none, gives the next request a free slot. None: no prompt to
-        read."""
-        for b, row in enumerate(self._rows):
-            if row and not row.count:
-                return b, row
-        if self._waiting and None in self._rows:
-            b, row = self._rows.index(None), self._waiting.popleft()
-            self._rows[b] = row
-            if steered(row.request):
+    def _admit(self):
+        """Gives free slots to waiting requests, in order of arrival, as long as there are pages for them. A request that begins with a
+        block which another one is about to read waits until it is read, and those behind it may pass."""
+        coming = {block.digest for _, row in self._read_next() for block in row.known[row.read // self.cache.size :]}
+        for row in list(self._waiting):
+            if None not in self._rows:
+                return
+            there = len(self.cache.blocks.find(row.known))
+            if there < len(row.known) and row.known[there].digest in coming:
+                continue
+            if not self._allocate(row):
+                return
+            self._waiting.remove(row)
+            self._rows[self._rows.index(None)] = row
+            coming |= {block.digest for block in row.known[there:]}
+            if steered(row.request) and row.steering is None:
                 row.steering = Steering(row.request, self.cfg.vocab_size)
-            return b, row
-        return None
+
+    def _allocate(self, row):
+        """Gives a waiting row the pages that it needs to be read, and returns True; False if there are not enough. One page is left for
+        each running row that may still need one."""
+        blocks, growing = self.cache.blocks, sum(len(other.pages) < self._pages(other.most) for other in self._rows if other)
+        found = blocks.find(row.known)
+        blocks.share(found)
+        needed = self._pages(row.target) - len(found)
+        taken = blocks.take(needed) if needed + growing <= blocks.available() else None
+        if taken is None:
+            blocks.release(found)
+            return False
+        row.pages, row.read, row.reading = found + taken, len(found) * self.cache.size, True
+        self.totals.reused_tokens += row.read
+        return True
+
+    def _pages(self, tokens):
+        return -(-tokens // self.cache.size)
+
+    def _leave(self, b):
+        """Frees a slot and the pages of its row. Returns the row."""
+        row, self._rows[b] = self._rows[b], None
+        self.cache.blocks.release(row.pages)
+        row.pages = []
+        return row
+
+    def _grow(self, steps):
+        """Makes room for the next tokens of the rows that decode. Returns {slot: how many of `steps` the row has pages for}, each at least
+        1.
+
+        While a row has no page for its next token and none is free, the row that came last gives its pages back and waits again.
+        """
+        blocks, size = self.cache.blocks, self.cache.size
+        for b, row in sorted(self._decoding(), key=lambda found: found[1].id):
+            while self._rows[b] is row and len(row.pages) * size <= row.at:
+                if pages := blocks.take(1):
+                    row.pages += pages
+                    continue
+                last = max((i for i, other in enumerate(self._rows) if other), key=lambda i: self._rows[i].id)
+                self._waiting.appendleft(self._leave(last))
+                self.totals.preempted += 1
+        allotted = {}
+        for b, row in self._decoding():
+            count = min(steps, row.limit - row.count)
+            wanted = self._pages(row.at + count) - len(row.pages)
+            row.pages += blocks.take(min(max(wanted, 0), blocks.available()))
+            allotted[b] = min(count, len(row.pages) * size - row.at)
+        return allotted
+
+    def _read_next(self):
+        """Returns [(slot, row)] of the rows that are being read."""
+        return [(b, row) for b, row in enumerate(self._rows) if row and row.reading]
+
+    def _parts(self, width):
+        """Returns [(slot, row, count)]: how many tokens of each row the next batch of this width reads. The shortest rest comes first, but
+        the request that came first always has a share, so that short ones cannot keep it waiting."""
+        rows = sorted(self._read_next(), key=lambda found: (found[1].unread, found[1].id))
+        if not rows:
+            return []
+        first = min(rows, key=lambda found: found[1].id)[0]
+        counts = {b: min(row.unread, -(-width // OLDEST)) if b == first else 0 for b, row in rows}
+        left = width - counts[first]
+        for b, row in rows:
+            more = min(row.unread - counts[b], left)
+            counts[b], left = counts[b] + more, left - more
+        return [(b, row, counts[b]) for b, row in rows if counts[b]]
 
     def _decoding(self):
         """Returns [(slot, row)] of the rows that decode: those whose prompt is read."""
-        return [(b, row) for b, row in enumerate(self._rows) if row and row.count]
-
-    def _width(self):
-        """Returns the width of the prompt chunk to read next; 0 if there is none."""
-        found = self._reading()
-        left = len(found[1].request.prompt) - found[1].read if found else 0
-        return left and self._fitting(left)
+        return [(b, row) for b, row in enumerate(self._rows) if row and not row.reading]
 
     def _fitting(self, left):
-        """Returns the narrowest chunk width for `left` tokens; the widest one if they fit into none."""
-        return next((width for width in self._widths if width >= left), self._widths[-1])
+        """Returns the width in which to read of `left` prompt tokens: one that they fill more than half; the narrowest one if there is
+        none, and 0 for no tokens."""
+        if left <= 0:
+            return 0
+        return next((width for width in reversed(self._widths) if left > width // 2), self._widths[0])
 
     def _steps(self, most):
         """Returns how many decode steps to take, at most `most`: until the first row ends if requests wait, else until the last row
@@ -284,39 +437,66 @@ class Engine:
         return not self._on_device or any(row.needs_logits for _, row in self._decoding())
 
     def _read(self, width, events):
-        """Reads a prompt chunk of this width; with no prompt to read, runs the graph without effect, because other ranks run it. Returns
-        the number of tokens read."""
-        b, row = self._reading() or (0, None)
-        chunk = row.request.prompt[row.read : row.read + width] if row else ()
-        tokens, positions = np.zeros((1, width), np.int32), np.full((1, width), self.length, np.int32)  # past the end: not written
-        tokens[0, : len(chunk)] = chunk
-        if row:
-            positions[0, : len(chunk)] = np.arange(row.read, row.read + len(chunk))
-        last = np.array([max(len(chunk) - 1, 0)], np.int32)
-        logits, cache = self._extended(self.cache.row(b), tokens, positions, last)
-        if row:
-            self.cache.put(b, cache)
-            row.read += len(chunk)
-            if row.read == len(row.request.prompt):
-                self._choose([(b, row)], logits.asnumpy(), events)
-        return len(chunk)
+        """Reads a batch of prompt tokens of this width; with none to read, runs the graph without effect, because other ranks run it.
+        Returns the number of tokens read."""
+        parts, at = self._parts(width), 0
+        tokens, positions, of_row = np.zeros(width, np.int32), np.full(width, -1, np.int32), np.zeros(width, np.int32)
+        last = np.zeros(self.slots, np.int32)
+        for b, row, count in parts:
+            tokens[at : at + count] = row.next_tokens(count)
+            positions[at : at + count] = np.arange(row.read, row.read + count)
+            of_row[at : at + count] = b
+            at += count
+            last[b] = at - 1
+        logits = self._extended(self._table([(b, row) for b, row, _ in parts]), tokens, positions, of_row, last)
+        if not parts:
+            return 0
+        logits, done = logits.asnumpy(), []
+        for b, row, count in parts:
+            if not np.isfinite(logits[b].max()):
+                self._fail(b, row, events, "error")
+                continue
+            first, row.read = row.read, row.read + count
+            for i in range(first // self.cache.size, min(row.read // self.cache.size, len(row.known))):
+                self.cache.blocks.know(row.pages[i], row.known[i])
+            row.reading = row.unread > 0
+            if not row.reading and not row.count:
+                done.append((b, row))
+        if done:
+            self._choose(done, logits[[b for b, _ in done]], events)
+        return at
 
-    def _extended(self, cache, tokens, positions, last):
+    def _extended(self, table, tokens, positions, of_row=None, last=None):
+        """Reads tokens into the cache. Returns the logits [slots, V]."""
+        arrays = self.cache.arrays
         if self._staged:
-            return self._staged(self.params, cache, tokens, positions, last)
-        return extended(self.params, cache, tokens, positions, last, self.cfg, self.kernels, self.sharding)
+            logits, arrays = self._staged(self.params, arrays, table, tokens, positions, of_row, last)
+        else:
+            given = table, tokens, positions, of_row, last, self.cfg, self.kernels, self.sharding
+            logits, arrays = extended_pages(self.params, arrays, *given)
+        self.cache.arrays = arrays
+        return logits
 
-    def _inputs(self):
-        """Returns token_B and at_B of the next step. Rows that do not decode have a position past the end of the cache, so nothing is
-        written."""
-        token, at = np.zeros(self.slots, np.int32), np.full(self.slots, self.length, np.int32)
-        for b, row in self._decoding():
-            token[b], at[b] = row.token, row.at
-        return token, at
+    def _table(self, rows):
+        """Returns the table [slots, pages of a row] of some rows; the others have no page in it, so nothing of theirs is written."""
+        table = np.full((self.slots, -(-self.length // self.cache.size)), -1, np.int32)
+        for b, row in rows:
+            table[b, : len(row.pages)] = row.pages
+        return table
+
+    def _inputs(self, allotted):
+        """Returns token_B, at_B and table_BM of the next step. allotted: see _grow. The other rows have no pages."""
+        token, at = np.zeros(self.slots, np.int32), np.zeros(self.slots, np.int32)
+        for b in allotted:
+            token[b], at[b] = self._rows[b].token, self._rows[b].at
+        return token, at, self._table([(b, self._rows[b]) for b in allotted])
 
     def _decode_on_device(self, steps, events):
         """Decodes up to `steps` tokens of each row in one graph, which also samples. Returns the number of new tokens of all rows."""
-        rows, B, before = self._decoding(), self.slots, len(events)
+        allotted, B, before = self._grow(steps), self.slots, len(events)
+        if self._largest is None and allotted:
+            steps = max(allotted.values())
+        rows = [(b, self._rows[b]) for b in allotted]
         running, draws = np.zeros(B, np.int32), np.full((CHUNK, B), 0.5, np.float32)
         options = sampling_op.options(B)
         width = round_up(max([1, *(len(row.request.stop_ids) for _, row in rows)]), STOPS)
@@ -327,19 +507,20 @@ class Engine:
             stop[b, : len(row.request.stop_ids)] = row.request.stop_ids
         ids, numbers = ms.Tensor(np.zeros((1, CHUNK, 1, B), np.int32)), (self._least(), steps)
         least, steps = (ms.Tensor(n, ms.int32) for n in numbers)
-        given = [*map(ms.Tensor, (*self._inputs(), running)), least, *map(ms.Tensor, (draws, options, stop)), ids, steps]
+        token, at, table = self._inputs(allotted)
+        given = [*map(ms.Tensor, (table, token, at, running)), least, *map(ms.Tensor, (draws, options, stop)), ids, steps]
         decode = decode_loop(self.cfg, self.kernels, self.sharding)
         try:
             taken = int(decode(self.params, self.cache.arrays, *given)[3])
         except RuntimeError:
             if self._largest is not None:
                 raise  # other ranks may wait for this one inside the graph
-            # One row without finite logits fails the whole graph. The host chooses these tokens again, row by row: the cache is as before
+            # One row without finite logits fails the whole graph. The host chooses these tokens again, row by row: the pages are as before
             # up to each row's position, and what the graph wrote after it is written again. Another fault of the graph is raised there.
             return self._decode_by_host(numbers[1], events)
-        for found in ids.asnumpy()[0, :taken, 0]:
+        for i, found in enumerate(ids.asnumpy()[0, :taken, 0]):
             for b, row in rows:
-                if self._rows[b] is row:
+                if self._rows[b] is row and i < allotted[b]:
                     self._take(b, row, int(found[b]), events)
         return len(events) - before
 
@@ -347,13 +528,13 @@ class Engine:
         """Decodes up to `steps` tokens of each row; the host samples after each step. Returns the number of new tokens of all rows."""
         least, before = self._least(), len(events)
         for _ in range(steps):
-            rows = self._decoding()
-            if len(rows) < least:
+            if len(self._decoding()) < least:
                 break
-            token, at = self._inputs()
-            logits, self.cache.arrays = self._extended(self.cache.arrays, token[:, None], at[:, None], np.zeros_like(at))
-            if rows:
-                self._choose(rows, logits.asnumpy()[[b for b, _ in rows]], events)
+            allotted = self._grow(1)
+            token, at, table = self._inputs(allotted)
+            logits = self._extended(table, token, at)
+            if allotted:
+                self._choose([(b, self._rows[b]) for b in allotted], logits.asnumpy()[list(allotted)], events)
         return len(events) - before
 
     def _choose(self, rows, logits, events):
@@ -378,15 +559,15 @@ class Engine:
             self._take(b, row, token, events, *_logprobs(row, x, token))
 
     def _fail(self, b, row, events, reason):
-        """Ends a row that has no next token, and clears its part of the cache: a NaN there would reach the next request, since a masked
-        value is multiplied by 0, and 0 times NaN is NaN."""
-        self._rows[b] = None
-        self.cache.clear(b)
+        """Ends a row that has no next token. What is left in its pages is not seen by the rows that get them: the kernels read no slot
+        that a row has not written, and a block is known only if the logits after it are finite."""
+        self._leave(b)
         events.append(Event(row.id, NEVER, finish_reason=reason))
 
     def _take(self, b, row, token, events, logprob=None, top=None):
         """Records the new token of a row and appends its Event. After the last token of the request, frees the slot."""
         row.token, row.count = token, row.count + 1
+        row.made.append(token)
         if row.steering is not None:
             try:
                 row.steering.take(token)
@@ -395,7 +576,7 @@ class Engine:
                 return
         reason = "stop" if token in row.request.stop_ids else "length" if row.count >= row.limit else None
         if reason:
-            self._rows[b] = None
+            self._leave(b)
         events.append(Event(row.id, token, logprob, top, reason))
 
 

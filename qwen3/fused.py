@@ -23,9 +23,9 @@ SLOTS, AT = 8, (3, 5)  # the slots of a small cache, and in it the positions of 
 TOLERANCE = 1e-3  # of the largest element: kernels round differently, and another layer differs by far more
 
 
-def build_to_decode(cfg, sharding=None, kernels=None):
-    """Returns qwen3.model.build(cfg, sharding, kernels=kernels), whose layers decode in fused ops only where these agree with the layer."""
-    model = build(cfg, sharding, kernels=kernels)
+def build_to_decode(cfg, sharding=None, kernels=None, rows_alone=False):
+    """Returns qwen3.model.build with these arguments, whose layers decode in fused ops only where these agree with the layer."""
+    model = build(cfg, sharding, kernels=kernels, rows_alone=rows_alone)
     for op in {id(op): op for op in model.op.of_layer}.values():
         if op.fused_decode and not agrees(op.cfg, op.kernels):
             warnings.warn("the fused ops of decoding do not compute this model's layer; its tokens are decoded op by op", stacklevel=2)

@@ -154,17 +154,30 @@ def extend_cache(cfg, op, params, cache, tokens, positions, last):
     must not have sequence parallel. B counts a data rank's rows and K its kv heads. Every rank returns the logits of the full vocabulary;
     each shard of them is computed by one rank and all-gathered, so all ranks have the same bits.
     """
-    x, cache = layers_over_cache(cfg, op, params["layers"], range(cfg.num_layers), embed(cfg, op, params, tokens), cache, positions)
+    x, rows = embed(cfg, op, params, tokens), rows_over_cache(op, cache, positions)
+    x, cache = layers_over_cache(cfg, op, params["layers"], range(cfg.num_layers), x, cache, rows, positions.shape[1] == 1)
     return full_logits(cfg, op, params, last_rows(op, x, last)), cache
 
 
-def layers_over_cache(cfg, op, layers, numbers, x, cache, positions):
+def extend_paged_cache(cfg, op, params, cache, table, tokens, positions, row, last):
+    """Reads tokens_R at positions_R of some rows into their pages. Returns (logits_BV float32, cache).
+
+    table_BM: the pages of each row, see ops/paged_attention.py; a token for which its row has no page is not stored. row_R, last_B: the
+    row of each token, and for each row the number, in R, of the token whose logits are wanted. Both None: token b is the only one of row b.
+    """
+    tokens, positions = rearrange(tokens, "tokens -> tokens 1", {}), rearrange(positions, "tokens -> tokens 1", {})
+    x, rows = embed(cfg, op, params, tokens), rows_over_pages(op, cache, table, positions, row)
+    x, cache = layers_over_cache(cfg, op, params["layers"], range(cfg.num_layers), x, cache, rows, row is None)
+    return full_logits(cfg, op, params, x if last is None else ops.gather(x, last, 0)), cache
+
+
+def layers_over_cache(cfg, op, layers, numbers, x, cache, rows, one_each):
     """Runs some layers over their cache: x_RD -> x_RD, cache. numbers: the layers' numbers in the model. layers[i], cache[i]: the
-    parameters and the cache of layer numbers[i]."""
-    rows, updated = rows_over_cache(op, cache, positions), ()
+    parameters and the cache of layer numbers[i]. rows: see rows_over_cache and rows_over_pages. one_each: each row has one token."""
+    updated = ()
     for i in range(len(numbers)):
         p, own = op.gathered[numbers[i]](layers[i]), op.of_layer[numbers[i]]
-        if own.fused_decode and positions.shape[1] == 1:
+        if own.fused_decode and one_each:
             x, kv = decode_layer(own.cfg, own, p, x, rows, cache[i])
         else:
             x, _, kv = layer(own.cfg, own, p, x, rows, cache[i])
@@ -288,14 +301,35 @@ def rows_of(cfg, op, positions, segment_ids, noise):
 
 
 def rows_over_cache(op, cache, positions):
-    """Returns the dict `rows` for attention over a cache. Each row is one document. It has two more entries: slots [B, T], the numbers of
-    the cache slots, and key_segments [B, T], all 1."""
+    """Returns the dict `rows` for attention over a cache. Each row is one document. It has three more entries: slots [B, T], the numbers of
+    the cache slots, key_segments [B, T], all 1, and for fused decoding table [B, 1]: the cache as one of pages, of which a row has one."""
     cos, sin = op.angles(positions, "batch seq -> batch seq one half, batch seq one half")
     ones, slots = ops.ones_like(positions), rearrange(op.iota(cache[0][0].shape[1]), "slots -> 1 slots", {})
     slots = ops.tile(slots, (positions.shape[0], 1))
     valid = ops.cast(rearrange(ones, "batch seq -> (batch seq)", {}), ms.float32)
     rows = {"cos": cos, "sin": sin, "segments": ones, "order": positions, "slots": slots, "valid": valid}
     rows["key_segments"] = ops.ones_like(slots)
+    rows["table"] = rearrange(op.iota(positions.shape[0]), "batch -> batch 1", {})
+    return rows
+
+
+def rows_over_pages(op, cache, table, positions, row):
+    """Returns the dict `rows` for attention over pages, of tokens at positions [R, 1].
+
+    cos, sin [R, 1, 1, H / 2], valid [R]: see rows_of. table_BM. order: the positions. slot_R: where each token is stored, -1 for one that
+    is not. For one token of each row (row=None) length_R: how many tokens the row then has. Else row_R and position_R, negative for a
+    token that is not stored. See ops/paged_attention.py.
+    """
+    cos, sin = op.angles(positions, "batch seq -> batch seq one half, batch seq one half")
+    position = rearrange(positions, "tokens 1 -> tokens", {})
+    of_token = table if row is None else ops.gather(table, row, 0)
+    slot, length = op.places_in_pages(of_token, position, cache[0][0].shape[1])
+    valid = ops.cast(ops.ones_like(position), ms.float32)
+    rows = {"cos": cos, "sin": sin, "valid": valid, "table": table, "order": positions, "slot": slot}
+    if row is None:
+        rows["length"] = length
+    else:
+        rows["row"], rows["position"] = row, length - 1
     return rows
 
 
@@ -334,15 +368,19 @@ class Model:
     def extend(self, params, cache, tokens, positions, last):
         return extend_cache(self.cfg, self.op, params, cache, tokens, positions, last)
 
+    def extend_pages(self, params, cache, table, tokens, positions, row, last):
+        return extend_paged_cache(self.cfg, self.op, params, cache, table, tokens, positions, row, last)
+
 
 @functools.lru_cache(maxsize=32)
-def build(cfg, sharding=None, scan=False, kernels=None, recompute="none", loss_chunks=1):
+def build(cfg, sharding=None, scan=False, kernels=None, recompute="none", loss_chunks=1, rows_alone=False):
     """Returns the Model in a layout, by default on one device.
 
     scan: the layers run in a loop, and `params["layers"]` is one tree of stacked arrays [L, ...] instead of a list.
     kernels: the implementations of ops, an ops.registry.Kernels; default: the fastest on this device.
     recompute: which activations of a layer the backward pass computes again instead of storing them: none, full or attention.
     loss_chunks: the number of chunks of the vocabulary in which the head and the loss are computed; 0: chosen here. See ops/head_loss.py.
+    rows_alone: for inference: a token's matrix products have the same bits in any batch, see ops/rows_matmul.py.
     """
     device = ms.get_context("device_target")
     check_compute_dtype(cfg, device)
@@ -351,7 +389,7 @@ def build(cfg, sharding=None, scan=False, kernels=None, recompute="none", loss_c
     sharding = sharding or Sharding()
     if device == "CPU":
         loss_chunks = loss_chunks or 1  # the kernel of head_loss keeps the logits once, and does not compute them twice
-    op = BoundOps(cfg, sharding, kernels or choose_kernels({}, cfg, sharding), loss_chunks=loss_chunks)
+    op = BoundOps(cfg, sharding, kernels or choose_kernels({}, cfg, sharding), loss_chunks=loss_chunks, rows_alone=rows_alone)
     run_layers.bind(cfg, op, (layer, attention_input, finish_layer), param_specs(cfg)["layers"], scan, recompute)
     return Model(cfg, op)
 

@@ -10,11 +10,15 @@ import numpy as np
 from mindspore import ops
 
 from layers import moe
+from ops.rearrange import rearrange
 from parallel import collectives
 from parallel.graph.jit import jit
 from parallel.pipeline import schedule as pipeline
 from qwen3 import model, run_layers
+from qwen3.cache import writes_in_place
 from qwen3.model import param_specs
+
+ARRAYS = ("table", "tokens", "positions", "row", "last")  # the arrays of a step of inference, see qwen3.generate.extended_pages
 
 
 def stage_specs(cfg, layers, first, last):
@@ -117,7 +121,8 @@ class Relay:
 
     def __call__(self, arguments):
         arrive, results = self.arrive(arguments), self.results(arguments)
-        key, arrive = str((arrive, results)), arrive if self.at else []
+        absent = [name for name, value in arguments.items() if value is None]
+        key, arrive = str((arrive, results, absent)), arrive if self.at else []
         if key not in self.compiled:  # all ranks compile first: on CPU a receive times out if the rank before it compiles for long
             self.run(tuple(ops.zeros(*each) for each in arrive), self.idle(arguments))
             self.compiled.add(key)
@@ -160,27 +165,29 @@ def build_score(cfg, sharding, kernels):
 
 
 def build_extend(cfg, sharding, kernels):
-    """Returns extend(params, cache, tokens_BS, positions_BS, last_B) -> (logits_BV, cache), see qwen3.generate.extended.
+    """Returns extend(params, cache, table, tokens_R, positions_R, row_R, last_B) -> (logits_BV, cache), see qwen3.generate.extended_pages.
 
-    params: the tree of own_specs. cache: of this rank's layers; each rank must have at least one.
+    params: the tree of own_specs. cache: the pages of this rank's layers; each rank must have at least one layer.
     """
     layers, at, last = tuple(own_layers(cfg, sharding.mesh)), sharding.mesh.index(pipeline.AXES), sharding.mesh.pp - 1
-    op, in_place = model.build(cfg, sharding, False, kernels).op, kernels.cache_write == "cpu"
+    op, in_place = model.build(cfg, sharding, False, kernels, rows_alone=True).op, writes_in_place(kernels)
 
     def run(params, carried, batch):
-        x = carried[0] if at else model.embed(cfg, op, params, batch["tokens"])
-        own = ()
+        x = carried[0] if at else model.embed(cfg, op, params, rearrange(batch["tokens"], "tokens -> tokens 1", {}))
+        own, positions = (), rearrange(batch["positions"], "tokens -> tokens 1", {})
         for i in layers:
             own += (params["layers"][str(i)],)
-        x, cache = model.layers_over_cache(cfg, op, own, layers, x, batch["cache"], batch["positions"])
-        out = model.full_logits(cfg, op, params, model.last_rows(op, x, batch["last"])) if at == last else x
-        return out if in_place else (out, cache)  # a graph copies what it returns
+        rows = model.rows_over_pages(op, batch["cache"], batch["table"], positions, batch["row"])
+        x, cache = model.layers_over_cache(cfg, op, own, layers, x, batch["cache"], rows, batch["row"] is None)
+        if at == last:
+            x = model.full_logits(cfg, op, params, x if batch["last"] is None else ops.gather(x, batch["last"], 0))
+        return x if in_place else (x, cache)  # a graph copies what it returns
 
     stage, kept = _compiled(run, at == 0), None
 
     def of_stage(carried, given):
         nonlocal kept
-        arrays = {key: ms.Tensor(given[key]) for key in ("tokens", "positions", "last")}
+        arrays = {key: given[key] if given[key] is None else ms.Tensor(given[key]) for key in ARRAYS}
         out = stage(given["params"], carried, {**arrays, "cache": given["cache"]})
         out, kept = (out, given["cache"]) if in_place else out
         return (out,)
@@ -189,15 +196,16 @@ def build_extend(cfg, sharding, kernels):
         return [((given["tokens"].size, cfg.hidden_size), getattr(ms, cfg.compute_dtype))]
 
     def results(given):
-        return [((len(given["tokens"]), cfg.vocab_size), ms.float32)]
+        return [((len(given["table"]), cfg.vocab_size), ms.float32)]
 
     def idle(given):
-        return {**given, "positions": np.full_like(given["positions"], given["cache"][0][0].shape[1])}  # past the end: not stored
+        return {**given, "table": np.full_like(given["table"], -1)}  # no row has a page, so nothing is stored
 
     relay = Relay(sharding.mesh, of_stage, arrive, results, idle)
 
-    def extend(params, cache, tokens, positions, last):
-        (logits,) = relay({"params": params, "cache": cache, "tokens": tokens, "positions": positions, "last": last})
+    def extend(params, cache, table, tokens, positions, row, last):
+        arrays = dict(zip(ARRAYS, (table, tokens, positions, row, last)))
+        (logits,) = relay({"params": params, "cache": cache, **arrays})
         return logits, kept
 
     return extend

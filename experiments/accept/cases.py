@@ -78,6 +78,7 @@ def _of_rows():
         Case("rope", (heads, normal(H)), turns, "norm", eps),
         Case("swiglu", (normal(R, F), normal(R, F) + 1)),
         Case("matmul", (normal(R, D), normal(D, F))),
+        Case("rows_matmul", (normal(R, D), normal(D, F)), gradient=False),
     ]
 
 
@@ -158,13 +159,15 @@ def _of_decoding():
     caches, new = (normal(B, T, K, H), normal(B, T, K, H) + 1), normal(B, 1, K, H)
     pages = normal(P, C, K, H), normal(P, C, K, H) + 1
     table, length = np.array([[4, 1, 3], [5, 0, 2]], np.int32), np.array([9, 12], np.int32)
+    packed = table, np.array([1, 1, -1, 0], np.int32), np.array([6, 7, -1, 3], np.int32)
     x, weights = normal(B, D), tuple(normal(*shape) / 7 for shape in ((D, N * H), (D, K * H), (D, K * H), (N * H, D)))
-    attend = (x, normal(D), *weights, normal(H), normal(H), *_angles(B, 1), at, *caches)
+    attend = (x, normal(D), *weights, normal(H), normal(H), *_angles(B, 1), at, np.arange(B, dtype=np.int32)[:, None], *caches)
     free = {"gradient": False, "more": (("head_dim", H),)}
     return [
         Case("cache_write", (caches[0], new), (at,), in_place=True, **free),
         Case("paged_write", (pages[0], normal(B, K, H)), (np.array([9, 22], np.int32),), in_place=True, **free),
         Case("paged_attention", (normal(B, N, H), *pages), (table, length), make=with_options(scale), **free),
+        Case("paged_attention", (normal(4, N, H), *pages), packed, "packed", with_options(scale), **free),
         Case("decode_attention", (), attend, make=with_options(EPS, scale), in_place=True, dtypes=FLOATS[:1], **free),
         Case("decode_mlp", (), (x, normal(D), normal(D, F), normal(D, F), normal(F, D)), make=with_options(EPS), dtypes=FLOATS[:1], **free),
     ]

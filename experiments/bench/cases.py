@@ -169,6 +169,7 @@ def _of_experts():
     return {
         "matmul": Case("matmul", fixed((normal(R, D), normal(D, F))), (product, 3 * product)),
         "matmul_decode": Case("matmul", fixed((), (normal(1, D), normal(D, F))), (2 * D * F, None)),
+        "rows_matmul": Case("rows_matmul", fixed((), (normal(R, D), normal(D, F))), (product, None)),
         "grouped_matmul": Case("grouped_matmul", products, (flop, 3 * flop)),
         "routing_top_k": Case("routing", fixed((logits,)), (4 * logits.size, 8 * logits.size), "top_k", partial(_call, TOP, True)),
         "routing_plan": Case("routing", fixed((), (expert,)), (0, None), "plan", plan),
@@ -202,12 +203,17 @@ def _of_decoding():
     x, w, weights = normal(1, D), normal(D), (normal(D, N * H), normal(D, K * H), normal(D, K * H), normal(N * H, D))
     angles, last, mlp = normal(1, 1, 1, H // 2), np.full((1, 1), CACHE_T - 1, np.int32), (normal(D, F), normal(D, F), normal(F, D))
     caches = normal(1, CACHE_T, K, H), normal(1, CACHE_T, K, H) + 1
-    attend = (x, w, *weights, normal(H), normal(H), np.cos(angles), np.sin(angles), last, *caches)
+    attend = (x, w, *weights, normal(H), normal(H), np.cos(angles), np.sin(angles), last, np.zeros((1, 1), np.int32), *caches)
     flop = 2 * D * (2 * N + 2 * K) * H + 4 * N * H * CACHE_T
     paged = normal(1, N, H), normal(CACHE_T // PAGE, PAGE, K, H), normal(CACHE_T // PAGE, PAGE, K, H)
     pages = np.arange(CACHE_T // PAGE, dtype=np.int32)[None, ::-1].copy(), np.full(1, CACHE_T, np.int32)
+    packed = normal(CACHE_T, N, H), *paged[1:]
+    reads = pages[0], np.zeros(CACHE_T, np.int32), np.arange(CACHE_T, dtype=np.int32)  # a prompt, as one batch
     return {
         "decode_attention": Case("decode_attention", fixed((), attend), (flop, None), make=partial(_call, EPS, H**-0.5), in_place=True),
         "paged_attention": Case("paged_attention", fixed((), (*paged, *pages)), (4 * N * H * CACHE_T, None), make=partial(_call, H**-0.5)),
+        "paged_attention_packed": Case(
+            "paged_attention", fixed((), (*packed, *reads)), (2 * N * H * CACHE_T**2, None), "packed", partial(_call, H**-0.5)
+        ),
         "decode_mlp": Case("decode_mlp", fixed((), (x, w, *mlp)), (6 * D * F, None), make=partial(_call, EPS)),
     }

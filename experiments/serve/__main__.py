@@ -29,6 +29,7 @@ def define_flags():
     flags.DEFINE_string("model_name", None, "the model's name in requests; default: the folder's name")
     number_flags.integer("slots", 8, "texts that are generated at the same time", 1)
     number_flags.integer("length", 2048, "the most tokens of a prompt and its answer together", 2)
+    number_flags.integer("cache_tokens", None, "tokens that the KV cache has room for; default: slots times length", 1)
     number_flags.integer("max_waiting", 64, "the most texts that wait for a slot; a request beyond them gets status 429", 0)
     number_flags.integer("max_body", 1 << 20, "the most bytes of a request's body; a larger one gets status 413", 1)
     number_flags.integer("max_connections", 1000, "the most open connections; fewer where the limit of open files is lower. More wait", 1)
@@ -71,12 +72,13 @@ def serve_with(keys, connections, sockets):
     stop_ids, found = defaults.stop_ids(file, model.cfg, tokenizer), defaults.for_requests(file) if FLAGS.use_generation_config else {}
     forms = answers.forms_of(tokenizer.chat_template, FLAGS.tool_calls, FLAGS.reasoning)
     compiler = grammars.Grammars(tokenizer, model.cfg.vocab_size) if grammars.installed() else None
+    length = min(length, FLAGS.cache_tokens or length)
     limits = FLAGS.slots, FLAGS.max_body, keys, access.names(FLAGS.host)
     settings = http.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), *limits, found, forms, compiler)
     print(f"weights    {model.describe(FLAGS.weights)}", flush=True)
 
     def make():
-        engine = Engine(params, model.cfg, slots=FLAGS.slots, length=length)
+        engine = Engine(params, model.cfg, slots=FLAGS.slots, length=length, cache_tokens=FLAGS.cache_tokens, reads=1)
         engine.warm_up(by_host=True)
         return engine
 

@@ -15,7 +15,7 @@ STREAMED = 4  # most tokens of a row in one engine step while a client streams
 HALF_S, LATELY_S, CLIENTS = 10.0, 60.0, 1000  # of what clients have had: seconds in which it halves, and is known; the most clients
 GUESTS = 4  # places a slot beyond the limit, for clients that have none
 SPARED = 4  # of so many slots, or more, one request leaves one free; of fewer, that would cost too much of its speed
-UNREAD = 1024  # prompt tokens in the engine that are not read yet, above which no further prompt is given to it
+UNREAD, SHORT = 1024, 256  # prompt tokens in the engine that are not read yet, from which on it gets no prompt of more tokens than SHORT
 FAILURES = 3  # the worker stops after this many failed steps in a row
 
 
@@ -153,10 +153,15 @@ class Worker:
 
     def _start(self, waiting, jobs, unread):
         """Gives waiting jobs to the engine: as many as it has slots, and one more, so that it looks for the end of each row; but not so
-        many that a prompt which comes next waits for all of theirs. unread: {id: prompt tokens} of those that have no event yet."""
+        many long ones that a prompt which comes next finds all slots taken by them. unread: {id: prompt tokens} of those that have no event
+        yet."""
         for number in set(unread) - set(jobs):  # cancelled
             del unread[number]
-        while len(jobs) <= self.slots and sum(unread.values()) < UNREAD and (job := self._next(waiting, jobs)):
+        while len(jobs) <= self.slots:
+            short = [job for job in waiting if len(job.request.prompt) <= SHORT]
+            job = self._next(waiting if sum(unread.values()) < UNREAD else short, jobs)
+            if job is None:
+                return
             waiting.remove(job)
             try:
                 job.number = self.engine.submit(job.request)

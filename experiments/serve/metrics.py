@@ -6,6 +6,7 @@ The numbers are of the whole server; nothing in them is a client's. Source of th
 import time
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 NEXT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -38,12 +39,36 @@ class Metrics:
         }
         for name, (words, value) in gauges.items():
             Gauge(name, words, **more).set_function(value)
+        registry.register(OfEngine(worker))
         for kind in KINDS:  # a counter that is there from the start has a rate from the start
             self.requests.labels(kind, 200)
 
     def text(self):
         """Returns (the metrics in Prometheus' text format, as bytes, their content type)."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+
+class OfEngine:
+    """Collects what the worker's engine counts; its counters begin anew with a new engine."""
+
+    def __init__(self, worker):
+        self.worker = worker
+
+    def collect(self):
+        engine = self.worker.engine
+        if engine is None or not hasattr(engine, "cache"):  # between two engines; or one of a test, which has none
+            return
+        totals, blocks, size = engine.totals, engine.cache.blocks, engine.cache.size
+        counts = {
+            "qwen3_prompt_tokens_read": ("tokens of prompts that were computed", totals.prefill_tokens),
+            "qwen3_prompt_tokens_reused": ("tokens of prompts whose keys and values were in the cache", totals.reused_tokens),
+            "qwen3_preemptions": ("texts that gave their part of the cache back and were read again", totals.preempted),
+            "qwen3_evicted_blocks": ("blocks of earlier prompts whose place was needed", blocks.evicted),
+        }
+        for name, (words, value) in counts.items():
+            yield CounterMetricFamily(name, words, value=value)
+        yield GaugeMetricFamily("qwen3_cache_tokens", "tokens that the cache has room for", value=blocks.count * size)
+        yield GaugeMetricFamily("qwen3_cache_tokens_used", "of these, in the blocks of running texts", value=blocks.used() * size)
 
 
 class Timer:

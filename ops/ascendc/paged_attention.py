@@ -1,7 +1,7 @@
 """Attention over a paged KV cache in AscendC. ops/paged_attention.py defines it; docs/ops.md describes the kernel."""
 
 from ops.ascendc.custom import kernel
-from ops.paged_attention import ARGUMENTS, GROUPED, Decoding
+from ops.paged_attention import ARGUMENTS, GROUPED, Decoding, reference_packed
 
 MOST_SIZE = 256  # the largest head_dim, as in op_host/paged_attention.cpp
 
@@ -12,6 +12,11 @@ def ascendc(scale):
     The pages that a row needs have to exist: they cannot be checked before the kernel reads them.
     """
     return Decoding(kernel("paged_attention", "qwen_paged_attention", ARGUMENTS, _q, _q, attrs={"scale": float(scale)}, **GROUPED))
+
+
+def ascendc_packed(scale):
+    """Returns packed attention, for reading prompts, by the reference: no kernel was written for it."""
+    return reference_packed(scale)
 
 
 def ascendc_missing(use):

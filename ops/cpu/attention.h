@@ -118,6 +118,8 @@ struct Problem {
   const float *q, *k, *v;
   const int32_t *segment, *key_segment, *order, *key_order;
   float scale;
+  const int32_t *table = nullptr;  // [B, M], the pages of C keys in which a row's keys are; without it they are next to each other
+  int64_t C = 0, M = 0;
 
   bool read(const Args &a) {
     if (a.ndims[0] != 4 || a.ndims[1] != 4 || a.ndims[2] != 4) return false;
@@ -140,7 +142,9 @@ struct Problem {
   }
   // The first of the G rows, next to each other, of a query and kv head; the row of a key.
   int64_t q_at(int64_t b, int64_t s, int64_t head) const { return ((b * S + s) * N + head * G) * H; }
-  int64_t k_at(int64_t b, int64_t t, int64_t head) const { return ((b * T + t) * K + head) * H; }
+  int64_t k_at(int64_t b, int64_t t, int64_t head) const { return ((table ? table[b * M + t / C] * C + t % C : b * T + t) * K + head) * H; }
+  // How many keys from key t on are next to each other.
+  int64_t together(int64_t t) const { return table ? C - t % C : T - t; }
   // A query's G rows, in scores' units to base 2.
   void copy_queries(int64_t b, int64_t s, int64_t head, float *to) const {
     scale_padded(G, H, q + q_at(b, s, head), H, to, wide, scale * LOG2E);

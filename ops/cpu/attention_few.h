@@ -39,6 +39,8 @@ struct Masked {
     *from = *from / LANES * LANES;
     *to = std::min(p.T, padded(*to));
   }
+  // How many of n keys may be in the sum of values.
+  int64_t seen(int64_t, int64_t, int64_t n) const { return n; }
   // Of the scores of n keys for query s those that it does not see become -inf.
   void hide(int64_t b, int64_t s, int64_t start, int64_t n, float *scores) const {
     const int32_t own = p.segment[b * p.S + s], now = p.order[b * p.S + s];
@@ -47,15 +49,20 @@ struct Masked {
   }
 };
 
-// One query a row, at position at[b], which sees the keys 0 ... at[b] of its row.
+// One query a row, at position at[b], which sees the keys 0 ... at[b] of its row, and none if the row has no page for one of them. What is in
+// the pages after these keys changes nothing.
 struct UpTo {
+  const Problem &p;
   const int32_t *at;
-  int64_t T;
+  int64_t pages;  // of the cache
 
-  void range(int64_t b, int64_t *from, int64_t *to) const {
-    *from = 0;
-    *to = at[b] < 0 ? 0 : std::min(T, padded(std::min<int64_t>(at[b] + int64_t{1}, T)));
+  bool sees(int64_t b) const {
+    if (at[b] < 0 || at[b] >= p.M * p.C) return false;
+    const int32_t *page = p.table + b * p.M;
+    return std::all_of(page, page + at[b] / p.C + 1, [&](int32_t i) { return i >= 0 && i < pages; });
   }
+  void range(int64_t b, int64_t *from, int64_t *to) const { *from = 0, *to = sees(b) ? at[b] + int64_t{1} : 0; }
+  int64_t seen(int64_t b, int64_t start, int64_t n) const { return std::min<int64_t>(n, at[b] + int64_t{1} - start); }
   void hide(int64_t b, int64_t, int64_t start, int64_t n, float *scores) const {
     for (int64_t t = 0; t < n; t++) scores[t] = start + t <= at[b] ? scores[t] : -INFINITY;
   }
@@ -63,7 +70,7 @@ struct UpTo {
 
 // For a few rows, as in decoding: the head dim lies in the lanes, so that none is idle, and keys are read where they are.
 
-// Seen: which keys queries see, range() and hide() as of Masked.
+// Seen: which keys queries see, range(), seen() and hide() as of Masked.
 template <typename Seen>
 struct Few {
   const Problem &p;
@@ -83,13 +90,16 @@ struct Few {
     std::fill(sum, sum + M, 0.0f);
     std::fill(mix, mix + M * p.wide, 0.0f);
     for (int64_t s = 0; s < p.S; s++) p.copy_queries(b, s, head, q + s * p.G * p.wide);
-    for (int64_t start = from; start < to; start += BLOCK) {
-      const int64_t n = std::min(BLOCK, to - start), rest = std::min(BLOCK, to - start - n);
+    for (int64_t start = from, n; start < to; start += n) {
+      n = std::min({BLOCK, p.together(start), to - start});
       const float *k = p.k + p.k_at(b, start, head), *v = p.v + p.k_at(b, start, head);
-      prefetch(rest, p.H, k + n * apart, apart);
-      prefetch(rest, p.H, v + n * apart, apart);
+      if (const int64_t next = start + n; next < to) {
+        const int64_t rest = std::min({BLOCK, p.together(next), to - next});
+        prefetch(rest, p.H, p.k + p.k_at(b, next, head), apart);
+        prefetch(rest, p.H, p.v + p.k_at(b, next, head), apart);
+      }
       int64_t step = apart;
-      if (p.H % LANES || n % LANES) {
+      if (p.H % LANES || padded(n) > p.together(start)) {
         scale_padded(n, p.H, k, apart, copies[0], p.wide, 1.0f);
         scale_padded(n, p.H, v, apart, copies[1], p.wide, 1.0f);
         k = copies[0], v = copies[1], step = p.wide;
@@ -99,7 +109,7 @@ struct Few {
         const float alpha = soften(b, m / p.G, start, n, scores + m * BLOCK, top + m, sum + m);
         for (int64_t h = 0; h < p.wide; h++) mix[m * p.wide + h] *= alpha;
       }
-      product<false>(M, p.wide, n, scores, BLOCK, v, step, mix, p.wide, true);
+      product<false>(M, p.wide, seen.seen(b, start, n), scores, BLOCK, v, step, mix, p.wide, true);
     }
     for (int64_t m = 0; m < M; m++) write_row(p, b, m / p.G, head * p.G + m % p.G, mix + m * p.wide, top[m], sum[m], o, lse);
   }

@@ -168,8 +168,10 @@ def test_the_machine_says_how_much_memory_it_has(tmp_path):
 
 
 def test_a_cache_that_memory_cannot_hold_is_refused_before_it_is_made(monkeypatch):
-    monkeypatch.setattr(engine, "RowsCache", lambda *_: pytest.fail("the cache was made"))
-    with pytest.raises(ValueError, match="the cache of slots=2000000000 rows of length=1024 tokens: .* GiB.; use fewer or shorter rows"):
+    monkeypatch.setattr(engine, "PagedCache", lambda *_: pytest.fail("the cache was made"))
+    with pytest.raises(
+        ValueError, match="the cache of 2048000000000 tokens, for slots=2000000000 of length=1024: .* GiB.; use fewer or shorter rows"
+    ):
         engine.Engine(random_params(DENSE), DENSE, slots=2 * 10**9, length=1024)
 
 

@@ -1,9 +1,12 @@
 """/metrics of experiments.serve, as Prometheus' own parser reads it."""
 
 import http.client
+from types import SimpleNamespace
 
 import pytest
 
+from qwen3.cache import Blocks
+from qwen3.engine import Totals
 from tests.experiments import scripted_engine
 from tests.experiments.test_serve_parts import asks, listening, until
 
@@ -62,3 +65,18 @@ def test_running_and_waiting_texts_are_told_apart():
         connection.close()
         until(lambda: scraped(port).get(("qwen3_requests_total", ("kind", "completion"), ("status", "499"))) == 1)
         until(lambda: scraped(port)[("qwen3_texts_running",)] == 0)
+
+
+def test_what_the_engine_counts_is_told():
+    from experiments.serve.metrics import OfEngine
+
+    cache = SimpleNamespace(blocks=Blocks(5), size=64)
+    pages = cache.blocks.take(3)
+    cache.blocks.release(pages[:1])
+    worker = SimpleNamespace(engine=SimpleNamespace(cache=cache, totals=Totals(prefill_tokens=7, reused_tokens=640, preempted=2)))
+    found = {sample.name: sample.value for family in OfEngine(worker).collect() for sample in family.samples}
+    assert found["qwen3_prompt_tokens_read_total"] == 7 and found["qwen3_prompt_tokens_reused_total"] == 640
+    assert found["qwen3_preemptions_total"] == 2 and found["qwen3_evicted_blocks_total"] == 0
+    assert found["qwen3_cache_tokens"] == 320 and found["qwen3_cache_tokens_used"] == 128
+    worker.engine = None
+    assert list(OfEngine(worker).collect()) == []

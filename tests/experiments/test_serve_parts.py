@@ -272,6 +272,17 @@ def test_a_prompt_is_not_read_behind_all_long_ones():
     assert given[2] is short and len(given) == 4
 
 
+def test_a_short_prompt_is_given_to_the_engine_beside_a_long_one_that_it_still_reads():
+    """The engine reads it first."""
+    worker = Worker(Slots, 100, lambda function, argument: function(argument), slots=8)
+    long, other = (Job(Request([1] * 4000), None, client="a", group=i) for i in range(2))
+    short, waiting, running = Job(Request([1] * 4), None, client="a", group="s"), [long, other], {}
+    worker._start(waiting, running, {})
+    waiting.append(short)
+    worker._start(waiting, running, {number: 4000 for number in running})
+    assert list(running.values()) == [long, short] and waiting == [other]
+
+
 def test_the_end_of_a_job_of_an_engine_that_failed_does_not_touch_the_next_one(worker):
     job, _, ended = ask(worker.worker, [13])
     worker.worker.submit([job])

@@ -142,11 +142,12 @@ def test_the_feed_forward_half_is_that_of_the_floats(B, D, F):
     same_for_any_threads("decode_mlp", "decode_mlp_int8", [*args, np.float32(EPS)], [(B, D)])
 
 
-def attention_case(B, D, N, K, H, T, at):
-    """(Arguments with weights in 8 bits, arguments with the floats that these stand for)."""
+def attention_case(B, D, N, K, H, at, C=3, M=3):
+    """(Arguments with weights in 8 bits, arguments with the floats that these stand for). Rows have M pages of C tokens, in any order."""
     q, k, v, o = (stored(*shape) for shape in ((N * H, D), (K * H, D), (K * H, D), (D, N * H)))
     start, angle, at = (draw(B, D), 1 + draw(D) / 4), draw(B, 1, 1, H // 2), np.array(at, np.int32)[:, None]
-    rest = 1 + draw(H) / 4, 1 + draw(H) / 4, np.cos(angle), np.sin(angle), at, draw(B, T, K, H), draw(B, T, K, H)
+    table, pages = np.random.default_rng(5).permutation(B * M).reshape(B, M).astype(np.int32), (B * M, C, K, H)
+    rest = 1 + draw(H) / 4, 1 + draw(H) / 4, np.cos(angle), np.sin(angle), at, table, draw(*pages), draw(*pages)
     start, rest = ([x.astype(np.float32) if x.dtype.kind == "f" else x for x in part] for part in (start, rest))
     floats = [np.ascontiguousarray(w[2].T) for w in (q, k, v, o)]
     return [*start, q[0], k[0], v[0], o[0], *rest, q[1], k[1], v[1], o[1]], [*start, *floats, *rest]
@@ -156,11 +157,11 @@ def attention_case(B, D, N, K, H, T, at):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("B, D, N, K, H", [(1, 24, 4, 2, 8), (3, 128, 4, 2, 32), (2, 40, 2, 1, 6)])
 def test_the_attention_half_is_that_of_the_floats(B, D, N, K, H, compiled, implementation):
-    args, floats = attention_case(B, D, N, K, H, 9, range(3, 3 + B))
+    args, floats = attention_case(B, D, N, K, H, range(3, 3 + B))
     step = getattr(decode_attention, implementation)(EPS, H**-0.5)
 
-    def decode(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, q_scale, k_scale, v_scale, o_scale):
-        return step(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, k, v, q_scale, k_scale, v_scale, o_scale)
+    def decode(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, table, k, v, q_scale, k_scale, v_scale, o_scale):
+        return step(x, norm, wq, wk, wv, wo, q_norm, k_norm, cos, sin, at, table, k, v, q_scale, k_scale, v_scale, o_scale)
 
     expected = decode_attention.reference(EPS, H**-0.5)(*tensors(*floats))
     for a, b in zip(expected, (jit(decode) if compiled else decode)(*tensors(*args))):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ops import paged_attention, paged_write
+from ops.pages import slots_and_lengths
 from parallel.graph.jit import jit
 from parallel.step import value_and_grad
 from tests.ops.kernels import TOLERANCE, call, same_for_any_threads, tensors
@@ -12,6 +13,7 @@ from tests.tiny import assert_close, host
 
 SCALE = 0.3
 FORMS = {"reference": paged_attention.reference, "cpu": paged_attention.cpu}
+PACKED = {"reference": paged_attention.reference_packed, "cpu": paged_attention.cpu_packed}
 WRITES = {"reference": paged_write.reference, "cpu": paged_write.cpu}
 # N, K, H, P, C, M and the lengths of rows: none, one token, whole pages, a part of a page, all that the table has room for
 CASES = {
@@ -128,6 +130,92 @@ def test_the_reference_is_differentiated_and_the_kernel_is_not():
     assert abs((host(grads["q"]) * step).sum() - slope) < 1e-4
     with pytest.raises(RuntimeError, match="paged_attention kernel is for decoding and has no gradient"):
         value_and_grad(total(paged_attention.cpu))({"q": ms.Tensor(q)}, *rest)
+
+
+# the first position and the number of queries of each row, in the order in which they are packed; None: as many tokens of no row
+READ = {
+    "one": ((1, 1, 4, 1, 1, 1), [(0, 0, 1)]),
+    "whole prompts": ((4, 2, 16, 20, 16, 5), [(0, 0, 37), (2, 0, 16), (1, 0, 1), (None, 0, 5)]),
+    "chunks": ((4, 2, 16, 20, 16, 5), [(None, 0, 1), (1, 30, 50), (0, 15, 3), (2, 7, 1), (None, 0, 2)]),
+    "odd": ((6, 3, 10, 9, 7, 4), [(2, 3, 24), (0, 27, 1)]),
+    "two parts of one row": ((4, 1, 8, 9, 4, 4), [(0, 0, 5), (1, 0, 3), (0, 5, 6)]),
+    "many query heads": ((40, 1, 24, 12, 16, 6), [(0, 60, 7), (1, 0, 70)]),
+    "long": ((8, 1, 32, 20, 64, 9), [(0, 500, 76), (1, 0, 130)]),
+    "large pages": ((4, 4, 8, 6, 128, 2), [(0, 126, 4), (1, 200, 56)]),
+}
+
+
+def packed_case(sizes, reads, seed=0):
+    """(q, k, v, table, row, position) of packed queries. Rows have the tokens up to their last query."""
+    N, K, H, P, C, M = sizes
+    B = 1 + max(row for row, _, _ in reads if row is not None)
+    lengths = [max((first + count for row, first, count in reads if row == b), default=0) for b in range(B)]
+    _, k, v, table, _ = case(N, K, H, P, C, M, lengths, seed)
+    row = np.concatenate([np.full(count, -1 if b is None else b) for b, _, count in reads]).astype(np.int32)
+    position = np.concatenate([np.arange(first, first + count) if b is not None else np.full(count, -1) for b, first, count in reads])
+    q = np.random.default_rng(seed + 1).normal(0, 1, (len(row), N, H)).astype(np.float32)
+    return q, k, v, table, row, position.astype(np.int32)
+
+
+def packed_formula(q, k, v, table, row, position):
+    """Each query as the one query of a row."""
+    return formula(q, k, v, table[np.maximum(row, 0)], np.where(row < 0, 0, position + 1))
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.parametrize("form", PACKED)
+@pytest.mark.parametrize("name", READ)
+def test_packed_queries_attend_to_the_pages_of_their_rows(name, form, way):
+    given = packed_case(*READ[name])
+    attend = PACKED[form](SCALE)
+    found = (compiled(attend) if way == "compiled" else attend)(*tensors(*given))
+    assert_close(packed_formula(*given), found, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_packed_query_has_the_same_bits_alone_and_among_others(name):
+    """The kernel takes the queries of a row together where they are next to each other."""
+    q, k, v, table, row, position = packed_case(*READ[name])
+    scale = np.float32(SCALE)
+    together = call("paged_attention", "paged_attention_packed", [q, k, v, table, row, position, scale], [q.shape], 1)[-1]
+    order = np.random.default_rng(2).permutation(len(q))
+    mixed = [q[order], k, v, table, row[order], position[order], scale]
+    np.testing.assert_array_equal(together[order], call("paged_attention", "paged_attention_packed", mixed, [q.shape], 2)[-1])
+    for r in (0, len(q) // 2, len(q) - 1):
+        alone = [q[r : r + 1], k, v, table, row[r : r + 1], position[r : r + 1], scale]
+        found = call("paged_attention", "paged_attention_packed", alone, [(1, *q.shape[1:])], 1)[-1]
+        np.testing.assert_array_equal(together[r : r + 1], found)
+
+
+def test_packed_queries_without_pages_are_refused():
+    given = packed_case(*READ["odd"])
+    for at, wrong in ((3, 9), (3, -1), (4, 3), (5, 99)):
+        changed = [x.copy() for x in given]
+        changed[at].flat[-1 if at > 3 else 8] = wrong
+        with pytest.raises(RuntimeError):
+            host(paged_attention.cpu_packed(SCALE)(*tensors(*changed)))
+
+
+def test_differentiating_the_kernel_of_packed_queries_is_an_error():
+    q, *rest = tensors(*packed_case(*READ["odd"]))
+    attend = paged_attention.cpu_packed(SCALE)
+
+    def total(params, *rest):
+        return attend(params["q"], *rest).sum()
+
+    with pytest.raises(RuntimeError, match="paged_attention kernel of prompts has no gradient"):
+        value_and_grad(total)({"q": q}, *rest)
+
+
+@pytest.mark.parametrize("C", [1, 4])
+def test_places_in_pages_are_those_of_the_table(C):
+    table = np.array([[4, 2, -1], [0, -1, -1], [-1, -1, -1], [3, 1, 5]], np.int32)
+    for position in range(-2, 3 * C + 2):
+        slot, length = (host(x) for x in slots_and_lengths()(*tensors(table, np.full(4, position, np.int32)), C))
+        for b in range(4):
+            page = table[b, position // C] if 0 <= position < 3 * C else -1
+            assert slot[b] == (page * C + position % C if page >= 0 else -1)
+            assert length[b] == min(max(position + 1, 0), C * (table[b] >= 0).sum())
 
 
 def writes(P, C, K, H, R, seed=0):

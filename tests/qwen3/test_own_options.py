@@ -178,7 +178,7 @@ def with_scales(make):
 @pytest.fixture
 def edited(monkeypatch):
     """The model after an edit of a function and of the specs, as if its file had been changed."""
-    caches = (build, fused.agrees, generate._extend, generate.decode_loop)
+    caches = (build, fused.agrees, generate._extend, generate._extend_pages, generate.decode_loop)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(model, "add_ffn", scaled_residual)
