@@ -69,7 +69,7 @@ def decoder(params, cfg, kernels, batch):
     def run():
         token, at = (ms.Tensor(np.full(batch, n, np.int32)) for n in (7, SEEN))
         ids, running = ms.Tensor(np.zeros((1, STEPS, 1, batch), np.int32)), ms.Tensor(np.ones(batch, np.int32))
-        found = loop(params, cache, token, at, running, one, draws, options, None, ids, ms.Tensor(STEPS, ms.int32))
+        found = loop(params, cache, None, token, at, running, one, draws, options, None, ids, ms.Tensor(STEPS, ms.int32))
         return [x.asnumpy() for x in found]
 
     return run

@@ -31,6 +31,10 @@ ELSEWHERE = {
     "attention.parts": "the rings of the stage layouts",
     "attention.spans": "the rings of the stage layouts, where they take documents by their lengths",
     "stack_write.new": "makes an array whose numbers do not matter",
+    **dict.fromkeys(
+        [f"{op}.int8" for op in ("matmul", "grouped_matmul", "embedding", "decode_attention", "decode_mlp")] + ["embedding.int8_part"],
+        "weights in 8 bits, which only CPU takes: tests/ops/test_int8.py",
+    ),
 }
 
 

@@ -187,7 +187,7 @@ def test_every_config_file_loads_and_gives_its_command(path):
     config = module["get_config"]()
     assert config.is_locked
     doc = " ".join(module["__doc__"].split())
-    main = "finetune" if "finetune" in path else "pretrain"
+    main = next((name for name in ("finetune", "prefer") if f"{name}_" in path), "pretrain")
     assert f"python -m experiments.{main} --config={path} --workdir=" in doc
     assert "Hardware:" in doc and "Expected time and loss:" in doc
     dtype = config.model_args.compute_dtype or "float32"
@@ -196,7 +196,8 @@ def test_every_config_file_loads_and_gives_its_command(path):
 
 
 def test_every_size_has_a_config_file():
-    assert sorted(runpy.run_path(path)["get_config"]().model for path in FILES if "finetune" not in path) == sorted(SIZES)
+    pretraining = [path for path in FILES if not ("finetune_" in path or "prefer_" in path)]
+    assert sorted(runpy.run_path(path)["get_config"]().model for path in pretraining) == sorted(SIZES)
 
 
 @pytest.mark.parametrize("path", FILES)
