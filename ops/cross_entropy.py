@@ -39,9 +39,8 @@ class _Terms(nn.Cell):
     def __init__(self):
         super().__init__()
         self.largest, self.total, self.exp = ops.ReduceMax(keep_dims=True), ops.ReduceSum(keep_dims=True), ops.Exp()
-        self.greater, self.greater_equal, self.less, self.both = ops.Greater(), ops.GreaterEqual(), ops.Less(), ops.LogicalAnd()
-        self.select, self.expand, self.cast = ops.Select(), ops.ExpandDims(), ops.Cast()
-        self.gather, self.add_at, self.zeros_like = ops.GatherD(), ops.TensorScatterElements(1, "add"), ops.ZerosLike()
+        self.greater, self.select, self.gather, self.zeros_like = ops.Greater(), ops.Select(), ops.GatherD(), ops.ZerosLike()
+        self.column, self.gradient = _column(), gradient()
 
     def construct(self, z, at):
         top = self.largest(z, 1)
@@ -49,9 +48,7 @@ class _Terms(nn.Cell):
 
     def bprop(self, z, at, out, dout):
         z = ops.depend(z, (out[2], dout[1]))  # or the compiler would keep the exponentials of the forward
-        mine, column = self.column(z, at)
-        dz = self.exp(z - self.finite(out[0])) * dout[1]
-        return self.add_at(dz, column, self.select(mine, dout[2], self.zeros_like(dout[2]))), self.zeros_like(at)
+        return self.gradient(z, at, self.finite(out[0]), dout[1], dout[2]), self.zeros_like(at)
 
     def finite(self, top):
         """Returns top, with 0 in place of -inf: -inf - -inf is NaN."""
@@ -63,10 +60,27 @@ class _Terms(nn.Cell):
         picked = self.gather(z, 1, column)
         return self.select(mine, picked, self.zeros_like(picked))  # the column gathered instead may be -inf
 
-    def column(self, z, at):
-        """Returns (whether at[r] is a column of z, and at[r] if so, else 0), both [R, 1]."""
-        mine = self.both(self.greater_equal(at, 0), self.less(at, z.shape[1]))
-        return self.expand(mine, 1), self.expand(at * self.cast(mine, ms.int32), 1)
+
+def gradient():
+    """Returns f(z_RV, at_R, top, dtotal, dpicked [R, 1]) -> the gradient of z. top has to be finite. at: the columns of the targets."""
+    exp, select, zeros_like, add_at, column_of = ops.Exp(), ops.Select(), ops.ZerosLike(), ops.TensorScatterElements(1, "add"), _column()
+
+    def gradient_of_logits(z, at, top, dtotal, dpicked):
+        mine, column = column_of(z, at)
+        return add_at(exp(z - top) * dtotal, column, select(mine, dpicked, zeros_like(dpicked)))
+
+    return gradient_of_logits
+
+
+def _column():
+    """Returns f(z_RV, at_R) -> (whether at[r] is a column of z, and at[r] if so, else 0), both [R, 1]."""
+    greater_equal, less, both, expand, cast = ops.GreaterEqual(), ops.Less(), ops.LogicalAnd(), ops.ExpandDims(), ops.Cast()
+
+    def column(z, at):
+        mine = both(greater_equal(at, 0), less(at, z.shape[1]))
+        return expand(mine, 1), expand(at * cast(mine, ms.int32), 1)
+
+    return column
 
 
 def cpu():

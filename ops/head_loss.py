@@ -119,8 +119,8 @@ class _Chunked(nn.Cell):
         self.project = product
         self.vjp, self.count = ops.GradOperation(get_all=True, sens_param=True), iota.reference()
         self.exp, self.maximum, self.select, self.cast = ops.Exp(), ops.Maximum(), ops.Select(), ops.Cast()
-        self.greater, self.less, self.equal, self.expand = ops.Greater(), ops.Less(), ops.Equal(), ops.ExpandDims()
-        self.zeros_like, self.concat = ops.ZerosLike(), ops.Concat(0)
+        self.greater, self.less, self.zeros_like, self.concat = ops.Greater(), ops.Less(), ops.ZerosLike(), ops.Concat(0)
+        self.of_logits = cross_entropy.gradient()
 
     def construct(self, x, w, ids):
         bounds, w = self.bounds(x.shape[0], w.shape[0]), self.sliceable(x, w)
@@ -168,7 +168,5 @@ class _Chunked(nn.Cell):
     def gradient(self, x, w, ids, start, top, dtotal, dpicked):
         """Returns the gradients (dx, dw) of a chunk, in the dtype of x."""
         w = self.cast(w, x.dtype)
-        dz = self.exp(self.logits(x, w, start) - top) * dtotal
-        hit = self.equal(self.expand(self.count(w.shape[0]) + (self.first + start), 0), self.expand(ids, 1))
-        dz = self.select(hit, dz + dpicked, dz)
+        dz = self.of_logits(self.logits(x, w, start), ids - (self.first + start), top, dtotal, dpicked)
         return self.vjp(self.project)(x, w, self.cast(dz, x.dtype))
