@@ -116,8 +116,13 @@ def who_opens(cfg):
 def read_config(folder):
     """Returns the Qwen3Config of a Hugging Face folder. Raises FileNotFoundError or ValueError naming the file."""
     path = Path(folder) / "config.json"
+    return _config(hf_files.read_json(path), path)
+
+
+def _config(found, path):
+    """Returns the Qwen3Config of the JSON object `found` in the file `path`."""
     try:
-        return Qwen3Config.from_hf(hf_files.read_json(path), where=path)
+        return Qwen3Config.from_hf(found, where=path)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
@@ -141,9 +146,11 @@ class Reader:
         if not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "is missing"
             raise FileNotFoundError(f"{self.folder} {what}; give a folder with config.json and model.safetensors")
-        config, path = read_config(self.folder), self.folder / "config.json"
+        path = self.folder / "config.json"
+        found = hf_files.read_json(path)
+        config = _config(found, path)
         self._files = hf_files.open_weights(self.folder)
-        if scheme := scheme_of(hf_files.read_json(path).get("quantization_config"), path):
+        if scheme := scheme_of(found.get("quantization_config"), path):
             self._files = hf_quantized.with_floats(self.folder, self._files, scheme)
         self._check_sizes(config)
         self.specs, self.left_out = param_specs(like or config), ""
