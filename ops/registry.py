@@ -75,7 +75,7 @@ class Use:
 
 OPS = tuple(field.name for field in fields(Kernels))
 PARTS = {  # fused ops -> the ops that they replace. A fused op is chosen if all of these have its implementation
-    "decode_attention": ("attention", "matmul", "paged_attention", "paged_write", "rms_norm", "rope"),
+    "decode_attention": ("attention", "cache_write", "matmul", "paged_attention", "paged_write", "rms_norm", "rope"),
     "decode_mlp": ("matmul", "rms_norm", "swiglu"),
     "head_loss": ("cross_entropy", "matmul"),
 }

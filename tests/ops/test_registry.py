@@ -47,6 +47,7 @@ def test_one_op_is_chosen_alone():
     kernels = choose({"attention": "reference"}, "CPU", "float32")
     assert kernels.attention == "reference" and kernels.rope == "cpu"
     assert describe(kernels, "CPU").endswith("reference: attention decode_attention")  # which does attention too
+    assert choose({"cache_write": "reference"}, "CPU", "float32").decode_attention == "reference"  # it writes in place
 
 
 def test_ops_that_do_what_others_do_are_chosen_where_those_are():
