@@ -60,14 +60,16 @@ def compiled(fn):
     return jit(call_it)
 
 
+def agrees_with(formula, attend, given, way):
+    found = (compiled(attend) if way == "compiled" else attend)(*tensors(*given))
+    assert_close(formula(*given), found, TOLERANCE)
+
+
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_row_attends_to_its_pages(name, form, way):
-    given = case(*CASES[name])
-    attend = FORMS[form](SCALE)
-    found = (compiled(attend) if way == "compiled" else attend)(*tensors(*given))
-    assert_close(formula(*given), found, TOLERANCE)
+    agrees_with(formula, FORMS[form](SCALE), case(*CASES[name]), way)
 
 
 def test_which_pages_a_row_has_changes_nothing():
@@ -166,10 +168,7 @@ def packed_formula(q, k, v, table, row, position):
 @pytest.mark.parametrize("form", PACKED)
 @pytest.mark.parametrize("name", READ)
 def test_packed_queries_attend_to_the_pages_of_their_rows(name, form, way):
-    given = packed_case(*READ[name])
-    attend = PACKED[form](SCALE)
-    found = (compiled(attend) if way == "compiled" else attend)(*tensors(*given))
-    assert_close(packed_formula(*given), found, TOLERANCE)
+    agrees_with(packed_formula, PACKED[form](SCALE), packed_case(*READ[name]), way)
 
 
 @pytest.mark.parametrize("name", READ)
