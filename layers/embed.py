@@ -67,9 +67,10 @@ def project(matmul):
     return logits
 
 
-def project_to_shard(vocab_size):
-    """Returns make(matmul, first) -> logits(x, w) for a shard of the vocabulary. Columns past the vocabulary are padding and get -inf."""
-    masked = without_logits_of_padding(vocab_size)
+def project_to_shard(vocab_size, last):
+    """Returns make(matmul, first) -> logits(x, w) for a shard of the vocabulary. Columns past the vocabulary are padding and get -inf.
+    last: the token id at which the last shard starts."""
+    masked = without_logits_of_padding(vocab_size, last)
 
     def make(matmul, first):
         def logits(x, w):
@@ -89,9 +90,9 @@ def project_int8(matmul):
     return logits
 
 
-def project_int8_to_shard(vocab_size):
+def project_int8_to_shard(vocab_size, last):
     """Returns make(matmul, first) -> logits(x, w, scale) for a shard of the vocabulary; see project_to_shard."""
-    masked = without_logits_of_padding(vocab_size)
+    masked = without_logits_of_padding(vocab_size, last)
 
     def make(matmul, first):
         def logits(x, w, scale):
@@ -102,14 +103,18 @@ def project_int8_to_shard(vocab_size):
     return make
 
 
-def without_logits_of_padding(vocab_size):
-    """Returns f(z_RV, first) -> the logits z of a shard that starts at token id `first`, with -inf for columns past the vocabulary."""
+def without_logits_of_padding(vocab_size, last):
+    """Returns f(z_RV, first) -> the logits z of a shard that starts at token id `first`, with -inf for columns past the vocabulary.
+
+    last: the token id at which the last shard starts. If that shard has padding, the graphs of all shards have the mask: ranks whose graphs
+    differ run their collectives in different orders, and wait for each other for ever.
+    """
     less, count, select = ops.Less(), iota.reference(), ops.Select()
 
     def masked(z, first):
-        if first + z.shape[1] <= vocab_size:
+        if last + z.shape[1] <= vocab_size:
             return z
-        real = ops.BroadcastTo(z.shape)(less(count(z.shape[1]) + first, vocab_size))
+        real = ops.BroadcastTo(z.shape)(less(count(z.shape[1]), vocab_size - first))  # count + 0 would be folded
         return select(real, z, ops.OnesLike()(z) * NEVER)
 
     return masked

@@ -73,6 +73,7 @@ def definitions(cfg, sharding, kernels, loss_chunks, rows_alone=False):
     product = of("rows_matmul" if rows_alone else "matmul")
     eps, scale, k = cfg.rms_norm_eps, cfg.head_dim**-0.5, cfg.experts_per_token
     V, choice = cfg.vocab_size, (None, ms.int32, None)
+    last = start_of_last_shard(V, sharding.shards("vocab"))
     return {
         # Matrix products and sums of the residual stream
         "matmul": Definition(product, "contraction", weight_in_dtype_of_x),
@@ -116,20 +117,20 @@ def definitions(cfg, sharding, kernels, loss_chunks, rows_alone=False):
             of("rows_matmul" if rows_alone else "matmul", transpose_b=True),
             "contraction",
             embed.project,
-            ("vocab", V, embed.project_to_shard(V)),
+            ("vocab", V, embed.project_to_shard(V, last)),
             dtype=ms.float32,
         ),
         "head_int8": Definition(
             of("matmul", "int8"),
             "contraction",
             embed.project_int8,
-            ("vocab", V, embed.project_int8_to_shard(V)),
+            ("vocab", V, embed.project_int8_to_shard(V, last)),
             dtype=ms.float32,
             signature=with_scale,
         ),
         "whole_vocab": Definition(lambda: embed.without_padding(V), "kernel"),
         "cross_entropy": Definition(of("cross_entropy"), "kernel", from_first_token, ("vocab", V, from_token), dtype=ms.float32),
-        "head_loss": _head_loss(of, loss_chunks, V),
+        "head_loss": _head_loss(of, loss_chunks, V, last),
         "sub": Definition(ops.Sub, "kernel"),
         "mul": Definition(ops.Mul, "elementwise"),
         "exp": Definition(ops.Exp, "elementwise"),
@@ -183,14 +184,19 @@ def _attention(sharding, of, scale):
     return Definition(lambda: ring.attention(sharding, over_some_keys(), "span"), "kernel", around=around)
 
 
-def _head_loss(of, chunks, vocab_size):
-    """Returns the Definition of the head and the terms of cross-entropy in one op. chunks: see BoundOps."""
+def start_of_last_shard(size, shards):
+    """Returns the index of the first element of the last of `shards` shards of a dim. Shards have equal sizes, with padding behind."""
+    return (shards - 1) * -(-size // shards)
+
+
+def _head_loss(of, chunks, vocab_size, last):
+    """Returns the Definition of the head and the terms of cross-entropy in one op. chunks: see BoundOps. last: see head_loss.chunked."""
     if chunks == 1:
         return Definition(of("head_loss"), "kernel", weight_in_dtype_of_x_before_integers, dtype=ms.float32)
     project, measure = of("matmul", transpose_b=True), of("cross_entropy")
 
     def make():
-        return head_loss.chunked(chunks, project(), measure(), vocab_size)
+        return head_loss.chunked(chunks, project(), measure(), vocab_size, last)
 
     return Definition(make, "kernel", in_chunks, ("vocab", vocab_size, in_chunks_from), dtype=ms.float32)
 

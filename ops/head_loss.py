@@ -84,15 +84,17 @@ def chunk_bounds(count, rows, columns):
     return tuple((first, min(first + size, columns)) for first in range(0, columns, size))
 
 
-def chunked(count, project, measure, vocab_size):
+def chunked(count, project, measure, vocab_size, last):
     """Returns make(first) -> measure_head(x_RD, w_VD, ids_R), as of reference(), for a shard of the vocabulary that starts at id `first`.
 
     count: see chunk_bounds. project(x, w): x w^T. measure: of ops/cross_entropy.py. vocab_size: rows of w at and after this id are padding,
-    whose logits are -inf. w may have another dtype than x: it is cast to that of x, a chunk at a time.
+    whose logits are -inf. last: the id at which the last shard starts. If a chunk of that shard has padding, this chunk of every shard has
+    the mask, because ranks whose graphs differ run their collectives in different orders. w may have another dtype than x: it is cast to
+    that of x, a chunk at a time.
     """
 
     def make(first):
-        return _Chunked(count, project, measure, vocab_size, first)
+        return _Chunked(count, project, measure, vocab_size, first, last)
 
     return make
 
@@ -104,9 +106,9 @@ class _Chunked(nn.Cell):
     backward waits for the cotangent, because the compiler would otherwise keep the logits of the forward.
     """
 
-    def __init__(self, count, project, measure, vocab_size, first):
+    def __init__(self, count, project, measure, vocab_size, first, last):
         super().__init__()
-        self.measure, self.vocab_size, self.first = measure, vocab_size, first
+        self.measure, self.vocab_size, self.first, self.last = measure, vocab_size, first, last
         self.on_cpu = ms.get_context("device_target") == "CPU"
 
         def product(x, w):  # since a primitive itself cannot be differentiated
@@ -145,9 +147,9 @@ class _Chunked(nn.Cell):
 
     def logits(self, x, w, start):
         z, first = self.cast(self.project(x, w), ms.float32), self.first + start
-        if first + w.shape[0] <= self.vocab_size:
+        if self.last + start + w.shape[0] <= self.vocab_size:
             return z
-        real = ops.BroadcastTo(z.shape)(self.less(self.count(w.shape[0]) + first, self.vocab_size))
+        real = ops.BroadcastTo(z.shape)(self.less(self.count(w.shape[0]), self.vocab_size - first))  # count + 0 would be folded
         return self.select(real, z, self.zeros_like(z) + float("-inf"))
 
     def bprop(self, x, w, ids, out, dout):

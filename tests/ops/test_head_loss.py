@@ -95,7 +95,7 @@ CHUNKED = [((1, 3, 2), 2), ((7, 12, 5), 3), ((20, 33, 19), 4), ((65, 16, 300), 2
 
 
 def in_chunks(count, vocab_size, first=0, of=(matmul.reference, cross_entropy.reference)):
-    return head_loss.chunked(count, of[0](transpose_b=True), of[1](), vocab_size)(first)
+    return head_loss.chunked(count, of[0](transpose_b=True), of[1](), vocab_size, last=first)(first)
 
 
 @pytest.mark.parametrize("shape, count", CHUNKED)
