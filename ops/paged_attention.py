@@ -46,20 +46,23 @@ def reference_packed(scale):
     require, attend, of_rows = check("paged_attention", PACKED, **GROUPED), attention.reference(scale), _of_rows()
     reshape, expand, tile, cast, less, equal = ops.Reshape(), ops.ExpandDims(), ops.Tile(), ops.Cast(), ops.Less(), ops.Equal()
     maximum, minimum, most, count = ops.Maximum(), ops.Minimum(), ops.ReduceMax(), iota.reference()
+    gather, broadcast, select, zeros_like, enough = ops.Gather(), ops.BroadcastTo, ops.Select(), ops.ZerosLike(), ops.GreaterEqual()
 
     def packed_attention(q, k, v, table, row, position):
         shapes = q.shape, k.shape, v.shape, table.shape, row.shape, position.shape
         require(shapes, (q.dtype, k.dtype, v.dtype, table.dtype, row.dtype, position.dtype))
-        (B, M), (_, C, K, H) = table.shape, k.shape
+        (B, M), (R, N, H), C = table.shape, q.shape, k.shape[1]
         row = row + minimum(position, 0) * (B + 1)  # that of no token is negative
         own = cast(equal(expand(count(B), 1), expand(row, 0)), ms.float32)  # [B, R]
         length = cast(most(own * expand(cast(position + 1, ms.float32), 0), 1), ms.int32)
         slot = tile(reshape(count(M * C), (1, M * C)), (B, 1))
         seen = less(slot, expand(length, 1))
-        keys, values = reshape(of_rows(k, table, seen), (1, B * M * C, K, H)), reshape(of_rows(v, table, seen), (1, B * M * C, K, H))
-        of_key = reshape(tile(reshape(count(B), (B, 1)), (1, M * C)), (1, -1))
-        o = attend(expand(q, 0), keys, values, expand(row, 0), of_key, expand(maximum(position, 0), 0), reshape(slot, (1, -1)))
-        return cast(reshape(o, q.shape), q.dtype)
+        # each row apart, so that a number that is not finite stays in its row
+        queries, at = broadcast((B, R, N, H))(expand(q, 0)), broadcast((B, R))(expand(maximum(position, 0), 0))
+        of_query, of_key = broadcast((B, R))(expand(row, 0)), broadcast((B, M * C))(expand(count(B), 1))
+        o = attend(queries, of_rows(k, table, seen), of_rows(v, table, seen), of_query, of_key, at, slot)
+        o = gather(reshape(o, (B * R, N, H)), maximum(row, 0) * R + count(R), 0)
+        return cast(select(broadcast((R, N, H))(reshape(enough(row, 0), (R, 1, 1))), o, zeros_like(o)), q.dtype)
 
     return packed_attention
 

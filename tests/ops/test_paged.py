@@ -186,6 +186,18 @@ def test_a_packed_query_has_the_same_bits_alone_and_among_others(name):
         np.testing.assert_array_equal(together[r : r + 1], found)
 
 
+@pytest.mark.parametrize("form", PACKED)
+def test_what_is_not_finite_stays_in_its_row(form):
+    """NaN in all tokens of row 0; queries of no row are 0 beside it."""
+    q, k, v, table, row, position = packed_case(*READ["chunks"])
+    want = packed_formula(q, k, v, table, row, position)
+    for cache in (k, v):
+        cache[table[0][table[0] >= 0]] = np.nan
+    found = host(PACKED[form](SCALE)(*tensors(q, k, v, table, row, position)))
+    assert np.isnan(found[row == 0]).all() and (row == -1).any()
+    np.testing.assert_allclose(found[row != 0], want[row != 0], rtol=1e-5, atol=1e-6)
+
+
 def test_packed_queries_without_pages_are_refused():
     given = packed_case(*READ["odd"])
     for at, wrong in ((3, 9), (3, -1), (4, 3), (5, 99)):
