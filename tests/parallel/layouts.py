@@ -21,6 +21,7 @@ from parallel.sharding import Sharding
 from parallel.trees import tree_leaves, tree_map, tree_paths
 from qwen3.config import Lora
 from qwen3.model import choose_kernels
+from tests import graphs
 from tests.experiments.test_train import make_batch
 from tests.tiny import DENSE, MIXED, MOE, QWEN2, random_params
 
@@ -436,5 +437,8 @@ def main(names):
     """In each process: all layouts of these names, a JSON list."""
     rank, out = collectives.start()[0], {}
     for name in json.loads(names):
-        out.update({f"{name}|{key}": np.asarray(value) for key, value in run(*LAYOUTS_RUN[name], rank).items()})
+        with graphs.compiled() as found:
+            results = run(*LAYOUTS_RUN[name], rank)
+        results["graphs"] = [" ".join(graph) for graph in found]
+        out.update({f"{name}|{key}": np.asarray(value) for key, value in results.items()})
     return out
