@@ -439,6 +439,6 @@ def main(names):
     for name in json.loads(names):
         with graphs.compiled() as found:
             results = run(*LAYOUTS_RUN[name], rank)
-        results["graphs"] = [" ".join(graph) for graph in found]
+        results["collectives"] = [call for graph in found for call in ("a graph", *graphs.collectives(graph))]
         out.update({f"{name}|{key}": np.asarray(value) for key, value in results.items()})
     return out
