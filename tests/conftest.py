@@ -1,3 +1,7 @@
+import fnmatch
+
+import pytest
+
 # The files that take longest. Two processes of pytest-xdist that begin with them end at about the same time; in its own order, of most
 # tests first, one would begin with a file of few and long tests when the other has nothing left.
 LONGEST = (
@@ -15,6 +19,11 @@ def pytest_configure(config):
         config.option.loadscopereorder = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items):
+    for item in items:
+        mark = item.get_closest_marker("extended")
+        if mark and any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in mark.kwargs.get("but", ())):
+            item.own_markers.remove(mark)
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get("/".join(item.path.parts[-2:]), len(place)))

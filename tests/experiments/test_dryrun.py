@@ -90,6 +90,7 @@ def spoiled():
     return compiled(read(*MODEL, *LAYOUT), planted=PLANTED)
 
 
+@pytest.mark.extended
 @needs_standin
 def test_a_rank_has_the_bytes_and_the_collectives_that_the_layout_says(fast):
     report, specs = fast, bytes_of_specs(read(*MODEL, ONE_LAYER, *LAYOUT))
@@ -430,6 +431,7 @@ def test_each_graphs_peak_goes_on_its_own_line():
     assert (found["peak_bytes"], found["with_fragments_bytes"], found["margin_bytes"]) == (230, 260, 5)
 
 
+@pytest.mark.extended
 def test_the_search_ranks_what_fits_and_says_how():
     config = read(
         "--config=experiments/configs/qwen3_0p6b.py",

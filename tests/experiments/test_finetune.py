@@ -67,6 +67,7 @@ def test_full_fine_tuning_lowers_the_loss_and_leaves_a_model_and_the_share_of_ri
     assert hf.load(base / "hf")[0].num_layers == 2 and "<|im_start|>user" in (base / "sample.txt").read_text()
 
 
+@pytest.mark.extended
 def test_a_base_model_that_learns_conversations_stops_where_a_turn_ends(base, lora_run, tmp_path):
     """Its own eos is the end of a document, which never comes after a turn. In the files of the model, of a checkpoint and of a merged
     adapter; the sampling defaults of the model that training began from come along."""
@@ -147,6 +148,7 @@ def test_a_checkpoint_of_adapters_holds_nothing_else_and_the_base_is_as_it_was(b
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.extended
 def test_frozen_weights_stay_bit_for_bit_and_have_no_state(base):
     config = lora_config(base)
     cfg = command_line.model_config(config)
@@ -198,6 +200,7 @@ def test_merged_weights_equal_adapters_beside_them(base, lora_run, tmp_path):
     assert np.abs(plain.asnumpy() - want.asnumpy()).max() > 1e-4
 
 
+@pytest.mark.extended
 def test_frozen_parameters_of_full_fine_tuning_are_saved_without_state(base, tmp_path):
     changes = {"train.freeze_include": "embed,*norm,layers.*", "train.freeze_exclude": "*w_up", "train.steps": 2, "train.save_hf": False}
     config = config_of(**changes, **{"data.tokenizer": str(base / "hf"), "init_from": str(base / "hf")})

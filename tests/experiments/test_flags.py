@@ -335,6 +335,7 @@ MAINS = ["pretrain", "finetune", "prefer", "launch", "preprocess", "compare"]
 PACKAGES = ["generate", "serve", "evaluate", "convert", "sweep", "dryrun", "bench"]
 
 
+@pytest.mark.extended(but=("pretrain", "serve*"))
 @pytest.mark.parametrize("main", [*MAINS, *(f"{name}.__main__" for name in PACKAGES)])
 def test_a_main_checks_its_flags_before_it_imports_mindspore(main):
     """The import takes seconds, which a wrong flag need not wait for."""
@@ -366,6 +367,7 @@ for arguments in {arguments}:
 """
 
 
+@pytest.mark.extended(but=("evaluate",))
 @pytest.mark.parametrize("main", PACKAGES)
 def test_wrong_flags_are_answered_before_mindspore_is_imported(main):
     code = ANSWERED.format(arguments=WRONG[main], main=main)

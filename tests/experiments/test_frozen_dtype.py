@@ -44,6 +44,7 @@ def test_matrices_that_do_not_train_are_narrow_and_all_else_is_float32():
     assert narrow == {"embed", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "mlp.w_gate", "mlp.w_down"}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "dtype, changes",
     [

@@ -92,6 +92,7 @@ def expected(folder, tokenizer, count, lines=LINES):
     return [generate_batch.line(SimpleNamespace(text=tokenizer.decode(row, skip_special=True))) for row in ids]
 
 
+@pytest.mark.extended
 def test_a_file_of_prompts_gives_a_line_for_each_in_their_order(folder, tokenizer, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n\n".join(LINES) + "\n")
     options = ["--max_new_tokens=9", "--batch_size=2", "--output_jsonl=out.jsonl", "--num_samples=2", "--logprobs=1"]

@@ -150,6 +150,7 @@ def check_flat(port, process, memory, files):
     assert after <= 1.03 * memory + 4 and files_after <= files + 2, (memory, after, files, files_after)
 
 
+@pytest.mark.extended
 def test_a_good_client_is_served_in_time_beside_hostile_ones(server):
     """In one of three tries: other tests may keep the cores busy."""
     port, process = server

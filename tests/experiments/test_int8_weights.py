@@ -24,6 +24,7 @@ def text(opened, kind):
     return generate.generate(opened.params(Sharding(), kind), PROMPTS, opened.cfg, 20)
 
 
+@pytest.mark.extended(but=("dense",))
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_the_text_is_that_of_the_floats_that_the_numbers_stand_for(tmp_path, cfg):
     params = random_params(cfg)
@@ -70,6 +71,7 @@ def batch(count, length, seed):
     return {name: ms.Tensor(np.ascontiguousarray(x)) for name, x in {**arrays, "segment_ids": ones, "positions": positions}.items()}
 
 
+@pytest.mark.extended
 def test_a_trained_model_loses_less_than_1_percent_of_perplexity():
     cfg = DENSE.replace(initializer_range=0.05)
     params = random_params(cfg)

@@ -61,6 +61,7 @@ BAD = [
 ]
 
 
+@pytest.mark.extended(but=("arguments0*", "arguments5*"))
 @pytest.mark.parametrize("arguments, message", BAD)
 def test_a_mistake_gets_one_line_and_status_2_in_under_two_seconds(start, arguments, message):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -93,6 +94,7 @@ def test_help_says_what_nproc_counts(start):
     assert "--nproc: processes on this node" in job.out and "nproc * nnodes" in " ".join(job.out.split())
 
 
+@pytest.mark.extended
 def test_two_launchers_form_one_job(start, tmp_path):
     port = free_port()
     common = ("--nproc=1", "--nnodes=2", "--master_addr=127.0.0.1", f"--master_port={port}", "--log_dir=logs")

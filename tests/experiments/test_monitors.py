@@ -76,6 +76,7 @@ def _without(layer, name):
     return {k: {n: w for n, w in v.items() if n != name} if isinstance(v, dict) else v for k, v in layer.items()}
 
 
+@pytest.mark.extended
 def test_only_the_asked_for_steps_are_watched_and_none_is_changed():
     config, batches = layouts.run_config({}), [make_batch(at, vocab=DENSE.vocab_size) for at in range(5)]
     program = train_program.build_program(DENSE, config)

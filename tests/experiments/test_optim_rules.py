@@ -166,6 +166,7 @@ def grouped_step(o, specs, factors, params, grads, kernels):
     return [x.asnumpy().copy() for x in params]
 
 
+@pytest.mark.extended(but=("adamw-fused", "muon-fused"))
 @pytest.mark.parametrize("kernels", [REFERENCE, FUSED], ids=["reference", "fused"])
 @pytest.mark.parametrize("name", sorted(optim_rules.MOMENTS))
 def test_stacked_layers_move_by_their_own_learning_rates_as_single_ones_do(name, kernels):

@@ -40,6 +40,7 @@ def program_of(model, options, lowering):
     return cfg, program, program.init(tree_map(lambda w: w.asnumpy(), layouts.parameters(cfg)))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("model, options", CASES)
 def test_one_process_trains_as_the_manual_lowering_does(model, options):
     runs = {}

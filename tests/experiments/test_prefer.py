@@ -141,6 +141,7 @@ def tensors(batch):
 IN_MODEL = [("dpo", {}), ("ipo", {"length_normalised": True}), ("kto", {}), ("simpo", {})]
 
 
+@pytest.mark.extended(but=("kto*",))
 @pytest.mark.parametrize("loss, changes", IN_MODEL)
 def test_packed_pairs_have_the_loss_the_gradient_and_the_metrics_of_answers_computed_alone(loss, changes):
     config, pairs, params = config_of(loss, **changes), made_pairs(loss), random_params(DENSE)
@@ -210,6 +211,7 @@ def test_under_adapters_the_reference_is_the_model_without_them():
     assert abs(want.mean() - np.log(2)) > 1e-3 and found.asnumpy() == pytest.approx(want.mean(), rel=1e-5)
 
 
+@pytest.mark.extended(but=("reward*",))
 @pytest.mark.parametrize("loss, cfg", [("dpo", LORA.replace(num_layers=1)), ("reward", DENSE.replace(num_layers=1, num_labels=1))])
 def test_a_compiled_step_has_the_loss_and_the_gradient_of_the_eager_one(loss, cfg):
     config, params = config_of(loss), random_params(cfg)

@@ -209,6 +209,7 @@ def test_what_a_worker_cannot_encode_is_named_by_file_and_line(tmp_path, folder,
     assert batch.outputs["text"][1].tolist() == [2]
 
 
+@pytest.mark.extended(but=("alpaca",))
 @pytest.mark.parametrize("form", [None, "alpaca"])
 def test_workers_change_no_byte(tmp_path, folder, form, monkeypatch):
     monkeypatch.setattr(encode, "BATCH_RECORDS", 7)

@@ -54,6 +54,7 @@ def finished(tmp_path_factory):
     return config, folder / "run"
 
 
+@pytest.mark.extended
 def test_weights_are_also_written_on_the_way(finished):
     _, run = finished
     assert os.listdir(run / "hf_steps") == ["step_000003"] and Tokenizer.load(str(run / "hf_steps" / "step_000003"))

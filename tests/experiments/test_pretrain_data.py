@@ -60,6 +60,7 @@ STREAM = {"data.stream": True, "data.held_out": 0.2, "data.shuffle_buffer": 20, 
 CHATS = ("{}/chats_text_document", {"data.conversations": True, "train.seq_len": 48})
 
 
+@pytest.mark.extended(but=("0.3*",))
 @pytest.mark.parametrize("path, changes", [(PAIR, {}), (BLEND, {"data.reset_at_eod": False}), ("{}/one.jsonl", STREAM), CHATS])
 def test_a_run_on_every_kind_of_data_leaves_its_metrics(path, changes, folder, tmp_path):
     pretrain.pretrain(make_config(folder, path, **changes), str(tmp_path / "run"))

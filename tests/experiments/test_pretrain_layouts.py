@@ -82,6 +82,7 @@ def folders():
         return {"said": str(error), "listed": listed}
 
 
+@pytest.mark.extended
 def test_a_rank_that_does_not_see_the_run_folder_says_so():
     first, second = processes.run("tests.experiments.test_pretrain_layouts:folders", 2)
     fix = "is not the folder of rank 0; give a folder that all nodes share"

@@ -67,6 +67,7 @@ def blended():
     return Blend(rows, [1, 3], ["wiki", "wiki"])
 
 
+@pytest.mark.extended
 def test_sources_share_the_loss_and_watching_changes_no_bits():
     """Of steps of two micro-batches, every second of which is watched."""
     config, params = layouts.run_config({"micro": 2}), tree_map(lambda w: w.asnumpy(), random_params(DENSE))

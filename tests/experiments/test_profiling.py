@@ -22,6 +22,7 @@ def config(tmp_path):
     return c
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("loop", ["unroll", pytest.param("scan", marks=pytest.mark.slow)])
 def test_the_table_has_each_op_as_often_as_a_step_calls_it(config, tmp_path, loop, capsys):
     """A scanned layer is computed again in the backward."""

@@ -320,6 +320,7 @@ def test_bodies_that_are_no_requests_are_refused(server):
     assert health(server) == {"status": "ok", "requests": 0, "slots": 4, "most": MOST}
 
 
+@pytest.mark.extended
 def test_sigterm_lets_what_is_at_work_end(many, server, model, ids):
     """The last test of this file: the server is gone then. Its log has no word of what clients sent."""
 

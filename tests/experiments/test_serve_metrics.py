@@ -27,6 +27,7 @@ def scraped(port):
     return found
 
 
+@pytest.mark.extended
 def test_requests_tokens_slots_and_times_are_counted():
     tokenizer = scripted_engine.tokenizer()
     text = "def f"

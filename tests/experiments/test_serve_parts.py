@@ -523,6 +523,7 @@ def until(condition, most_s=30):
         time.sleep(0.01)
 
 
+@pytest.mark.extended
 def test_a_place_is_free_when_the_engine_is_done_and_the_text_can_still_be_read(tokenizer):
     with listening(tokenizer, idle_s=60) as (port, worker):
         with unread_stream(port, 8000) as client:

@@ -92,6 +92,7 @@ def gentle_run(gentle):
     return run(DENSE, make_config(**GENTLE), program=gentle)
 
 
+@pytest.mark.extended(but=("dense",))
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_loss_follows_the_stored_curve(name, gentle_run):
     # 1e-5: the same operations on another CPU may round differently; a change of the mathematics moves it by far more.
@@ -181,6 +182,7 @@ def test_a_model_of_mixed_layers_is_unrolled_or_refused():
         train_program.build_program(mixed, make_config(**{"train.layer_loop": "scan"}))
 
 
+@pytest.mark.extended
 def test_router_bias_moves_against_the_load(biased):
     got, params = run(BIASED, make_config(**GENTLE, **BIAS_RATE), steps=1, program=biased)
     for layer, load in zip(params["layers"], got[0]["expert_load"]):

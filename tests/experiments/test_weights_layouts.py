@@ -64,6 +64,7 @@ def ranks(tmp_path_factory):
     return folder, processes.run("tests.experiments.test_weights_layouts:there_and_back", 2, str(folder))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_weights_of_a_layout_are_saved_as_they_were_read(name, ranks, tmp_path):
     folder, found = ranks

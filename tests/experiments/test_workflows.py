@@ -113,6 +113,7 @@ def test_the_pages_have_commands_for_large_models():
     assert len(EVERY) >= 12 and {"README.md", "docs/dryrun.md", "docs/layouts.md", "docs/workflows.md"} <= {each.page for each in EVERY}
 
 
+@pytest.mark.extended(but=("README.md*",))
 @pytest.mark.parametrize("large", EVERY, ids=lambda large: f"{large.page} {EVERY.index(large)}")
 def test_each_command_for_a_large_model_has_its_memory_beside_it(large, tmp_path, monkeypatch):
     """It fits, and is within 15 % of the formulas, as the compiled peaks of the recommended layouts are."""

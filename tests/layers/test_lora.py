@@ -71,6 +71,7 @@ def noise_of(batch, seed):
     return {**batch, "noise": ms.Tensor(values.astype(np.int32))}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "name, cfg, scan",
     [

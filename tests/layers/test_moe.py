@@ -56,6 +56,7 @@ def compare(cfg, trained, valid, compiled, kernels=CPU):
 IN_A_GRAPH = [pytest.param(name, True, marks=() if name == "bias" else pytest.mark.slow) for name in CASES]
 
 
+@pytest.mark.extended(but=("many rows-False", "bias-True"))
 @pytest.mark.parametrize("name, compiled", [*((name, False) for name in CASES), *IN_A_GRAPH])
 def test_values_and_gradients_are_those_of_the_references(name, compiled):
     cfg, rows = CASES[name]
@@ -104,6 +105,7 @@ def test_the_annotations_hold():
         moe.moe(cfg, BoundOps(cfg, Sharding(check=True), CPU), trained["p"], trained["x"], {"valid": valid})
 
 
+@pytest.mark.extended
 def test_in_a_loop_over_layers_whose_backward_is_written_by_hand():
     layers = [inputs(MOE, 11, seed)[0]["p"] for seed in range(3)]
     stacked = {name: ms.Tensor(np.stack([p[name].asnumpy() for p in layers])) for name in layers[0]}

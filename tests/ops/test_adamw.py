@@ -33,6 +33,7 @@ def adamw_in_numpy(values, scale, decay, p, g, m, v):
     return p * (1 - lr * decay) - lr * (m / c1) / (np.sqrt(v / c2) + 1e-8), m, v
 
 
+@pytest.mark.extended(but=("cpu*", "*(3, 5, 7)*"))
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)

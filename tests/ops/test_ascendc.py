@@ -34,6 +34,7 @@ def ways(shape, shapes):
     return ("eager", "compiled") if shape == shapes[-1] else ("eager",)
 
 
+@pytest.mark.extended(but=("(263*-8",))
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", some(norm_cases.SHAPES), ids=str)
 def test_rms_norm(shape, chip):
@@ -58,6 +59,7 @@ def test_swiglu(shape, chip):
         agree(swiglu.reference(), ascendc_swiglu.ascendc(), [draw(*shape) * 3, draw(*shape)], ways=ways(shape, swiglu_cases.SHAPES))
 
 
+@pytest.mark.extended(but=("(1, 2*-8",))
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", some([*rope_cases.SHAPES, (1, 2, 3, 300)]), ids=str)
 def test_rope(shape, chip):

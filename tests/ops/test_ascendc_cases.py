@@ -69,8 +69,10 @@ def borrowed(test):
     """The test with the parameters that are served."""
     own = types.FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__)
     for mark in getattr(test, "pytestmark", []):
-        (names, values), kwargs = mark.args, mark.kwargs
-        own = pytest.mark.parametrize(names, [value for value in values if SERVED.get(names, bool)(value)], **kwargs)(own)
+        if mark.name == "parametrize":
+            names, values = mark.args
+            mark = pytest.mark.parametrize(names, [value for value in values if SERVED.get(names, bool)(value)], **mark.kwargs)
+        own = getattr(pytest.mark, mark.name)(*mark.args, **mark.kwargs)(own)
     return own
 
 

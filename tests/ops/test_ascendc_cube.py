@@ -34,6 +34,7 @@ def slow_but(names, *fast):
 ROUTERS = [(13, 7, 3), (70, 128, 8), (1, 1, 1), (100, 6, 2), (9, 300, 8), (3, 500, 40), (5, 33, 33), (20, 160, 64), (4, 64, 12)]
 
 
+@pytest.mark.extended(but=("(70*-8",))
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", [*ROUTERS[:2], *(pytest.param(shape, marks=SLOW) for shape in ROUTERS[2:])], ids=str)
 def test_top_k(shape, chip):
@@ -71,6 +72,7 @@ def test_rows_without_probabilities_get_the_first_experts():
     assert np.isnan(weight[[1, 2, 4, 7]]).all() and np.isfinite(np.delete(weight, [1, 2, 4, 7], 0)).all()
 
 
+@pytest.mark.extended(but=("random-8",))
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("choice", slow_but(CHOICES, "random", "more_experts_than_assignments"))
 def test_permute_and_combine(choice, chip):

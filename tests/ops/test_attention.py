@@ -94,6 +94,7 @@ def one_by_one(q, k, v, ends):
     return out
 
 
+@pytest.mark.extended(but=("documents*", "rest*"))
 @pytest.mark.parametrize("kind", ["reference_packed", "cpu_packed"])
 @pytest.mark.parametrize("ends", ENDS)
 def test_documents_given_by_their_cumulative_lengths(ends, kind):
@@ -170,6 +171,7 @@ SHAPES = [
 MORE = ((1, 300, 150, 7, 7, 31), (2, 130, 130, 8, 1, 32))  # of the same tiles and lanes as others
 
 
+@pytest.mark.extended(but=("(1, 67*", "(2, 7,*", "(3,*", "(2, 256*"))
 @pytest.mark.parametrize("mask", [documents, anything])
 @pytest.mark.parametrize("shape", [pytest.param(shape, marks=pytest.mark.slow if shape in MORE else ()) for shape in SHAPES], ids=str)
 def test_matches_the_reference(shape, mask):

@@ -64,6 +64,7 @@ def test_matches_float64_and_its_differences(kind, i):
     check(one, lambda z, ids: picked(z, ids, 4) if i == 2 else np.exp(z - top).sum(1, keepdims=True), [z], (ids,))
 
 
+@pytest.mark.extended(but=("(3, 1)", "(1, 17)", "(3, 1025)"))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_the_reference(shape):
     for first in (0, 5):

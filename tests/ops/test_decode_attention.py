@@ -67,6 +67,7 @@ def in_ops(eps, scale):
     return decode
 
 
+@pytest.mark.extended(but=("shape1-16-True", "shape2-4-*", "shape4-a page a row-True", "shape3-96-False"))
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("C", PAGES)
 @pytest.mark.parametrize("shape", SHAPES)

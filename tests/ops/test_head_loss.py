@@ -30,6 +30,7 @@ def of_lse(op):
     return nll
 
 
+@pytest.mark.extended(but=("shape1", "shape2"))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_matches_the_reference_with_its_gradients(shape):
     x, w, ids = case(*shape)
@@ -98,6 +99,7 @@ def in_chunks(count, vocab_size, first=0, of=(matmul.reference, cross_entropy.re
     return head_loss.chunked(count, of[0](transpose_b=True), of[1](), vocab_size, last=first)(first)
 
 
+@pytest.mark.extended(but=("shape1*", "shape4*"))
 @pytest.mark.parametrize("shape, count", CHUNKED)
 def test_chunks_match_the_reference_with_its_gradients(shape, count):
     x, w, ids = case(*shape)
@@ -105,6 +107,7 @@ def test_chunks_match_the_reference_with_its_gradients(shape, count):
     agree(of_lse(head_loss.reference()), of_lse(in_chunks(count, shape[2])), (x, w), (np.minimum(ids, shape[2] - 1),), ways=ways)
 
 
+@pytest.mark.extended(but=("19-27", "38-21"))
 @pytest.mark.parametrize("first, vocab_size", [(0, 19), (19, 38), (19, 27), (19, 19), (38, 21)])
 def test_chunks_of_a_shard_leave_out_its_padding_and_the_targets_of_other_shards(first, vocab_size):
     """The shard has rows of the table from id `first` on; those from `vocab_size` on are padding, which may be all of them."""

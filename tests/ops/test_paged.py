@@ -65,6 +65,7 @@ def agrees_with(formula, attend, given, way):
     assert_close(formula(*given), found, TOLERANCE)
 
 
+@pytest.mark.extended(but=("*cpu*", "*eager"))
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CASES)

@@ -35,6 +35,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.extended(but=("*cpu*",))
 @pytest.mark.parametrize("limit", [1, 3, 4, 64])
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -66,6 +67,7 @@ def check_plan(plan, expert, experts, limit):
         assert (np.diff(own[own < T]) >= 0).all()
 
 
+@pytest.mark.extended(but=("True-4",))
 @pytest.mark.parametrize("limit", [1, 4])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_plans_are_the_same_in_both_implementations(limit, compiled):
@@ -143,6 +145,7 @@ def test_take_matches_the_reference(shape):
     agree(routing.reference_take(), routing.cpu_take(), [draw(*shape)], (np.zeros(300, np.int32),), ways=("eager",))
 
 
+@pytest.mark.extended(but=("*cpu", "random-4-reference"))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("limit", [1, 4])
 @pytest.mark.parametrize("choice", ["random", "one_expert", "last_expert", "more_experts_than_assignments", "one_token"])
@@ -227,6 +230,7 @@ def test_top_k(implementation, normalise):
         check(without_experts(op, i), lambda z, i=i: chosen(z, normalise=normalise)[i], [logits])
 
 
+@pytest.mark.extended(but=("*shape1", "True-True-shape2"))
 @pytest.mark.parametrize("shape", [(1, 2, 1), (5, 7, 3), (3, 4, 4), (263, 37, 8)])
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("biased", [False, True])

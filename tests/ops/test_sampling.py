@@ -70,6 +70,7 @@ def test_the_formula_is_that_of_one_candidate_after_the_other(name):
         np.testing.assert_array_equal(expected, sampling.reference()(x, u, sampling.options(6, **OPTIONS[name])))
 
 
+@pytest.mark.extended(but=("greedy", "usual", "all"))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_kernel_chooses_the_token_of_the_formula(name):
     for V in SIZES:

@@ -74,6 +74,7 @@ def test_a_mask_hides_what_is_of_another_segment_or_later():
     np.testing.assert_array_equal(host(in_order)[0, 0], [[0, 1, 1], [0, 0, 1], [1, 1, 0], [1, 1, 1]])
 
 
+@pytest.mark.extended(but=("documents-4", "rest-1"))
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("ends", ENDS)
 def test_attention_by_the_lengths_of_documents(ends, kv_heads):
@@ -82,6 +83,7 @@ def test_attention_by_the_lengths_of_documents(ends, kv_heads):
     agree(attention.reference_packed(0.3), attention.vendor_packed(0.3), qkv(2, 9, 9, 4, kv_heads, 16), (ends,), **EAGER)
 
 
+@pytest.mark.extended(but=("rest-4",))
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("ends", ENDS)
 def test_attention_by_lengths_in_parts(ends, kv_heads):
@@ -166,6 +168,7 @@ def test_blocks_without_a_group_give_zeros_and_no_gradient(b):
     assert (dw[1:] == 0).all()
 
 
+@pytest.mark.extended(but=("random", "one_token"))
 @pytest.mark.parametrize("choice", ["random", "all", "one_expert", "more_experts_than_assignments", "one_token", "many"])
 def test_permute_and_combine(choice):
     """To and fro: the rows that the plan of one-row blocks gives, and the same sums of what comes back."""

@@ -203,7 +203,10 @@ RECOMPUTED = {
 OVERFLOWING = "moe, dp2 ep2, half the capacity"
 LAYOUTS_RUN = {**LAYOUTS, OVERFLOWING: ("tight", dict(dp=2, ep=2))}
 
-# Left out of the default tests: more of the same, at 10 seconds of a core for each process. The others have 2 processes and, between them,
+# In the default suite; the others are in the extended one, but for the SLOW ones.
+DEFAULT = ("pp2, 1F1B, tied", "tp2, sequence parallel, loss in chunks", "moe, cp2 ep2")
+
+# Left out of both: more of the same, at 10 seconds of a core for each process. The others have 2 processes and, between them,
 # each kind of parallelism, ZeRO, adapters and experts; test_manual.py has the ops on 4.
 SLOW = (
     "tp2, sequence parallel, preferences",

@@ -105,6 +105,7 @@ def saved(tmp_path_factory):
     return folders, arrays, written
 
 
+@pytest.mark.extended(but=("*one*",))
 @pytest.mark.parametrize("model, name", CASES)
 def test_every_layout_saves_the_same_arrays_each_element_once_and_by_all_ranks(model, name, saved):
     folders, arrays, written = saved
@@ -158,6 +159,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (4, 8))])
 def test_processes_save_while_they_train_and_go_on_in_another_layout(count, tmp_path):
     model, layouts = GROUPS[count]

@@ -75,6 +75,7 @@ def test_a_row_with_more_documents_than_attention_was_compiled_for_is_refused(id
                 context.check_documents(mesh, count - 1, batch)
 
 
+@pytest.mark.extended(but=("2",))
 @pytest.mark.parametrize("ring", [1, 2, 4])
 def test_lengths_say_of_each_token_of_a_ring_which_keys_it_sees(ring):
     """Rows of random documents, among them of one token and of a whole row, on every rank: the own keys by the ends of documents, those

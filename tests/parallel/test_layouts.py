@@ -28,10 +28,14 @@ def one_process(model, loop, micro, packed, evaluate, optim, groups, prefer):
     return layouts.run(model, options)
 
 
+def suite_of(name):
+    return "slow" if name in SLOW else "default" if name in layouts.DEFAULT else "extended"
+
+
 def group_of(name):
-    """The layouts that run in the processes of this one: of as many ranks, and as slow; no more than GROUP."""
-    count = layouts.processes(LAYOUTS_RUN[name][1])
-    alike = [n for n, (_, options) in LAYOUTS_RUN.items() if layouts.processes(options) == count and (n in SLOW) == (name in SLOW)]
+    """The layouts that run in the processes of this one: of as many ranks, and of the same suite of tests; no more than GROUP."""
+    count, suite = layouts.processes(LAYOUTS_RUN[name][1]), suite_of(name)
+    alike = [n for n, (_, options) in LAYOUTS_RUN.items() if layouts.processes(options) == count and suite_of(n) == suite]
     start = alike.index(name) // GROUP * GROUP
     return count, tuple(alike[start : start + GROUP])
 
@@ -52,6 +56,7 @@ def found(name):
     return [{key.split("|")[1]: v for key, v in rank.items() if key.startswith(f"{name}|")} for rank in ranks]
 
 
+@pytest.mark.extended(but=layouts.DEFAULT)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS])
 def test_a_layout_equals_one_process(name):
     model, options = LAYOUTS[name]
@@ -85,6 +90,7 @@ def test_recomputed_layers_are_bitwise_those_that_are_kept(name):
             np.testing.assert_array_equal(rank[key], kept[key], err_msg=key)
 
 
+@pytest.mark.extended
 def test_what_does_not_fit_into_the_buffers_is_counted_alike_on_every_rank():
     """Two layers, rows of 16 tokens, 2 choices a token, and slots for half of them."""
     lost = [[rank[f"expert_overflow.{at}"] for at in range(layouts.STEPS)] for rank in found(OVERFLOWING)]

@@ -48,6 +48,7 @@ def expected(layout, name):
     return checks(kv_repeat)[name], on_one_device(name, kv_repeat), [sharding_of(layout, rank) for rank in range(4)]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("layout, name", CASES)
 def test_results_are_those_of_one_device(ranks, layout, name):
     check, (ys, _), shardings = expected(layout, name)
@@ -56,6 +57,7 @@ def test_results_are_those_of_one_device(ranks, layout, name):
             assert_close(cut(sharding, y, dims), ranks[rank][f"{layout}.{name}.{i}"], tolerance(name), f"result {i} on rank {rank}")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("layout, name", CASES)
 def test_gradients_are_those_of_one_device(ranks, layout, name):
     """Summed over the data ranks that hold the same operand, as sharding.py says; all ranks' sums are looked at."""

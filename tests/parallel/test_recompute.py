@@ -46,6 +46,7 @@ def run(cfg, loop, recompute):
 kept = functools.lru_cache(functools.partial(run, recompute="none"))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("cfg, loop, recompute", [*RUNS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_RUNS)])
 def test_recomputed_steps_are_bitwise_those_that_keep_all(cfg, loop, recompute):
     (want, want_params), (found, params) = kept(cfg, loop), run(cfg, loop, recompute)

@@ -143,6 +143,7 @@ def placed(case, lowering):
     return tree_leaves(place(case.sharding(lowering, RANKS[lowering]), param_specs(case.cfg)))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("lowering, name", SOUND)
 def test_every_collective_is_accounted_for(compiled, lowering, name):
     case = CASES[name]

@@ -51,6 +51,7 @@ def tokens(served):
     return [[event.token for event in events] for events in served]
 
 
+@pytest.mark.extended(but=("dense_tied",))
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in CONTINUATIONS])
 def test_greedy_tokens_are_those_of_transformers(name):
     """Of prompts of mixed lengths, more of them than slots."""
@@ -97,6 +98,7 @@ def test_neither_order_nor_neighbours_change_a_bit(params):
     assert tokens(other_seed) != tokens([alone[2]])
 
 
+@pytest.mark.extended
 def test_draws_are_distributed_as_the_model_says(params):
     """The first token, drawn on the host, and the second, drawn on the device: chi squared of 300 samples, cut to the 4 likeliest."""
     n, k, prompt = 300, 4, [5, 9, 2]

@@ -27,6 +27,7 @@ def test_every_layout_is_in_a_group():
     )
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("group", GROUPS, ids=str)
 def test_tokens_are_those_of_transformers_on_every_rank(group):
     nproc, names = group
@@ -39,6 +40,7 @@ def test_tokens_are_those_of_transformers_on_every_rank(group):
             np.testing.assert_array_equal(rank[name], want, err_msg=name)
 
 
+@pytest.mark.extended
 def test_weights_in_8_bits_give_the_logits_of_one_process():
     one = int8_logits({})
     for rank in run("tests.qwen3.engine_layouts:main_int8", 2):

@@ -26,6 +26,7 @@ def prompts(cfg, lengths=(7, 3, 5)):
     return [row.tolist() for row in documents(cfg, lengths)]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "kind, options", [("dense", {}), *(pytest.param(kind, DRAWN, marks=() if kind == "moe" else SLOW) for kind in KINDS)]
 )

@@ -53,6 +53,7 @@ def test_all_matrices_and_nothing_else_are_in_8_bits(kind):
         assert difference <= np.abs(host(w)).max() / 254 * 1.001, path
 
 
+@pytest.mark.extended(but=("*cpu",))
 @pytest.mark.parametrize("kernels", [FUSED, REFERENCE], ids=["cpu", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_floats(kind, kernels):
@@ -72,6 +73,7 @@ def test_scores_are_those_of_the_floats(kind):
         assert_close(a, b, 1e-5)
 
 
+@pytest.mark.extended(but=("dense-cpu",))
 @pytest.mark.parametrize("kernels", [FUSED, REFERENCE], ids=["cpu", "reference"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_prefill_and_decode_are_those_of_the_floats(kind, kernels):
@@ -87,6 +89,7 @@ def test_prefill_and_decode_are_those_of_the_floats(kind, kernels):
         assert_close(a, b, 1e-5)
 
 
+@pytest.mark.extended(but=("dense",))
 @pytest.mark.parametrize("kind", ["dense", "mixed"])
 def test_the_engine_gives_the_text_of_the_floats(kind):
     cfg, params, floats = pair(kind)

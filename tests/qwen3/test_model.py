@@ -115,6 +115,7 @@ def test_a_packed_document_is_what_it_is_in_a_row_of_its_own(kind):
         assert_close(host(alone), packed[:, part], 1e-5)
 
 
+@pytest.mark.extended(but=("none",))
 @pytest.mark.parametrize("recompute", ["none", "full", "attention"])
 def test_attention_by_the_lengths_of_documents_trains_as_by_segments(recompute):
     """Documents of 1 to 16 tokens, one of them a whole row, and padding; loss, metrics and gradients."""
@@ -161,6 +162,7 @@ def test_loss_is_the_mean_over_weighted_targets(kind):
     assert_close(np.float32(expected), loss, 1e-5)
 
 
+@pytest.mark.extended(but=("qwen2",))
 @pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "qwen2", "moe"])
 def test_prefill_and_decode_equal_the_full_forward(kind):
     """Prompts of different lengths in one batch, teacher-forced from there on."""
@@ -290,6 +292,7 @@ def test_annotations_hold_for_every_op(kind):
     assert len(sharding.called) > 20
 
 
+@pytest.mark.extended
 def test_a_wrong_annotation_of_any_op_is_caught():
     cfg, right = MOE.replace(num_layers=1, qkv_bias=True), Recorded()
     params = random_params(cfg)

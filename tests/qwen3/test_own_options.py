@@ -189,6 +189,7 @@ def edited(monkeypatch):
         cache.cache_clear()
 
 
+@pytest.mark.extended(but=("dense",))
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_an_edit_of_a_function_of_the_model_reaches_generation(edited, cfg):
     """In a dense model the fused op of the feed-forward half does not know of the scale, and is turned off; in a mixture of experts the
