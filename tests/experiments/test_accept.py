@@ -68,6 +68,7 @@ def failed(facts):
     return {stage["name"] for stage in facts["stages"] if stage["outcome"] == FAIL}
 
 
+@pytest.mark.extended
 def test_a_report_says_what_this_machine_is(cheap):
     _, facts = cheap
     assert facts["result"] == PASS and facts["quick"] and facts["ranks"] == 1 and facts["failed"] == []
@@ -107,6 +108,7 @@ def page_of(out):
     return page
 
 
+@pytest.mark.extended
 def test_the_page_loads_nothing_and_has_the_facts_of_the_json_file(cheap):
     out, facts = cheap
     page, source = page_of(out), (out / report.HTML).read_text()

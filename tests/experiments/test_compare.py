@@ -135,6 +135,7 @@ def test_all_that_a_sweep_writes_may_be_given(tmp_path):
         assert [line.split() for line in lines[:3]] == [["run", "loss"], ["lr=1", "2.0000"], ["lr=2", "2.0000"]]
 
 
+@pytest.mark.extended
 def test_mistakes_are_named(tmp_path):
     a = write(tmp_path / "a", [step(1, 2.0)])
     for arguments, message in (

@@ -372,6 +372,7 @@ def test_the_command_line_prints_one_line_and_fails():
     assert done.returncode == 2 and "error: --top has no use with inspect; leave it out" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.extended
 def test_the_command_line_compares_two_folders(native, tmp_path):
     hf.save(tmp_path / "half", *hf.load(GOLDEN / "dense_tied"), dtype="bfloat16")
     command = [*COMMAND, "diff", native, tmp_path / "half", "--max_diff=1e-6", "--top=2"]

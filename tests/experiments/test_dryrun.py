@@ -111,6 +111,7 @@ def test_a_rank_has_the_bytes_and_the_collectives_that_the_layout_says(fast):
     assert max(compute, sent) < step <= compute + sent and step == pytest.approx(compute + exposed, rel=0.05)
 
 
+@pytest.mark.extended
 @needs_standin
 @pytest.mark.slow
 def test_what_is_planted_is_found(spoiled):
@@ -122,6 +123,7 @@ def test_what_is_planted_is_found(spoiled):
     assert "AllReduce of 1 elements of 4 bytes over ranks 1 3: 0 in a step, but 2 by the signatures" in found  # the loss'
 
 
+@pytest.mark.extended
 @needs_standin
 def test_a_report_reads_as_text_and_as_a_picture(fast, tmp_path):
     text = "\n".join(dryrun_report.text(fast))
@@ -130,6 +132,7 @@ def test_a_report_reads_as_text_and_as_a_picture(fast, tmp_path):
     assert "<svg" in (tmp_path / "memory.svg").read_text()
 
 
+@pytest.mark.extended
 @needs_standin
 @pytest.mark.slow
 @pytest.mark.parametrize("planted", PLANTED)

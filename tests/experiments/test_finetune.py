@@ -98,6 +98,7 @@ def rows():
         return {packing: corpus.load(config_of(**{"data.packing": packing, "data.held_out": 0.2}), 320) for packing in ("packed", "padded")}
 
 
+@pytest.mark.extended
 def test_packed_and_padded_rows_have_the_loss_of_the_next_tokens_of_each_conversation(rows, base):
     """Of what a model gives each conversation alone, the mean negative log probability of the token after each place: labels that are
     shifted once more, or not at all, are far from it."""
@@ -136,6 +137,7 @@ def lora_config(base, **changes):
     return config_of(**{**LORA, **tokenizer, "lora.dropout": 0.1, "lora.targets": "q,v,o,down", **changes})
 
 
+@pytest.mark.extended
 def test_a_checkpoint_of_adapters_holds_nothing_else_and_the_base_is_as_it_was(base, lora_run):
     saved = Reader(step_folder(str(lora_run), 4))
     assert all(".lora." in name for name in saved.names) and len(saved.names) == 3 * 2 * 2 * 4  # params, m, v; layers; A, B; targets

@@ -102,6 +102,7 @@ def test_zero_3_gathers_narrow_weights_in_their_own_dtype():
     assert elements["float32"] == elements["bfloat16"] and sent["bfloat16"] < 0.6 * sent["float32"]
 
 
+@pytest.mark.extended
 def test_what_is_frozen_by_its_path_goes_through_a_checkpoint_and_leaves_as_float32(tmp_path):
     cfg = DENSE.replace(frozen=(("embed", "layers.*"), ("*w_up",)), frozen_dtype="bfloat16")
     config = make_config()

@@ -24,7 +24,7 @@ def text(opened, kind):
     return generate.generate(opened.params(Sharding(), kind), PROMPTS, opened.cfg, 20)
 
 
-@pytest.mark.extended(but=("dense",))
+@pytest.mark.extended
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 def test_the_text_is_that_of_the_floats_that_the_numbers_stand_for(tmp_path, cfg):
     params = random_params(cfg)

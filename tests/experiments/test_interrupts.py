@@ -39,6 +39,7 @@ def check(done):
     assert (done.returncode, done.stderr) == (130, "stopped    by Ctrl-C\n"), (done.returncode, done.stderr)
 
 
+@pytest.mark.extended(but=("*pretrain*", "*serve*"))
 @pytest.mark.parametrize("main", MAINS + PACKAGES)
 def test_a_main_that_still_imports_ends_with_one_line(main, hook):
     check(interrupted(hook, "numpy", f"experiments.{main}"))

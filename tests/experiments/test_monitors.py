@@ -47,6 +47,7 @@ def by_group(tree):
     return out
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "cfg, clip",
     [pytest.param(DENSE, 0.05, marks=pytest.mark.slow), (MOE.replace(router_bias=True, num_layers=1), 0.05)],

@@ -197,6 +197,7 @@ def test_editing_an_answer_changes_no_other_answer_of_its_row():
     assert before["chosen_logp"].asnumpy() == pytest.approx(after["chosen_logp"].asnumpy(), rel=1e-6)
 
 
+@pytest.mark.extended
 def test_under_adapters_the_reference_is_the_model_without_them():
     config, pairs, params = config_of("dpo", row_pairs=3), made_pairs("dpo"), random_params(LORA)
     config.lora.rank = 2
@@ -211,7 +212,7 @@ def test_under_adapters_the_reference_is_the_model_without_them():
     assert abs(want.mean() - np.log(2)) > 1e-3 and found.asnumpy() == pytest.approx(want.mean(), rel=1e-5)
 
 
-@pytest.mark.extended(but=("reward*",))
+@pytest.mark.extended
 @pytest.mark.parametrize("loss, cfg", [("dpo", LORA.replace(num_layers=1)), ("reward", DENSE.replace(num_layers=1, num_labels=1))])
 def test_a_compiled_step_has_the_loss_and_the_gradient_of_the_eager_one(loss, cfg):
     config, params = config_of(loss), random_params(cfg)

@@ -246,6 +246,7 @@ def test_a_shipped_config_beats_the_bigram_model(name, steps, margin, tmp_path):
     assert last["final_loss"] < last["bigram_loss"] - margin
 
 
+@pytest.mark.extended
 def test_evaluating_a_run_gives_the_held_out_loss_that_it_ended_with(finished, tmp_path):
     _, run = finished
     command = [sys.executable, "-m", "experiments.evaluate", f"--workdir={run}", f"--json={tmp_path}/out.json"]

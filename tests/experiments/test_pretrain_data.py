@@ -224,6 +224,7 @@ def test_bad_data_is_a_clear_error(path, changes, message, folder):
         corpus.load(config, config.model_args.vocab_size)
 
 
+@pytest.mark.extended
 def test_a_run_stopped_within_an_epoch_of_a_blend_of_packed_documents_takes_each_sample_once(folder, tmp_path, monkeypatch):
     """And, of a step that is watched, with the loss of each source."""
     changes, taken, take = {"train.steps": 6, "train.log_every": 1, "train.monitor_every": 6}, [], Loader.__next__

@@ -155,6 +155,7 @@ def finished(text, tmp_path_factory):
     return folder
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("phase", [phase if phase == "sample" else pytest.param(phase, marks=pytest.mark.slow) for phase in PHASES])
 def test_sigterm_while_a_run_finishes_ends_it_and_the_same_command_finishes(phase, finished, text, tmp_path, monkeypatch, capsys):
     (holder, name, there), run = PHASES[phase], tmp_path / "run"
@@ -234,6 +235,7 @@ def test_a_run_with_more_steps_behind_it_than_it_should_have_is_refused(whole, t
     assert not (run / "finished.json").exists()
 
 
+@pytest.mark.extended
 def test_a_run_whose_last_checkpoint_was_not_saved_is_not_finished(text, tmp_path, monkeypatch, capfd):
     run, config = tmp_path / "run", config_of(text, **{"checkpoint.on_error": "continue", "checkpoint.every": 3})
     with monkeypatch.context() as patch:

@@ -185,7 +185,7 @@ def check_file(name, how, run, longer, text, folder):
     assert json.loads((folder / "finished.json").read_text()) == {"step": 7}
 
 
-@pytest.mark.extended(but=("*truncated", "config.json-changed"))
+@pytest.mark.extended
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", QUICK)
 def test_a_file_that_is_not_as_the_run_wrote_it_is_refused_by_name_or_does_no_harm(name, how, run, longer, text, tmp_path):

@@ -71,6 +71,7 @@ def test_requests_are_cut_as_lm_evaluation_harness_cuts_them(model):
     assert scoring.encode_pair(model, "", "<|im_end|>def")[1] == encode("def")
 
 
+@pytest.mark.extended
 def test_requests_of_all_lengths_score_as_each_alone(model):
     pairs = [scoring.encode_pair(model, *pair) for pair in scoring_worker.PAIRS]
     found = scoring.loglikelihood(model, scoring_worker.PAIRS)

@@ -54,6 +54,7 @@ def test_requests_tokens_slots_and_times_are_counted():
         until(lambda: scraped(port)[("qwen3_texts_running",)] == 0)
 
 
+@pytest.mark.extended
 def test_running_and_waiting_texts_are_told_apart():
     tokenizer = scripted_engine.tokenizer()
     with listening(tokenizer, make=lambda: scripted_engine.Scripted(tokenizer, ["word " * 4000], 0.01)) as (port, worker):

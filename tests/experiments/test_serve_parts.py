@@ -664,6 +664,7 @@ def test_a_signal_while_the_model_is_loaded_ends_the_server(tmp_path):
     assert process.wait(10) == -signal.SIGTERM
 
 
+@pytest.mark.extended
 def test_templates_without_end_of_one_client_do_not_keep_others_waiting(tokenizer):
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     looping = Tokenizer(

@@ -122,6 +122,7 @@ def test_a_batch_with_more_documents_than_attention_takes_ends_the_run():
         program.evaluate(state, [batch])
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("micro", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_equals_one_batch(micro, gentle_run):
     got = run(DENSE, make_config(**{"parallel.micro_batches": micro, **GENTLE}))

@@ -76,6 +76,7 @@ def test_weights_of_a_layout_are_saved_as_they_were_read(name, ranks, tmp_path):
     assert all(rank[f"{name}|bytes"] < 0.7 * total for rank in found)
 
 
+@pytest.mark.extended
 def test_only_rank_0_holds_a_whole_tensor_and_nothing_more(ranks):
     found = ranks[1]
     assert all(rank["large|right"] for rank in found)

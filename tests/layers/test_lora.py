@@ -136,6 +136,7 @@ def test_dropout_before_experts_is_refused():
         Lora(4, 8.0, ("q", "router"), dropout=0.1)
 
 
+@pytest.mark.extended
 def test_a_model_without_adapters_is_the_one_it_was():
     cfg = DENSE.replace(num_layers=1)
     params, batch = random_params(cfg), packed_batch(cfg)

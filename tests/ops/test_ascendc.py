@@ -70,6 +70,7 @@ def test_rope(shape, chip):
         agree(rope.reference_norm(eps), ascendc_rope.ascendc_norm(eps), [x, w], fixed, ways=how)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", some([*entropy_cases.SHAPES, (3, 20000)]), ids=str)
 def test_cross_entropy(shape, chip):

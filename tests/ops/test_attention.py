@@ -333,6 +333,7 @@ print(json.dumps([run(length) - start for length in (4096, 8192)]))
 """
 
 
+@pytest.mark.extended
 def test_memory_is_linear_in_length():
     """The scores of 2 heads at length 8192 would be 512 MiB; inputs, results and gradients are 25 MiB."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)

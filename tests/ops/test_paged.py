@@ -165,6 +165,7 @@ def packed_formula(q, k, v, table, row, position):
     return formula(q, k, v, table[np.maximum(row, 0)], np.where(row < 0, 0, position + 1))
 
 
+@pytest.mark.extended(but=("*cpu*", "*eager"))
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 @pytest.mark.parametrize("form", PACKED)
 @pytest.mark.parametrize("name", READ)

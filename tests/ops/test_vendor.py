@@ -92,6 +92,7 @@ def test_attention_by_lengths_in_parts(ends, kv_heads):
     agree_in_parts(expected, found, qkv(2, 9, 9, 4, kv_heads, 16), np.array(ENDS[ends], np.int32))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("meets", [[[3, 2], [0, 1]], [[7, 5], [7, 1]], [[1, 5], [2, 3]]], ids=str)
 def test_attention_of_a_document_across_two_places(meets):
     """Some, none and all of the queries meet some or all of the keys."""

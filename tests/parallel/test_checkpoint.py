@@ -137,6 +137,7 @@ def restore_and_compare(folder, cfg, options, arrays):
 FEW = ("dp2 tp2, ZeRO 3, scan", "pp2 dp2, ZeRO 1")
 
 
+@pytest.mark.extended(but=("*tp2*", "*pp2*", "*ZeRO 3*"))
 @pytest.mark.parametrize("model, name", CASES)
 def test_a_layout_restores_what_others_saved(model, name, saved):
     folders, arrays, _ = saved

@@ -9,6 +9,8 @@ from parallel.mesh import Mesh
 from tests.parallel.collectives_worker import KINDS, MODES, cases, in_default_tests, result_shape
 from tests.processes import run
 
+pytestmark = pytest.mark.extended
+
 
 def everyone(x, n):
     return [x] * n

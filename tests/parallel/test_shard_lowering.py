@@ -36,7 +36,7 @@ SLOW_OPS = {
 }
 SLOW_TRAFFIC = (*SLOW["manual"], "zero1", "zero2", "zero3", "cp-ring", "cp-ulysses")
 
-pytestmark = pytest.mark.skipif(standin.unavailable() is not None, reason=str(standin.unavailable()))
+pytestmark = [pytest.mark.extended, pytest.mark.skipif(standin.unavailable() is not None, reason=str(standin.unavailable()))]
 
 
 def cases(table):

@@ -37,6 +37,7 @@ def flat_gradients(fn, like, leaves, batch):
     return ms.value_and_grad(of_leaves, tuple(range(count)))(*leaves)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("cfg", [pytest.param(DENSE, marks=pytest.mark.slow), MOE], ids=["dense", "moe"])
 def test_gradients_in_a_graph_equal_eager_ones_as_parameters_change(cfg):
     """Five SGD steps, each form on its own trajectory: arguments in a graph, closed-over Parameters in a graph, and the reference."""
@@ -253,6 +254,7 @@ def layer(p, x, consts):
     return x, reshape(total(x), (1,))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("shapes", LEAVES)
 def test_the_layer_loop_takes_leaves_of_any_shapes(shapes):
     """Gradients of the loop over 3 stacked layers are those of the layers one after the other."""

@@ -126,6 +126,7 @@ def test_stops_end_a_row_and_let_the_next_one_in(params):
         assert [e.finish_reason for e in events] == [None] * upto + ["stop"]
 
 
+@pytest.mark.extended(but=("True",))
 @pytest.mark.parametrize("by_host", [False, True])
 def test_a_row_that_stops_lets_the_next_one_in_before_the_others_are_done(params, by_host):
     """Where others wait, a round of decoding ends with the first row that stops; else it goes on until the last one has."""

@@ -10,6 +10,8 @@ from tests.qwen3.engine_layouts import LAYOUTS, int8_logits, tokens
 from tests.qwen3.test_engine import CONTINUATIONS
 from tests.tiny import assert_close
 
+pytestmark = pytest.mark.extended
+
 USUAL = ("tp2",)
 GROUPS = [
     (2, USUAL),

@@ -69,6 +69,7 @@ def test_blocks_of_other_prompts_are_not_taken(params):
     assert e.totals.reused_tokens == 16  # of 24 tokens, as the last one's logits are wanted
 
 
+@pytest.mark.extended
 def test_rows_that_give_their_pages_back_end_with_the_same_texts(params):
     requests = [
         Request(p, 30, **more)

@@ -87,6 +87,7 @@ def test_draws_depend_on_seed_step_and_row_alone():
         assert token == ranked[np.searchsorted(upto, hash_uniform(7, np.uint32(4), row) * upto[-1], side="right")]
 
 
+@pytest.mark.extended
 def test_a_step_goes_on_from_the_cache_that_the_last_one_returned():
     """In place and not, the cache that comes back holds the same."""
     cfg, params = DENSE, random_params(DENSE)

@@ -106,6 +106,7 @@ def test_neither_a_request_nor_its_neighbours_depend_on_grammars_beside_them(tok
     assert run(engine, [free[0], bound[0], free[1], bound[1], free[2]]) == [alone[0], alone[3], alone[1], alone[4], alone[2]]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("begins, budget", [("before", 6), pytest.param("inside", 6, marks=pytest.mark.slow), ("inside", 0)])
 def test_reasoning_ends_at_its_budget(begins, budget, tokenizer, engine, compiler):
     """By the forced words, after which the answer is free; or follows its grammar."""

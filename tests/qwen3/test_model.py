@@ -187,6 +187,7 @@ def test_positions_past_the_end_of_the_cache_are_dropped():
     assert_trees_close(caches[0], caches[1], 1e-6)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", ["dense", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_a_step_in_few_ops_is_the_step_in_many(kind):
     """Bit for bit without experts, whose products are of as many rows as choose them. One row is past the end of the cache."""
@@ -203,6 +204,7 @@ def test_a_step_in_few_ops_is_the_step_in_many(kind):
 LOOPED = {"dense": DENSE, "moe": MOE.replace(router_bias=True)}
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
 def test_the_layer_loop_equals_unrolled_layers(kind):
     cfg = LOOPED[kind].replace(num_layers=3)

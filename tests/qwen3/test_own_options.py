@@ -57,6 +57,7 @@ def logits(cfg, kernels=None):
     return build(cfg, kernels=kernels).forward(params, batch["tokens"], batch["positions"], batch["segment_ids"])[0]
 
 
+@pytest.mark.extended(but=("dense*",))
 @pytest.mark.parametrize("base", [DENSE, MIXED], ids=["dense", "mixed"])
 def test_an_option_reaches_the_ops_of_its_layers_alone(built, base):
     layers = base.num_layers

@@ -315,6 +315,7 @@ def test_mutated_lines_give_records_or_errors_only(tmp_path):
             assert all(isinstance(message, str) for message in bad)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.arrow"])
 def test_memory_stays_flat(tmp_path, name, monkeypatch):
     monkeypatch.setattr(json_stream, "CHUNK", 1 << 14)
