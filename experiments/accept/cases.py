@@ -135,7 +135,7 @@ def _of_experts():
         Case("routing", (normal(R, E),), (), "top_k", with_options(k, True), dtypes=FLOATS[:1]),
         Case("routing", (normal(R, E),), (bias,), "top_k", with_options(k, False, True), dtypes=FLOATS[:1], more=(("router_bias", True),)),
         Case("routing", (), (expert,), "plan", with_options(E, 4), gradient=False, dtypes=FLOATS[:1]),
-        Case("routing", (), (expert,), "send_plan", with_options(E, 2, None), gradient=False, dtypes=FLOATS[:1]),
+        Case("routing", (), (expert,), "send_plan", with_options(E, 2, 0.5), gradient=False, dtypes=FLOATS[:1]),
         Case("routing", (normal(R, D),), (padded.astype(np.int32),), "take"),
         Case("routing", (normal(R, D),), (expert,), "permute", with_options(E, 1), more=unpadded),
         Case("routing", (rows,), (slot, weight), "combine", more=unpadded),
