@@ -18,6 +18,12 @@ is read again later.
 The tokens of a request do not depend on its slot nor on the other requests: a random draw depends only on the request's seed, the number of
 the token and the number of the sample; and with the C++ kernels, in a dense model, what is computed of a token has the same bits whatever
 is read or decoded beside it. Only a row that was read again has other roundings, as its new tokens were then read and not decoded.
+
+With speculation (speculate=N), up to N tokens that may come next are guessed by prompt lookup (qwen3/lookup.py) and read together with the
+last token, in one flat batch of all rows. Then the next token is chosen after each of them, as if none were guessed, for as long as the
+choice is the guess. For a guess that is fixed before, this is rejection sampling: it is accepted with its probability, and else the token
+is drawn from the others. So the tokens, also drawn ones, are those that the seed gives without guesses. All new tokens are then read by
+the graphs that read prompts, so their bits depend on no neighbour and no guess; their roundings are not those of the graphs that decode.
 """
 
 import time
@@ -33,6 +39,7 @@ from parallel.random import hash_uniform
 from parallel.sharding import DATA, Sharding
 from qwen3.cache import Known, PagedCache, known_blocks, round_up, writes_in_place
 from qwen3.generate import CHUNK, decode_loop, extended_pages
+from qwen3.lookup import Lookup
 from qwen3.model import choose_kernels
 from qwen3.stages import build_extend, own_layers
 from qwen3.steering import GuideError, Steering, steered
@@ -41,6 +48,7 @@ READS = 4  # the most flat batches of prompts that one step reads
 NARROW = 32  # tokens of the narrowest batch of prompts
 OLDEST = 4  # the prompt that came first gets at least one part in so many of each batch; of the rest, the shortest come first
 PAGE = 64  # tokens of a page; the kernel of decoding takes as many keys at a time
+GUESSES = 8  # tokens of the narrowest batch that checks guesses; the others are 2, 4, ... times as wide
 STOPS = 8  # the number of stop ids per row in the compiled graph is rounded up to a multiple of this
 NEVER = -1  # no token has this id; it fills up the stop ids, and stands for the token that a failed row does not have
 
@@ -106,7 +114,7 @@ class _Row:
     options: [1, 4], for sampling. limit: the most new tokens. known: the blocks of its prompt, see qwen3/cache.py. pages: its pages, in
     order. read: how many tokens are in them, while `reading`: the prompt, and of a row that is read again its new tokens but the last.
     count: how many new tokens there are; token: the last of them; made: all of them. steering: see qwen3/steering.py; None where nothing
-    steers.
+    steers. lookup: see qwen3/lookup.py; None without speculation.
     """
 
     id: int
@@ -121,6 +129,7 @@ class _Row:
     token: int = 0
     made: list = field(default_factory=list)
     steering: Steering | None = None
+    lookup: Lookup | None = None
 
     @property
     def at(self):
@@ -156,7 +165,8 @@ class _Row:
 @dataclass
 class Totals:
     """Sums over all steps: tokens of prompts that were read, and the seconds for them; decoded tokens, without the first of each request,
-    and the seconds for them; tokens of prompts that were not read because the cache had them; rows that gave their pages back."""
+    and the seconds for them; tokens of prompts that were not read because the cache had them; rows that gave their pages back; tokens that
+    were guessed, and those of them that were right."""
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
@@ -164,6 +174,8 @@ class Totals:
     decode_s: float = 0.0
     reused_tokens: int = 0
     preempted: int = 0
+    guessed_tokens: int = 0
+    right_tokens: int = 0
 
 
 class Engine:
@@ -173,7 +185,7 @@ class Engine:
     prompt and new tokens together, rounded up to whole pages. prefill_chunk: the most prompt tokens that are read at a time. sharding: the
     layout, without sequence parallel and ZeRO. kernels: see qwen3.model.build. cache_tokens: how many tokens the cache has room for; by
     default all slots at full length. page: tokens of a page. reuse: whether prompts share the blocks that they begin with. reads: the most
-    batches of prompts that one step reads. totals: see Totals.
+    batches of prompts that one step reads. speculate: the most tokens that are guessed of a row at a time; 0: none. totals: see Totals.
 
     The ranks of one tensor parallel group, and of one pipeline, must make the same calls; they compute the same tokens. Under a pipeline,
     each stage has the cache of its own layers, and the last stage broadcasts its logits, from which every rank chooses on the host. Data
@@ -195,6 +207,7 @@ class Engine:
         page=PAGE,
         reuse=True,
         reads=READS,
+        speculate=0,
     ):
         cache_tokens = slots * round_up(length, page) if cache_tokens is None else cache_tokens
         numbers = {
@@ -208,8 +221,10 @@ class Engine:
         for key, value in numbers.items():
             if value < 1:
                 raise ValueError(f"engine: {key}={value} must be 1 or more")
+        if speculate < 0:
+            raise ValueError(f"engine: speculate={speculate} must be 0 or more")
         pages, self.sharding, self.slots, self.totals = -(-cache_tokens // page), sharding, slots, Totals()
-        self.length, self.reads, self._reuse = min(round_up(length, page), pages * page), reads, reuse
+        self.length, self.reads, self._reuse, self._speculate = min(round_up(length, page), pages * page), reads, reuse, speculate
         sharding = sharding or Sharding()
         # With a capacity factor, a token that finds no slot at its expert would be dropped without an error.
         self.params, self.cfg = params, cfg.replace(moe_capacity_factor=None)
@@ -224,7 +239,7 @@ class Engine:
         self.cache = PagedCache(cfg, pages, page, kv_heads, layers)
         self._staged = build_extend(self.cfg, sharding, self.kernels) if staged else None
         self._sample = sampling_op.cpu() if self.kernels.sampling == "cpu" else sampling_op.reference()
-        self._on_device = self.kernels.sampling == "cpu" and writes_in_place(self.kernels) and not staged
+        self._on_device = self.kernels.sampling == "cpu" and writes_in_place(self.kernels) and not staged and not speculate
         experts_sharded = sharding.shards("experts") > 1
         self._largest = collectives.pmax(sharding.mesh, DATA) if experts_sharded else None
         self._widths = sorted({min(NARROW, prefill_chunk), min(max(NARROW, prefill_chunk // 4), prefill_chunk), prefill_chunk})
@@ -241,7 +256,10 @@ class Engine:
             self._read(width, [])
         if self._on_device:
             self._decode_on_device(1, [])
-        if by_host or not self._on_device:
+        if self._speculate:
+            for width in sorted({self._wide_enough(n) for n in range(1, self.slots * (1 + self._speculate) + 1)}):
+                self._checked_guesses({}, {}, width)
+        elif by_host or not self._on_device:
             token, at, table = self._inputs({})
             self._extended(table, token, at)
 
@@ -276,8 +294,8 @@ class Engine:
 
     def step(self, most=CHUNK):
         """Reads up to `reads` batches of prompts and decodes up to `most` tokens of each running row: one after each batch, and the rest
-        when no prompt is left to read. Returns a list of Events, in order for each request. A small `most` returns tokens sooner; a large
-        one has less overhead a token."""
+        when no prompt is left to read. With speculation, the right guesses come in addition. Returns a list of Events, in order for each
+        request. A small `most` returns tokens sooner; a large one has less overhead a token."""
         events, decoded = [], 0
         for _ in range(self.reads):
             self._admit()
@@ -296,7 +314,8 @@ class Engine:
         """Decodes up to `most` tokens of each running row, as many as the ranks agree on. Returns how many."""
         steps, by_host = self._agreed(self._steps(most), self._by_host())
         if steps > 0:
-            self._timed("decode", self._decode_by_host if by_host else self._decode_on_device, steps, events)
+            decode = self._decode_with_guesses if self._speculate else self._decode_by_host if by_host else self._decode_on_device
+            self._timed("decode", decode, steps, events)
         return steps
 
     def _checked(self, request):
@@ -342,6 +361,8 @@ class Engine:
             coming |= {block.digest for block in row.known[there:]}
             if steered(row.request) and row.steering is None:
                 row.steering = Steering(row.request, self.cfg.vocab_size)
+            if self._speculate and row.lookup is None:
+                row.lookup = Lookup(row.request.prompt, self._speculate)
 
     def _allocate(self, row):
         """Gives a waiting row the pages that it needs to be read, and returns True; False if there are not enough. One page is left for
@@ -537,6 +558,57 @@ class Engine:
                 self._choose([(b, self._rows[b]) for b in allotted], logits.asnumpy()[list(allotted)], events)
         return len(events) - before
 
+    def _decode_with_guesses(self, steps, events):
+        """Decodes each row up to `steps` times: by one token, and by the guesses that were right. Returns the number of new tokens."""
+        least, before = self._least(), len(events)
+        for _ in range(steps):
+            if len(self._decoding()) < least:
+                break
+            guesses = {b: row.lookup.draft(row.limit - row.count - 1) for b, row in self._decoding()}
+            allotted = self._grow(1 + max(map(len, guesses.values()), default=0))
+            guesses = {b: guesses[b][: room - 1] for b, room in allotted.items()}
+            (width,) = self._agreed(self._wide_enough(sum(1 + len(guess) for guess in guesses.values())))
+            logits, first = self._checked_guesses(allotted, guesses, width)
+            self._accept(guesses, first, logits, events)
+        return len(events) - before
+
+    def _wide_enough(self, count):
+        """Returns the width of the batch in which so many last tokens and guesses are read."""
+        width = GUESSES
+        while width < count:
+            width *= 2
+        return width
+
+    def _checked_guesses(self, allotted, guesses, width):
+        """Reads the last token of each row and its guesses, [slots] of lists, in a batch of this width. Returns (logits [width, V], the
+        place in it of each row's last token)."""
+        tokens, positions, of_row = np.zeros(width, np.int32), np.full(width, -1, np.int32), np.zeros(width, np.int32)
+        first, at = {}, 0
+        for b in allotted:
+            row, count = self._rows[b], 1 + len(guesses[b])
+            tokens[at : at + count] = [row.token, *guesses[b]]
+            positions[at : at + count] = np.arange(row.at, row.at + count)
+            of_row[at : at + count] = b
+            first[b], at = at, at + count
+        logits = self._extended(self._table([(b, self._rows[b]) for b in allotted]), tokens, positions, of_row)
+        return logits.asnumpy() if allotted else None, first
+
+    def _accept(self, guesses, first, logits, events):
+        """Chooses the next tokens of each row for as long as they are its guesses. logits, first: of _checked_guesses."""
+        going, right = {b: self._rows[b] for b in guesses}, dict.fromkeys(guesses, 0)
+        while going:
+            rows = list(going.items())
+            self._choose(rows, logits[[first[b] + right[b] for b, _ in rows]], events)
+            for b, row in rows:
+                at, guess = right[b], guesses[b]
+                if self._rows[b] is row and at < len(guess) and row.token == guess[at]:
+                    right[b] += 1
+                else:
+                    del going[b]
+                    row.lookup.learn(len(guess), at)
+        self.totals.guessed_tokens += sum(map(len, guesses.values()))
+        self.totals.right_tokens += sum(right.values())
+
     def _choose(self, rows, logits, events):
         """Chooses the next token of each row from logits [rows, V] (numpy), and appends its Event."""
         finite, adjusted = np.isfinite(logits.max(1)), {}  # the maximum is NaN if any logit is
@@ -568,6 +640,8 @@ class Engine:
         """Records the new token of a row and appends its Event. After the last token of the request, frees the slot."""
         row.token, row.count = token, row.count + 1
         row.made.append(token)
+        if row.lookup is not None:
+            row.lookup.take(token)
         if row.steering is not None:
             try:
                 row.steering.take(token)

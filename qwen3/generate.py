@@ -139,7 +139,7 @@ def _extend(cfg, kernels, sharding):
 
 
 def extended_pages(params, cache, table, tokens, positions, row, last, cfg, kernels, sharding=None):
-    """Reads tokens_R at positions_R (numpy int32) into a paged cache. Returns (logits_BV float32, cache). table_BM, row_R, last_B (numpy
+    """Reads tokens_R at positions_R (numpy int32) into a paged cache. Returns (logits float32, cache). table_BM, row_R, last_B (numpy
     int32; the last two may be None): see qwen3.model.extend_paged_cache. sharding: as of `extended`."""
     given = (None if x is None else ms.Tensor(x) for x in (table, tokens, positions, row, last))
     out = _extend_pages(cfg, kernels, sharding)(params, cache, *given)

@@ -160,10 +160,11 @@ def extend_cache(cfg, op, params, cache, tokens, positions, last):
 
 
 def extend_paged_cache(cfg, op, params, cache, table, tokens, positions, row, last):
-    """Reads tokens_R at positions_R of some rows into their pages. Returns (logits_BV float32, cache).
+    """Reads tokens_R at positions_R of some rows into their pages. Returns (logits float32, cache).
 
     table_BM: the pages of each row, see ops/paged_attention.py; a token for which its row has no page is not stored. row_R, last_B: the
-    row of each token, and for each row the number, in R, of the token whose logits are wanted. Both None: token b is the only one of row b.
+    row of each token, and for each row the number, in R, of the token whose logits are wanted: [B, V]. last None: those of all tokens are,
+    [R, V]. Both None: token b is the only one of row b.
     """
     tokens, positions = rearrange(tokens, "tokens -> tokens 1", {}), rearrange(positions, "tokens -> tokens 1", {})
     x, rows = embed(cfg, op, params, tokens), rows_over_pages(op, cache, table, positions, row)

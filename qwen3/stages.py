@@ -165,7 +165,7 @@ def build_score(cfg, sharding, kernels):
 
 
 def build_extend(cfg, sharding, kernels):
-    """Returns extend(params, cache, table, tokens_R, positions_R, row_R, last_B) -> (logits_BV, cache), see qwen3.generate.extended_pages.
+    """Returns extend(params, cache, table, tokens_R, positions_R, row_R, last_B) -> (logits, cache), see qwen3.generate.extended_pages.
 
     params: the tree of own_specs. cache: the pages of this rank's layers; each rank must have at least one layer.
     """
@@ -196,7 +196,7 @@ def build_extend(cfg, sharding, kernels):
         return [((given["tokens"].size, cfg.hidden_size), getattr(ms, cfg.compute_dtype))]
 
     def results(given):
-        return [((len(given["table"]), cfg.vocab_size), ms.float32)]
+        return [((len(given["tokens"] if given["last"] is None else given["last"]), cfg.vocab_size), ms.float32)]
 
     def idle(given):
         return {**given, "table": np.full_like(given["table"], -1)}  # no row has a page, so nothing is stored
