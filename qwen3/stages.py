@@ -178,9 +178,10 @@ def build_extend(cfg, sharding, kernels):
         for i in layers:
             own += (params["layers"][str(i)],)
         rows = model.rows_over_pages(op, batch["cache"], batch["table"], positions, batch["row"])
-        x, cache = model.layers_over_cache(cfg, op, own, layers, x, batch["cache"], rows, batch["row"] is None)
+        wanted = batch["last"] if at == last else None
+        x, cache = model.layers_over_cache(cfg, op, own, layers, x, batch["cache"], rows, batch["row"] is None, wanted)
         if at == last:
-            x = model.full_logits(cfg, op, params, x if batch["last"] is None else ops.gather(x, batch["last"], 0))
+            x = model.full_logits(cfg, op, params, x)
         return x if in_place else (x, cache)  # a graph copies what it returns
 
     stage, kept = _compiled(run, at == 0), None
