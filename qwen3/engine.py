@@ -11,9 +11,9 @@ of one of a few widths takes tokens of several prompts, some of a long one and a
 prompts are read decode a token; when no prompt is left to read, they decode many in one graph. So few graphs are compiled, and a long
 prompt stops neither the rows that decode nor short prompts that come after it.
 
-A prompt that begins like an earlier one shares the pages of the full blocks that both have, and reads only the rest; these pages stay
-until others need them. When a row that decodes needs a page and there is none, the row that came last gives its pages back and
-is read again later.
+A prompt that begins like an earlier one shares the pages of the full blocks that both have, copies what it has of the next block, and reads
+only the rest; these pages stay until others need them. When a row that decodes needs a page and there is none, the row that came last gives
+its pages back and is read again later.
 
 The tokens of a request do not depend on its slot nor on the other requests: a random draw depends only on the request's seed, the number of
 the token and the number of the sample; and with the C++ kernels, in a dense model, what is computed of a token has the same bits whatever
@@ -38,7 +38,7 @@ from parallel import collectives, host_memory
 from parallel.random import hash_uniform
 from parallel.sharding import DATA, Sharding
 from qwen3.cache import Known, PagedCache, known_blocks, round_up, writes_in_place
-from qwen3.generate import CHUNK, decode_loop, extended_pages
+from qwen3.generate import CHUNK, copied_page, decode_loop, extended_pages
 from qwen3.lookup import Lookup
 from qwen3.model import choose_kernels
 from qwen3.stages import build_extend, own_layers
@@ -49,6 +49,7 @@ NARROW = 32  # tokens of the narrowest batch of prompts
 OLDEST = 4  # the prompt that came first gets at least one part in so many of each batch; of the rest, the shortest come first
 PAGE = 64  # tokens of a page; the kernel of decoding takes as many keys at a time
 GUESSES = 8  # tokens of the narrowest batch that checks guesses; the others are 2, 4, ... times as wide
+PART = 8  # of a page at least one part in so many is worth a copy
 STOPS = 8  # the number of stop ids per row in the compiled graph is rounded up to a multiple of this
 NEVER = -1  # no token has this id; it fills up the stop ids, and stands for the token that a failed row does not have
 
@@ -252,6 +253,8 @@ class Engine:
         widths. by_host: also compile for tokens that are chosen on the host. The ranks of one job must call it together: a rank that
         compiles alone can keep the others waiting until their collectives time out.
         """
+        if self._reuse:
+            self.cache.arrays = copied_page(self.cache.arrays, 0, 0, self.kernels)
         for width in self._widths_of([*sizes, sum(sizes)]) if sizes else self._widths:
             self._read(width, [])
         if self._on_device:
@@ -369,15 +372,27 @@ class Engine:
         each running row that may still need one."""
         blocks, growing = self.cache.blocks, sum(len(other.pages) < self._pages(other.most) for other in self._rows if other)
         found = blocks.find(row.known)
+        source, part = self._part(row, len(found))
         blocks.share(found)
         needed = self._pages(row.target) - len(found)
         taken = blocks.take(needed) if needed + growing <= blocks.available() else None
         if taken is None:
             blocks.release(found)
             return False
-        row.pages, row.read, row.reading = found + taken, len(found) * self.cache.size, True
+        if part and source != taken[0]:
+            self.cache.arrays = copied_page(self.cache.arrays, source, taken[0], self.kernels)
+        row.pages, row.read, row.reading = found + taken, len(found) * self.cache.size + part, True
         self.totals.reused_tokens += row.read
         return True
+
+    def _part(self, row, found):
+        """Returns (page, count): the page of a block of which the first `count` tokens are those of the row after its first `found` blocks;
+        (None, 0) if that would save little. The last token of the prompt is not among them, as it is always read."""
+        if not self._reuse:
+            return None, 0
+        size, prompt = self.cache.size, row.request.prompt
+        page, count = self.cache.blocks.find_part(row.known[found - 1].digest if found else b"", prompt[found * size : -1][:size])
+        return (page, count) if count >= max(1, size // PART) else (None, 0)
 
     def _pages(self, tokens):
         return -(-tokens // self.cache.size)

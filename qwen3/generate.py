@@ -157,6 +157,31 @@ def _extend_pages(cfg, kernels, sharding):
     return jit(logits_alone if writes_in_place(kernels) else extend)
 
 
+def copied_page(cache, source, to, kernels):
+    """Copies page `source` of a paged cache into page `to`. Returns the cache."""
+    size = cache[0][0].shape[1]
+    given = np.array([source], np.int32), to * size + np.arange(size, dtype=np.int32)
+    out = _copy_page(kernels)(cache, *map(ms.Tensor, given))
+    return cache if writes_in_place(kernels) else out
+
+
+@functools.lru_cache(maxsize=8)
+def _copy_page(kernels):
+    """Returns copy(cache, source [1], slots [C]) -> the new cache, compiled; the source if the kernels write into the cache."""
+    write, in_place = registry.pick(kernels, "paged_write")(), writes_in_place(kernels)
+    gather, reshape = ops.Gather(), ops.Reshape()
+
+    def copy(cache, source, slots):
+        out, done = (), source
+        for k, v in cache:
+            new_k, new_v = (reshape(gather(x, source, 0), x.shape[1:]) for x in (k, v))
+            k, v = write(k, new_k, slots), write(v, new_v, slots)
+            out, done = (*out, (k, v)), ops.depend(done, (k, v))
+        return done if in_place else out
+
+    return jit(copy)
+
+
 @functools.lru_cache(maxsize=8)
 def decode_loop(cfg, kernels, sharding=None):
     """Returns decode(params, cache, table_BM or None, token_B, at_B, running_B int32, least int32, draws [n, B], options,
