@@ -32,7 +32,7 @@ number_flags.integer("seq_len", 32768, "context: tokens of the row", 8)
 number_flags.integer("layers", 28, "int8: layers of the model", 1, 28)
 flags.DEFINE_enum("cp_attention", "ring", ["ring", "ulysses"], "context: how ranks share attention")
 flags.DEFINE_enum("shape", "tiny", ["tiny", "wide"], "serve: 6 layers of hidden 256, or 8 of hidden 1024")
-PARTS = ["prefill", "batch", "reuse", "load"]
+PARTS = ["one", "many", "batch", "reuse", "load", "guess"]
 flags.DEFINE_multi_enum("part", PARTS, PARTS, "serve: what to measure; repeat the flag for several")
 number_flags.integer("threads", 1, "serve: threads of each program. With one, times are CPU seconds; with more, wall seconds", 1, 1024)
 number_flags.real("rate", None, "serve: requests a second that arrive in the load; default: 4 for tiny, 0.2 for wide", 1e-6, 1e6)

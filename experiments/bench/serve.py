@@ -1,9 +1,12 @@
 """The serving benchmark: the engine and transformers take turns to read prompts, to answer many requests at once, and to answer requests
 that arrive over time. The weights are random, and all tokens are chosen greedily."""
 
+import bisect
+import heapq
 import os
 import tempfile
 from operator import itemgetter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,22 +17,28 @@ from parallel.random import hash_uniform
 from parallel.specs import count
 from qwen3.config import Qwen3Config
 from qwen3.model import param_specs
+from qwen3.tokenizer import train_bpe
 
 SHAPES = {"tiny": MODEL, "wide": dict(MODEL, hidden_size=1024, num_layers=8, num_heads=16, num_kv_heads=8, head_dim=128, ffn_size=3072)}
-UNTIMED = {"tiny": 1, "wide": 0}  # a step of the wide shape takes a minute, and is little faster after another one
 RATES = {"tiny": 4.0, "wide": 0.2}  # requests a second that arrive, by default
 FIRST_S, TOKEN_S = {"tiny": 1.0, "wide": 15.0}, {"tiny": 0.05, "wide": 0.5}  # an answer in time: until its first token, and for each other
 PEERS = ("transformers",)  # the peers that generate
 PARTS = {  # the times of each part
-    "prefill": ("prefill_one", "prefill_many", "prefill_grouped"),
+    "one": ("prefill_one",),
+    "many": ("prefill_many", "prefill_grouped"),
     "batch": ("batch",),
     "reuse": ("reuse", "reuse_suffixes"),
     "load": (),
+    "guess": (),
 }
+OURS_ALONE = ("reuse", "guess")  # parts that compare the engine with itself
+GUESSES = 8  # tokens that are guessed at a time
+EDIT = "key=None", "key=None, strict=False"  # the change of the edited file
+TEXTS = ("edit", "new", "random")
 # lengths: of the `prompts` prompts that are read together, the least and the most; answers: of new tokens. reuse: `sharing` requests begin
 # with the same `shared` tokens. load: half of the `arrivals` requests begin with one of `texts` texts of `beginning` tokens.
 WORK = {"prompt": 512, "prompts": 16, "lengths": (32, 512), "answers": (16, 128)}
-WORK |= {"sharing": 50, "shared": 1000, "suffix": 128, "replies": 16, "arrivals": 60, "texts": 4, "beginning": 256}
+WORK |= {"written": 256, "sharing": 50, "shared": 1000, "suffix": 128, "replies": 16, "arrivals": 60, "texts": 4, "beginning": 256}
 
 
 def bench_serve(options, model=None, work=None):
@@ -46,6 +55,11 @@ def bench_serve(options, model=None, work=None):
     quotient. load: requests arrive at random times; first_s: seconds from there to the first token, at the median and the 90th percentile;
     token_s: for each token after it; in_time: the fraction of the answers with both below FIRST_S and TOKEN_S; goodput: those a second.
     With one thread, the clock of the load is CPU time, so that other work on the machine does not change it.
+
+    guess: speculation by prompt lookup, of one text and of four at a time. The prompt is a file of Python's library, and a script dictates
+    the answer: this file with a small change (edit), another file (new) or random tokens (random). plain_over_guess: the time without
+    speculation over the time with it, which includes the script's. per_step: tokens for each time that a row is decoded. right: the
+    fraction of the guesses.
     """
     if wrong := [peer for peer in options.peer if peer not in PEERS]:
         raise ValueError(f"--peer={wrong[0]} does not generate; use --peer={PEERS[0]}, or --what=train")
@@ -53,12 +67,14 @@ def bench_serve(options, model=None, work=None):
     figures = {"what": "serve", "parameters": count(param_specs(cfg)), "cores": os.cpu_count(), "threads": options.threads}
     job = {"what": "serve", "kernels": options.kernels, "threads": options.threads, "page": options.page, "clock": clock}
     job |= requests(cfg.vocab_size, work, options.rate or RATES[options.shape])
+    job |= {"guesses": GUESSES, "texts": texts(cfg.vocab_size, work["written"]) if "guess" in options.part else {}}
     with tempfile.TemporaryDirectory() as folder:
         job.update(write_weights(cfg, folder))
         for part in options.part:
-            peers = [] if part == "reuse" else options.peer
+            peers = [] if part in OURS_ALONE else options.peer
             contestants = SimpleNamespace(peer=peers, peer_python=options.peer_python)
-            found, others = contest({**job, "part": part}, {"ours": {}}, contestants, options.steps, 1, None, UNTIMED[options.shape])
+            # a step takes so long that one before it would change little; each contestant has warmed up
+            found, others = contest({**job, "part": part}, {"ours": {}}, contestants, options.steps, 1, untimed=0)
             figures[f"{part}_load_of_others"] = others
             for name, (_, rounds, _) in found.items():
                 figures.update(named(name, times(rounds)))
@@ -82,6 +98,16 @@ def requests(vocab_size, work, rate):
     keys = ("sharing", "shared", "suffix", "replies")
     one = draws.prompt(work["prompt"], work["prompt"])
     return {"one": one, "many": many, "answers": answers, "load": load, **{key: work[key] for key in keys}}
+
+
+def texts(vocab_size, written):
+    """Returns {"prompt": a file of Python's library, and the first `written` tokens of "edit": this file with a small change, of "new":
+    another file, and of "random": uniform numbers}, lists of ids of a tokenizer that is trained on the two files."""
+    file, other = (Path(module.__file__).read_text(encoding="utf-8") for module in (bisect, heapq))
+    edited = file.replace(*EDIT)
+    tokenizer = train_bpe([file, other], vocab_size)
+    found = {"prompt": tokenizer.encode(file), "edit": tokenizer.encode(edited)[:written], "new": tokenizer.encode(other)[:written]}
+    return {**found, "random": _Draws(vocab_size).prompt(written, written)}
 
 
 class _Draws:
@@ -120,6 +146,11 @@ def comparisons(part, found, clock, job):
             if name != "ours":
                 pairs = [(a, b) for one, other in zip(facts["ids"], other_facts["ids"]) for a, b in zip(one, other)]
                 figures[f"{name}_same_ids"] = sum(a == b for a, b in pairs) / len(pairs)
+    if part == "guess":
+        for rows in (1, 4):
+            for text in TEXTS:
+                name = f"guess_{text}_{rows}"
+                figures[f"plain_over_{name}"] = ratio_of(ours, f"{name}_{clock}", ours, f"plain_{rows}_{clock}")
     if part == "reuse":
         figures["reuse_over_suffixes"] = ratio_of(ours, f"reuse_suffixes_{clock}", ours, f"reuse_{clock}")
     return figures

@@ -186,7 +186,7 @@ def test_peers_that_do_not_generate_are_refused():
 
 
 WORK = {"prompt": 12, "prompts": 3, "lengths": (2, 9), "answers": (1, 5)}
-WORK |= {"sharing": 4, "shared": 20, "suffix": 3, "replies": 2, "arrivals": 6, "texts": 2, "beginning": 8}
+WORK |= {"written": 20, "sharing": 4, "shared": 20, "suffix": 3, "replies": 2, "arrivals": 6, "texts": 2, "beginning": 8}
 
 
 def test_the_requests_of_the_load_arrive_at_their_rate_and_half_of_them_begin_alike():
@@ -225,12 +225,13 @@ def test_serving_gives_figures_of_every_part_and_the_tokens_of_transformers():
         bench_peers.command("transformers", PEER_PYTHON)
     except ValueError:
         given.peer = []
-    found = bench_serve(given, SMALL, WORK)
+    found = bench_serve(given, {**SMALL, "vocab_size": 300}, WORK)
     assert found["reuse_read"] + found["reuse_reused"] == 4 * 23 and found["reuse_reused"] >= 3 * 16
     assert all(
         found[f"{name}_cpu_s"] > 0 < found[f"{name}_s"] for name in ("prefill_one", "prefill_many", "batch", "reuse", "reuse_suffixes")
     )
     assert 0 <= found["load_in_time"] <= 1 and found["load_first_p90_s"] >= found["load_first_s"] > 0 and found["reuse_over_suffixes"] > 0
+    assert found["guess_edit_1_per_step"] > found["guess_random_1_per_step"] >= 1 and found["plain_over_guess_edit_4"] > 0
     if given.peer:
         assert found["transformers_same_ids"] == 1.0 and found["transformers_load_first_s"] > 0
         assert all(found[f"{name}_over_transformers"] > 0 for name in ("prefill_one", "prefill_many", "prefill_grouped", "batch"))

@@ -129,9 +129,10 @@ def serve_part(job):
     """A step is one part of the serving benchmark; see experiments/bench/serve.py."""
     model, many, counts = load(job).eval(), job["many"], job["answers"]
     continued(model, many[:2], 2)  # libraries prepare themselves
-    if job["part"] == "prefill":
+    if job["part"] == "one":
+        return {}, lambda: measured("prefill_one", continued, model, [job["one"]], 1)[0]
+    if job["part"] == "many":
         return {}, lambda: {
-            **measured("prefill_one", continued, model, [job["one"]], 1)[0],
             **measured("prefill_many", continued, model, many, 1)[0],
             **measured("prefill_grouped", in_groups, model, many)[0],
         }
