@@ -51,7 +51,8 @@ def attention(cfg, op, p, x, rows, cache):
 
     rows: see qwen3.model.rows_of. A token attends to the tokens of its own segment up to itself. cache: None in training; else the pair
     k_BTKH, v_BTKH: the new keys and values are written into the slots `order`, and a query attends to the slots up to its own. With a table
-    in `rows` the cache is one of pages, and each row of the batch is one token, see qwen3.model.rows_over_pages.
+    in `rows` the cache is one of pages, and each row of the batch is one token, see qwen3.model.rows_over_pages. With rows["last"] y has
+    only these rows.
     """
     q, k, v = project(cfg, op, p, x, rows)
     if cache is None:
@@ -73,12 +74,16 @@ def attention(cfg, op, p, x, rows, cache):
 
 
 def over_pages(op, q, k, v, rows, cache):
-    """Attention over pages of q [R, 1, N, H], after k, v [R, 1, K, H] are written into them -> o [R, 1, N, H], cache."""
+    """Attention over pages of q [R, 1, N, H], after k, v [R, 1, K, H] are written into them -> o [R, 1, N, H], cache. With rows["last"]
+    only of these queries: o [B, 1, N, H]."""
     q = rearrange(q, "tokens one heads head_dim -> (tokens one) heads head_dim", {})
     k = op.paged_write(cache[0], rearrange(k, "tokens one heads head_dim -> (tokens one) heads head_dim", {}), rows["slot"], INTO_PAGES)
     v = op.paged_write(cache[1], rearrange(v, "tokens one heads head_dim -> (tokens one) heads head_dim", {}), rows["slot"], INTO_PAGES)
     if "row" in rows:
-        o = op.packed_attention(q, k, v, rows["table"], rows["row"], rows["position"], PACKED_OVER_PAGES)
+        row, position = rows["row"], rows["position"]
+        if "last" in rows:
+            q, row, position = (ops.gather(x, rows["last"], 0) for x in (q, row, position))
+        o = op.packed_attention(q, k, v, rows["table"], row, position, PACKED_OVER_PAGES)
     else:
         o = op.paged_attention(q, k, v, rows["table"], rows["length"], OVER_PAGES)
     return rearrange(o, "tokens heads head_dim -> tokens 1 heads head_dim", {}), (k, v)

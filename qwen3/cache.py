@@ -40,10 +40,12 @@ def round_up(length, step=64):
 
 @dataclass(frozen=True)
 class Known:
-    """A block of a prompt whose keys and values are in a page. digest: of the prompt up to the end of this block. tokens: of the block."""
+    """A block of a prompt whose keys and values are in a page. digest: of the prompt up to the end of this block. tokens: of the block.
+    before: the digest of the block before it, or b""."""
 
     digest: bytes
     tokens: bytes
+    before: bytes = b""
 
 
 def known_blocks(prompt, size):
@@ -52,8 +54,8 @@ def known_blocks(prompt, size):
     tokens, digest, found = np.asarray(prompt, np.int32), b"", []
     for start in range(0, (len(tokens) - 1) // size * size, size):
         block = tokens[start : start + size].tobytes()
-        digest = hashlib.blake2b(digest + block, digest_size=DIGEST_BYTES).digest()
-        found.append(Known(digest, block))
+        before, digest = digest, hashlib.blake2b(digest + block, digest_size=DIGEST_BYTES).digest()
+        found.append(Known(digest, block, before))
     return found
 
 
@@ -69,6 +71,7 @@ class Blocks:
         self.count, self.evicted = count, 0
         self._free, self._users, self._kept = deque(range(count)), [0] * count, OrderedDict()
         self._page_of, self._known = {}, {}  # digest: page; page: Known
+        self._after = {}  # digest, or b"": the page of the block that was known last of those after it
 
     def available(self):
         """Returns how many pages take() could give."""
@@ -88,6 +91,16 @@ class Blocks:
             pages.append(page)
         return pages
 
+    def find_part(self, before, tokens):
+        """Returns (page, count) of a block that begins with the first `count` of these tokens and comes after the block with the digest
+        `before`; (None, 0) if there is none. The page stays as it is until others write to it, so the caller may copy it at once."""
+        page = self._after.get(before)
+        if page is None:
+            return None, 0
+        other = np.frombuffer(self._known[page].tokens, np.int32)[: len(tokens)]
+        same = np.append(other == np.asarray(tokens, np.int32)[: len(other)], False)
+        return page, int(same.argmin())
+
     def share(self, pages):
         """Makes the caller one more user of each page that find() returned."""
         for page in pages:
@@ -105,14 +118,17 @@ class Blocks:
 
     def _evict(self):
         page, _ = self._kept.popitem(last=False)
-        del self._page_of[self._known.pop(page).digest]
+        known = self._known.pop(page)
+        del self._page_of[known.digest]
+        if self._after.get(known.before) == page:
+            del self._after[known.before]
         self.evicted += 1
         return page
 
     def know(self, page, block):
         """Notes that a page which the caller uses holds a block of a prompt. Another page with this block stays the one that is found."""
         if block.digest not in self._page_of:
-            self._page_of[block.digest], self._known[page] = page, block
+            self._page_of[block.digest], self._known[page], self._after[block.before] = page, block, page
 
     def release(self, pages):
         """Ends the caller's use of a row's pages. The last ones are taken first by others, as a block is found only after those before

@@ -11,13 +11,19 @@ of one of a few widths takes tokens of several prompts, some of a long one and a
 prompts are read decode a token; when no prompt is left to read, they decode many in one graph. So few graphs are compiled, and a long
 prompt stops neither the rows that decode nor short prompts that come after it.
 
-A prompt that begins like an earlier one shares the pages of the full blocks that both have, and reads only the rest; these pages stay
-until others need them. When a row that decodes needs a page and there is none, the row that came last gives its pages back and
-is read again later.
+A prompt that begins like an earlier one shares the pages of the full blocks that both have, copies what it has of the next block, and reads
+only the rest; these pages stay until others need them. When a row that decodes needs a page and there is none, the row that came last gives
+its pages back and is read again later.
 
 The tokens of a request do not depend on its slot nor on the other requests: a random draw depends only on the request's seed, the number of
 the token and the number of the sample; and with the C++ kernels, in a dense model, what is computed of a token has the same bits whatever
 is read or decoded beside it. Only a row that was read again has other roundings, as its new tokens were then read and not decoded.
+
+With speculation (speculate=N), up to N tokens that may come next are guessed by prompt lookup (qwen3/lookup.py) and read together with the
+last token, in one flat batch of all rows. Then the next token is chosen after each of them, as if none were guessed, for as long as the
+choice is the guess. For a guess that is fixed before, this is rejection sampling: it is accepted with its probability, and else the token
+is drawn from the others. So the tokens, also drawn ones, are those that the seed gives without guesses. All new tokens are then read by
+the graphs that read prompts, so their bits depend on no neighbour and no guess; their roundings are not those of the graphs that decode.
 """
 
 import time
@@ -32,7 +38,8 @@ from parallel import collectives, host_memory
 from parallel.random import hash_uniform
 from parallel.sharding import DATA, Sharding
 from qwen3.cache import Known, PagedCache, known_blocks, round_up, writes_in_place
-from qwen3.generate import CHUNK, decode_loop, extended_pages
+from qwen3.generate import CHUNK, copied_page, decode_loop, extended_pages
+from qwen3.lookup import Lookup
 from qwen3.model import choose_kernels
 from qwen3.stages import build_extend, own_layers
 from qwen3.steering import GuideError, Steering, steered
@@ -41,6 +48,8 @@ READS = 4  # the most flat batches of prompts that one step reads
 NARROW = 32  # tokens of the narrowest batch of prompts
 OLDEST = 4  # the prompt that came first gets at least one part in so many of each batch; of the rest, the shortest come first
 PAGE = 64  # tokens of a page; the kernel of decoding takes as many keys at a time
+GUESSES = 8  # tokens of the narrowest batch that checks guesses; the others are 2, 4, ... times as wide
+PART = 8  # of a page at least one part in so many is worth a copy
 STOPS = 8  # the number of stop ids per row in the compiled graph is rounded up to a multiple of this
 NEVER = -1  # no token has this id; it fills up the stop ids, and stands for the token that a failed row does not have
 
@@ -106,7 +115,7 @@ class _Row:
     options: [1, 4], for sampling. limit: the most new tokens. known: the blocks of its prompt, see qwen3/cache.py. pages: its pages, in
     order. read: how many tokens are in them, while `reading`: the prompt, and of a row that is read again its new tokens but the last.
     count: how many new tokens there are; token: the last of them; made: all of them. steering: see qwen3/steering.py; None where nothing
-    steers.
+    steers. lookup: see qwen3/lookup.py; None without speculation.
     """
 
     id: int
@@ -121,6 +130,7 @@ class _Row:
     token: int = 0
     made: list = field(default_factory=list)
     steering: Steering | None = None
+    lookup: Lookup | None = None
 
     @property
     def at(self):
@@ -156,7 +166,8 @@ class _Row:
 @dataclass
 class Totals:
     """Sums over all steps: tokens of prompts that were read, and the seconds for them; decoded tokens, without the first of each request,
-    and the seconds for them; tokens of prompts that were not read because the cache had them; rows that gave their pages back."""
+    and the seconds for them; tokens of prompts that were not read because the cache had them; rows that gave their pages back; tokens that
+    were guessed, and those of them that were right."""
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
@@ -164,6 +175,8 @@ class Totals:
     decode_s: float = 0.0
     reused_tokens: int = 0
     preempted: int = 0
+    guessed_tokens: int = 0
+    right_tokens: int = 0
 
 
 class Engine:
@@ -173,7 +186,7 @@ class Engine:
     prompt and new tokens together, rounded up to whole pages. prefill_chunk: the most prompt tokens that are read at a time. sharding: the
     layout, without sequence parallel and ZeRO. kernels: see qwen3.model.build. cache_tokens: how many tokens the cache has room for; by
     default all slots at full length. page: tokens of a page. reuse: whether prompts share the blocks that they begin with. reads: the most
-    batches of prompts that one step reads. totals: see Totals.
+    batches of prompts that one step reads. speculate: the most tokens that are guessed of a row at a time; 0: none. totals: see Totals.
 
     The ranks of one tensor parallel group, and of one pipeline, must make the same calls; they compute the same tokens. Under a pipeline,
     each stage has the cache of its own layers, and the last stage broadcasts its logits, from which every rank chooses on the host. Data
@@ -195,6 +208,7 @@ class Engine:
         page=PAGE,
         reuse=True,
         reads=READS,
+        speculate=0,
     ):
         cache_tokens = slots * round_up(length, page) if cache_tokens is None else cache_tokens
         numbers = {
@@ -208,8 +222,10 @@ class Engine:
         for key, value in numbers.items():
             if value < 1:
                 raise ValueError(f"engine: {key}={value} must be 1 or more")
+        if speculate < 0:
+            raise ValueError(f"engine: speculate={speculate} must be 0 or more")
         pages, self.sharding, self.slots, self.totals = -(-cache_tokens // page), sharding, slots, Totals()
-        self.length, self.reads, self._reuse = min(round_up(length, page), pages * page), reads, reuse
+        self.length, self.reads, self._reuse, self._speculate = min(round_up(length, page), pages * page), reads, reuse, speculate
         sharding = sharding or Sharding()
         # With a capacity factor, a token that finds no slot at its expert would be dropped without an error.
         self.params, self.cfg = params, cfg.replace(moe_capacity_factor=None)
@@ -224,7 +240,7 @@ class Engine:
         self.cache = PagedCache(cfg, pages, page, kv_heads, layers)
         self._staged = build_extend(self.cfg, sharding, self.kernels) if staged else None
         self._sample = sampling_op.cpu() if self.kernels.sampling == "cpu" else sampling_op.reference()
-        self._on_device = self.kernels.sampling == "cpu" and writes_in_place(self.kernels) and not staged
+        self._on_device = self.kernels.sampling == "cpu" and writes_in_place(self.kernels) and not staged and not speculate
         experts_sharded = sharding.shards("experts") > 1
         self._largest = collectives.pmax(sharding.mesh, DATA) if experts_sharded else None
         self._widths = sorted({min(NARROW, prefill_chunk), min(max(NARROW, prefill_chunk // 4), prefill_chunk), prefill_chunk})
@@ -237,11 +253,16 @@ class Engine:
         widths. by_host: also compile for tokens that are chosen on the host. The ranks of one job must call it together: a rank that
         compiles alone can keep the others waiting until their collectives time out.
         """
+        if self._reuse:
+            self.cache.arrays = copied_page(self.cache.arrays, 0, 0, self.kernels)
         for width in self._widths_of([*sizes, sum(sizes)]) if sizes else self._widths:
             self._read(width, [])
         if self._on_device:
             self._decode_on_device(1, [])
-        if by_host or not self._on_device:
+        if self._speculate:
+            for width in sorted({self._wide_enough(n) for n in range(1, self.slots * (1 + self._speculate) + 1)}):
+                self._checked_guesses({}, {}, width)
+        elif by_host or not self._on_device:
             token, at, table = self._inputs({})
             self._extended(table, token, at)
 
@@ -276,8 +297,8 @@ class Engine:
 
     def step(self, most=CHUNK):
         """Reads up to `reads` batches of prompts and decodes up to `most` tokens of each running row: one after each batch, and the rest
-        when no prompt is left to read. Returns a list of Events, in order for each request. A small `most` returns tokens sooner; a large
-        one has less overhead a token."""
+        when no prompt is left to read. With speculation, the right guesses come in addition. Returns a list of Events, in order for each
+        request. A small `most` returns tokens sooner; a large one has less overhead a token."""
         events, decoded = [], 0
         for _ in range(self.reads):
             self._admit()
@@ -296,7 +317,8 @@ class Engine:
         """Decodes up to `most` tokens of each running row, as many as the ranks agree on. Returns how many."""
         steps, by_host = self._agreed(self._steps(most), self._by_host())
         if steps > 0:
-            self._timed("decode", self._decode_by_host if by_host else self._decode_on_device, steps, events)
+            decode = self._decode_with_guesses if self._speculate else self._decode_by_host if by_host else self._decode_on_device
+            self._timed("decode", decode, steps, events)
         return steps
 
     def _checked(self, request):
@@ -342,21 +364,35 @@ class Engine:
             coming |= {block.digest for block in row.known[there:]}
             if steered(row.request) and row.steering is None:
                 row.steering = Steering(row.request, self.cfg.vocab_size)
+            if self._speculate and row.lookup is None:
+                row.lookup = Lookup(row.request.prompt, self._speculate)
 
     def _allocate(self, row):
         """Gives a waiting row the pages that it needs to be read, and returns True; False if there are not enough. One page is left for
         each running row that may still need one."""
         blocks, growing = self.cache.blocks, sum(len(other.pages) < self._pages(other.most) for other in self._rows if other)
         found = blocks.find(row.known)
+        source, part = self._part(row, len(found))
         blocks.share(found)
         needed = self._pages(row.target) - len(found)
         taken = blocks.take(needed) if needed + growing <= blocks.available() else None
         if taken is None:
             blocks.release(found)
             return False
-        row.pages, row.read, row.reading = found + taken, len(found) * self.cache.size, True
+        if part and source != taken[0]:
+            self.cache.arrays = copied_page(self.cache.arrays, source, taken[0], self.kernels)
+        row.pages, row.read, row.reading = found + taken, len(found) * self.cache.size + part, True
         self.totals.reused_tokens += row.read
         return True
+
+    def _part(self, row, found):
+        """Returns (page, count): the page of a block of which the first `count` tokens are those of the row after its first `found` blocks;
+        (None, 0) if that would save little. The last token of the prompt is not among them, as it is always read."""
+        if not self._reuse:
+            return None, 0
+        size, prompt = self.cache.size, row.request.prompt
+        page, count = self.cache.blocks.find_part(row.known[found - 1].digest if found else b"", prompt[found * size : -1][:size])
+        return (page, count) if count >= max(1, size // PART) else (None, 0)
 
     def _pages(self, tokens):
         return -(-tokens // self.cache.size)
@@ -537,6 +573,57 @@ class Engine:
                 self._choose([(b, self._rows[b]) for b in allotted], logits.asnumpy()[list(allotted)], events)
         return len(events) - before
 
+    def _decode_with_guesses(self, steps, events):
+        """Decodes each row up to `steps` times: by one token, and by the guesses that were right. Returns the number of new tokens."""
+        least, before = self._least(), len(events)
+        for _ in range(steps):
+            if len(self._decoding()) < least:
+                break
+            guesses = {b: row.lookup.draft(row.limit - row.count - 1) for b, row in self._decoding()}
+            allotted = self._grow(1 + max(map(len, guesses.values()), default=0))
+            guesses = {b: guesses[b][: room - 1] for b, room in allotted.items()}
+            (width,) = self._agreed(self._wide_enough(sum(1 + len(guess) for guess in guesses.values())))
+            logits, first = self._checked_guesses(allotted, guesses, width)
+            self._accept(guesses, first, logits, events)
+        return len(events) - before
+
+    def _wide_enough(self, count):
+        """Returns the width of the batch in which so many last tokens and guesses are read."""
+        width = GUESSES
+        while width < count:
+            width *= 2
+        return width
+
+    def _checked_guesses(self, allotted, guesses, width):
+        """Reads the last token of each row and its guesses, [slots] of lists, in a batch of this width. Returns (logits [width, V], the
+        place in it of each row's last token)."""
+        tokens, positions, of_row = np.zeros(width, np.int32), np.full(width, -1, np.int32), np.zeros(width, np.int32)
+        first, at = {}, 0
+        for b in allotted:
+            row, count = self._rows[b], 1 + len(guesses[b])
+            tokens[at : at + count] = [row.token, *guesses[b]]
+            positions[at : at + count] = np.arange(row.at, row.at + count)
+            of_row[at : at + count] = b
+            first[b], at = at, at + count
+        logits = self._extended(self._table([(b, self._rows[b]) for b in allotted]), tokens, positions, of_row)
+        return logits.asnumpy() if allotted else None, first
+
+    def _accept(self, guesses, first, logits, events):
+        """Chooses the next tokens of each row for as long as they are its guesses. logits, first: of _checked_guesses."""
+        going, right = {b: self._rows[b] for b in guesses}, dict.fromkeys(guesses, 0)
+        while going:
+            rows = list(going.items())
+            self._choose(rows, logits[[first[b] + right[b] for b, _ in rows]], events)
+            for b, row in rows:
+                at, guess = right[b], guesses[b]
+                if self._rows[b] is row and at < len(guess) and row.token == guess[at]:
+                    right[b] += 1
+                else:
+                    del going[b]
+                    row.lookup.learn(len(guess), at)
+        self.totals.guessed_tokens += sum(map(len, guesses.values()))
+        self.totals.right_tokens += sum(right.values())
+
     def _choose(self, rows, logits, events):
         """Chooses the next token of each row from logits [rows, V] (numpy), and appends its Event."""
         finite, adjusted = np.isfinite(logits.max(1)), {}  # the maximum is NaN if any logit is
@@ -568,6 +655,8 @@ class Engine:
         """Records the new token of a row and appends its Event. After the last token of the request, frees the slot."""
         row.token, row.count = token, row.count + 1
         row.made.append(token)
+        if row.lookup is not None:
+            row.lookup.take(token)
         if row.steering is not None:
             try:
                 row.steering.take(token)

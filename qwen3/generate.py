@@ -139,7 +139,7 @@ def _extend(cfg, kernels, sharding):
 
 
 def extended_pages(params, cache, table, tokens, positions, row, last, cfg, kernels, sharding=None):
-    """Reads tokens_R at positions_R (numpy int32) into a paged cache. Returns (logits_BV float32, cache). table_BM, row_R, last_B (numpy
+    """Reads tokens_R at positions_R (numpy int32) into a paged cache. Returns (logits float32, cache). table_BM, row_R, last_B (numpy
     int32; the last two may be None): see qwen3.model.extend_paged_cache. sharding: as of `extended`."""
     given = (None if x is None else ms.Tensor(x) for x in (table, tokens, positions, row, last))
     out = _extend_pages(cfg, kernels, sharding)(params, cache, *given)
@@ -155,6 +155,31 @@ def _extend_pages(cfg, kernels, sharding):
         return extend(params, cache, table, tokens, positions, row, last)[0]
 
     return jit(logits_alone if writes_in_place(kernels) else extend)
+
+
+def copied_page(cache, source, to, kernels):
+    """Copies page `source` of a paged cache into page `to`. Returns the cache."""
+    size = cache[0][0].shape[1]
+    given = np.array([source], np.int32), to * size + np.arange(size, dtype=np.int32)
+    out = _copy_page(kernels)(cache, *map(ms.Tensor, given))
+    return cache if writes_in_place(kernels) else out
+
+
+@functools.lru_cache(maxsize=8)
+def _copy_page(kernels):
+    """Returns copy(cache, source [1], slots [C]) -> the new cache, compiled; the source if the kernels write into the cache."""
+    write, in_place = registry.pick(kernels, "paged_write")(), writes_in_place(kernels)
+    gather, reshape = ops.Gather(), ops.Reshape()
+
+    def copy(cache, source, slots):
+        out, done = (), source
+        for k, v in cache:
+            new_k, new_v = (reshape(gather(x, source, 0), x.shape[1:]) for x in (k, v))
+            k, v = write(k, new_k, slots), write(v, new_v, slots)
+            out, done = (*out, (k, v)), ops.depend(done, (k, v))
+        return done if in_place else out
+
+    return jit(copy)
 
 
 @functools.lru_cache(maxsize=8)

@@ -160,22 +160,28 @@ def extend_cache(cfg, op, params, cache, tokens, positions, last):
 
 
 def extend_paged_cache(cfg, op, params, cache, table, tokens, positions, row, last):
-    """Reads tokens_R at positions_R of some rows into their pages. Returns (logits_BV float32, cache).
+    """Reads tokens_R at positions_R of some rows into their pages. Returns (logits float32, cache).
 
     table_BM: the pages of each row, see ops/paged_attention.py; a token for which its row has no page is not stored. row_R, last_B: the
-    row of each token, and for each row the number, in R, of the token whose logits are wanted. Both None: token b is the only one of row b.
+    row of each token, and for each row the number, in R, of the token whose logits are wanted: [B, V]. last None: those of all tokens are,
+    [R, V]. Both None: token b is the only one of row b.
     """
     tokens, positions = rearrange(tokens, "tokens -> tokens 1", {}), rearrange(positions, "tokens -> tokens 1", {})
     x, rows = embed(cfg, op, params, tokens), rows_over_pages(op, cache, table, positions, row)
-    x, cache = layers_over_cache(cfg, op, params["layers"], range(cfg.num_layers), x, cache, rows, row is None)
-    return full_logits(cfg, op, params, x if last is None else ops.gather(x, last, 0)), cache
+    x, cache = layers_over_cache(cfg, op, params["layers"], range(cfg.num_layers), x, cache, rows, row is None, last)
+    return full_logits(cfg, op, params, x), cache
 
 
-def layers_over_cache(cfg, op, layers, numbers, x, cache, rows, one_each):
+def layers_over_cache(cfg, op, layers, numbers, x, cache, rows, one_each, last=None):
     """Runs some layers over their cache: x_RD -> x_RD, cache. numbers: the layers' numbers in the model. layers[i], cache[i]: the
-    parameters and the cache of layer numbers[i]. rows: see rows_over_cache and rows_over_pages. one_each: each row has one token."""
+    parameters and the cache of layer numbers[i]. rows: see rows_over_cache and rows_over_pages. one_each: each row has one token.
+
+    last_B: over pages, the numbers of the tokens whose x_BD is returned, or None for all. In the last of these layers the others are only
+    written into the cache."""
     updated = ()
     for i in range(len(numbers)):
+        if last is not None and i == len(numbers) - 1:
+            rows["last"] = last
         p, own = op.gathered[numbers[i]](layers[i]), op.of_layer[numbers[i]]
         if own.fused_decode and one_each:
             x, kv = decode_layer(own.cfg, own, p, x, rows, cache[i])
@@ -190,6 +196,8 @@ def layer(cfg, op, p, x, rows, cache):
     if lora.DROPOUT_LAYER in p:
         rows["layer"] = p[lora.DROPOUT_LAYER]
     y, cache = attention(cfg, op, p["attention"], attention_input(cfg, op, p, x), rows, cache)
+    if "last" in rows:
+        x, rows["valid"] = ops.gather(x, rows["last"], 0), ops.gather(rows["valid"], rows["last"], 0)
     x, stats = finish_layer(cfg, op, p, x, y, rows)
     return x, stats, cache
 

@@ -165,7 +165,7 @@ def build_score(cfg, sharding, kernels):
 
 
 def build_extend(cfg, sharding, kernels):
-    """Returns extend(params, cache, table, tokens_R, positions_R, row_R, last_B) -> (logits_BV, cache), see qwen3.generate.extended_pages.
+    """Returns extend(params, cache, table, tokens_R, positions_R, row_R, last_B) -> (logits, cache), see qwen3.generate.extended_pages.
 
     params: the tree of own_specs. cache: the pages of this rank's layers; each rank must have at least one layer.
     """
@@ -178,9 +178,10 @@ def build_extend(cfg, sharding, kernels):
         for i in layers:
             own += (params["layers"][str(i)],)
         rows = model.rows_over_pages(op, batch["cache"], batch["table"], positions, batch["row"])
-        x, cache = model.layers_over_cache(cfg, op, own, layers, x, batch["cache"], rows, batch["row"] is None)
+        wanted = batch["last"] if at == last else None
+        x, cache = model.layers_over_cache(cfg, op, own, layers, x, batch["cache"], rows, batch["row"] is None, wanted)
         if at == last:
-            x = model.full_logits(cfg, op, params, x if batch["last"] is None else ops.gather(x, batch["last"], 0))
+            x = model.full_logits(cfg, op, params, x)
         return x if in_place else (x, cache)  # a graph copies what it returns
 
     stage, kept = _compiled(run, at == 0), None
@@ -196,7 +197,7 @@ def build_extend(cfg, sharding, kernels):
         return [((given["tokens"].size, cfg.hidden_size), getattr(ms, cfg.compute_dtype))]
 
     def results(given):
-        return [((len(given["table"]), cfg.vocab_size), ms.float32)]
+        return [((len(given["tokens"] if given["last"] is None else given["last"]), cfg.vocab_size), ms.float32)]
 
     def idle(given):
         return {**given, "table": np.full_like(given["table"], -1)}  # no row has a page, so nothing is stored

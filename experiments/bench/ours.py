@@ -1,10 +1,11 @@
 """The process that runs our side of a benchmark: python -m experiments.bench.ours, started by experiments/bench/peers.py."""
 
+from experiments.bench.ours_serve import answers, serve_part
 from experiments.bench.ours_train import load, train
 from experiments.bench.turns import mem_mib, serve, timed
 from ops import registry
 from parallel.graph import runtime
-from qwen3.engine import Engine, Request
+from qwen3.engine import Engine
 from qwen3.generate import generate, prefill
 
 REQUESTS = 400  # short requests, to measure the growth of the engine's memory
@@ -38,12 +39,7 @@ def _engine(engine, prompts, count):
     """Returns (facts, step) of decode() with the engine. It also measures how much memory stays in use after many requests."""
 
     def write(prompts, count):
-        numbers = [engine.submit(Request(prompt, count)) for prompt in prompts]
-        ids = {number: [] for number in numbers}
-        while engine.busy():
-            for event in engine.step():
-                ids[event.id].append(event.token)
-        return [ids[number] for number in numbers]
+        return answers(engine, prompts, [count] * len(prompts))
 
     def step():
         first, _ = timed(write, prompts, 1)
@@ -59,4 +55,4 @@ def _engine(engine, prompts, count):
 
 if __name__ == "__main__":
     runtime.set_up()
-    serve({"train": train, "decode": decode})
+    serve({"train": train, "decode": decode, "serve": serve_part})

@@ -27,25 +27,25 @@ ROOT = Path(__file__).parents[2]
 UNTIMED = 1  # steps at the start of each turn, in which the caches fill
 
 
-def contest(job, ours, options, rounds, steps, between=None):
+def contest(job, ours, options, rounds, steps, between=None, untimed=UNTIMED):
     """Runs `rounds` rounds, each with `steps` timed steps of each contestant. Returns ({name: (facts, rounds of steps, peak memory in
     GiB)}, load of others).
 
     job: the job of all contestants. ours: {name: additions to the job}. options: peer, names in PEERS, and peer_python, an interpreter for
-    peers whose package this one does not have. between: called once per round, while all contestants are stopped. Load of others: the mean
-    share of processor time that other processes used during the turns; if it is high, the times are not reliable. Raises ValueError for a
-    peer whose package neither interpreter has.
+    peers whose package this one does not have. between: called once per round, while all contestants are stopped. untimed: steps
+    before the timed ones of each turn. Load of others: the mean share of processor time that other processes used during the turns; if it
+    is high, the times are not reliable. Raises ValueError for a peer whose package neither interpreter has.
     """
     commands = {name: ([sys.executable, "-m", "experiments.bench.ours"], extra) for name, extra in ours.items()}
     commands.update({name: (command(name, options.peer_python), PEERS[name][2]) for name in options.peer})
-    job = {**job, "threads": len(os.sched_getaffinity(0))}
+    job = {"threads": len(os.sched_getaffinity(0)), **job}
     with contextlib.ExitStack() as stack:
         running = [stack.enter_context(Contestant(name, *start, job)) for name, start in commands.items()]
         for at in range(rounds):
             if between is not None:
                 between()
             for contestant in running[:: -1 if at % 2 else 1]:  # alternate the order, so that no contestant always follows the same other
-                contestant.turn(steps)
+                contestant.turn(steps, untimed)
         others = statistics.mean(share for contestant in running for share in contestant.others)
         return {c.name: (c.facts, c.rounds, c.peak_mem_gib) for c in running}, others
 
@@ -67,6 +67,8 @@ class Contestant:
         self.name, self.rounds, self.others = name, [], []
         self.errors = tempfile.TemporaryFile("w+")
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": job["folder"]}  # a new folder, so that it compiles in every run, as ours does
+        if "threads" in job:
+            env["OMP_NUM_THREADS"] = str(job["threads"])
         env.pop("OMP_WAIT_POLICY", None)  # experiments/__init__.py sets it for us; a peer keeps its own default
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=ROOT, env=env
@@ -81,14 +83,14 @@ class Contestant:
     def __enter__(self):
         return self
 
-    def turn(self, steps):
+    def turn(self, steps, untimed=UNTIMED):
         self.process.send_signal(signal.SIGCONT)
         before = self._used()
-        answer = self._ask({"steps": UNTIMED + steps})
+        answer = self._ask({"steps": untimed + steps})
         busy, own = (after - start for after, start in zip(self._used(), before))
         self.process.send_signal(signal.SIGSTOP)
         self.others.append(max(0.0, 1 - own / busy) if busy else 0.0)
-        self.rounds.append(answer["steps"][UNTIMED:])
+        self.rounds.append(answer["steps"][untimed:])
         self.peak_mem_gib = answer["peak_mem_gib"]
 
     def _ask(self, question):

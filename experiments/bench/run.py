@@ -12,6 +12,7 @@ from experiments.bench.int8 import bench_int8
 from experiments.bench.memory import bench_memory
 from experiments.bench.monitors import bench_monitors
 from experiments.bench.ops import bench_ops
+from experiments.bench.serve import bench_serve
 from experiments.bench.train import LOSS_TOLERANCE, bench_train
 from parallel.graph import runtime
 
@@ -26,6 +27,7 @@ BENCHES = {
     "monitors": (bench_monitors, 20),
     "context": (bench_context, 2),
     "int8": (bench_int8, 5),
+    "serve": (bench_serve, 3),
 }
 
 

@@ -65,3 +65,27 @@ def warmed_up(step, count):
     fastest."""
     times, loss = zip(*(timed(step) for _ in range(count)))
     return {"loss": loss[-1], "compile_time_s": sum(times) - count * min(times)}
+
+
+CLOCKS = {"s": time.perf_counter, "cpu_s": time.process_time}
+
+
+def measured(name, call, *args):
+    """Calls a function. Returns ({NAME_s: wall seconds, NAME_cpu_s: CPU seconds of this process}, its result)."""
+    start = {unit: clock() for unit, clock in CLOCKS.items()}
+    result = call(*args)
+    return {f"{name}_{unit}": clock() - start[unit] for unit, clock in CLOCKS.items()}, result
+
+
+class Clock:
+    """Seconds since it was made, of the wall ("s") or of CPU time of this process ("cpu_s"). Waiting costs none: it is added."""
+
+    def __init__(self, unit):
+        self._read = CLOCKS[unit]
+        self._zero = self._read()
+
+    def now(self):
+        return self._read() - self._zero
+
+    def wait_until(self, moment):
+        self._zero -= max(0.0, moment - self.now())

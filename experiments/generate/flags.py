@@ -13,6 +13,7 @@ from qwen3.schema import LARGEST, short
 FLAGS = flags.FLAGS
 WEIGHTS = ("float", "int8")
 WEIGHTS_HELP = "float, or int8: matrices in 8 bits, quantised while they are read; a quarter of the memory"
+MOST_GUESSES = 64  # tokens of one text that are guessed at a time
 MOST_CHUNK = 2**16  # tokens of a prompt that are read at a time; more would save nothing
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
 
@@ -33,6 +34,7 @@ def define():
         "max_length", None, "tokens in a row of the cache, prompt and new ones together; default: enough for the longest prompt", 1
     )
     number_flags.integer("prefill_chunk", 256, "tokens of a prompt that one prefill step processes", 1, MOST_CHUNK)
+    define_speculation()
     number_flags.integer("max_new_tokens", None, "the most new tokens of a text; default: generation_config.json's, else 128", 1)
     define_weights()
     define_generation_config()
@@ -57,6 +59,12 @@ def define():
 def define_weights():
     """Defines the flag that experiments.generate and experiments.serve share."""
     flags.DEFINE_enum("weights", WEIGHTS[0], WEIGHTS, WEIGHTS_HELP)
+
+
+def define_speculation():
+    """Defines the flag that experiments.generate and experiments.serve share."""
+    text = "the most next tokens that are guessed from earlier text and checked in one step; 0: none. Good where texts repeat their prompt"
+    number_flags.integer("speculate", 0, text, 0, MOST_GUESSES)
 
 
 def define_generation_config():

@@ -51,7 +51,8 @@ def build(model, slots, length, sizes):
     """Returns an Engine that is compiled for prompts of these sizes in tokens; None compiles for all sizes."""
     if length > model.cfg.max_position:
         raise ValueError(f"--max_length={length} is more than the model's {model.cfg.max_position} positions; use at most that")
-    engine = Engine(model.params(), model.cfg, slots=slots, length=length, prefill_chunk=FLAGS.prefill_chunk, sharding=model.sharding)
+    options = {"prefill_chunk": FLAGS.prefill_chunk, "sharding": model.sharding, "speculate": FLAGS.speculate}
+    engine = Engine(model.params(), model.cfg, slots=slots, length=length, **options)
     if model.mesh.rank == 0:
         layout = " x ".join(f"{axis} {getattr(model.mesh, axis)}" for axis in ("dp", "pp", "tp", "ep") if getattr(model.mesh, axis) > 1)
         print(f"model      {model.opened.describe(FLAGS.weights)}{', ' * bool(layout)}{layout}")

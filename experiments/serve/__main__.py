@@ -36,6 +36,7 @@ def define_flags():
     number_flags.real("idle_s", 60, "seconds after which a connection without a request at work is closed", 1, number_flags.MOST_S)
     flags.DEFINE_string("api_key_file", None, "file with the API keys that are accepted, one a line; without it no key is needed")
     inference_flags.define_weights()
+    inference_flags.define_speculation()
     inference_flags.define_generation_config()
     inference_flags.define_forms()
     number_flags.real("drain_s", 30, "after SIGTERM, seconds that running requests have to end", 0, number_flags.MOST_S)
@@ -78,7 +79,8 @@ def serve_with(keys, connections, sockets):
     print(f"weights    {model.describe(FLAGS.weights)}", flush=True)
 
     def make():
-        engine = Engine(params, model.cfg, slots=FLAGS.slots, length=length, cache_tokens=FLAGS.cache_tokens, reads=1)
+        options = {"cache_tokens": FLAGS.cache_tokens, "reads": 1, "speculate": FLAGS.speculate}
+        engine = Engine(params, model.cfg, slots=FLAGS.slots, length=length, **options)
         engine.warm_up(by_host=True)
         return engine
 

@@ -63,6 +63,8 @@ class OfEngine:
             "qwen3_prompt_tokens_read": ("tokens of prompts that were computed", totals.prefill_tokens),
             "qwen3_prompt_tokens_reused": ("tokens of prompts whose keys and values were in the cache", totals.reused_tokens),
             "qwen3_preemptions": ("texts that gave their part of the cache back and were read again", totals.preempted),
+            "qwen3_guessed_tokens": ("tokens that speculation guessed", totals.guessed_tokens),
+            "qwen3_right_tokens": ("tokens that speculation guessed and the model chose", totals.right_tokens),
             "qwen3_evicted_blocks": ("blocks of earlier prompts whose place was needed", blocks.evicted),
         }
         for name, (words, value) in counts.items():

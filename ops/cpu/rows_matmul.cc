@@ -9,8 +9,9 @@ namespace {
 
 constexpr int TALL = LANES == 16 ? 12 : 6;  // rows of a tile, with which its sums fill the registers
 constexpr int64_t PANEL = few::PANEL;       // columns of a tile
-constexpr int64_t DEEP = 256, WIDE = 128;   // a panel of so many rows stays in the first cache; columns that a thread takes at a time
+constexpr int64_t DEEP = 384, WIDE = 128;   // a panel of so many rows stays in the first cache; columns that a thread takes at a time
 constexpr int64_t NEAR = 252;               // rows whose tiles stay in the second cache
+constexpr int64_t AHEAD = 8, LINE = 16;     // rows of b that are fetched ahead, as each is in another page of memory; floats of a cache line
 
 // One tile of c, c + a b of this depth with `add`. a is [depth, TALL], b is [depth, PANEL].
 inline void tile(int64_t depth, const float *a, const float *b, float *c, int64_t ldc, bool add) {
@@ -42,18 +43,20 @@ struct Product {
   int64_t tiles() const { return (m + TALL - 1) / TALL; }
   int64_t pieces() const { return (n + WIDE - 1) / WIDE; }
 
-  // Rows of tile t, columns d ... d + depth - 1 of a -> [depth, TALL], with zeros for rows that are not there
+  // Rows of tile t, columns d ... d + depth - 1 of a -> [depth, TALL], with the last row again for rows that are not there
   void pack_rows(int64_t t, int64_t d, int64_t depth, float *to) const {
     const int64_t rows = std::min<int64_t>(TALL, m - t * TALL);
-    for (int64_t r = 0; r < TALL; r++) {
-      const float *from = a + (t * TALL + std::min(r, rows - 1)) * k + d;
-      for (int64_t i = 0; i < depth; i++) to[i * TALL + r] = r < rows ? from[i] : 0.0f;
-    }
+    const float *from[TALL];
+    for (int64_t r = 0; r < TALL; r++) from[r] = a + (t * TALL + std::min(r, rows - 1)) * k + d;
+    for (int64_t i = 0; i < depth; i++)
+      for (int64_t r = 0; r < TALL; r++) to[i * TALL + r] = from[r][i];
   }
   // Rows d ... d + depth - 1 of b, in panels [depth, PANEL], with zeros for columns that are not there
   void pack_columns(int64_t first, int64_t columns, int64_t d, int64_t depth, float *to) const {
     for (int64_t i = 0; i < depth; i++) {
       const float *from = b + (d + i) * n + first;
+      if (i + AHEAD < depth)
+        for (int64_t at = 0; at < columns; at += LINE) __builtin_prefetch(from + AHEAD * n + at);
       for (int64_t at = 0; at < columns; at += PANEL) {
         float *panel = to + at * depth + i * PANEL;
         const int64_t some = std::min(PANEL, columns - at);

@@ -19,6 +19,7 @@ from experiments.bench import turns as bench_turns
 from experiments.bench.decode import bench_decode
 from experiments.bench.int8 import bench_int8
 from experiments.bench.monitors import bench_monitors
+from experiments.bench.serve import PARTS, bench_serve, load_figures, requests
 from experiments.bench.train import LOSS_TOLERANCE, MODEL, bench_train, packed_batch
 from ops import build, registry
 from qwen3.config import Qwen3Config
@@ -180,6 +181,61 @@ def test_decoding_with_default_and_reference_ops_gives_the_same_tokens():
 def test_peers_that_do_not_generate_are_refused():
     with pytest.raises(ValueError, match="--peer=jax does not generate"):
         bench_decode(options(peer=["jax"]))
+    with pytest.raises(ValueError, match="--peer=jax does not generate"):
+        bench_serve(options(peer=["jax"]))
+
+
+WORK = {"prompt": 12, "prompts": 3, "lengths": (2, 9), "answers": (1, 5)}
+WORK |= {"written": 20, "sharing": 4, "shared": 20, "suffix": 3, "replies": 2, "arrivals": 6, "texts": 2, "beginning": 8}
+
+
+def test_the_requests_of_the_load_arrive_at_their_rate_and_half_of_them_begin_alike():
+    work = {**WORK, "arrivals": 400}
+    found = requests(61, work, 5.0)
+    assert found == requests(61, work, 5.0)
+    at = np.array([each["at"] for each in found["load"]])
+    assert (np.diff(at) > 0).all() and at[-1] == pytest.approx(400 / 5, rel=0.15)
+    assert len({tuple(each["prompt"][:8]) for each in found["load"][1::2]}) == 2
+    assert {len(each["prompt"]) for each in found["load"][1::2]} == set(range(10, 18))
+    assert {len(each["prompt"]) for each in found["load"][::2]} == set(range(2, 10))
+    assert {each["new_tokens"] for each in found["load"]} == set(range(1, 6)) and len(found["one"]) == 12
+
+
+def test_answers_in_time_are_counted_by_their_first_token_and_those_after_it():
+    load = [{"at": 1.0, "new_tokens": 3}, {"at": 2.0, "new_tokens": 1}, {"at": 3.0, "new_tokens": 5}]
+    rounds = [[{"first": [1.5, 5.0, 3.5], "last": [1.9, 5.0, 5.5]}]]
+    found = load_figures(rounds, load, 1.0, 0.25)
+    assert found["load_first_s"] == 0.5 and found["load_token_s"] == pytest.approx(0.2) and found["load_tokens_per_s"] == 2.0
+    assert found["load_in_time"] == pytest.approx(1 / 3) and found["load_goodput_per_s"] == pytest.approx(1 / 4.5)
+
+
+def test_a_clock_of_cpu_time_counts_what_is_waited():
+    clock = bench_turns.Clock("cpu_s")
+    clock.wait_until(100.0)
+    time.sleep(0.2)
+    assert 100.0 <= clock.now() < 100.1
+    clock.wait_until(50.0)
+    assert 100.0 <= clock.now() < 100.1
+
+
+@pytest.mark.slow
+def test_serving_gives_figures_of_every_part_and_the_tokens_of_transformers():
+    given = options(part=list(PARTS), shape="tiny", threads=1, rate=50.0, page=8, peer=["transformers"])
+    try:
+        bench_peers.command("transformers", PEER_PYTHON)
+    except ValueError:
+        given.peer = []
+    found = bench_serve(given, {**SMALL, "vocab_size": 300}, WORK)
+    assert found["reuse_read"] + found["reuse_reused"] == 4 * 23 and found["reuse_reused"] >= 3 * 16
+    assert all(
+        found[f"{name}_cpu_s"] > 0 < found[f"{name}_s"] for name in ("prefill_one", "prefill_many", "batch", "reuse", "reuse_suffixes")
+    )
+    assert 0 <= found["load_in_time"] <= 1 and found["load_first_p90_s"] >= found["load_first_s"] > 0 and found["reuse_over_suffixes"] > 0
+    assert found["guess_edit_1_per_step"] > found["guess_random_1_per_step"] >= 1 and found["plain_over_guess_edit_4"] > 0
+    if given.peer:
+        assert found["transformers_same_ids"] == 1.0 and found["transformers_load_first_s"] > 0
+        assert all(found[f"{name}_over_transformers"] > 0 for name in ("prefill_one", "prefill_many", "prefill_grouped", "batch"))
+    json.dumps(found)
 
 
 def test_every_op_has_a_case_and_every_case_its_factories():

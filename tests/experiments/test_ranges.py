@@ -181,10 +181,10 @@ FLAG_ZERO = {
     "convert": ("top", "max_diff"),
     "dryrun": ("compile",),
     "evaluate": ("rows",),
-    "generate": ("temperature", "top_k", "min_p", "seed", "logprobs"),
+    "generate": ("temperature", "top_k", "min_p", "seed", "logprobs", "speculate"),
     "launch": ("node_rank", "save_s"),
     "preprocess": ("max_samples", "document"),
-    "serve": ("port", "max_waiting", "drain_s"),
+    "serve": ("port", "max_waiting", "drain_s", "speculate"),
 }
 TRIED = """
 import importlib, json, os, sys

@@ -75,10 +75,12 @@ def test_what_the_engine_counts_is_told():
     cache = SimpleNamespace(blocks=Blocks(5), size=64)
     pages = cache.blocks.take(3)
     cache.blocks.release(pages[:1])
-    worker = SimpleNamespace(engine=SimpleNamespace(cache=cache, totals=Totals(prefill_tokens=7, reused_tokens=640, preempted=2)))
+    totals = Totals(prefill_tokens=7, reused_tokens=640, preempted=2, guessed_tokens=9, right_tokens=4)
+    worker = SimpleNamespace(engine=SimpleNamespace(cache=cache, totals=totals))
     found = {sample.name: sample.value for family in OfEngine(worker).collect() for sample in family.samples}
     assert found["qwen3_prompt_tokens_read_total"] == 7 and found["qwen3_prompt_tokens_reused_total"] == 640
     assert found["qwen3_preemptions_total"] == 2 and found["qwen3_evicted_blocks_total"] == 0
+    assert found["qwen3_guessed_tokens_total"] == 9 and found["qwen3_right_tokens_total"] == 4
     assert found["qwen3_cache_tokens"] == 320 and found["qwen3_cache_tokens_used"] == 128
     worker.engine = None
     assert list(OfEngine(worker).collect()) == []

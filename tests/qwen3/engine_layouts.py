@@ -20,7 +20,8 @@ from tests.qwen3.test_engine import CONTINUATIONS, GOLDEN
 
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "seed": 5}
 GROUP = 4  # inputs that share a scale in the layouts of weights in 8 bits: it divides each rank's inputs
-# name -> the golden model, sizes of the mesh, options of the requests. In those that end in "int8" the matrices are in 8 bits
+# name -> the golden model, sizes of the mesh, options of the requests. In those that end in "int8" the matrices are in 8 bits,
+# and in those that end in "guesses" tokens are guessed
 LAYOUTS = {
     "tp2": ("dense_tied", dict(tp=2), {}),
     "dp2 ep2": ("moe_norm", dict(dp=2, ep=2), {}),
@@ -29,6 +30,9 @@ LAYOUTS = {
     "pp2, int8": ("dense_tied", dict(pp=2), {}),
     "dp2 ep2, int8": ("moe_norm", dict(dp=2, ep=2), {}),
     "tp2, experts, int8": ("moe_norm", dict(tp=2), {}),
+    "tp2, guesses": ("dense_tied", dict(tp=2), {}),
+    "pp2, guesses": ("dense_tied", dict(pp=2), {}),
+    "dp2 ep2, guesses": ("moe_norm", dict(dp=2, ep=2), {}),
     "tp2, biases": ("qwen2_bias", dict(tp=2), {}),
     "tp2, experts": ("moe_norm", dict(tp=2), {}),
     "dp2": ("dense_tied", dict(dp=2), {}),
@@ -48,7 +52,7 @@ def requests(name, options):
     return [(i, Request(case["prompt"], len(case["greedy"]), **options), ()) for i, case in enumerate(cases)]
 
 
-def tokens(name, sizes, options, rank=0, int8=False):
+def tokens(name, sizes, options, rank=0, int8=False, speculate=0):
     """The tokens of each prompt, in one process without a mesh, or as every rank gathers them. Data rank 0 has all but two prompts."""
     cfg, params = hf.load(GOLDEN / "hf" / name)
     mesh = Mesh(**sizes, kv_repeat=max(1, sizes.get("tp", 1) // cfg.num_kv_heads), rank=rank)
@@ -57,7 +61,7 @@ def tokens(name, sizes, options, rank=0, int8=False):
         specs, read = own_specs(cfg, mesh), reader(params)
         specs, read = (int8_specs(specs, GROUP), Quantised(read, param_specs(cfg), GROUP).read) if int8 else (specs, read)
         params = load(mesh, place(sharding or Sharding(), specs), read, "used")
-    engine = Engine(params, cfg, slots=3, length=64, prefill_chunk=8, sharding=sharding)
+    engine = Engine(params, cfg, slots=3, length=64, prefill_chunk=8, sharding=sharding, speculate=speculate)
     engine.warm_up()
     mine = requests(name, options)
     if mesh.dp > 1:
@@ -72,7 +76,7 @@ TOKENIZER = train_bpe(["a b c"], 259)
 def main(names):
     """In each process: {layout: tokens} of a JSON list of names."""
     rank, _ = collectives.start()
-    return {name: tokens(*LAYOUTS[name], rank, name.endswith("int8")) for name in json.loads(names)}
+    return {name: tokens(*LAYOUTS[name], rank, name.endswith("int8"), 4 * name.endswith("guesses")) for name in json.loads(names)}
 
 
 def int8_logits(sizes, rank=0):

@@ -18,6 +18,7 @@ GROUPS = [
     pytest.param((2, ("dp2 ep2", "tp2, drawn", "tp2, biases", "tp2, experts", "dp2")), marks=pytest.mark.slow),
     pytest.param((2, ("pp2", "pp2, drawn", "pp2, mixed layers")), marks=pytest.mark.slow),
     pytest.param((2, ("tp2, int8", "pp2, int8", "dp2 ep2, int8", "tp2, experts, int8")), marks=pytest.mark.slow),
+    pytest.param((2, ("tp2, guesses", "pp2, guesses", "dp2 ep2, guesses")), marks=pytest.mark.slow),
     pytest.param((4, ("tp4 of 2 kv heads", "dp2 tp2 ep2", "dp2 tp2")), marks=pytest.mark.slow),
     pytest.param((4, ("pp2 tp2", "pp2 dp2 ep2")), marks=pytest.mark.slow),
 ]

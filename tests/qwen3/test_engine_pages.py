@@ -51,6 +51,21 @@ def test_prompts_that_begin_alike_read_what_they_share_once_and_keep_their_bits(
     assert unused(together) and unused(alone)
 
 
+def test_the_beginning_of_a_block_is_copied(params):
+    """Also where the page that is copied is then the row's own, and only if the copy saves enough."""
+    shared, ends = prompts(DENSE, (21,))[0], prompts(DENSE, (6, 7, 8))
+    assert len({end[0] for end in ends}) == 3
+    requests = [Request([*shared, *end], 4, logprobs=0) for end in ends]
+    want = heard(serve(engine(params, reuse=False), requests))
+    for tokens_of_cache in (None, 32):
+        e = engine(params, slots=1, cache_tokens=tokens_of_cache)
+        assert heard(serve(e, requests)) == want and unused(e)
+        assert e.totals.reused_tokens == 2 * 21 and e.totals.prefill_tokens == 27 + 7 + 8
+    e = engine(params, page=32)
+    serve(e, [Request([*shared, *prompts(DENSE, (12,))[0]], 1), Request([*shared[:3], 1, 2], 1)])
+    assert e.totals.reused_tokens == 0
+
+
 def test_samples_of_one_prompt_read_it_once(params):
     prompt = prompts(DENSE, (33,))[0]
     e = engine(params, slots=8)
@@ -178,6 +193,20 @@ def test_blocks_are_found_by_all_that_is_before_them_and_by_their_tokens():
         blocks.know(page, block)
     assert blocks.find(a) == pages and blocks.find(b) == [] and blocks.find(a[1:]) == pages[1:]
     assert blocks.find([Known(a[0].digest, b"other tokens with the same digest")]) == []
+
+
+def test_the_beginning_of_a_block_is_found_by_what_is_before_it():
+    blocks, a, b = Blocks(4), known_blocks([1, 2, 3, 4, 5, 6, 7], 3), known_blocks([1, 2, 3, 4, 5, 9, 9], 3)
+    assert blocks.find_part(b"", [1, 2]) == (None, 0)
+    first, second = blocks.take(2)
+    blocks.know(first, a[0])
+    blocks.know(second, a[1])
+    assert blocks.find_part(b"", [1, 2, 5]) == (first, 2) and blocks.find_part(b"", [1, 2, 3]) == (first, 3)
+    assert blocks.find_part(b[0].digest, [4, 5, 9]) == (second, 2) and blocks.find_part(b[0].digest, [7])[1] == 0
+    assert blocks.find_part(b[1].digest, [7]) == (None, 0) and blocks.find_part(b"", [])[1] == 0
+    blocks.release([first, second])
+    blocks.take(3)
+    assert blocks.find_part(b[0].digest, [4, 5, 9]) == (None, 0) and blocks.find_part(b"", [1, 2]) == (first, 2)
 
 
 def test_pages_that_were_not_used_for_longest_are_taken_first_and_the_end_of_a_prompt_before_its_beginning():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from experiments.bench.turns import serve, timed, warmed_up  # noqa: E402
+from experiments.bench.turns import Clock, measured, serve, timed, warmed_up  # noqa: E402
 
 
 def load(job):
@@ -78,5 +78,69 @@ def decode(job):
     return {"ids": generate(job["new_tokens"])}, step
 
 
+SLOTS, GROUPS = 16, 4  # the most rows of a batch; batches of like lengths
+
+
+class EachToken(StoppingCriteria):
+    """Calls a function after each token of a batch, and stops nothing."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, ids, scores, **_):
+        self.call()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def continued(model, prompts, count, after=lambda: None):
+    """Continues prompts of different lengths greedily, padded on the left, by `count` tokens each. after: called after each token."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([EachToken(after)]))
+    return out[:, width:].tolist()
+
+
+def in_groups(model, prompts):
+    """Reads prompts in batches of like lengths."""
+    prompts, size = sorted(prompts, key=len), -(-len(prompts) // GROUPS)
+    for at in range(0, len(prompts), size):
+        continued(model, prompts[at : at + size], 1)
+
+
+def arrivals(model, load, clock):
+    """Runs requests that arrive at load[i]["at"]; a batch is of those that wait. Returns the times of their first and last tokens."""
+    first, last, at = [0.0] * len(load), [0.0] * len(load), 0
+    while at < len(load):
+        clock.wait_until(load[at]["at"])
+        now = clock.now()
+        batch = [i for i in range(at, min(at + SLOTS, len(load))) if load[i]["at"] <= now]
+        seen = []
+        longest = max(load[i]["new_tokens"] for i in batch)
+        continued(model, [load[i]["prompt"] for i in batch], longest, lambda seen=seen: seen.append(clock.now()))
+        for i in batch:
+            first[i], last[i] = seen[0], seen[load[i]["new_tokens"] - 1]
+        at += len(batch)
+    return {"first": first, "last": last}
+
+
+def serve_part(job):
+    """A step is one part of the serving benchmark; see experiments/bench/serve.py."""
+    model, many, counts = load(job).eval(), job["many"], job["answers"]
+    continued(model, many[:2], 2)  # libraries prepare themselves
+    if job["part"] == "one":
+        return {}, lambda: measured("prefill_one", continued, model, [job["one"]], 1)[0]
+    if job["part"] == "many":
+        return {}, lambda: {
+            **measured("prefill_many", continued, model, many, 1)[0],
+            **measured("prefill_grouped", in_groups, model, many)[0],
+        }
+    if job["part"] == "batch":
+        ids = continued(model, many, max(counts))
+        return {"ids": [row[:n] for row, n in zip(ids, counts)]}, lambda: measured("batch", continued, model, many, max(counts))[0]
+    return {}, lambda: arrivals(model, job["load"], Clock(job["clock"]))
+
+
 if __name__ == "__main__":
-    serve({"train": train, "decode": decode})
+    serve({"train": train, "decode": decode, "serve": serve_part})
