@@ -1,4 +1,4 @@
-"""GRPO of a dense model of 0.9M parameters on the sums of two numbers of two digits, small enough for a laptop.
+"""GRPO on the sums of two numbers of two digits, small enough for a laptop.
 
     python -m experiments.rl --config=experiments/configs/rl_tiny.py --workdir=runs/rl [--hf_dir=runs/sums_sft]
 
@@ -14,16 +14,18 @@ def get_config():
     c.model = "tiny"
     c.rl.loss = "grpo"
     c.rl.max_new_tokens = 4
+    c.rl.slots = 128
     c.data.format = "prompts"
     c.data.vocab_size = 320
-    c.train.steps = 300
+    c.train.steps = 200
     c.train.batch_size = 256
     c.train.seq_len = 32
-    c.train.eval_every = 50
+    c.train.log_every = 5
+    c.train.eval_every = 20
     c.train.eval_rows = 256
     c.train.sample_tokens = 0
-    c.checkpoint.every = 100
-    c.optim.lr = 5e-4
+    c.checkpoint.every = 20
+    c.optim.lr = 4e-4
     c.optim.schedule = "constant"
     c.optim.warmup_steps = 10
     c.optim.weight_decay = 0.0

@@ -31,6 +31,7 @@ from qwen3.engine import Engine, Request
 
 SAMPLES = "samples.jsonl"
 NO_LOGITS = "the logits are not finite"
+LOOK_S = 0.5  # seconds between two looks at the rewards that are not there yet
 
 
 class Answer:
@@ -138,20 +139,22 @@ class Rollouts:
         return answers
 
     def reward(self, rows, answers, records):
-        """Returns [(reward, reason)] of the answers, on the ranks that sample the same ones on the first of them alone; else (0.0, "")."""
-        if self.mesh.index(TOGETHER):
-            return [(0.0, "")] * len(answers)
-        jobs = []
-        for record, answer in zip(rows["record"][:, 0], answers):
-            if answer is not None and not answer.reason:
-                found = records[record - 1]
-                jobs.append(self.pool.submit(found["prompt"], self.text(answer), found))
-            else:
-                jobs.append(None)
-        together, left = Together(self.sharding), {job for job in jobs if job}
-        while together(bool(left)):
-            left = wait(left, timeout=0.1).not_done
+        """Returns [(reward, reason)] of the answers. Of the ranks that sample the same answers, the first alone asks for their rewards, and
+        the others return (0.0, ""). All ranks wait here until all rewards are there."""
+        asks, jobs = not self.mesh.index(TOGETHER), [None] * len(answers)
+        for i, answer in enumerate(answers):
+            if asks and answer is not None and not answer.reason:
+                found = records[rows["record"][i, 0] - 1]
+                jobs[i] = self.pool.submit(found["prompt"], self.text(answer), found)
+        left = {job for job in jobs if job}
+        while self._on_any_rank(bool(left)):  # asked often, as a collective on CPU fails after 30 s
+            left = wait(left, timeout=LOOK_S).not_done
         return [job.result() if job else (0.0, answer.reason if answer else "") for job, answer in zip(jobs, answers)]
+
+    def _on_any_rank(self, busy):
+        if self.mesh.world == 1:
+            return busy
+        return bool(collectives.host_sum(self.mesh, tuple(self.mesh.sizes), [busy])[0])
 
     def text(self, answer):
         """Returns an answer's text, without the token that ends it."""
@@ -162,8 +165,8 @@ class Rollouts:
         for one with a reward; bad, 1 for one without; counts, 1 for each; length; nats, minus the sum of its log-probabilities; cut, 1 for
         one that did not end."""
         found = {name: np.zeros(size, np.float32) for name in ("reward", "good", "bad", "counts", "length", "nats", "cut")}
-        for i, answer, (reward, reason) in zip(mine, answers, rewards) if not self.mesh.index(TOGETHER) else ():
-            if answer is not None:
+        for i, answer, (reward, reason) in zip(mine, answers, rewards):
+            if answer is not None and not self.mesh.index(TOGETHER):
                 good = not reason
                 values = reward * good, good, not good, 1, len(answer.ids), -sum(answer.logprobs), not answer.ended
                 for name, value in zip(found, values):

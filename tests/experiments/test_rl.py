@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from parallel.graph.nested import part
 from parallel.sharding import Sharding
 from parallel.step import value_and_grad
 from parallel.trees import tree_paths
+from qwen3 import hf
 from qwen3.engine import Engine, Request
 from qwen3.model import build, param_specs
 from tests.experiments.test_pretrain import make_config
@@ -221,7 +223,7 @@ def test_exact_match():
 QUICK = {"rl.loss": "grpo", "rl.max_new_tokens": 3, "rl.group_size": 4, "rl.reward_processes": 1, "rl.reward": f"{BAD}:spread"}
 QUICK |= {"data.format": "prompts", "train.seq_len": 32, "train.batch_size": 8, "train.steps": 4, "train.log_every": 1}
 QUICK |= {"train.eval_every": 4, "train.eval_rows": 8, "train.sample_tokens": 0, "train.save_hf": False, "checkpoint.every": 2}
-QUICK |= {"data.max_samples": 0, "rl.updates": 2, "rl.kl_coef": 0.1, "optim.lr": 1e-2}
+QUICK |= {"rl.updates": 2, "rl.kl_coef": 0.1, "optim.lr": 1e-2}
 CLOCK = ("rollout_s",)
 
 
@@ -273,6 +275,13 @@ def test_a_stopped_and_resumed_run_is_bit_for_bit_the_one_that_went_through(few,
         rl.rl(run_config(), str(run))
     rl.rl(run_config(**{"rl.slots": 2}), str(run))
     same(run, whole)
+
+
+def test_a_run_goes_on_with_its_own_reference_model_alone(few, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    hf.save(tmp_path / "other", cfg := command_line.model_config(run_config()), random_params(cfg))
+    with pytest.raises(ValueError, match="was trained against the reference model random weights of train.seed=0 .*, and this is"):
+        rl.rl(run_config(**{"train.steps": 5, "init_from": str(tmp_path / "other")}), str(run))
 
 
 class Killed(BaseException):
@@ -391,7 +400,7 @@ def test_a_layout_that_cannot_sample_is_refused_before_it_starts(changes, said):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["--dp=2", "--tp=2"])
 def test_two_ranks_equal_one_process(layout, tmp_path):
-    keys = {key: value for key, value in QUICK.items()} | {"data.max_samples": 0, "data.vocab_size": 320, "optim.eps": 1e-5}
+    keys = {key: value for key, value in QUICK.items()} | {"data.max_samples": 120, "data.vocab_size": 320, "optim.eps": 1e-5}
     keys |= {
         "model_args.num_layers": 1,
         "train.steps": 2,

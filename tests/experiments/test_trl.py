@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from experiments.posttrain import losses, policy
-from experiments.posttrain.settings import RL_LOSSES, rl_settings
+from experiments.posttrain.settings import RL_LOSSES, rl_settings, settings
 from parallel.sharding import Sharding
 from parallel.step import value_and_grad
 from parallel.trees import tree_paths
 from qwen3.model import build
+from tests.experiments.test_prefer import config_of as preferences_of
 from tests.experiments.test_rl import config_of, made_batch, tensors
 from tests.tiny import DENSE, FUSED, assert_close, random_params
 
@@ -80,3 +81,49 @@ def test_advantages_are_trls_on_rewards_of_a_group(deviation):
     want = groups - groups.mean(1, keepdim=True)
     want = want / (groups.std(1, keepdim=True) + 1e-4) if deviation else want
     np.testing.assert_allclose(losses.advantages(rewards, np.ones(16), 4, deviation)[0], want.flatten().numpy(), rtol=1e-5)
+
+
+def trl_dpo(kind, beta, logp, mask, reference):
+    """(loss, its gradient by the log-probabilities [2 pairs, T] of the answers) of DPOTrainer._compute_loss, as in trl_grpo."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    leaf, mask = torch.tensor(logp, requires_grad=True), torch.tensor(mask)
+    out = SimpleNamespace(log_probs=leaf * mask, entropy=leaf * 0, mean_logits=leaf * 0, is_top1=mask > 0)
+    me = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[kind],
+        loss_weights=[1.0],
+        beta=beta,
+        use_weighting=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    whole = torch.cat([torch.zeros(len(logp), 1), mask], 1)  # with a first token, which has no log-probability
+    chosen, rejected = torch.tensor(reference).sum(1).chunk(2)
+    inputs = {"input_ids": whole.long(), "attention_mask": whole, "completion_mask": whole}
+    loss = DPOTrainer._compute_loss(me, lambda **_: out, {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, False)
+    loss.backward()
+    return loss.item(), leaf.grad.numpy()
+
+
+@pytest.mark.parametrize("loss, kind, by_length", [("dpo", "sigmoid", False), ("dpo", "sigmoid_norm", True), ("ipo", "ipo", True)])
+def test_the_losses_of_preferences_and_their_gradients_are_trls(loss, kind, by_length):
+    rng, s = np.random.default_rng(0), settings(preferences_of(loss))
+    mask = (np.arange(6) < rng.integers(1, 7, 8)[:, None]).astype(np.float32)  # of 4 chosen answers, and 4 rejected ones
+    logp, reference = (-rng.uniform(0, 5, mask.shape).astype(np.float32) * mask for _ in range(2))
+    want, slope = trl_dpo(kind, s.beta, logp, mask, reference)
+
+    def mean_loss(logp):
+        score = ((logp - ms.Tensor(reference)) * ms.Tensor(mask)).sum(1)
+        score = score / ms.Tensor(mask).sum(1) if by_length else score
+        return losses.OF_PAIRS[loss](s, score[:4] - score[4:]).mean()
+
+    value, grad = ms.value_and_grad(mean_loss)(ms.Tensor(logp))
+    assert value.asnumpy() == pytest.approx(want, rel=1e-5)
+    assert_close(slope, grad, 1e-5)
