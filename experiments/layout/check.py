@@ -218,9 +218,9 @@ def _check_preferences(config, sizes):
 def _check_rewards(config, sizes):
     """Raises ValueError for what reinforcement learning cannot do. parallel.lowering=shard: see check_partitioned."""
     rl, train, loss = config.rl, config.train, f"rl.loss={config.rl.loss}"
-    for axis in ("pp", "cp", "ep"):
+    for axis in ("tp", "pp", "cp", "ep"):
         if sizes[axis] > 1:
-            raise ValueError(f"parallel.{axis}={sizes[axis]} with {loss} is not supported; use --{axis}=1, with more --dp or --tp")
+            raise ValueError(f"parallel.{axis}={sizes[axis]} with {loss} is not supported; use --{axis}=1, with more --dp")
     if config.parallel.zero == 3:
         raise ValueError(f"parallel.zero=3 with {loss}: the engine needs whole parameters on each data rank; use --zero=2 or less")
     if train.batch_size % rl.group_size:
