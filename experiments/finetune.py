@@ -18,7 +18,7 @@ def main(_):
 
 def finetune(config, workdir):
     """Trains in the folder `workdir`, from the start or from its newest checkpoint. config: from experiments.flags.resolve."""
-    command.refuse_preferences(config)
+    command.refuse_others(config)
     if not (config.data.format or config.data.conversations):
         raise ValueError("data.format='' is no format of conversations; use alpaca, sharegpt or messages, or data.conversations=true")
     command.train_in(workdir, config)

@@ -18,10 +18,10 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments import hub, interrupts, number_flags, run_tokenizer
 from experiments.configs import common
-from experiments.data import preferences
+from experiments.data import preferences, prompts
 from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
-from experiments.posttrain.settings import LOSSES
+from experiments.posttrain.settings import LOSSES, RL_LOSSES
 from experiments.train import lr_groups
 from ops.registry import IMPLEMENTATIONS, LENGTHS, OPS
 from parallel.checkpoint.files import COMPRESSIONS
@@ -41,6 +41,7 @@ MAINS = {
     "experiments.pretrain": "experiments/configs/tiny.py",
     "experiments.finetune": "experiments/configs/finetune_tiny.py",
     "experiments.prefer": "experiments/configs/prefer_tiny.py",
+    "experiments.rl": "experiments/configs/rl_tiny.py",
 }
 
 flags.disclaim_key_flags()  # --help lists them under the main that calls define()
@@ -365,6 +366,11 @@ def _is_steps(value):
     return value == "" or (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last))
 
 
+def _is_function(value):
+    module, _, function = value.partition(":")
+    return function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
 def _is_split(value):
     try:
         return bool(split_ranges(value, 100))
@@ -407,11 +413,17 @@ CHECKS = {
     "lora.dropout": BELOW_ONE,
     "lora.init": _one_of("kaiming", "gaussian"),
     "train.layer_loop": _one_of("auto", "unroll", "scan"),
-    "data.format": _one_of("", *FORMATS, *preferences.FORMATS),
+    "data.format": _one_of("", *FORMATS, *preferences.FORMATS, *prompts.FORMATS),
     "prefer.loss": _one_of("", *LOSSES),
     **dict.fromkeys(("prefer.beta", "prefer.row_pairs"), POSITIVE),
     **dict.fromkeys(("prefer.margin", "prefer.desirable_weight", "prefer.undesirable_weight"), NOT_NEGATIVE),
     "prefer.label_smoothing": ((lambda value: 0 <= value < 0.5), "must be from 0 to below 0.5, at which a pair says nothing"),
+    "rl.loss": _one_of("", *RL_LOSSES),
+    "rl.reward": (_is_function, "must be module:function, such as experiments.posttrain.rewards:exact_match"),
+    **dict.fromkeys(("rl.reward_timeout_s", "rl.reward_processes", "rl.max_new_tokens", "rl.updates", "rl.slots", "rl.clip_low"), POSITIVE),
+    "rl.group_size": ((lambda value: value >= 2), "must be 2 or more, as the answers of a group are compared with each other"),
+    "rl.clip_high": POSITIVE,
+    **dict.fromkeys(("rl.kl_coef", "rl.log_samples"), NOT_NEGATIVE),
     "data.enable_thinking": _one_of("none", "true", "false"),
     "data.packing": _one_of("packed", "padded"),
     "data.too_long": _one_of("truncate", "drop", "error"),
@@ -459,6 +471,11 @@ MOST = {
     **dict.fromkeys(("prefer.beta", "prefer.margin", "prefer.desirable_weight", "prefer.undesirable_weight"), FLOAT32),
     "prefer.label_smoothing": (0.5, "at which a pair says nothing"),
     "prefer.row_pairs": (4096, "the memory of the sums grows with it"),
+    **dict.fromkeys(("rl.group_size", "rl.max_new_tokens", "rl.updates", "rl.slots", "rl.log_samples"), COUNTED),
+    "rl.reward_timeout_s": (1e9, "that is 30 years"),
+    "rl.reward_processes": (number_flags.MOST_PROCESSES, "a machine has no more processes"),
+    "rl.clip_low": (1.0, "a probability is never below 0"),
+    **dict.fromkeys(("rl.clip_high", "rl.kl_coef"), FLOAT32),
     "data.max_documents": (LENGTHS, "MindSpore's attention takes no more lengths"),
     "train.seed": (2**32 - 1, "the generators take 32 bits of it"),
     "checkpoint.timeout_s": (1e9, "that is 30 years"),

@@ -20,6 +20,7 @@ def main(_):
 
 def prefer(config, workdir):
     """Trains in the folder `workdir`, from the start or from its newest checkpoint. config: from experiments.flags.resolve."""
+    command.refuse_others(config, "experiments.prefer")
     loss, form = config.prefer.loss, config.data.format
     if not loss:
         raise ValueError(f"prefer.loss is empty; use one of {', '.join(LOSSES)}")

@@ -15,7 +15,7 @@ def main(_):
 
 def pretrain(config, workdir):
     """Trains in the folder `workdir`, from the start or from its newest checkpoint. config: from experiments.flags.resolve."""
-    command.refuse_preferences(config)
+    command.refuse_others(config)
     if config.data.format:
         raise ValueError(f"data.format={config.data.format!r} is for experiments.finetune; pre-training reads text or a .bin/.idx pair")
     command.train_in(workdir, config)

@@ -116,6 +116,13 @@ class Blocks:
             self._users[page] = 1
         return pages
 
+    def forget(self):
+        """Forgets all known blocks, so that find() finds none. No page may be used."""
+        assert not self.used()
+        self._free.extend(self._kept)
+        for known in (self._kept, self._page_of, self._known):
+            known.clear()
+
     def _evict(self):
         page, _ = self._kept.popitem(last=False)
         known = self._known.pop(page)

@@ -246,6 +246,14 @@ class Engine:
         self._widths = sorted({min(NARROW, prefill_chunk), min(max(NARROW, prefill_chunk // 4), prefill_chunk), prefill_chunk})
         self._rows, self._waiting, self._next = [None] * slots, deque(), 0
 
+    def use(self, params):
+        """Takes other parameters, or the same arrays with other values, and forgets all keys and values in the cache, which belong to the
+        parameters before. Raises ValueError while requests wait or run."""
+        if self.busy():
+            raise ValueError("engine: its parameters cannot change while requests wait or run; let them end, or cancel them")
+        self.params = params
+        self.cache.blocks.forget()
+
     def warm_up(self, sizes=None, by_host=False):
         """Compiles the graphs in advance, so that no step waits for the compiler.
 

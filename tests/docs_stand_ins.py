@@ -16,7 +16,7 @@ TEXTS = [f"def function_{j}(x):\n    return x + {7 * j}\n去上海的旅游攻�
 
 def make_stand_ins(folder):
     """Fills `folder`. DIR, Qwen3-32B and so on are Hugging Face folders; FILE_OR_FOLDER is a text; CHATS.jsonl has conversations, and
-    PAIRS.jsonl preferences."""
+    PAIRS.jsonl preferences, PROMPTS.jsonl prompts with their answers."""
     tokenizer = train_bpe(TEXTS, 320)
     tokenizer.save(folder / "tokenizer")
     (folder / "model_from_hf").mkdir()
@@ -37,6 +37,8 @@ def make_stand_ins(folder):
     (folder / "alpaca_gpt4_data_zh.json").write_text(json.dumps(chats))
     pairs = [{"prompt": chat["instruction"], "chosen": chat["output"], "rejected": "no"} for chat in chats]
     (folder / "PAIRS.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    prompts = [{"prompt": chat["instruction"], "answer": chat["output"]} for chat in chats]
+    (folder / "PROMPTS.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     (folder / "CHATS.jsonl").write_text("".join(json.dumps({"messages": messages(chat)}) + "\n" for chat in chats))
     (folder / "input_predict_data.txt").write_text("去上海\n" * 5)
     (folder / "prompts.txt").write_text("def a\ndef b\n")

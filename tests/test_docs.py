@@ -172,7 +172,7 @@ def runs(words):
 
 def shortened(words, steps=2):
     """The command with little to do: few steps of small rows, few tokens."""
-    if {"experiments.pretrain", "experiments.finetune", "experiments.prefer"} & set(words):
+    if {"experiments.pretrain", "experiments.finetune", "experiments.prefer", "experiments.rl"} & set(words):
         if "--print_layout" in words:
             return words
         seq_len = 256 if "experiments.prefer" in words else 64  # a row holds both answers of a pair
@@ -180,6 +180,8 @@ def shortened(words, steps=2):
         words = [*words, *(f"--config.train.{each}" for each in short), "--config.optim.warmup_steps=1"]
         if "experiments.pretrain" in words and not any(word.startswith("--config.data.") for word in words):
             words.append("--config.data.max_bytes=300000")
+    if "experiments.rl" in words:
+        words.append("--config.train.eval_rows=8")
     if "experiments.evaluate" in words:
         words = [*words, "--config.train.seq_len=64", "--config.train.batch_size=2"]
     return words

@@ -72,6 +72,7 @@ def get_config():
 
     c.lora = _lora()
     c.prefer = _prefer()
+    c.rl = _rl()
     c.optim = _optim()
     c.checkpoint = _checkpoint()
     c.data = _data()
@@ -129,6 +130,25 @@ def _prefer():
     p.undesirable_weight = 1.0  # kto: weight of the loss of the other answers
     p.row_pairs = 8  # the most pairs that are packed into a row
     return p
+
+
+def _rl():
+    r = ConfigDict()  # reinforcement learning on rewards, for experiments.rl; experiments/posttrain/losses.py has the formulas
+    r.loss = ""  # grpo, dapo, dr_grpo or gspo; empty = no rewards
+    # the reward of an answer: module:function, called with (prompt, text, record) in a process of its own; docs/posttraining.md
+    r.reward = "experiments.posttrain.rewards:exact_match"
+    r.reward_timeout_s = 10.0  # seconds after which a reward that is not there is given up, and its answer left out
+    r.reward_processes = 2  # processes that compute rewards, on each data rank
+    r.group_size = 8  # answers to each prompt, which are compared with each other; train.batch_size counts answers
+    r.max_new_tokens = 64  # the most tokens of an answer; the prompt has the rest of train.seq_len
+    r.updates = 1  # updates by the answers of a step, before new answers are sampled
+    r.deviation = True  # divide the advantages of a group by the standard deviation of its rewards; Dr. GRPO does not
+    r.clip_low = 0.2  # a probability that has fallen below 1 - clip_low times that of sampling is not lowered further
+    r.clip_high = 0.2  # a probability that has risen above 1 + clip_high times that of sampling is not raised further
+    r.kl_coef = 0.0  # weight of the divergence from the reference model, the one that training starts from; 0 = no reference model
+    r.slots = 64  # answers that are sampled at a time, on each data rank
+    r.log_samples = 4  # answers of each logged step that are written to samples.jsonl
+    return r
 
 
 def _optim():
@@ -191,7 +211,8 @@ def _data():
     # the pair contains conversations, written by preprocess --format: no conversation is split, and the loss mask beside the pair is used
     d.conversations = False
     # format of records that are tokenised at the start; for experiments.finetune: alpaca, sharegpt or messages (OpenAI's); for
-    # experiments.prefer: pairs (prompt, chosen, rejected) or unpaired (prompt, completion, label); empty = text
+    # experiments.prefer: pairs (prompt, chosen, rejected) or unpaired (prompt, completion, label); for experiments.rl: prompts;
+    # empty = text
     d.format = ""
     d.enable_thinking = "none"  # value for the chat template: none = not set, true or false
     # loss on the empty think block that a thinking model's template puts before answers without reasoning; false = none, as Qwen recommends

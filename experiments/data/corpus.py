@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.configs import common
-from experiments.data import conversations, gpt_index, loader, packing, pairs, parts, preferences, readers, sources
+from experiments.data import conversations, gpt_index, loader, packing, pairs, parts, preferences, prompts, readers, sources
 from experiments.data.megatron import IndexedDataset
 from experiments.data.rows import Blend, ExampleRows, PackedRows, PairRows
 from experiments.data.stream import TextStream
@@ -20,20 +20,21 @@ BASELINE_TOKENS = 1 << 23  # a bigram model counted on more of them is hardly be
 CONVERSATIONS = "conversations (data.conversations=true)"
 RECORDS = "conversations (data.format)"
 PREFERENCES = "preferences (data.format)"
+PROMPTS = "prompts (data.format)"
 ONLY_FOR = {
     "split": ("a .bin/.idx pair", CONVERSATIONS),
     "cache_dir": ("a .bin/.idx pair",),
     "too_long": (CONVERSATIONS, RECORDS, PREFERENCES),
-    "enable_thinking": (RECORDS, PREFERENCES),
+    "enable_thinking": (RECORDS, PREFERENCES, PROMPTS),
     "train_empty_think": (RECORDS, PREFERENCES),
     "packing": (RECORDS, PREFERENCES),
     "reset_at_eod": ("text", "a .bin/.idx pair", "a stream"),
     "json_key": ("a stream",),
     "shuffle_buffer": ("a stream",),
-    "skip_bad": ("a stream", RECORDS, PREFERENCES),
-    "held_out": ("text", "a stream", RECORDS, PREFERENCES),
-    "max_bytes": ("text", RECORDS, PREFERENCES),
-    "max_samples": (RECORDS, PREFERENCES, "a stream"),
+    "skip_bad": ("a stream", RECORDS, PREFERENCES, PROMPTS),
+    "held_out": ("text", "a stream", RECORDS, PREFERENCES, PROMPTS),
+    "max_bytes": ("text", RECORDS, PREFERENCES, PROMPTS),
+    "max_samples": (RECORDS, PREFERENCES, PROMPTS, "a stream"),
 }
 TABLES = ("jsonl", "json", "csv", "parquet", "arrow")
 
@@ -54,6 +55,8 @@ class Corpus(NamedTuple):
 def load(config, vocab_size):
     """The corpus of a run. vocab_size is the model's; a tokenizer with more tokens is a ValueError."""
     prefixes = _checked_prefixes(config)
+    if config.data.format in prompts.FORMATS:
+        return _prompts(config, vocab_size)
     if prefixes:
         corpus = _pairs(config, vocab_size, prefixes)
     else:
@@ -68,8 +71,9 @@ def load(config, vocab_size):
 def whole(config, vocab_size):
     """(tokenizer, source) of all that data.path has, for evaluation; data.tokenizer has to be set."""
     data, seq_len = config.data, config.train.seq_len
-    if data.format in preferences.FORMATS:
-        raise ValueError(f"data.format={data.format} has preferences, and evaluation reads text or conversations; give it other data")
+    if data.format in preferences.FORMATS + prompts.FORMATS:
+        what = "prompts" if data.format in prompts.FORMATS else "preferences"
+        raise ValueError(f"data.format={data.format} has {what}, and evaluation reads text or conversations; give it other data")
     prefixes, tokenizer = _checked_prefixes(config), _loaded(data, vocab_size)
     if data.stream:
         return tokenizer, _text_stream(data, tokenizer, seq_len, held_out=0.0)
@@ -97,7 +101,8 @@ def _checked_prefixes(config):
     if config.data.conversations and not prefixes:
         raise ValueError(f"data.conversations=true reads a .bin/.idx pair, and data.path={config.data.path!r} is none; leave it out")
     pair = CONVERSATIONS if config.data.conversations else "a .bin/.idx pair"
-    records = PREFERENCES if config.data.format in preferences.FORMATS else RECORDS
+    of_format = {**dict.fromkeys(preferences.FORMATS, PREFERENCES), **dict.fromkeys(prompts.FORMATS, PROMPTS)}
+    records = of_format.get(config.data.format, RECORDS)
     kind = records if config.data.format else pair if prefixes else "a stream" if config.data.stream else "text"
     if config.data.format and config.data.stream:
         raise ValueError("data.stream=true reads text, and data.format asks for conversations, which are read at the start; leave one out")
@@ -244,6 +249,21 @@ def _preferences(config, vocab_size):
     held = loader.first_rows(held_out, min(len(held_out), _held_rows(config)), config.train.seed)
     ids, mask = found[1].answers[0]
     return Corpus(tokenizer, train, held, tokenizer.decode(ids[: int(np.argmax(mask))]))
+
+
+def _prompts(config, vocab_size):
+    """Prompts for sampling, tokenised here; by a tokenizer that is trained on them where data.tokenizer names none. held_questions are
+    the held-out (ids, record)."""
+    data, seq_len = config.data, config.train.seq_len
+    tokenizer = _loaded(data, vocab_size) if data.tokenizer else train_bpe(list(prompts.texts(data)), data.vocab_size)
+    _check_vocabulary(tokenizer, f"data.vocab_size={data.vocab_size}", vocab_size)
+    found = prompts.load(data, tokenizer, seq_len + 1 - config.rl.max_new_tokens)
+    train, held = conversations.split(found, data.held_out)
+    rows = prompts.PromptRows(train, seq_len, tokenizer.eod_id, config.rl.group_size)
+    held = held.select(range(min(len(held), _held_rows(config))))
+    held_rows = prompts.PromptRows(held, seq_len, tokenizer.eod_id)
+    questions = tuple(zip(held.ids, held.records))
+    return Corpus(tokenizer, rows, loader.rows_at(held_rows, 0, len(held)), tokenizer.decode(held.ids[0]), questions)
 
 
 def _stream(config, vocab_size):

@@ -1,4 +1,5 @@
-"""Instructions made up by rule, with one right answer each: to reverse, add, sort and look up. For demonstrations and tests."""
+"""Instructions made up by rule, with one right answer each: to reverse, add, sort and look up; preferences and sums. For demonstrations and
+tests."""
 
 import numpy as np
 
@@ -29,6 +30,13 @@ def preferences(count, form, seed=0):
         else:
             out.append({"prompt": prompt, "completion": answer if number % 2 else answer.upper(), "label": number % 2 == 0})
     return out
+
+
+def sums():
+    """All sums of two numbers from 10 to 99 in a fixed mixed order: [{"prompt": "23+45=", "answer": "68"}, ...]."""
+    order = np.argsort(np.random.Philox(key=0).random_raw(90 * 90), kind="stable")
+    pairs = [(10 + int(i) // 90, 10 + int(i) % 90) for i in order]
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
 
 
 def _letters(rng, n):

@@ -31,6 +31,8 @@ def check(config, cfg, world=None):
     _check_context(cfg, config, sizes)
     if config.prefer.loss:
         _check_preferences(config, sizes)
+    if config.rl.loss:
+        _check_rewards(config, sizes)
     made = mesh(cfg, {**parallel, **sizes})
     _check_batch(config, sizes, made)
     _check_pipeline(config, cfg, sizes)
@@ -47,6 +49,7 @@ def check_partitioned(config):
         ),
         "parallel.cp": (1, "MindSpore has no rule for a ring"),
         "prefer.loss": ("", "preferences are not supported there"),
+        "rl.loss": ("", "rewards are not supported there"),
         "optim.lr_groups": ("", "groups of learning rates are not supported there"),
         "optim.skip_spikes": (0.0, "skipping of updates is not supported there"),
     }
@@ -210,6 +213,30 @@ def _check_preferences(config, sizes):
                 raise ValueError(f"{key}={value} with prefer.loss=reward, a reward model: {why}; use --config.{key}={only}")
     if config.train.monitor_every:
         raise ValueError("train.monitor_every with prefer.loss: the monitors know the loss of next tokens alone; use train.monitor_every=0")
+
+
+def _check_rewards(config, sizes):
+    """Raises ValueError for what reinforcement learning cannot do. parallel.lowering=shard: see check_partitioned."""
+    rl, train, loss = config.rl, config.train, f"rl.loss={config.rl.loss}"
+    for axis in ("tp", "pp", "cp", "ep"):
+        if sizes[axis] > 1:
+            raise ValueError(f"parallel.{axis}={sizes[axis]} with {loss} is not supported; use --{axis}=1, with more --dp")
+    if config.parallel.zero == 3:
+        raise ValueError(f"parallel.zero=3 with {loss}: the engine needs whole parameters on each data rank; use --zero=2 or less")
+    if train.batch_size % rl.group_size:
+        raise ValueError(
+            f"train.batch_size={train.batch_size} counts answers, and must be a multiple of rl.group_size={rl.group_size};"
+            f" use --config.train.batch_size={rl.group_size * (train.batch_size // rl.group_size + 1)}"
+        )
+    if rl.max_new_tokens > train.seq_len:
+        raise ValueError(
+            f"rl.max_new_tokens={rl.max_new_tokens} is more than train.seq_len={train.seq_len}, which holds the prompt too; lower it, or"
+            " raise train.seq_len"
+        )
+    if config.prefer.loss:
+        raise ValueError(f"{loss} with prefer.loss={config.prefer.loss}: a run has one objective; leave one out")
+    if train.monitor_every:
+        raise ValueError("train.monitor_every with rl.loss: the monitors know the loss of next tokens alone; use train.monitor_every=0")
 
 
 def _check_batch(config, sizes, mesh):

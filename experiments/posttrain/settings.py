@@ -1,9 +1,10 @@
-"""The settings of training on preferences. Nothing here imports MindSpore."""
+"""The settings of training on preferences and on rewards. Nothing here imports MindSpore."""
 
 from dataclasses import dataclass, fields
 
 LOSSES = ("dpo", "ipo", "kto", "simpo", "reward")  # of prefer.loss
 NO_REFERENCE = ("simpo", "reward")
+RL_LOSSES = ("grpo", "dapo", "dr_grpo", "gspo")  # of rl.loss
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,37 @@ class Settings:
     row_pairs: int
 
 
+@dataclass(frozen=True)
+class RLSettings:
+    """The keys of config.rl that a graph needs, as plain values that it may close over."""
+
+    loss: str
+    max_new_tokens: int
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+
+
 def settings(config):
     """Returns the Settings of config.prefer."""
     return Settings(**{field.name: config.prefer[field.name] for field in fields(Settings)})
 
 
+def rl_settings(config):
+    """Returns the RLSettings of config.rl."""
+    return RLSettings(**{field.name: config.rl[field.name] for field in fields(RLSettings)})
+
+
 def needs_reference(config):
-    """Whether the loss compares with a reference model."""
+    """Whether the loss of preferences compares with a reference model."""
     return bool(config.prefer.loss) and config.prefer.loss not in NO_REFERENCE
 
 
 def caches_reference(config):
     """Whether the log-probabilities of the reference model come from a cache. With LoRA, the frozen base computes them in the step."""
     return needs_reference(config) and not config.lora.rank
+
+
+def keeps_reference(config):
+    """Whether a run on rewards keeps the weights that training starts from beside those that train, as its reference model."""
+    return bool(config.rl.loss) and config.rl.kl_coef > 0 and not config.lora.rank

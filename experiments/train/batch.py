@@ -4,14 +4,19 @@ import mindspore as ms
 import numpy as np
 
 from experiments.data.loader import rank_rows
-from experiments.posttrain import preference
+from experiments.posttrain import policy, preference
 from parallel import collectives
 from parallel.context import split as context
 from parallel.random import hash_bits
 from parallel.sharding import DATA
 from qwen3.model import drops
 
-SUMS = ("tokens", "expert_overflow", *preference.SUMS)  # metrics that are summed over micro-batches; all others are weighted means
+SUMS = (
+    "tokens",
+    "expert_overflow",
+    *preference.SUMS,
+    *policy.SUMS,
+)  # metrics that are summed over micro-batches; all others are weighted means
 
 
 def with_dropout_seeds(cfg, config, mesh, batch, at):
@@ -41,7 +46,7 @@ def split_batch(batch, count):
 
 
 def shares(mesh, slices):
-    """Returns each micro-batch's share of the loss weight, or of the pairs of answers, summed over all data ranks; equal shares if no
+    """Returns each micro-batch's share of the denominator of the loss, summed over all data ranks; equal shares if no
     target has weight. Collective."""
     weights = np.array([_weight(micro_batch) for micro_batch in slices])
     weights = np.asarray(collectives.host_sum(mesh, DATA, weights), np.float64)
@@ -49,6 +54,8 @@ def shares(mesh, slices):
 
 
 def _weight(batch):
+    if "denominators" in batch:
+        return batch["denominators"].sum(dtype=np.float64)
     if "signs" in batch:
         return np.abs(batch["signs"]).sum(dtype=np.float64)
     return batch["loss_weights"].sum(dtype=np.float64)
@@ -97,6 +104,8 @@ def metrics_of(cfg, config, names, lr, objective, aux, norm, skipped):
     metrics = {name: number(value) for name, value in zip(names, aux)}
     if config.prefer.loss:
         metrics = preference.finished(metrics, config.prefer.loss)
+    elif config.rl.loss:
+        metrics = policy.finished(metrics)
     metrics.update(objective=number(objective), grad_norm=number(norm), lr=lr)
     if cfg.moe_layers:
         metrics["expert_load_max"] = float(np.max(metrics["expert_load"]) * cfg.num_experts)  # busiest expert over the mean

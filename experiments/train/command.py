@@ -6,7 +6,7 @@ Nothing here imports MindSpore before the flags and the config are checked: the 
 from absl import flags
 
 from experiments import flags as command_line
-from experiments.data import preferences
+from experiments.data import preferences, prompts
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # --help lists them under the main that calls define_flags()
@@ -29,14 +29,16 @@ def run_main(train_one):
         train_one(config, FLAGS.workdir)
 
 
-def refuse_preferences(config):
-    """Raises ValueError for a config of experiments.prefer, for the mains that train on next tokens."""
-    for key, value, of_preferences in (
-        ("prefer.loss", config.prefer.loss, bool(config.prefer.loss)),
-        ("data.format", config.data.format, config.data.format in preferences.FORMATS),
+def refuse_others(config, main=""):
+    """Raises ValueError for a config of another main than `main`: experiments.prefer, experiments.rl, or "" for training on next tokens."""
+    of_format = {**dict.fromkeys(preferences.FORMATS, "experiments.prefer"), **dict.fromkeys(prompts.FORMATS, "experiments.rl")}
+    for key, value, owner in (
+        ("prefer.loss", config.prefer.loss, "experiments.prefer" if config.prefer.loss else ""),
+        ("rl.loss", config.rl.loss, "experiments.rl" if config.rl.loss else ""),
+        ("data.format", config.data.format, of_format.get(config.data.format, "")),
     ):
-        if of_preferences:
-            raise ValueError(f"{key}={value} is for experiments.prefer; leave it out, or use that main")
+        if owner and owner != main:
+            raise ValueError(f"{key}={value} is for {owner}; leave it out, or use that main")
 
 
 def train_in(workdir, config):

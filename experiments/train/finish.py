@@ -42,6 +42,8 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh, saved=True)
     params = tree_map(ms.Tensor.from_numpy, weights) if config.train.sample_tokens else None
     if config.prefer.loss:
         report_preferences(nats, config, writer, workdir)
+    elif config.rl.loss:
+        report_rewards(nats, config, writer, workdir)
     elif data.held_questions:
         report_answers(nats, params, cfg, config, data, writer, workdir)
     else:
@@ -123,6 +125,13 @@ def report_preferences(found, config, writer, workdir):
     metrics.plot_losses(os.path.join(workdir, "loss.png"), writer.records, label=f"{config.prefer.loss} loss")
     scores = f"{found['accuracy']:.3f} accuracy, reward margin {found['reward_margin']:.3f}"
     print(f"held out   {found['loss']:.3f} {config.prefer.loss} loss, {scores}")
+
+
+def report_rewards(found, config, writer, workdir):
+    """Writes the metrics of the most likely answers to the held-out prompts. found: what Rollouts.evaluate returns."""
+    writer.write(config.train.steps, _final(metrics.held_out(found)))
+    metrics.plot_losses(os.path.join(workdir, "reward.png"), writer.records, label="reward", name="reward")
+    print(f"held out   {found['reward']:.3f} reward of the most likely answers, of {found['length']:.1f} tokens")
 
 
 def answers(params, cfg, questions, kernels):

@@ -11,6 +11,7 @@ from experiments.train.state import (
     Program,
     check_dtype,
     check_stackable,
+    full_tree,
     held_arrays,
     new_state,
     placements,
@@ -33,6 +34,8 @@ def build_program(cfg, config, sharding=None, has_peers=True):
     if the gradient norm is not finite.
     evaluate(state, batches) -> cross-entropy in nats per target, over all ranks' batches; of preferences, a dict of metrics.
     score(state, batch) -> the nats of each target of the batch, see experiments.train.step.build_score; None under a pipeline.
+    tree(state) -> the tree of the state's own parameters, this rank's shards, not copied; with a loop of layers they are stacked. None
+    under a pipeline.
     held(state) -> the local shards for parallel.checkpoint.arrays; held() -> their sizes alone. The running norm is not included.
     restore(read, norm) -> state. read(name, slices): the arrays of a checkpoint; norm: the running norm.
     spread(state) -> a tree of parallel.placement.Spread, which gathers one full array at a time; params(state) -> the tree of full tensors
@@ -50,7 +53,7 @@ def build_program(cfg, config, sharding=None, has_peers=True):
     if mesh.pp > 1:
         stages = train_pipeline.Stages(cfg, config, sharding, kernels)
         step, evaluate, executor = train_pipeline.build_step(stages, has_peers), train_pipeline.build_evaluate(stages), stages.executor
-        score = None
+        score = tree = None
         placed, num_stacked = stages.placed, 0
         model_placed = saved_placed = stages.model_placed
     else:
@@ -62,6 +65,10 @@ def build_program(cfg, config, sharding=None, has_peers=True):
         step, executor = train_step.build_step(cfg, config, sharding, kernels, placed, scan), None
         evaluate = train_step.build_evaluate(cfg, config, sharding, kernels, placed, scan)
         score = train_step.build_score(cfg, config, sharding, kernels, placed, scan)
+
+        def tree(state):
+            return full_tree(placed, state["params"], state.get("frozen"))
+
     to_device = optimizer.resident(kernels)
 
     def init(params):
@@ -80,4 +87,4 @@ def build_program(cfg, config, sharding=None, has_peers=True):
     def params(state):
         return tree_map(lambda leaf: ms.Tensor(np.array(leaf.asnumpy(everywhere=True))), spread(state))  # a copy
 
-    return Program(init, params, step, evaluate, held, restore, spread, score, executor)
+    return Program(init, params, step, evaluate, held, restore, spread, score, tree, executor)

@@ -56,6 +56,18 @@ RULES = {
         "another objective: the rewards of the two parts could not be compared",
     ),
     "prefer.row_pairs": (NEVER, DATA),
+    **_of(
+        "rl",
+        "loss reward deviation clip_low clip_high kl_coef",
+        NEVER,
+        "another objective: the two parts could not be compared",
+    ),
+    **_of("rl", "group_size max_new_tokens", NEVER, DATA),
+    "rl.updates": (NEVER, "the optimizer counts its updates"),
+    "rl.reward_timeout_s": (IN_PLACE, "how long a reward may take from here on"),
+    "rl.reward_processes": (IN_PLACE, "how many processes compute rewards"),
+    "rl.slots": (IN_PLACE, "how many answers are sampled at a time; the answers stay the same"),
+    "rl.log_samples": (IN_PLACE, LOGGING),
     "optim.name": (NEVER, "its state has other arrays"),
     **_of(
         "optim", "lr lr_groups schedule warmup_steps warmup_ratio decay_fraction min_lr_ratio b1 b2 muon_momentum eps", ELSEWHERE, UPDATE

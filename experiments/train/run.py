@@ -14,6 +14,7 @@ from experiments.layout import memory as layout_memory
 from experiments.layout import table as layout_table
 from experiments.layout.sharding import sharding_of
 from experiments.posttrain import reference
+from experiments.posttrain.rollouts import Rollouts
 from experiments.posttrain.settings import caches_reference
 from experiments.train import checkpoints, lr_groups, run_folder
 from experiments.train.finish import check_results, finish, save_at
@@ -69,7 +70,10 @@ def run(config, cfg, data, workdir, mesh):
         batches = opened.enter_context(loader.Loader(data.train, train_.batch_size, train_.seed, place, dp, micro, start.loader))
         begun = start.step, start.tokens
         saving = opened.enter_context(checkpoints.Saving(workdir, cfg, config, mesh, program, batches, writer, begun))
-        of_bytes = None if config.prefer.loss else corpus.bytes_per_target(data.tokenizer, held)
+        if config.rl.loss:
+            rollouts = opened.enter_context(Rollouts(workdir, cfg, config, sharding, program, data, start.step))
+            program = replace(program, step=rollouts.step, evaluate=rollouts.evaluate)
+        of_bytes = None if config.prefer.loss or config.rl.loss else corpus.bytes_per_target(data.tokenizer, held)
         mfu_of = lambda speed: speed * cost / peak if peak else 0.0
         if train_.monitor_every:
             probe = Probe(cfg, config, sharding, program, batches.sources if hasattr(data.train, "source_of") else None)

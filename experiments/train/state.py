@@ -39,6 +39,7 @@ class Program:
     restore: object = None
     spread: object = None
     score: object = None  # where no pipeline and no partitioner is
+    tree: object = None  # where no pipeline and no partitioner is
     executor: object = None  # the parallel.pipeline.run.Executor, under pipeline parallelism
 
 

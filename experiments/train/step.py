@@ -3,7 +3,7 @@
 import mindspore as ms
 from mindspore import ops
 
-from experiments.posttrain import preference
+from experiments.posttrain import policy, preference
 from experiments.train import optim as optimizer
 from experiments.train.accumulate import RunningSum
 from experiments.train.batch import mean_over_targets, metrics_of, number, over_micro_batches, tensors, tokens_of_rank, with_dropout_seeds
@@ -26,11 +26,16 @@ def build_step(cfg, config, sharding, kernels, placed, scan):
     check_trains(placed)
     trainable, _ = split_trainable(placed)
     specs, _ = split_trainable(stacked_specs(cfg) if scan else param_specs(cfg))
-    micro_batches, names = config.parallel.micro_batches, preference.names(cfg) if config.prefer.loss else metric_names(cfg)
+    micro_batches = config.parallel.micro_batches
     reduce_every_micro_batch = micro_batches > 1 and sharding.zero >= 2  # then the running sum has this rank's shard alone
 
     options = cfg, sharding, scan, kernels, config.train.recompute, config.train.loss_chunks
-    model = preference.Preference(config, *options) if config.prefer.loss else build(*options)
+    if config.prefer.loss:
+        model, names = preference.Preference(config, *options), preference.names(cfg)
+    elif config.rl.loss:
+        model, names = policy.Policy(config, *options), policy.names(cfg)
+    else:
+        model, names = build(*options), metric_names(cfg)
     gradient = _build_gradient(model.loss_fn, placed, names)
     sum_shapes = tree_leaves(local_shapes(sharding.mesh, trainable, "state" if reduce_every_micro_batch else "used"))
     running_sum = RunningSum(tuple(sum_shapes), optimizer.changes_in_place(kernels))

@@ -58,7 +58,7 @@ def mesh_peak_flops(mesh, dtype="float32"):
 
 def held_out(nats, bytes_per_target=None):
     """Returns the metrics of an evaluation loss in nats per target: eval_loss, perplexity, and bits_per_byte if bytes_per_target is
-    given. Of preferences, whose evaluation is a dict of metrics, it returns those as eval_loss, eval_accuracy and so on."""
+    given. Of preferences and rewards, whose evaluation is a dict of metrics, it returns those as eval_loss, eval_accuracy and so on."""
     if isinstance(nats, dict):
         return {f"eval_{name}": value for name, value in nats.items()}
     values = {"eval_loss": nats, "perplexity": math.exp(min(nats, 700.0))}  # exp of more overflows a float
@@ -115,17 +115,17 @@ def check(workdir, begun):
         read_records(os.path.join(workdir, METRICS))
 
 
-def plot_losses(path, records, bigram=None, label="cross-entropy (nats per token)"):
+def plot_losses(path, records, bigram=None, label="cross-entropy (nats per token)", name="loss"):
     """Draws the loss curves to a PNG file. records: dicts with step, and loss, eval_loss or final_loss. bigram: the loss of a bigram model,
-    drawn as a line. label: that of the losses."""
+    drawn as a line. label: that of the losses. name: of another metric that is drawn in place of the loss."""
     from matplotlib.figure import Figure  # imported here because other ranks and the benchmarks draw nothing
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="tight")
     axes = figure.subplots()
-    for name, label, marker in (("loss", "training", None), ("eval_loss", "held out", "o"), ("final_loss", "held out, all rows", "x")):
-        points = [(r["step"], r[name]) for r in records if name in r]
+    for prefix, which, marker in (("", "training", None), ("eval_", "held out", "o"), ("final_", "held out, all rows", "x")):
+        points = [(r["step"], r[prefix + name]) for r in records if prefix + name in r]
         if points:
-            axes.plot(*zip(*points), label=label, marker=marker, linewidth=1)
+            axes.plot(*zip(*points), label=which, marker=marker, linewidth=1)
     if bigram is not None:
         axes.axhline(bigram, linestyle="--", color="gray", label="bigram model, held out")
     axes.set_xlabel("step")

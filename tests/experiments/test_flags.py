@@ -187,7 +187,7 @@ def test_every_config_file_loads_and_gives_its_command(path):
     config = module["get_config"]()
     assert config.is_locked
     doc = " ".join(module["__doc__"].split())
-    main = next((name for name in ("finetune", "prefer") if f"{name}_" in path), "pretrain")
+    main = next((name for name in ("finetune", "prefer", "rl") if f"{name}_" in path), "pretrain")
     assert f"python -m experiments.{main} --config={path} --workdir=" in doc
     assert "Hardware:" in doc and "Expected time and loss:" in doc
     dtype = config.model_args.compute_dtype or "float32"
@@ -196,7 +196,7 @@ def test_every_config_file_loads_and_gives_its_command(path):
 
 
 def test_every_size_has_a_config_file():
-    pretraining = [path for path in FILES if not ("finetune_" in path or "prefer_" in path)]
+    pretraining = [path for path in FILES if not any(f"{main}_" in path for main in ("finetune", "prefer", "rl"))]
     assert sorted(runpy.run_path(path)["get_config"]().model for path in pretraining) == sorted(SIZES)
 
 
@@ -331,7 +331,7 @@ def test_another_vocabulary_drops_the_token_ids_of_the_released_one():
     assert (cfg.vocab_size, cfg.eos_id, cfg.pad_id) == (512, None, None)
 
 
-MAINS = ["pretrain", "finetune", "prefer", "launch", "preprocess", "compare"]
+MAINS = ["pretrain", "finetune", "prefer", "rl", "launch", "preprocess", "compare"]
 PACKAGES = ["generate", "serve", "evaluate", "convert", "sweep", "dryrun", "bench"]
 
 

@@ -33,6 +33,7 @@ ACCEPTED = {
     **dict.fromkeys((f"optim.{key}" for key in ("warmup_steps", "warmup_ratio", "decay_fraction", "min_lr_ratio", "b1", "b2")), ("0",)),
     **dict.fromkeys((f"optim.{key}" for key in ("muon_momentum", "weight_decay", "clip_norm", "skip_spikes", "router_bias_rate")), ("0",)),
     **dict.fromkeys((f"prefer.{key}" for key in ("margin", "label_smoothing", "desirable_weight", "undesirable_weight")), ZERO_IS_OFF),
+    **dict.fromkeys(("rl.kl_coef", "rl.log_samples"), ZERO_IS_OFF),
     "parallel.zero": ("0",),
     "data.max_documents": ("0", "-1"),  # any number, by segment ids; a choice by the length of rows
     **dict.fromkeys((f"parallel.{axis}" for axis in ("dp", "tp", "pp", "cp")), ("-1",)),  # all ranks that are left
@@ -196,7 +197,7 @@ for name in {names}:
         module = importlib.import_module(name)
         if hasattr(module, "define_flags"):
             module.define_flags()
-        elif name.split(".")[1] in ("pretrain", "finetune", "prefer"):
+        elif name.split(".")[1] in ("pretrain", "finetune", "prefer", "rl"):
             importlib.import_module("experiments.train.command").define_flags(name)
         out = {{}}
         for owner, defined in flags.FLAGS.flags_by_module_dict().items():
