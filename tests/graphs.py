@@ -13,9 +13,10 @@ from experiments.watch.profiling import PASS  # MindSpore reads it once a proces
 
 
 class Graph(NamedTuple):
-    """text: the graph after the last pass of the compiler. actors: what runs its operators on a CPU, in the order in which they start."""
+    """texts: {number: the graph after the last pass of the compiler}; a function with loops or branches has several. actors: what runs
+    their operators on a CPU, in the order in which they start."""
 
-    text: str
+    texts: dict
     actors: str
 
 
@@ -33,25 +34,32 @@ def compiled():
             os.environ.pop("MS_DEV_DUMP_IR_PASSES")
             if passes is not None:
                 os.environ["MS_DEV_DUMP_IR_PASSES"] = passes
-        numbered = {int(path.stem.split("_")[2]): path for path in Path(folder).rglob(f"{PASS}_*.ir")}
-        for number, path in sorted(numbered.items()):
-            actors = path.parent / "actor_set" / f"final_actor_set_kernel_graph_{number}.ir"
-            graphs.append(Graph(path.read_text(), actors.read_text()))
+        texts = {int(path.stem.split("_")[2]): path.read_text() for path in Path(folder).rglob(f"{PASS}_*.ir")}
+        for path in Path(folder).rglob("final_actor_set_kernel_graph_*.ir"):
+            first, _, last = path.stem.rpartition("_")[2].partition("-")  # "3" or "0-8"
+            of = range(int(first), int(last or first) + 1)
+            graphs.append(Graph({number: texts[number] for number in of}, path.read_text()))
+        graphs.sort(key=lambda graph: min(graph.texts))
 
 
 def operators(graph):
     """Returns the names of the operators of a graph, in their order."""
-    return re.findall(r"^  %\d+\(.*?\) = (\w+)", graph.text, re.MULTILINE)
+    return [name for text in graph.texts.values() for name in re.findall(r"^  %\d+\(.*?\) = (\w+)", text, re.MULTILINE)]
 
 
 def collectives(graph):
-    """Returns the collectives of a graph in the order in which they run, each by its shape and the lines of source that it comes from."""
+    """Returns the collectives of a graph in the order in which they run, each by its shape and the lines of source that it comes from.
+
+    Those of a function that has several graphs are sorted, as the order in which its graphs run is not known here.
+    """
     found = {}
-    for node in re.split(r"^  %\d+\(.*?\) = ", graph.text, flags=re.MULTILINE)[1:]:
-        if node.startswith("AllReduce("):
-            # generated sources differ in the rank's number
-            lines = [line for line in node.splitlines()[1:] if "(<Tensor" in line or "# In file" in line and "/sources/" not in line]
-            found[re.search(r"Default/(AllReduce-op\d+)", node)[1]] = "\n".join(lines)
-    order = re.findall(r"^%\d+ = \w+:(AllReduce-op\d+)\(", graph.actors, re.MULTILINE)
+    for number, text in graph.texts.items():
+        for node in re.split(r"^  %\d+\(.*?\) = ", text, flags=re.MULTILINE)[1:]:
+            if node.startswith("AllReduce("):
+                # generated sources differ in the rank's number
+                lines = [line for line in node.splitlines()[1:] if "(<Tensor" in line or "# In file" in line and "/sources/" not in line]
+                found[str(number), re.search(r"Default/(AllReduce-op\d+)", node)[1]] = "\n".join(lines)
+    order = re.findall(r"^%\d+ = kernel_graph(\d+):(AllReduce-op\d+)\(", graph.actors, re.MULTILINE)
     assert sorted(order) == sorted(found)
-    return [found[name] for name in order]
+    names = [found[each] for each in order]
+    return names if len(graph.texts) == 1 else sorted(names)
