@@ -192,6 +192,7 @@ def test_diff_of_other_models_names_the_arrays(native):
     assert failed and lines[0].startswith("differs    ")
 
 
+@pytest.mark.extended
 def test_verify_finds_a_bit_that_flipped_in_a_checkpoint(native, tmp_path):
     folder = shutil.copytree(native, tmp_path / "native")
     assert look.verify_native(convert.open_weights("input", folder)) == []

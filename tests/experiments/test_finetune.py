@@ -178,6 +178,7 @@ def test_a_stopped_and_resumed_run_of_adapters_is_bit_for_bit_the_one_that_went_
     assert records(run) == records(lora_run)
 
 
+@pytest.mark.extended
 def test_another_base_is_refused_by_name(base, lora_run):
     with pytest.raises(ValueError, match=f"holds adapters for the base {base}/hf .* and this is random weights"):
         finetune.finetune(lora_config(base, **{"init_from": "", "train.steps": 6}), str(lora_run))

@@ -229,6 +229,7 @@ def test_every_file_of_a_runs_folder_on_two_ranks(how, run, longer, text, tmp_pa
     assert records(harmless)[-1] == pytest.approx(records(longer)[-1], rel=1e-5)
 
 
+@pytest.mark.extended
 def test_a_run_without_its_tokenizer_writes_it_again_and_a_changed_one_is_not_used(run, longer, text, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)

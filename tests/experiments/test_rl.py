@@ -144,6 +144,7 @@ def test_no_answer_that_counts_gives_zero_and_not_nan():
 # The sampler and the trainer
 
 
+@pytest.mark.extended(but=("*1.0-dense",))
 @pytest.mark.parametrize("cfg", [DENSE, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_samplers_log_probabilities_are_the_trainers(cfg, temperature):
@@ -257,6 +258,7 @@ def same(run, whole):
     assert records(run) == records(whole) and (run / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
 
+@pytest.mark.extended
 def test_a_run_writes_its_metrics_and_samples(whole):
     lines = records(whole)
     assert {"eval_reward", "eval_length"} <= set(lines[0]) and "final_reward" in lines[-1]
@@ -268,6 +270,7 @@ def test_a_run_writes_its_metrics_and_samples(whole):
     assert len({sample["prompt"] for sample in samples[:4]}) == 1 and (whole / "reward.png").exists()
 
 
+@pytest.mark.extended
 def test_a_stopped_and_resumed_run_is_bit_for_bit_the_one_that_went_through(few, whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -277,6 +280,7 @@ def test_a_stopped_and_resumed_run_is_bit_for_bit_the_one_that_went_through(few,
     same(run, whole)
 
 
+@pytest.mark.extended
 def test_a_run_goes_on_with_its_own_reference_model_alone(few, whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     hf.save(tmp_path / "other", cfg := command_line.model_config(run_config()), random_params(cfg))
@@ -339,6 +343,7 @@ def test_every_loss_raises_a_reward(loss, changes, few, tmp_path):
     assert lines[-2]["eval_reward"] > lines[0]["eval_reward"] or lines[-3]["reward"] > lines[1]["reward"]
 
 
+@pytest.mark.extended
 def test_the_reference_of_adapters_is_the_base(few):
     """With adapters, and 0 in their place."""
     config = run_config(**{"lora.rank": 2})

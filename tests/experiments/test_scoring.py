@@ -103,6 +103,7 @@ def test_a_rolling_log_likelihood_is_the_sum_of_its_windows(model):
     assert scoring.loglikelihood_rolling(model, ["", text]) == [0.0, pytest.approx(want, rel=1e-5)]
 
 
+@pytest.mark.extended
 def test_generation_ends_at_the_texts_that_are_given(model):
     free, cut, sampled = scoring.generate_until(
         model,

@@ -99,6 +99,7 @@ def test_cross_entropy_of_several_rows_a_core(columns):
         assert_close(a, b, 1e-6)
 
 
+@pytest.mark.extended
 def test_a_work_tensor_without_room_for_indices_is_refused(tmp_path):
     """ReduceMax writes a value and an index for each 64 columns: with room for the values alone it would overwrite what lies behind."""
     header, right = tmp_path / "cross_entropy.h", "AlignUp(2 * ((tiling.tile + 63) / 64), FLOATS)"
