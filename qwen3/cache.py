@@ -120,7 +120,7 @@ class Blocks:
         """Forgets all known blocks, so that find() finds none. No page may be used."""
         assert not self.used()
         self._free.extend(self._kept)
-        for known in (self._kept, self._page_of, self._known):
+        for known in (self._kept, self._page_of, self._known, self._after):
             known.clear()
 
     def _evict(self):
