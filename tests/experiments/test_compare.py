@@ -113,6 +113,7 @@ def test_what_is_not_a_number_is_a_gap():
     assert '{"loss":{"a":[[1.0,2.0],[null,0.333333]]}}' in page and "<td>@DATA@</td>" in page and "the mean of 5" in page
 
 
+@pytest.mark.extended
 def test_all_that_a_sweep_writes_may_be_given(tmp_path):
     """As `runs/lr/*`, with its logs and tables, or as the sweep's folder."""
     sweep = tmp_path / "lr"

@@ -353,7 +353,7 @@ list(convert_weights.write(command, source, output, None))
 """
 
 
-@pytest.mark.extended(but=("native*",))
+@pytest.mark.extended
 @pytest.mark.parametrize("command", ["hf-to-native", "native-to-hf"])
 def test_killed_conversion_leaves_no_output_and_the_next_one_cleans_up(command, native, tmp_path):
     source = native if command == "native-to-hf" else GOLDEN / "dense_tied"

@@ -47,6 +47,7 @@ def test_every_text_of_a_stream_counts_once(folder, scorer):  # noqa: F811
     assert evaluation.data_set(scorer, config, "all", 3)["of"].endswith("3 rows")
 
 
+@pytest.mark.extended
 def test_pairs_blends_conversations_and_folders_of_text(folder, scorer, tmp_path):  # noqa: F811
     def whole(path, **changes):
         return evaluation.data_set(scorer, make_config(folder, path, **changes), "all")

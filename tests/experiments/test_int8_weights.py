@@ -35,6 +35,7 @@ def test_the_text_is_that_of_the_floats_that_the_numbers_stand_for(tmp_path, cfg
     assert model.describe("int8").endswith("model, in 8 bits") and model.describe() == model.text
 
 
+@pytest.mark.extended(but=("awq",))
 @pytest.mark.parametrize("form", [gptq(), awq()], ids=["gptq", "awq"])
 def test_quantised_folders_are_generated_from(tmp_path, form):
     write(tmp_path / "m", DENSE, form)

@@ -263,6 +263,7 @@ def test_input_is_read_only_as_far_ahead_as_workers_need(folder):
     batches.close()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_run_leaves_no_pair_and_runs_again(tmp_path, folder, workers):
     path = jsonl(tmp_path / "in.jsonl", [{"text": "plain words " * 50, "b": "x"}] * 30000)

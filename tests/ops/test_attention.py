@@ -102,6 +102,7 @@ def test_documents_given_by_their_cumulative_lengths(ends, kind):
     check(getattr(attention, kind)(SCALE), one_by_one, qkv(2, 9, 9, 2, 1, 3), (ends,))
 
 
+@pytest.mark.extended
 def test_cumulative_lengths_in_a_graph():
     inputs, ends = qkv(2, 9, 9, 4, 2, 5), np.array(ENDS["documents"], np.int32)
     agree(attention.reference_packed(SCALE), attention.cpu_packed(SCALE), inputs, (ends,), ways=("compiled",))
@@ -195,6 +196,7 @@ def test_one_query_a_row_over_a_cache(slots, size, heads):
     np.testing.assert_array_equal(host(attention.cpu(SCALE)(*tensors(q, k, v, *mask)))[0], host(found[0])[0])
 
 
+@pytest.mark.extended
 def test_gradients_inside_a_handwritten_backward():
     def layer(attend):
         def run(x, w, segment, order):

@@ -92,6 +92,7 @@ def test_views_are_taken():
     takes_views(matmul.cpu(True), draw(6, 5), draw(7, 5))
 
 
+@pytest.mark.extended
 def test_gradients_inside_a_handwritten_backward():
     def layer(multiply):
         def run(x, w):

@@ -44,6 +44,7 @@ def test_matches_the_reference(shape):
     agree(rms_norm.reference_add(eps), rms_norm.cpu_add(eps), [x, y, w], ways=ways)
 
 
+@pytest.mark.extended
 def test_gradients_inside_a_handwritten_backward():
     def twice(fused):
         add_norm, norm = fused
@@ -73,6 +74,7 @@ def test_one_tensor_as_the_gradient_of_both_summands():
     agree(thrice(rms_norm.reference_add(EPS)), thrice(rms_norm.cpu_add(EPS)), [draw(6, 11), draw(6, 11), draw(11)])
 
 
+@pytest.mark.extended
 def test_only_one_of_the_two_results_is_used():
     x, y, w = draw(4, 8), draw(4, 8), draw(8)
 

@@ -138,6 +138,7 @@ def twice(loop):
     return loss
 
 
+@pytest.mark.extended
 def test_the_layer_loop_gives_the_same_bits_with_both():
     """Leaves of one shape, values that change from call to call, a stack's gradient added to another's."""
     rng, results = np.random.default_rng(0), {}

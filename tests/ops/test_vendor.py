@@ -74,7 +74,7 @@ def test_a_mask_hides_what_is_of_another_segment_or_later():
     np.testing.assert_array_equal(host(in_order)[0, 0], [[0, 1, 1], [0, 0, 1], [1, 1, 0], [1, 1, 1]])
 
 
-@pytest.mark.extended(but=("documents-4", "rest-1"))
+@pytest.mark.extended
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("ends", ENDS)
 def test_attention_by_the_lengths_of_documents(ends, kv_heads):

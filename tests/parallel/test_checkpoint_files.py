@@ -276,6 +276,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
         save_arrays(tmp_path / "saved")
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("rounds", [40, pytest.param(240, marks=pytest.mark.slow)])
 def test_processes_killed_as_they_save_lose_nothing(rounds, tmp_path):
     command = [sys.executable, "-m", "tests.parallel.checkpoint_faults", tmp_path / "run", str(rounds), str(rounds)]

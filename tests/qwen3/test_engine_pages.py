@@ -51,6 +51,7 @@ def test_prompts_that_begin_alike_read_what_they_share_once_and_keep_their_bits(
     assert unused(together) and unused(alone)
 
 
+@pytest.mark.extended
 def test_the_beginning_of_a_block_is_copied(params):
     """Also where the page that is copied is then the row's own, and only if the copy saves enough."""
     shared, ends = prompts(DENSE, (21,))[0], prompts(DENSE, (6, 7, 8))
@@ -66,6 +67,7 @@ def test_the_beginning_of_a_block_is_copied(params):
     assert e.totals.reused_tokens == 0
 
 
+@pytest.mark.extended
 def test_samples_of_one_prompt_read_it_once(params):
     prompt = prompts(DENSE, (33,))[0]
     e = engine(params, slots=8)
@@ -99,6 +101,7 @@ def test_rows_that_give_their_pages_back_end_with_the_same_texts(params):
         assert [events[-1].finish_reason for events in served] == ["length"] * 4
 
 
+@pytest.mark.extended
 def test_a_request_waits_for_pages_and_a_row_ends_where_the_cache_does(params):
     first, second = prompts(DENSE, (30, 20))
     e = engine(params, cache_tokens=40)
@@ -109,6 +112,7 @@ def test_a_request_waits_for_pages_and_a_row_ends_where_the_cache_does(params):
         e.submit(Request([1] * 41))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_cancelled_requests_leak_no_page(params, count):
     """Half of them, waiting, while they are read, and while they decode, where pages are short."""
@@ -158,6 +162,7 @@ def test_a_batch_has_a_share_of_the_first_prompt_and_then_the_shortest(params):
     assert [wide._fitting(n) for n in (1, 16, 17, 32, 33, 100, 128, 129, 256, 1000)] == [32, 32, 32, 32, 64, 64, 64, 256, 256, 256]
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("chunk", [16, 40])
 def test_the_size_of_batches_changes_no_bit(params, chunk):
     requests = [Request(p, 5, logprobs=1) for p in prompts(DENSE, (40, 3, 17, 26, 9))]
@@ -165,6 +170,7 @@ def test_the_size_of_batches_changes_no_bit(params, chunk):
     assert heard(serve(engine(params, prefill_chunk=chunk), requests)) == want
 
 
+@pytest.mark.extended
 def test_a_row_that_fails_leaves_no_known_blocks_of_its_own(params):
     """Its earlier blocks are finite, and stay; the one with the bad token does not, and no later row sees it."""
     embedding = params["embed"].asnumpy().copy()

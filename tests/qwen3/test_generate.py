@@ -46,6 +46,7 @@ def test_loops_on_the_device_and_on_the_host_give_the_same_tokens(kind, options)
             assert found == [row[:n] for row, n in zip(every, upto)]
 
 
+@pytest.mark.extended
 def test_the_device_loop_ends_when_the_last_row_has_stopped(monkeypatch):
     cfg, params = DENSE, random_params(DENSE)
     every = generate.generate(params, prompts(cfg), cfg, 30, **DRAWN)

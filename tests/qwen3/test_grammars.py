@@ -99,6 +99,7 @@ def test_a_random_model_calls_tools_that_are_required(form, tokenizer, engine, c
     assert only.count("<tool_call>") == 1 and "look" not in only
 
 
+@pytest.mark.extended
 def test_neither_a_request_nor_its_neighbours_depend_on_grammars_beside_them(tokenizer, engine, compiler):
     free = [Request([9, 8, 7 + i], 40, temperature=0.9, seed=i) for i in range(3)]
     bound = sampled(tokenizer, Plan(tokenizer, compiler.json(SCHEMAS["object"])), 2)

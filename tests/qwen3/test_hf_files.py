@@ -301,7 +301,7 @@ hf.save(sys.argv[1], cfg, params, max_shard_bytes=50_000)
 """
 
 
-@pytest.mark.extended(but=("swap",))
+@pytest.mark.extended
 @pytest.mark.parametrize("step", ["write", "swap"])
 def test_killed_save_leaves_the_old_folder_and_the_next_one_cleans_up(step, sharded):
     before = contents(sharded)

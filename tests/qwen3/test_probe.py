@@ -37,6 +37,7 @@ def expected(cfg, params, batch):
     return seen
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("kind", [kind if kind == "mixed" else pytest.param(kind, marks=pytest.mark.slow) for kind in CASES])
 def test_numbers_of_layers_are_those_of_a_model_in_numpy(kind):
     cfg = CASES[kind]

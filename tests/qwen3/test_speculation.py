@@ -58,6 +58,7 @@ def test_drawn_texts_are_those_of_their_seed(params):
     assert 0 < e.totals.right_tokens < e.totals.guessed_tokens
 
 
+@pytest.mark.extended
 def test_tokens_after_a_guess_are_distributed_as_the_model_says(params):
     """Chi squared: of the token that was guessed, and of the one after it where the guess was right."""
     n, k = 400, 4
@@ -95,6 +96,7 @@ def _chi_squared(drawn, probability):
     return float(((observed - expected) ** 2 / expected)[expected > 5].sum())
 
 
+@pytest.mark.extended
 def test_neighbours_and_places_in_line_change_no_bit(params):
     """Also of rows that gave their pages back, and of those that are steered."""
     kinds = (
@@ -111,6 +113,7 @@ def test_neighbours_and_places_in_line_change_no_bit(params):
         assert (e.totals.preempted > 0) == (room is not None) and e.cache.blocks.used() == 0
 
 
+@pytest.mark.extended
 def test_a_text_ends_where_it_would_end_without_guesses(params):
     plain = tokens(serve(engine(params, speculate=0), [Request(p, COUNT) for p in repeating()]))
     requests = [Request(p, COUNT, stop_ids=(row[n],)) for p, row, n in zip(repeating(), plain, (20, 9, 3, 15))]
