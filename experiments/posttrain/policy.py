@@ -67,7 +67,8 @@ def loss_of_answers(cfg, op, s, params, batch):
     if not cfg.moe_layers:
         return loss, metrics
     balance, z, load, overflow = moe.losses(cfg, op, stats)
-    metrics = {**metrics, "router_loss": balance, "router_z_loss": z, "expert_load": load, "expert_overflow": overflow}
+    metrics["router_loss"], metrics["router_z_loss"] = balance, z
+    metrics["expert_load"], metrics["expert_overflow"] = load, overflow
     return loss + cfg.router_aux_coef * balance + cfg.router_z_coef * z, metrics
 
 
