@@ -3,12 +3,11 @@
 import mindspore as ms
 from mindspore import ops
 
-from ops import iota
+from ops import cross_entropy
 from ops.registry import pick
 from parallel.specs import ParamSpec, normal
 
 cast = ops.Cast()
-NEVER = float("-inf")  # the logit of the padding of the vocabulary
 
 
 def specs(cfg):
@@ -70,11 +69,11 @@ def project(matmul):
 def project_to_shard(vocab_size, last):
     """Returns make(matmul, first) -> logits(x, w) for a shard of the vocabulary. Columns past the vocabulary are padding and get -inf.
     last: the token id at which the last shard starts."""
-    masked = without_logits_of_padding(vocab_size, last)
+    masked = cross_entropy.without_logits_of_padding(vocab_size, last)
 
     def make(matmul, first):
         def logits(x, w):
-            return masked(cast(matmul(x, cast(w, x.dtype)), ms.float32), first)
+            return masked(cast(matmul(x, cast(w, x.dtype)), ms.float32), first, 0)
 
         return logits
 
@@ -92,32 +91,15 @@ def project_int8(matmul):
 
 def project_int8_to_shard(vocab_size, last):
     """Returns make(matmul, first) -> logits(x, w, scale) for a shard of the vocabulary; see project_to_shard."""
-    masked = without_logits_of_padding(vocab_size, last)
+    masked = cross_entropy.without_logits_of_padding(vocab_size, last)
 
     def make(matmul, first):
         def logits(x, w, scale):
-            return masked(cast(matmul(x, w, scale), ms.float32), first)
+            return masked(cast(matmul(x, w, scale), ms.float32), first, 0)
 
         return logits
 
     return make
-
-
-def without_logits_of_padding(vocab_size, last):
-    """Returns f(z_RV, first) -> the logits z of a shard that starts at token id `first`, with -inf for columns past the vocabulary.
-
-    last: the token id at which the last shard starts. If that shard has padding, the graphs of all shards have the mask: ranks whose graphs
-    differ run their collectives in different orders, and wait for each other for ever.
-    """
-    less, count, select = ops.Less(), iota.reference(), ops.Select()
-
-    def masked(z, first):
-        if last + z.shape[1] <= vocab_size:
-            return z
-        real = ops.BroadcastTo(z.shape)(less(count(z.shape[1]), vocab_size - first))  # count + 0 would be folded
-        return select(real, z, ops.OnesLike()(z) * NEVER)
-
-    return masked
 
 
 def without_padding(vocab_size):

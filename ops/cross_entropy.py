@@ -11,6 +11,7 @@ first column of z, an int or an int32 scalar. ids: the int32 targets.
 import mindspore as ms
 from mindspore import nn, ops
 
+from ops import iota
 from ops.custom import kernel
 from ops.signature import check
 
@@ -59,6 +60,24 @@ class _Terms(nn.Cell):
         mine, column = self.column(z, at)
         picked = self.gather(z, 1, column)
         return self.select(mine, picked, self.zeros_like(picked))  # the column gathered instead may be -inf
+
+
+def without_logits_of_padding(vocab_size, last):
+    """Returns masked(z_RV, first, start) -> z with -inf for columns past the vocabulary. z: the logits of the columns from `start` on of a
+    shard of the vocabulary that starts at token id `first`.
+
+    last: the token id at which the last shard starts. If these columns of that shard have padding, the graphs of all shards have the mask:
+    ranks whose graphs differ run their collectives in different orders, and wait for each other for ever.
+    """
+    less, count, select, zeros_like = ops.Less(), iota.reference(), ops.Select(), ops.ZerosLike()
+
+    def masked(z, first, start):
+        if last + start + z.shape[1] <= vocab_size:
+            return z
+        real = ops.BroadcastTo(z.shape)(less(count(z.shape[1]), vocab_size - (first + start)))  # count + 0 would be folded
+        return select(real, z, zeros_like(z) + float("-inf"))
+
+    return masked
 
 
 def gradient():

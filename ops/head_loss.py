@@ -7,7 +7,7 @@ columns of the logits at a time, and in the backward again, so that the logits n
 import mindspore as ms
 from mindspore import nn, ops
 
-from ops import cross_entropy, iota, matmul
+from ops import cross_entropy, matmul
 from ops.custom import kernel
 from ops.signature import check
 
@@ -88,9 +88,8 @@ def chunked(count, project, measure, vocab_size, last):
     """Returns make(first) -> measure_head(x_RD, w_VD, ids_R), as of reference(), for a shard of the vocabulary that starts at id `first`.
 
     count: see chunk_bounds. project(x, w): x w^T. measure: of ops/cross_entropy.py. vocab_size: rows of w at and after this id are padding,
-    whose logits are -inf. last: the id at which the last shard starts. If a chunk of that shard has padding, this chunk of every shard has
-    the mask, because ranks whose graphs differ run their collectives in different orders. w may have another dtype than x: it is cast to
-    that of x, a chunk at a time.
+    whose logits are -inf. last: the id at which the last shard starts, see cross_entropy.without_logits_of_padding. w may have another
+    dtype than x: it is cast to that of x, a chunk at a time.
     """
 
     def make(first):
@@ -108,7 +107,7 @@ class _Chunked(nn.Cell):
 
     def __init__(self, count, project, measure, vocab_size, first, last):
         super().__init__()
-        self.measure, self.vocab_size, self.first, self.last = measure, vocab_size, first, last
+        self.measure, self.first, self.masked = measure, first, cross_entropy.without_logits_of_padding(vocab_size, last)
         self.on_cpu = ms.get_context("device_target") == "CPU"
 
         def product(x, w):  # since a primitive itself cannot be differentiated
@@ -119,9 +118,9 @@ class _Chunked(nn.Cell):
 
         self.bounds = ops.constexpr(bounds, name=f"chunk_bounds_{count}")
         self.project = product
-        self.vjp, self.count = ops.GradOperation(get_all=True, sens_param=True), iota.reference()
+        self.vjp = ops.GradOperation(get_all=True, sens_param=True)
         self.exp, self.maximum, self.select, self.cast = ops.Exp(), ops.Maximum(), ops.Select(), ops.Cast()
-        self.greater, self.less, self.zeros_like, self.concat = ops.Greater(), ops.Less(), ops.ZerosLike(), ops.Concat(0)
+        self.greater, self.zeros_like, self.concat = ops.Greater(), ops.ZerosLike(), ops.Concat(0)
         self.of_logits = cross_entropy.gradient()
 
     def construct(self, x, w, ids):
@@ -146,11 +145,7 @@ class _Chunked(nn.Cell):
         return self.measure(self.first + start, self.logits(x, self.cast(w, x.dtype), start), ids)
 
     def logits(self, x, w, start):
-        z, first = self.cast(self.project(x, w), ms.float32), self.first + start
-        if self.last + start + w.shape[0] <= self.vocab_size:
-            return z
-        real = ops.BroadcastTo(z.shape)(self.less(self.count(w.shape[0]), self.vocab_size - first))  # count + 0 would be folded
-        return self.select(real, z, self.zeros_like(z) + float("-inf"))
+        return self.masked(self.cast(self.project(x, w), ms.float32), self.first, start)
 
     def bprop(self, x, w, ids, out, dout):
         top, dtotal, dpicked = out[0], dout[1], dout[2]

@@ -32,9 +32,8 @@ class Lookup:
         for size in GRAMS:
             at = self._after.get(tuple(self.tokens[-size:]))
             if at is not None:
-                text, size = list(self.tokens[at:]), len(self.tokens) - at
-                count = max(0, min(self.next, room))
-                return [text[i % size] for i in range(count)]
+                period = len(self.tokens) - at
+                return [self.tokens[at + i % period] for i in range(min(self.next, room))]
         return []
 
     def learn(self, drafted, right):

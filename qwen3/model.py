@@ -131,11 +131,17 @@ def loss_of_batch(cfg, op, params, batch):
 def loss_of_states(cfg, op, params, x, stats, batch):
     """Returns (loss, metrics) of loss_of_batch, from the output x_RD of the last layer and the router statistics of all layers."""
     ce, tokens = loss.weighted_mean(op, nats_and_gap(cfg, op, params, x, batch["targets"])[0], batch["loss_weights"])
+    return with_router_losses(cfg, op, stats, ce, {"loss": ce, "tokens": tokens})
+
+
+def with_router_losses(cfg, op, stats, objective, metrics):
+    """Returns (objective, metrics) with the MoE losses that the router statistics of all layers give; both as they are without MoE."""
     if not cfg.moe_layers:
-        return ce, {"loss": ce, "tokens": tokens}
+        return objective, metrics
     balance, z, load, overflow = moe.losses(cfg, op, stats)
-    metrics = {"loss": ce, "tokens": tokens, "router_loss": balance, "router_z_loss": z, "expert_load": load, "expert_overflow": overflow}
-    return ce + cfg.router_aux_coef * balance + cfg.router_z_coef * z, metrics
+    metrics["router_loss"], metrics["router_z_loss"] = balance, z  # one by one: a graph joins no dicts
+    metrics["expert_load"], metrics["expert_overflow"] = load, overflow
+    return objective + cfg.router_aux_coef * balance + cfg.router_z_coef * z, metrics
 
 
 def score_targets(cfg, op, params, tokens, targets, positions, segment_ids):

@@ -13,7 +13,6 @@ from mindspore import ops
 
 from experiments.posttrain import losses
 from experiments.posttrain.settings import rl_settings
-from layers import moe
 from ops.rearrange import rearrange
 from qwen3 import model
 from qwen3.model import metric_names
@@ -64,12 +63,7 @@ def loss_of_answers(cfg, op, s, params, batch):
         "kl": op.sum(kl, "batch seq ->"),
         "drift": op.sum(drift, "batch seq ->"),
     }
-    if not cfg.moe_layers:
-        return loss, metrics
-    balance, z, load, overflow = moe.losses(cfg, op, stats)
-    metrics["router_loss"], metrics["router_z_loss"] = balance, z
-    metrics["expert_load"], metrics["expert_overflow"] = load, overflow
-    return loss + cfg.router_aux_coef * balance + cfg.router_z_coef * z, metrics
+    return model.with_router_losses(cfg, op, stats, loss, metrics)
 
 
 def finished(metrics):

@@ -14,7 +14,6 @@ from mindspore import ops
 
 from experiments.posttrain import losses
 from experiments.posttrain.settings import caches_reference, needs_reference, settings
-from layers import moe
 from ops.rearrange import rearrange
 from parallel.graph.nested import part
 from qwen3 import model
@@ -86,12 +85,7 @@ def loss_of_pairs(cfg, op, s, params, reference, batch):
         "rejected_reward": op.sum(rejected * rewards, "batch answers ->"),
         "right": op.sum(right, "batch answers ->"),
     }
-    if not cfg.moe_layers:
-        return loss, metrics
-    balance, z, load, overflow = moe.losses(cfg, op, stats)
-    metrics["router_loss"], metrics["router_z_loss"] = balance, z
-    metrics["expert_load"], metrics["expert_overflow"] = load, overflow
-    return loss + cfg.router_aux_coef * balance + cfg.router_z_coef * z, metrics
+    return model.with_router_losses(cfg, op, stats, loss, metrics)
 
 
 def of_each_pair(op, s, score, sign):

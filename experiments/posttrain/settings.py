@@ -55,3 +55,8 @@ def caches_reference(config):
 def keeps_reference(config):
     """Whether a run on rewards keeps the weights that training starts from beside those that train, as its reference model."""
     return bool(config.rl.loss) and config.rl.kl_coef > 0 and not config.lora.rank
+
+
+def has_reference(config):
+    """Whether a run needs the model that it started from beside the one that trains, so that its checkpoints note which one that is."""
+    return caches_reference(config) or keeps_reference(config)

@@ -8,7 +8,7 @@ from functools import partial
 
 from experiments import run_tokenizer
 from experiments.posttrain import reference
-from experiments.posttrain.settings import caches_reference, keeps_reference
+from experiments.posttrain.settings import has_reference
 from experiments.train import adapter, run_folder, weights
 from parallel import collectives
 from parallel.checkpoint.arrays import pieces
@@ -34,7 +34,7 @@ def start(workdir, cfg, config, mesh, program):
     fresh = weights.initial_params(cfg, config)[0] if cfg.lora else weights.random(cfg, config)
     if cfg.lora:
         adapter.check_base(Reader(folder).meta.get("base"), adapter.base_of(cfg, config, fresh), folder)
-    if caches_reference(config) or keeps_reference(config):
+    if has_reference(config):
         reference.check(Reader(folder).meta.get("reference"), cfg, config, folder)
     found = weights.from_checkpoint(folder, program, partial_, fresh)
     if found.step > config.train.steps:
@@ -90,7 +90,7 @@ class Saving:
         if cfg.lora:
             self.kept["lora"] = dataclasses.asdict(cfg.lora)
             self.kept["base"] = adapter.base_of(cfg, config, weights.initial_params(cfg, config)[0])
-        if caches_reference(config) or keeps_reference(config):
+        if has_reference(config):
             self.kept["reference"] = adapter.base_of(cfg, config, weights.initial_params(cfg, config)[0])
         c, token = config.checkpoint, run_folder.agreed(mesh, int.from_bytes(os.urandom(3), "big"))
         settings = Settings(c.keep_last, c.keep_every, c.compression, c.async_save, c.on_error, c.timeout_s)
