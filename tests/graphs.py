@@ -6,6 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import mindspore as ms
 
@@ -23,17 +24,13 @@ class Graph(NamedTuple):
 @contextlib.contextmanager
 def compiled():
     """Gives a list that has, after the context, the Graph of each function that was compiled in it."""
-    graphs, passes = [], os.environ.get("MS_DEV_DUMP_IR_PASSES")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MS_DEV_DUMP_IR_PASSES"] = PASS
+    graphs = []
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, MS_DEV_DUMP_IR_PASSES=PASS):
         ms.set_context(save_graphs=1, save_graphs_path=folder)  # MS_DEV_SAVE_GRAPHS is read only when MindSpore is imported
         try:
             yield graphs
         finally:
             ms.set_context(save_graphs=0)
-            os.environ.pop("MS_DEV_DUMP_IR_PASSES")
-            if passes is not None:
-                os.environ["MS_DEV_DUMP_IR_PASSES"] = passes
         texts = {int(path.stem.split("_")[2]): path.read_text() for path in Path(folder).rglob(f"{PASS}_*.ir")}
         for path in Path(folder).rglob("final_actor_set_kernel_graph_*.ir"):
             first, _, last = path.stem.rpartition("_")[2].partition("-")  # "3" or "0-8"
