@@ -189,3 +189,8 @@ def world_size():
                 " node, `python -m experiments.launch --nproc=N --nnodes=M --node_rank=I --master_addr=HOST -- ...`"
             )
     return 1
+
+
+def job_rank():
+    """Returns the rank of this process in its job. It asks only the environment, so that it can be called before MindSpore is imported."""
+    return int(os.environ.get("RANK_ID", 0)) if world_size() > 1 else 0

@@ -28,7 +28,7 @@ the graphs that read prompts, so their bits depend on no neighbour and no guess;
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import mindspore as ms
 import numpy as np
@@ -285,7 +285,7 @@ class Engine:
     def submit(self, request):
         """Queues a Request. Returns its id, which is unique in this engine. Raises ValueError for a prompt that is empty, has ids outside
         the vocabulary or does not fit the cache, and for options out of range."""
-        options = self._checked(request)
+        options = self.checked(request)
         limit = min(request.max_new_tokens, self.length - len(request.prompt) + 1)  # the last new token is not stored in the cache
         known = known_blocks(request.prompt, self.cache.size) if self._reuse else []
         self._waiting.append(_Row(self._next, request, options, limit, known))
@@ -329,7 +329,14 @@ class Engine:
             self._timed("decode", decode, steps, events)
         return steps
 
-    def _checked(self, request):
+    def counts(self):
+        """Returns {name: number} of what the engine has counted, see Totals, and of its cache: tokens that it has room for, those in the
+        blocks of running rows, and blocks of earlier prompts that made room."""
+        blocks, size = self.cache.blocks, self.cache.size
+        cache = {"cache_tokens": blocks.count * size, "cache_tokens_used": blocks.used() * size, "evicted_blocks": blocks.evicted}
+        return {**asdict(self.totals), **cache}
+
+    def checked(self, request):
         """Returns the sampling options [1, 4] of a request. Raises ValueError for a request that this engine cannot serve."""
         options, size, V = check(request), len(request.prompt), self.cfg.vocab_size
         if size > self.length:

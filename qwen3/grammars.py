@@ -51,13 +51,14 @@ def installed():
 
 
 class Grammars:
-    """Compiles grammars for one tokenizer. vocab_size: that of the model, which may have more ids. It is safe to use in several threads."""
+    """Compiles grammars for one tokenizer. vocab_size: that of the model, which may have more ids. limit_s: seconds for one grammar; by
+    default LIMIT_S. It is safe to use in several threads."""
 
-    def __init__(self, tokenizer, vocab_size):
+    def __init__(self, tokenizer, vocab_size, limit_s=None):
         """It takes a second for a vocabulary of 150,000."""
         import llguidance
 
-        self._size, self._free = vocab_size, threading.Semaphore(COMPILERS)
+        self._size, self._limit_s, self._free = vocab_size, limit_s, threading.Semaphore(COMPILERS)
         self._library = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=vocab_size, eos_token=tokenizer.eos_id)
         self._tags = f"open: {self._tag(tokenizer, OPEN)}\nclose: {self._tag(tokenizer, CLOSE)}\n"
         self.compiled = functools.lru_cache(KEPT)(self._compiled)
@@ -94,7 +95,8 @@ class Grammars:
 
     def _compiled(self, text):
         """Returns the Grammar of a text in the library's own language, made in a thread, since it may take too long."""
-        if not self._free.acquire(timeout=LIMIT_S):
+        limit_s = self._limit_s or LIMIT_S
+        if not self._free.acquire(timeout=limit_s):
             raise SchemaError("other schemas are being compiled; try again later")
         found = []
 
@@ -112,9 +114,9 @@ class Grammars:
         if thread.is_alive():
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, thread.native_id, LOW_PRIORITY)  # of this thread alone
-            thread.join(LIMIT_S - LONG_S)
+            thread.join(limit_s - LONG_S)
         if not found:
-            raise SchemaError(f"it takes longer than {LIMIT_S:g} s to compile; make it simpler")
+            raise SchemaError(f"it takes longer than {limit_s:g} s to compile; make it simpler")
         if isinstance(found[0], Exception):
             raise found[0]
         return found[0]
@@ -125,7 +127,7 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._library, text, log_level=0, limits=_limits())
         if matcher.is_error():
             raise SchemaError(_words(matcher.get_error()))
-        grammar = Grammar(matcher, self._size)
+        grammar = Grammar(text, matcher, self._size)
         try:
             grammar.start().allowed(self._size)  # the first mask costs the most, and shows what is too large
         except GuideError as error:
@@ -149,10 +151,10 @@ class Grammars:
 
 
 class Grammar:
-    """A compiled grammar, of which each text gets a matcher of its own."""
+    """A compiled grammar, of which each text gets a matcher of its own. text: the grammar in the library's language."""
 
-    def __init__(self, matcher, size):
-        self._matcher, self._size = matcher, size
+    def __init__(self, text, matcher, size):
+        self.text, self._matcher, self._size = text, matcher, size
 
     def start(self):
         return Matcher(self._matcher.deep_copy(), self._size)

@@ -24,9 +24,7 @@ def define():
     flags.DEFINE_boolean("download", False, "download a model that is named by its id and is in no cache")
     flags.DEFINE_string("workdir", None, "instead of --hf_dir: the folder of a training run, for its newest checkpoint and its tokenizer")
     flags.DEFINE_string("adapter", None, "a LoRA adapter to merge into the weights: a folder in PEFT's format, or of a finetune run")
-    for axis in AXES:
-        text = f"ranks of the mesh axis {axis}, under experiments.launch; default 1; prompts are split over dp"
-        number_flags.integer(axis, None, text, -LARGEST)  # layout.for_inference() knows the range
+    define_layout()
     number_flags.integer(
         "batch_size", None, "rows that a data parallel rank decodes together; default: the number of its texts, up to 8", 1
     )
@@ -59,6 +57,13 @@ def define():
 def define_weights():
     """Defines the flag that experiments.generate and experiments.serve share."""
     flags.DEFINE_enum("weights", WEIGHTS[0], WEIGHTS, WEIGHTS_HELP)
+
+
+def define_layout():
+    """Defines the sizes of the mesh, also for experiments.serve."""
+    for axis in AXES:
+        text = f"ranks of the mesh axis {axis}, under experiments.launch; default 1; prompts are split over dp"
+        number_flags.integer(axis, None, text, -LARGEST)  # layout.for_inference() knows the range
 
 
 def define_speculation():

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from qwen3.generate import CHUNK
 
 STREAMED = 4  # most tokens of a row in one engine step while a client streams
+STEP_S = 0.02  # how long a step may last, in which no prompt that comes is looked at
+IDLE_S = 0.5  # without a request, after which garbage is collected
 HALF_S, LATELY_S, CLIENTS = 10.0, 60.0, 1000  # of what clients have had: seconds in which it halves, and is known; the most clients
 GUESTS = 4  # places a slot beyond the limit, for clients that have none
 SPARED = 4  # of so many slots, or more, one request leaves one free; of fewer, that would cost too much of its speed
 UNREAD, SHORT = 1024, 256  # prompt tokens in the engine that are not read yet, from which on it gets no prompt of more tokens than SHORT
-FAILURES = 3  # the worker stops after this many failed steps in a row
+FAILURES = 3  # in a row, after which the worker stops
 
 
 class Full(Exception):
@@ -52,10 +54,14 @@ class Shares:
             del self.spent[min(self.spent, key=lambda each: self._left(each, now))]
 
     def heavy(self, clients):
-        """Returns those of the clients that have had more than twice as much as another one of the last LATELY_S seconds."""
+        """Returns those of the clients that have had more than twice as much as another one of the last LATELY_S seconds, and more than
+        half of the mean. For example, of clients that have had 1, 10 and 1,000 tokens, only the last is heavy."""
         now = self.clock()
         lately = {client: self._left(client, now) for client, (_, when) in self.spent.items() if now - when < LATELY_S}
-        return {client for client in clients if 2 * min(lately.values(), default=0) < lately.get(client, 0)}
+        if not lately:
+            return set()
+        least = max(2 * min(lately.values()), sum(lately.values()) / (2 * len(lately)))
+        return {client for client in clients if lately.get(client, 0) > least}
 
     def one_alone(self):
         """Whether no more than one client was there in the last LATELY_S seconds."""
@@ -67,11 +73,28 @@ class Shares:
         return tokens * 0.5 ** ((now - when) / HALF_S)
 
 
+class Pace:
+    """How many tokens of a row a step may decode: about as many as take STEP_S seconds. A prompt that comes during a step waits for its
+    end, so what is a good number depends on the model and on what else the machine does."""
+
+    def __init__(self):
+        self.token_s = STEP_S / STREAMED
+
+    def note(self, took_s, tokens):
+        """Takes the seconds of a step that decoded so many tokens of a row. A slow step is noted at once, a quick one by and by."""
+        token_s = took_s / tokens
+        self.token_s = token_s if token_s > self.token_s else 0.8 * self.token_s + 0.2 * token_s
+
+    def most(self):
+        return int(min(max(STEP_S / max(self.token_s, 1e-9), 1), CHUNK))
+
+
 class Worker:
     """Runs an engine in the thread that creates this object and calls run().
 
     make(): returns a new Engine of so many slots. most: the limit of running and waiting jobs together. call(function, argument): runs a
-    function in the HTTP server's thread. Only that thread may call submit and release; any thread may call stop.
+    function in the HTTP server's thread. failures: the worker stops after so many failed steps in a row. Only the HTTP server's thread may
+    call submit and release; any thread may call stop.
 
     Jobs wait here, and the engine has those that its slots take. A free slot goes to the client with the fewest running jobs, then to the
     request with the fewest, then to the oldest job; and of SPARED or more slots, one request may not take the last one, nor may a client
@@ -79,9 +102,10 @@ class Worker:
     and beside clients that always ask for more there is a slot free for one that asks for little.
     """
 
-    def __init__(self, make, most, call, slots=1):
-        self.make, self.most, self.call, self.slots = make, most, call, slots
+    def __init__(self, make, most, call, slots=1, failures=FAILURES):
+        self.make, self.most, self.call, self.slots, self.failures = make, most, call, slots, failures
         self.guests, self.shares, self.running = GUESTS * slots, Shares(), 0  # running: the jobs that have a slot
+        self.pace = Pace()
         self.engine, self.held, self.inbox = make(), set(), queue.SimpleQueue()
 
     def submit(self, jobs):
@@ -106,19 +130,22 @@ class Worker:
         self.inbox.put(("stop", None))
 
     def run(self):
-        """Steps the engine until stop() is called. Raises the engine's error after FAILURES failures in a row."""
+        """Steps the engine until stop() is called. Raises the engine's error after so many failures in a row."""
         waiting, jobs, unread, failures = [], {}, {}, 0
         while self._take(waiting, jobs):
             try:
                 self._start(waiting, jobs, unread)
                 self.running = min(len(jobs), self.slots)
-                events = self.engine.step(_most_tokens(jobs.values()))
-                failures = 0
+                most, began = min(_most_tokens(jobs.values()), self.pace.most()), time.perf_counter()
+                events = self.engine.step(most)
+                failures, took_s = 0, time.perf_counter() - began
+                if events and not unread:
+                    self.pace.note(took_s, max(Counter(event.id for event in events).values()))
             except Exception as error:  # no error of one step may end the requests that come later
                 failures += 1
                 report(error)
                 self._deliver([(job, error) for job in jobs.values()])
-                if failures == FAILURES:
+                if failures == self.failures:
                     self._deliver([(job, error) for job in waiting])
                     raise
                 self.engine = None  # frees its cache before the next engine allocates one
@@ -135,11 +162,7 @@ class Worker:
     def _take(self, waiting, jobs):
         """Handles the messages in the inbox; waits for one where there is no job. Returns False after a "stop" message, else True."""
         while not (jobs or waiting) or not self.inbox.empty():
-            if not (jobs or waiting):
-                self.running = 0
-            if not (jobs or waiting) and self.inbox.empty():
-                gc.collect()  # see run.py: while requests are at work it is put off
-            command, job = self.inbox.get()
+            command, job = self._message() if not (jobs or waiting) else self.inbox.get()
             if command == "stop":
                 return False
             if command == "submit":
@@ -150,6 +173,15 @@ class Worker:
             elif job in waiting:
                 waiting.remove(job)
         return True
+
+    def _message(self):
+        """Waits for the next message while there is no job."""
+        self.running = 0
+        try:
+            return self.inbox.get(timeout=IDLE_S)
+        except queue.Empty:
+            gc.collect()  # see run.py: while requests come it is put off
+        return self.inbox.get()
 
     def _start(self, waiting, jobs, unread):
         """Gives waiting jobs to the engine: as many as it has slots, and one more, so that it looks for the end of each row; but not so

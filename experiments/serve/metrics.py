@@ -49,28 +49,28 @@ class Metrics:
 
 
 class OfEngine:
-    """Collects what the worker's engine counts; its counters begin anew with a new engine."""
+    """Collects what the worker's engine counts, on several ranks the sums over data ranks; its counters begin anew with a new engine."""
 
     def __init__(self, worker):
         self.worker = worker
 
     def collect(self):
         engine = self.worker.engine
-        if engine is None or not hasattr(engine, "cache"):  # between two engines; or one of a test, which has none
+        if engine is None or not hasattr(engine, "counts"):  # between two engines; or one of a test, which has none
             return
-        totals, blocks, size = engine.totals, engine.cache.blocks, engine.cache.size
+        found = engine.counts()
         counts = {
-            "qwen3_prompt_tokens_read": ("tokens of prompts that were computed", totals.prefill_tokens),
-            "qwen3_prompt_tokens_reused": ("tokens of prompts whose keys and values were in the cache", totals.reused_tokens),
-            "qwen3_preemptions": ("texts that gave their part of the cache back and were read again", totals.preempted),
-            "qwen3_guessed_tokens": ("tokens that speculation guessed", totals.guessed_tokens),
-            "qwen3_right_tokens": ("tokens that speculation guessed and the model chose", totals.right_tokens),
-            "qwen3_evicted_blocks": ("blocks of earlier prompts whose place was needed", blocks.evicted),
+            "qwen3_prompt_tokens_read": ("tokens of prompts that were computed", found["prefill_tokens"]),
+            "qwen3_prompt_tokens_reused": ("tokens of prompts whose keys and values were in the cache", found["reused_tokens"]),
+            "qwen3_preemptions": ("texts that gave their part of the cache back and were read again", found["preempted"]),
+            "qwen3_guessed_tokens": ("tokens that speculation guessed", found["guessed_tokens"]),
+            "qwen3_right_tokens": ("tokens that speculation guessed and the model chose", found["right_tokens"]),
+            "qwen3_evicted_blocks": ("blocks of earlier prompts whose place was needed", found["evicted_blocks"]),
         }
         for name, (words, value) in counts.items():
             yield CounterMetricFamily(name, words, value=value)
-        yield GaugeMetricFamily("qwen3_cache_tokens", "tokens that the cache has room for", value=blocks.count * size)
-        yield GaugeMetricFamily("qwen3_cache_tokens_used", "of these, in the blocks of running texts", value=blocks.used() * size)
+        yield GaugeMetricFamily("qwen3_cache_tokens", "tokens that the cache has room for", value=found["cache_tokens"])
+        yield GaugeMetricFamily("qwen3_cache_tokens_used", "of these, in the blocks of running texts", value=found["cache_tokens_used"])
 
 
 class Timer:

@@ -17,14 +17,15 @@ def _collect_less():
     gc.set_threshold(700, 10, 1000)
 
 
-def run(settings, make, most, sockets, host, drain_s, connections, idle_s):
+def run(settings, make, most, sockets, host, drain_s, connections, idle_s, failures):
     """Serves until SIGTERM or SIGINT; a second signal drops the requests that still run.
 
     make() -> a warmed-up Engine. most: the limit of running and waiting texts together. sockets: of access.bind, for `host`. connections,
-    idle_s: see http.Gate. Raises the error of the engine or the server where one fails.
+    idle_s: see http.Gate. failures: of the engine in a row, after which the server ends. Raises the error of the engine or the server where
+    one fails.
     """
     loop, stop, signals, failed = asyncio.new_event_loop(), asyncio.Event(), [], []
-    worker = Worker(make, most, loop.call_soon_threadsafe, settings.slots)
+    worker = Worker(make, most, loop.call_soon_threadsafe, settings.slots, failures)
     _collect_less()
     server = Server(settings, worker, connections, idle_s)
 

@@ -1,12 +1,13 @@
 """/metrics of experiments.serve, as Prometheus' own parser reads it."""
 
 import http.client
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from qwen3.cache import Blocks
-from qwen3.engine import Totals
+from qwen3.engine import Engine, Totals
 from tests.experiments import scripted_engine
 from tests.experiments.test_serve_parts import asks, listening, until
 
@@ -76,7 +77,9 @@ def test_what_the_engine_counts_is_told():
     pages = cache.blocks.take(3)
     cache.blocks.release(pages[:1])
     totals = Totals(prefill_tokens=7, reused_tokens=640, preempted=2, guessed_tokens=9, right_tokens=4)
-    worker = SimpleNamespace(engine=SimpleNamespace(cache=cache, totals=totals))
+    engine = SimpleNamespace(cache=cache, totals=totals)
+    engine.counts = partial(Engine.counts, engine)
+    worker = SimpleNamespace(engine=engine)
     found = {sample.name: sample.value for family in OfEngine(worker).collect() for sample in family.samples}
     assert found["qwen3_prompt_tokens_read_total"] == 7 and found["qwen3_prompt_tokens_reused_total"] == 640
     assert found["qwen3_preemptions_total"] == 2 and found["qwen3_evicted_blocks_total"] == 0

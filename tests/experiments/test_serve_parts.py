@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.serve import requests as serve_requests
-from experiments.serve.engine import CLIENTS, FAILURES, GUESTS, LATELY_S, STREAMED, Full, Job, Shares, Worker, _most_tokens
+from experiments.serve.engine import CLIENTS, FAILURES, GUESTS, LATELY_S, STEP_S, STREAMED, Full, Job, Pace, Shares, Worker, _most_tokens
 from experiments.serve.replies import Choice, Reply
 from qwen3 import template
 from qwen3.engine import Event, Request
@@ -234,6 +234,33 @@ def test_a_slot_stays_free_beside_a_client_that_has_had_much_of_late():
     for number in range(CLIENTS + 5):
         worker.shares.add(number, number)
     assert len(worker.shares.spent) == CLIENTS and "b" not in worker.shares.spent
+
+
+def test_a_client_that_asks_for_little_is_not_heavy_beside_one_that_asks_for_less():
+    shares = Shares(lambda: 0.0)
+    for client, tokens in (("bomb", 1), ("good", 50), ("large", 4000), ("larger", 5000)):
+        shares.add(client, tokens)
+    assert shares.heavy({"bomb", "good", "large", "larger"}) == {"large", "larger"}
+    alike = Shares(lambda: 0.0)
+    for client in range(5):
+        alike.add(client, 100 + client)
+    assert not alike.heavy(set(range(5))) and not Shares(lambda: 0.0).heavy({"new"})
+
+
+def test_a_step_takes_as_many_tokens_as_its_time_allows():
+    """Few at first, so that no request waits long for what was not measured; fewer at once where a step was slow."""
+    pace = Pace()
+    assert pace.most() == STREAMED
+    for _ in range(40):
+        pace.note(STEP_S / 10, 10)
+    assert pace.most() == CHUNK
+    pace.note(STEP_S, 2)
+    assert pace.most() == 2
+    pace.note(5 * STEP_S, 1)
+    assert pace.most() == 1
+    for _ in range(5):
+        pace.note(STEP_S / 8, 1)
+    assert 1 <= pace.most() < 8
 
 
 def test_a_client_that_has_no_place_has_one_where_others_have_taken_all():
