@@ -80,6 +80,7 @@ DIMS = {  # weight: the signature of x A, that of (x A) B, and the dims of y
     "w_down": ("tokens ffn, ffn rank -> tokens>rows rank", "rows rank, rank embed -> rows embed", "rows embed"),
     "router": (DOWN, "rows rank, rank router -> rows router", "rows router"),
 }
+OF_ALL_ROWS = ("wq", "wk", "wv")  # weights that multiply every row, where of the last layer only some rows are wanted
 EXPERT_DIMS = {  # weight of the experts: its input dim and output dim, and those dims as x and y have them
     "w_gate": ("embed", "expert_ffn", "embed", "part_ffn"),
     "w_up": ("embed", "expert_ffn", "embed", "part_ffn"),
@@ -102,7 +103,10 @@ def has(p, name):
 
 
 def adapted(cfg, op, p, name, x, y, rows):
-    """Returns y + scale * (dropout(x) A) B, where y = x p[name]; returns y if the weight has no adapter."""
+    """Returns y + scale * (dropout(x) A) B, where y = x p[name]; returns y if the weight has no adapter.
+
+    rows["adapters"] [R, rank], if it is there: what x A is multiplied by, so that rows have different adapters (qwen3/adapters.py).
+    rows["last_adapters"]: that of the rows that are left after the projections of attention, where only some are wanted."""
     if not has(p, name):
         return y
     down, up, dims = DIMS[name]
@@ -112,7 +116,12 @@ def adapted(cfg, op, p, name, x, y, rows):
         _, which, columns = DROPPED[name]
         x = op.dropout(name, x, rows["noise_" + which], rows["layer"], f"{which} {columns}, {which}, one -> {which} {columns}")
     a, b = p["lora"][name + ".a"], p["lora"][name + ".b"]
-    return op.add(y, op.matmul(op.matmul(x, a, down) * cfg.lora.scale, b, up), dims)
+    low = op.matmul(x, a, down) * cfg.lora.scale
+    if "last_adapters" in rows and name not in OF_ALL_ROWS:
+        low = low * cast(rows["last_adapters"], low.dtype)
+    elif "adapters" in rows:
+        low = low * cast(rows["adapters"], low.dtype)
+    return op.add(y, op.matmul(low, b, up), dims)
 
 
 def adapted_embedding(cfg, op, params, tokens, x):

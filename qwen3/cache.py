@@ -41,19 +41,19 @@ def round_up(length, step=64):
 @dataclass(frozen=True)
 class Known:
     """A block of a prompt whose keys and values are in a page. digest: of the prompt up to the end of this block. tokens: of the block.
-    before: the digest of the block before it, or b""."""
+    before: the digest of the block before it, or what the digests begin with."""
 
     digest: bytes
     tokens: bytes
     before: bytes = b""
 
 
-def known_blocks(prompt, size):
+def known_blocks(prompt, size, start=b""):
     """Returns [Known] of the full blocks of `size` tokens of a prompt, without the last token: its logits are wanted, so it is always
-    read."""
-    tokens, digest, found = np.asarray(prompt, np.int32), b"", []
-    for start in range(0, (len(tokens) - 1) // size * size, size):
-        block = tokens[start : start + size].tobytes()
+    read. start: what the digests begin with, so that prompts of different adapters share no block."""
+    tokens, digest, found = np.asarray(prompt, np.int32), start, []
+    for at in range(0, (len(tokens) - 1) // size * size, size):
+        block = tokens[at : at + size].tobytes()
         before, digest = digest, hashlib.blake2b(digest + block, digest_size=DIGEST_BYTES).digest()
         found.append(Known(digest, block, before))
     return found

@@ -64,7 +64,8 @@ class Request:
     the logits of tokens that were generated, once, and as often as they were, as in OpenAI's API. logit_bias: ((id, number), ...), added to
     logits. min_tokens: before so many tokens no stop id is chosen. guide: what decides which tokens may come, see qwen3/guide.py. seed,
     sample: the random draws depend on them; give several samples of one prompt different numbers `sample`. logprobs: None: report no
-    log-probabilities; 0: that of the new token; n: also those of the n most likely tokens.
+    log-probabilities; 0: that of the new token; n: also those of the n most likely tokens. adapter: the number of one of the engine's
+    adapters, counted from 1; 0: the base alone.
     """
 
     prompt: object
@@ -83,6 +84,7 @@ class Request:
     seed: int = 0
     sample: int = 0
     logprobs: int | None = None
+    adapter: int = 0
 
     @property
     def needs_logits(self):
@@ -186,7 +188,8 @@ class Engine:
     prompt and new tokens together, rounded up to whole pages. prefill_chunk: the most prompt tokens that are read at a time. sharding: the
     layout, without sequence parallel and ZeRO. kernels: see qwen3.model.build. cache_tokens: how many tokens the cache has room for; by
     default all slots at full length. page: tokens of a page. reuse: whether prompts share the blocks that they begin with. reads: the most
-    batches of prompts that one step reads. speculate: the most tokens that are guessed of a row at a time; 0: none. totals: see Totals.
+    batches of prompts that one step reads. speculate: the most tokens that are guessed of a row at a time; 0: none. adapters: the masks
+    [1 + number of adapters, rank] of adapters in params that requests choose between, see qwen3/adapters.py. totals: see Totals.
 
     The ranks of one tensor parallel group, and of one pipeline, must make the same calls; they compute the same tokens. Under a pipeline,
     each stage has the cache of its own layers, and the last stage broadcasts its logits, from which every rank chooses on the host. Data
@@ -209,6 +212,7 @@ class Engine:
         reuse=True,
         reads=READS,
         speculate=0,
+        adapters=None,
     ):
         cache_tokens = slots * round_up(length, page) if cache_tokens is None else cache_tokens
         numbers = {
@@ -245,6 +249,7 @@ class Engine:
         self._largest = collectives.pmax(sharding.mesh, DATA) if experts_sharded else None
         self._widths = sorted({min(NARROW, prefill_chunk), min(max(NARROW, prefill_chunk // 4), prefill_chunk), prefill_chunk})
         self._rows, self._waiting, self._next = [None] * slots, deque(), 0
+        self._masks = None if adapters is None else np.asarray(adapters, np.float32)
 
     def use(self, params):
         """Takes other parameters, or the same arrays with other values, and forgets all keys and values in the cache, which belong to the
@@ -287,7 +292,7 @@ class Engine:
         the vocabulary or does not fit the cache, and for options out of range."""
         options = self.checked(request)
         limit = min(request.max_new_tokens, self.length - len(request.prompt) + 1)  # the last new token is not stored in the cache
-        known = known_blocks(request.prompt, self.cache.size) if self._reuse else []
+        known = known_blocks(request.prompt, self.cache.size, start_of(request)) if self._reuse else []
         self._waiting.append(_Row(self._next, request, options, limit, known))
         self._next += 1
         return self._next - 1
@@ -347,6 +352,9 @@ class Engine:
             raise ValueError(f"logit_bias has ids outside the vocabulary of {V}; use ids from 0 to {V - 1}")
         if (request.logprobs or 0) > V:
             raise ValueError(f"logprobs={request.logprobs} is more than the {V} tokens of the vocabulary")
+        count = 0 if self._masks is None else len(self._masks) - 1
+        if not 0 <= request.adapter <= count:
+            raise ValueError(f"adapter={request.adapter} must be 0, or the number of one of the engine's {count} adapters")
         return options
 
     def _agreed(self, *numbers):
@@ -406,7 +414,8 @@ class Engine:
         if not self._reuse:
             return None, 0
         size, prompt = self.cache.size, row.request.prompt
-        page, count = self.cache.blocks.find_part(row.known[found - 1].digest if found else b"", prompt[found * size : -1][:size])
+        before = row.known[found - 1].digest if found else start_of(row.request)
+        page, count = self.cache.blocks.find_part(before, prompt[found * size : -1][:size])
         return (page, count) if count >= max(1, size // PART) else (None, 0)
 
     def _pages(self, tokens):
@@ -519,14 +528,18 @@ class Engine:
 
     def _extended(self, table, tokens, positions, of_row=None, last=None):
         """Reads tokens into the cache. Returns the logits [slots, V]."""
-        arrays = self.cache.arrays
+        arrays, adapters = self.cache.arrays, self._adapters()
         if self._staged:
-            logits, arrays = self._staged(self.params, arrays, table, tokens, positions, of_row, last)
+            logits, arrays = self._staged(self.params, arrays, table, tokens, positions, of_row, last, adapters)
         else:
-            given = table, tokens, positions, of_row, last, self.cfg, self.kernels, self.sharding
+            given = table, tokens, positions, of_row, last, self.cfg, self.kernels, self.sharding, adapters
             logits, arrays = extended_pages(self.params, arrays, *given)
         self.cache.arrays = arrays
         return logits
+
+    def _adapters(self):
+        """Returns the masks [slots, rank] of the adapters of all rows; None without adapters."""
+        return None if self._masks is None else self._masks[[row.request.adapter if row else 0 for row in self._rows]]
 
     def _table(self, rows):
         """Returns the table [slots, pages of a row] of some rows; the others have no page in it, so nothing of theirs is written."""
@@ -560,6 +573,8 @@ class Engine:
         least, steps = (ms.Tensor(n, ms.int32) for n in numbers)
         token, at, table = self._inputs(allotted)
         given = [*map(ms.Tensor, (table, token, at, running)), least, *map(ms.Tensor, (draws, options, stop)), ids, steps]
+        if self._masks is not None:
+            given.append(ms.Tensor(self._adapters()))
         decode = decode_loop(self.cfg, self.kernels, self.sharding)
         try:
             taken = int(decode(self.params, self.cache.arrays, *given)[3])
@@ -682,6 +697,11 @@ class Engine:
         if reason:
             self._leave(b)
         events.append(Event(row.id, token, logprob, top, reason))
+
+
+def start_of(request):
+    """Returns what the digests of a prompt's blocks begin with: an adapter changes keys and values."""
+    return b"" if not request.adapter else b"adapter %d" % request.adapter
 
 
 def check(request):

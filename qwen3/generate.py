@@ -138,10 +138,10 @@ def _extend(cfg, kernels, sharding):
     return jit(logits_alone if kernels.cache_write == "cpu" else extend)
 
 
-def extended_pages(params, cache, table, tokens, positions, row, last, cfg, kernels, sharding=None):
+def extended_pages(params, cache, table, tokens, positions, row, last, cfg, kernels, sharding=None, adapters=None):
     """Reads tokens_R at positions_R (numpy int32) into a paged cache. Returns (logits float32, cache). table_BM, row_R, last_B (numpy
-    int32; the last two may be None): see qwen3.model.extend_paged_cache. sharding: as of `extended`."""
-    given = (None if x is None else ms.Tensor(x) for x in (table, tokens, positions, row, last))
+    int32; the last two may be None), adapters (numpy float32 or None): see qwen3.model.extend_paged_cache. sharding: as of `extended`."""
+    given = (None if x is None else ms.Tensor(x) for x in (table, tokens, positions, row, last, adapters))
     out = _extend_pages(cfg, kernels, sharding)(params, cache, *given)
     return (out, cache) if writes_in_place(kernels) else out
 
@@ -151,8 +151,8 @@ def _extend_pages(cfg, kernels, sharding):
     """Returns Model.extend_pages, compiled; only its logits if the kernels write into the cache."""
     extend = build_to_decode(cfg, sharding, kernels, rows_alone=True).extend_pages
 
-    def logits_alone(params, cache, table, tokens, positions, row, last):
-        return extend(params, cache, table, tokens, positions, row, last)[0]
+    def logits_alone(params, cache, table, tokens, positions, row, last, adapters):
+        return extend(params, cache, table, tokens, positions, row, last, adapters)[0]
 
     return jit(logits_alone if writes_in_place(kernels) else extend)
 
@@ -185,10 +185,10 @@ def _copy_page(kernels):
 @functools.lru_cache(maxsize=8)
 def decode_loop(cfg, kernels, sharding=None):
     """Returns decode(params, cache, table_BM or None, token_B, at_B, running_B int32, least int32, draws [n, B], options,
-    stop [1 or B, M] or None, ids [1, n, 1, B], steps) -> (token_B, at_B, running_B, number of steps taken), a compiled loop of decode
-    steps.
+    stop [1 or B, M] or None, ids [1, n, 1, B], steps, adapters=None) -> (token_B, at_B, running_B, number of steps taken), a compiled loop
+    of decode steps.
 
-    table: of a paged cache, see ops/paged_attention.py; None: the cache is one of rows.
+    table: of a paged cache, see ops/paged_attention.py; None: the cache is one of rows. adapters: see extended_pages.
 
     The loop writes into the cache, and the new ids of each step into one row of `ids`. It ends after `steps` steps, or earlier when fewer
     than `least` rows run. running_B is 1 for a row that has not produced one of its stop ids, else 0. The loop needs the C++ kernels of
@@ -203,13 +203,13 @@ def decode_loop(cfg, kernels, sharding=None):
         """Returns 1 for rows whose token is not a stop id, else 0. It reduces in float32, for which every device has reductions."""
         return cast(lowest(cast(different(reshape(token, (-1, 1)), stop), ms.float32), 1), ms.int32)
 
-    def decode(params, cache, table, token, at, running, least, draws, options, stop, ids, steps):
+    def decode(params, cache, table, token, at, running, least, draws, options, stop, ids, steps, adapters=None):
         i = zeros_like(steps)
         while i < steps:
             if table is None:
                 logits, _ = rows(params, cache, reshape(token, (-1, 1)), reshape(at, (-1, 1)), zeros_like(token))
             else:
-                logits, _ = pages(params, cache, table, token, at, None, None)
+                logits, _ = pages(params, cache, table, token, at, None, None, adapters)
             token = choose(logits, gather(draws, i, 0), options)
             token = ops.depend(token, write(ids, reshape(token, (1, 1, 1, -1)), reshape(i, (1, 1))))
             if stop is not None:

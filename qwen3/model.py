@@ -165,15 +165,16 @@ def extend_cache(cfg, op, params, cache, tokens, positions, last):
     return full_logits(cfg, op, params, last_rows(op, x, last)), cache
 
 
-def extend_paged_cache(cfg, op, params, cache, table, tokens, positions, row, last):
+def extend_paged_cache(cfg, op, params, cache, table, tokens, positions, row, last, adapters=None):
     """Reads tokens_R at positions_R of some rows into their pages. Returns (logits float32, cache).
 
     table_BM: the pages of each row, see ops/paged_attention.py; a token for which its row has no page is not stored. row_R, last_B: the
     row of each token, and for each row the number, in R, of the token whose logits are wanted: [B, V]. last None: those of all tokens are,
-    [R, V]. Both None: token b is the only one of row b.
+    [R, V]. Both None: token b is the only one of row b. adapters [B, rank] or None: which of several adapters each row has, see
+    qwen3/adapters.py.
     """
     tokens, positions = rearrange(tokens, "tokens -> tokens 1", {}), rearrange(positions, "tokens -> tokens 1", {})
-    x, rows = embed(cfg, op, params, tokens), rows_over_pages(op, cache, table, positions, row)
+    x, rows = embed(cfg, op, params, tokens), rows_over_pages(op, cache, table, positions, row, adapters)
     x, cache = layers_over_cache(cfg, op, params["layers"], range(cfg.num_layers), x, cache, rows, row is None, last)
     return full_logits(cfg, op, params, x), cache
 
@@ -188,6 +189,8 @@ def layers_over_cache(cfg, op, layers, numbers, x, cache, rows, one_each, last=N
     for i in range(len(numbers)):
         if last is not None and i == len(numbers) - 1:
             rows["last"] = last
+            if "adapters" in rows:
+                rows["last_adapters"] = ops.gather(rows["adapters"], last, 0)
         p, own = op.gathered[numbers[i]](layers[i]), op.of_layer[numbers[i]]
         if own.fused_decode and one_each:
             x, kv = decode_layer(own.cfg, own, p, x, rows, cache[i])
@@ -327,12 +330,12 @@ def rows_over_cache(op, cache, positions):
     return rows
 
 
-def rows_over_pages(op, cache, table, positions, row):
+def rows_over_pages(op, cache, table, positions, row, adapters=None):
     """Returns the dict `rows` for attention over pages, of tokens at positions [R, 1].
 
     cos, sin [R, 1, 1, H / 2], valid [R]: see rows_of. table_BM. order: the positions. slot_R: where each token is stored, -1 for one that
     is not. For one token of each row (row=None) length_R: how many tokens the row then has. Else row_R and position_R, negative for a
-    token that is not stored. See ops/paged_attention.py.
+    token that is not stored. See ops/paged_attention.py. adapters [R, rank], if there are several: see qwen3/adapters.py.
     """
     cos, sin = op.angles(positions, "batch seq -> batch seq one half, batch seq one half")
     position = rearrange(positions, "tokens 1 -> tokens", {})
@@ -340,6 +343,8 @@ def rows_over_pages(op, cache, table, positions, row):
     slot, length = op.places_in_pages(of_token, position, cache[0][0].shape[1])
     valid = ops.cast(ops.ones_like(position), ms.float32)
     rows = {"cos": cos, "sin": sin, "valid": valid, "table": table, "order": positions, "slot": slot}
+    if adapters is not None:
+        rows["adapters"] = adapters if row is None else ops.gather(adapters, row, 0)
     if row is None:
         rows["length"] = length
     else:
@@ -382,8 +387,8 @@ class Model:
     def extend(self, params, cache, tokens, positions, last):
         return extend_cache(self.cfg, self.op, params, cache, tokens, positions, last)
 
-    def extend_pages(self, params, cache, table, tokens, positions, row, last):
-        return extend_paged_cache(self.cfg, self.op, params, cache, table, tokens, positions, row, last)
+    def extend_pages(self, params, cache, table, tokens, positions, row, last, adapters=None):
+        return extend_paged_cache(self.cfg, self.op, params, cache, table, tokens, positions, row, last, adapters)
 
 
 @functools.lru_cache(maxsize=32)

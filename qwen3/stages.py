@@ -18,7 +18,7 @@ from qwen3 import model, run_layers
 from qwen3.cache import writes_in_place
 from qwen3.model import param_specs
 
-ARRAYS = ("table", "tokens", "positions", "row", "last")  # the arrays of a step of inference, see qwen3.generate.extended_pages
+ARRAYS = ("table", "tokens", "positions", "row", "last", "adapters")  # the arrays of a step of inference, see qwen3.generate.extended_pages
 
 
 def stage_specs(cfg, layers, first, last):
@@ -165,7 +165,8 @@ def build_score(cfg, sharding, kernels):
 
 
 def build_extend(cfg, sharding, kernels):
-    """Returns extend(params, cache, table, tokens_R, positions_R, row_R, last_B) -> (logits, cache), see qwen3.generate.extended_pages.
+    """Returns extend(params, cache, table, tokens_R, positions_R, row_R, last_B, adapters) -> (logits, cache), see
+    qwen3.generate.extended_pages.
 
     params: the tree of own_specs. cache: the pages of this rank's layers; each rank must have at least one layer.
     """
@@ -177,7 +178,7 @@ def build_extend(cfg, sharding, kernels):
         own, positions = (), rearrange(batch["positions"], "tokens -> tokens 1", {})
         for i in layers:
             own += (params["layers"][str(i)],)
-        rows = model.rows_over_pages(op, batch["cache"], batch["table"], positions, batch["row"])
+        rows = model.rows_over_pages(op, batch["cache"], batch["table"], positions, batch["row"], batch["adapters"])
         wanted = batch["last"] if at == last else None
         x, cache = model.layers_over_cache(cfg, op, own, layers, x, batch["cache"], rows, batch["row"] is None, wanted)
         if at == last:
@@ -204,8 +205,8 @@ def build_extend(cfg, sharding, kernels):
 
     relay = Relay(sharding.mesh, of_stage, arrive, results, idle)
 
-    def extend(params, cache, table, tokens, positions, row, last):
-        arrays = dict(zip(ARRAYS, (table, tokens, positions, row, last)))
+    def extend(params, cache, table, tokens, positions, row, last, adapters=None):
+        arrays = dict(zip(ARRAYS, (table, tokens, positions, row, last, adapters)))
         (logits,) = relay({"params": params, "cache": cache, **arrays})
         return logits, kept
 

@@ -29,6 +29,8 @@ FLAGS = flags.FLAGS
 def define_flags():
     flags.DEFINE_string("hf_dir", None, "folder of a Hugging Face model")
     flags.DEFINE_string("workdir", None, "folder of a training run, whose newest checkpoint is served")
+    adapter = "NAME=FOLDER: a LoRA adapter, in PEFT's format or a run, that requests choose by the model NAME; repeat the flag for several"
+    flags.DEFINE_multi_string("adapter", [], adapter)
     flags.DEFINE_string("host", "127.0.0.1", "address to listen on; any address but the loopback lets other machines connect")
     number_flags.integer("port", 8000, "port to listen on; 0 takes a free one", 0, 65535)
     flags.DEFINE_string("model_name", None, "the model's name in requests; default: the folder's name")
@@ -54,11 +56,26 @@ def main(_):
     missing = [name for name in ("aiohttp", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"experiments.serve needs {' and '.join(missing)}: pip install -e '.[serve]'")
+    name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
+    adapters = named_adapters(FLAGS.adapter, name)
     keys, connections = access.read_keys(FLAGS.api_key_file), access.connection_limit(FLAGS.max_connections)
-    serve_with(keys, connections, access.bind(FLAGS.host, FLAGS.port) if job_rank() == 0 else [])
+    serve_with(name, adapters, keys, connections, access.bind(FLAGS.host, FLAGS.port) if job_rank() == 0 else [])
 
 
-def serve_with(keys, connections, sockets):
+def named_adapters(given, base):
+    """Returns {name: folder} of the values of --adapter. base: the name of the model without adapters."""
+    found = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (equals and name and folder):
+            raise ValueError(f"--adapter={text}: give NAME=FOLDER, where NAME is the model that requests then name")
+        if name in (base, *found):
+            raise ValueError(f"--adapter={text}: the name {name} is taken; give each adapter a name of its own")
+        found[name] = folder
+    return found
+
+
+def serve_with(name, adapters, keys, connections, sockets):
     """Loads the model and serves it on bound sockets. On several ranks, rank 0 has the sockets and the others follow it."""
     from experiments.generate import defaults
     from experiments.layout import check as layout
@@ -72,13 +89,12 @@ def serve_with(keys, connections, sockets):
     from qwen3.engine import Engine
 
     rank, _ = collectives.start()
-    model = weights.inference(FLAGS.hf_dir, FLAGS.workdir)
+    model = weights.inference(FLAGS.hf_dir, FLAGS.workdir, beside=adapters)
     asked = {axis: FLAGS[axis].value for axis in AXES}
     mesh = layout.mesh(model.cfg, layout.for_inference(asked, model.cfg, FLAGS.hf_dir or FLAGS.workdir, world_size()), rank)
     several, sharding = mesh.world > 1, Sharding(mesh)
     tokenizer = model.load_tokenizer()
     params, length = model.params(sharding, FLAGS.weights), min(FLAGS.length, model.cfg.max_position)
-    name = FLAGS.model_name or os.path.basename(os.path.abspath(os.path.expanduser(FLAGS.hf_dir or FLAGS.workdir)))
     file = defaults.read(model.folder)
     stop_ids, found = defaults.stop_ids(file, model.cfg, tokenizer), defaults.for_requests(file) if FLAGS.use_generation_config else {}
     forms = answers.forms_of(tokenizer.chat_template, FLAGS.tool_calls, FLAGS.reasoning)
@@ -87,7 +103,8 @@ def serve_with(keys, connections, sockets):
     length = min(length, FLAGS.cache_tokens or length)
 
     def make_own():
-        options = {"cache_tokens": FLAGS.cache_tokens, "reads": 1, "speculate": FLAGS.speculate, "sharding": sharding if several else None}
+        options = {"cache_tokens": FLAGS.cache_tokens, "reads": 1, "speculate": FLAGS.speculate, "adapters": model.masks}
+        options["sharding"] = sharding if several else None
         engine = Engine(params, model.cfg, slots=FLAGS.slots, length=length, **options)
         engine.warm_up(by_host=True)
         return engine
@@ -100,7 +117,7 @@ def serve_with(keys, connections, sockets):
         return
     slots = FLAGS.slots * mesh.dp
     limits = slots, FLAGS.max_body, keys, access.names(FLAGS.host)
-    settings = http.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), *limits, found, forms, compiler)
+    settings = http.Settings(name, tokenizer, length, tuple(sorted(stop_ids)), *limits, found, forms, compiler, tuple(adapters))
     sizes = ", ".join(f"{axis} {getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) > 1)
     print(f"weights    {model.describe(FLAGS.weights)}", *[f"layout     {mesh.world} ranks: {sizes}"] * several, sep="\n", flush=True)
     most, last = slots + FLAGS.max_waiting, (FLAGS.host, FLAGS.drain_s, connections, FLAGS.idle_s)

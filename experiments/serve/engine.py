@@ -1,5 +1,6 @@
 """The thread that runs the engine. The HTTP server's thread hands it a limited number of jobs and gets each job's events back."""
 
+import ctypes
 import gc
 import itertools
 import queue
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 
 from qwen3.generate import CHUNK
 
+LIBC = ctypes.CDLL(None)
 STREAMED = 4  # most tokens of a row in one engine step while a client streams
 STEP_S = 0.02  # how long a step may last, in which no prompt that comes is looked at
 IDLE_S = 0.5  # without a request, after which garbage is collected
@@ -179,8 +181,9 @@ class Worker:
         self.running = 0
         try:
             return self.inbox.get(timeout=IDLE_S)
-        except queue.Empty:
-            gc.collect()  # see run.py: while requests come it is put off
+        except queue.Empty:  # see run.py: while requests come this is put off
+            gc.collect()
+            give_back_memory()
         return self.inbox.get()
 
     def _start(self, waiting, jobs, unread):
@@ -231,6 +234,12 @@ def _most_tokens(jobs):
     if any(job.request.needs_logits for job in jobs):
         return 1
     return STREAMED if any(job.streamed for job in jobs) else CHUNK
+
+
+def give_back_memory():
+    """Gives memory that was freed back to the system, where the C library can: else the process keeps what a burst of requests took."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def report(error):

@@ -18,7 +18,7 @@ from experiments.serve.engine import Full, Job, report
 from experiments.serve.metrics import KINDS, Metrics, Timer
 from experiments.serve.refused import Refused
 from experiments.serve.replies import Choice, Reply, error, event
-from experiments.serve.requests import parse
+from experiments.serve.requests import number_of, parse
 from qwen3 import template
 from qwen3.engine import Request
 from qwen3.schema import short
@@ -41,7 +41,7 @@ class Settings:
     stop_ids: token ids that end an answer. slots: rows of the engine. max_body: bytes. keys: the accepted API keys; empty needs none.
     hosts: host names that requests may name, such as ("localhost",); None accepts any. defaults: options that requests may leave out, see
     experiments/generate/defaults.py. forms: a qwen3.answers.Forms; None: those of the chat template. compiler: a
-    qwen3.grammars.Grammars, or None."""
+    qwen3.grammars.Grammars, or None. adapters: further names of models, in the order of the engine's adapters."""
 
     model: str
     tokenizer: object
@@ -54,6 +54,7 @@ class Settings:
     defaults: dict = dataclasses.field(default_factory=dict)
     forms: object = None
     compiler: object = None
+    adapters: tuple = ()
 
 
 class Stream(web.StreamResponse):
@@ -146,16 +147,18 @@ class Server:
         body = {"status": "draining" if self.draining else "ok", "requests": held, "slots": self.settings.slots, "most": self.worker.most}
         return web.json_response(body, status=503 if self.draining else 200)
 
-    def _described(self):
-        return {"id": self.settings.model, "object": "model", "created": 0, "owned_by": "local", "max_model_len": self.settings.length}
+    def _described(self, name):
+        of_adapter = {"parent": self.settings.model} if name != self.settings.model else {}
+        return {"id": name, "object": "model", "created": 0, "owned_by": "local", "max_model_len": self.settings.length, **of_adapter}
 
     async def models(self, request):
-        return web.json_response({"object": "list", "data": [self._described()]})
+        names = (self.settings.model, *self.settings.adapters)
+        return web.json_response({"object": "list", "data": [self._described(name) for name in names]})
 
     async def model(self, request):
-        if request.match_info["name"] != self.settings.model:
-            raise Refused(f"the model does not exist; use {self.settings.model!r}", "model", 404, "model_not_found")
-        return web.json_response(self._described())
+        name = request.match_info["name"]
+        number_of(name, self.settings.model, self.settings.adapters)
+        return web.json_response(self._described(name))
 
     async def chat_page(self, request):
         body, headers = self.page
@@ -187,7 +190,7 @@ class Server:
         self.answering.add(events)
         self.idle.clear()
         try:
-            choices, reply = [Choice(self.settings.tokenizer, asked) for _ in jobs], Reply(kind, self.settings.model, asked)
+            choices, reply = [Choice(self.settings.tokenizer, asked) for _ in jobs], Reply(kind, asked.model, asked)
             pushed = self._pushed(jobs, choices, events, timer)
             if asked.stream:
                 return await self._streamed(request, choices, pushed, reply)
@@ -221,7 +224,7 @@ class Server:
         except (web.RequestPayloadError, ValueError, zlib.error) as wrong:  # such as plain text with Content-Encoding: gzip
             raise Refused("the body does not have the Content-Encoding or Transfer-Encoding that its headers name") from wrong
         s = self.settings
-        given = s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults, s.forms, s.compiler
+        given = s.tokenizer, s.model, s.length, s.stop_ids, self.worker.most, s.defaults, s.forms, s.compiler, s.adapters
         return await self._in_turn(request, kind, data, kind, *given)
 
     async def _in_turn(self, request, kind, *arguments):

@@ -111,7 +111,7 @@ NEUTRAL = {
 @dataclass(frozen=True)
 class Asked:
     """A checked request. prompts: lists of token ids. options: fields of qwen3.engine.Request without prompt and sample. n: texts for each
-    prompt.
+    prompt. model: the name that the request has.
 
     logprobs: None, or how many of the likeliest tokens each entry lists. include_usage: whether a stream ends with the token counts.
     answer: the options of a qwen3.answers.Answer by which the text is split; None for a text that is not split. echo: of each prompt the
@@ -127,20 +127,28 @@ class Asked:
     include_usage: bool
     answer: dict | None = None
     echo: tuple = ()
+    model: str = ""
 
     @property
     def prompt_tokens(self):
         return sum(map(len, self.prompts))
 
 
-def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None, forms=None, compiler=None):
+def number_of(name, model, adapters):
+    """Returns the number of a model: 0 of the base with the name `model`, or that of an adapter, counted from 1. Raises Refused."""
+    names = (model, *adapters)
+    if name not in names:
+        raise Refused(f"the model {short(name)} does not exist; use {' or '.join(map(repr, names))}", "model", 404, "model_not_found")
+    return names.index(name)
+
+
+def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None, forms=None, compiler=None, adapters=()):
     """Returns the Asked of a body, which is JSON as bytes. kind: "chat" or "completion". length: the most tokens of a prompt and its answer
     together. most: the most texts of one request. defaults: options in place of OpenAI's defaults, which may include max_new_tokens. forms:
     see qwen3.answers.Forms; default: those of the chat template. compiler: a qwen3.grammars.Grammars, or None where its library is not
-    installed. Raises Refused."""
+    installed. model, adapters: the names of the base and of its adapters. Raises Refused."""
     body = _body(data, Chat if kind == "chat" else Completion)
-    if body.model != model:
-        raise Refused(f"the model {short(body.model)} does not exist; use {model!r}", "model", 404, "model_not_found")
+    number = number_of(body.model, model, adapters)
     stop_ids, answer, guide = () if body.ignore_eos else tuple(stop_ids), None, None
     if kind == "chat":
         text, answer, guide = chats.read(body, tokenizer, forms or forms_of(tokenizer.chat_template), compiler, stop_ids)
@@ -157,7 +165,7 @@ def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None, f
     options["top_k"] = max(options["top_k"], 0)  # some clients send -1 for all
     options["seed"] = secrets.randbits(32) if body.seed is None else body.seed
     options["max_new_tokens"] = _max_tokens(body, kind, usual, length - max(map(len, prompts)))
-    options["logprobs"], options["stop_ids"], options["guide"] = _logprobs(body, kind), stop_ids, guide
+    options["logprobs"], options["stop_ids"], options["guide"], options["adapter"] = _logprobs(body, kind), stop_ids, guide, number
     options |= {"presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty, "min_tokens": body.min_tokens}
     options["logit_bias"] = tuple((_in_vocabulary(int(i), tokenizer), bias) for i, bias in body.logit_bias.items())
     if body.min_tokens > options["max_new_tokens"]:
@@ -165,7 +173,7 @@ def parse(data, kind, tokenizer, model, length, stop_ids, most, defaults=None, f
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     echo = _echo(body, texts, tokenizer) if kind == "completion" and body.echo else ()
-    return Asked(prompts, body.n, options, stop, options["logprobs"], body.stream, include_usage, answer, echo)
+    return Asked(prompts, body.n, options, stop, options["logprobs"], body.stream, include_usage, answer, echo, body.model)
 
 
 def _body(data, kind):

@@ -22,6 +22,7 @@ from parallel.placement import load, place
 from parallel.specs import init_array
 from parallel.trees import tree_paths
 from qwen3 import hf
+from qwen3.adapters import side_by_side
 from qwen3.config import Qwen3Config
 from qwen3.int8 import Quantised, int8_specs
 from qwen3.model import param_specs
@@ -158,7 +159,8 @@ class Inference(NamedTuple):
     """A model for inference. read(path, slices) -> elements of a parameter, in the dtype of cfg. reader: None, or the qwen3.hf.Reader of
     its files, for numbers in 8 bits. tokenizer: the folder of its files, or None.
 
-    text: the source of the weights, to print. folder: that of the Hugging Face files or of the checkpoint.
+    text: the source of the weights, to print. folder: that of the Hugging Face files or of the checkpoint. masks: of adapters beside the
+    weights, see qwen3/adapters.py; None without.
     """
 
     cfg: Qwen3Config
@@ -167,6 +169,7 @@ class Inference(NamedTuple):
     tokenizer: Path | None
     folder: Path
     text: str
+    masks: object = None
 
     def params(self, sharding, weights="float"):
         """Returns this rank's shards of the parameters. weights: "float", or "int8" for matrices in 8 bits (qwen3/int8.py), which are
@@ -193,17 +196,18 @@ class Inference(NamedTuple):
         return tokenizer
 
 
-def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
+def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False, beside=None):
     """Returns the Inference of a Hugging Face folder, or of a run: its newest checkpoint, saved in any layout, else the model in its hf/.
 
     The dtype is float32 on CPU, elsewhere that of the embedding in the files. adapter_dir: an adapter in PEFT's format or a LoRA run, which
-    is merged into the weights as they are read. If workdir itself is a LoRA run, its base is the one that its checkpoint names.
+    is merged into the weights as they are read. If workdir itself is a LoRA run, its base is the one that its checkpoint names. beside:
+    {name: folder} of adapters that are not merged, and between which requests choose (qwen3/adapters.py).
     hf_dir may be a model's id on a hub, see experiments.hub. Raises ValueError or FileNotFoundError that name the flag.
     """
     command_line.check_source(hf_dir, workdir)
     key, path = ("hf_dir", hf_dir) if hf_dir else ("workdir", workdir)
     path = hub.folder_of("--hf_dir", path, download) if hf_dir else os.path.expanduser(path)
-    beside, final = run_tokenizer.of(path) if workdir else None, os.path.join(path, "hf")
+    own_tokenizer, final = run_tokenizer.of(path) if workdir else None, os.path.join(path, "hf")
     if workdir and not adapter_dir and (base := adapter.base_name(path)):
         adapter_dir, path = path, _noted_base(workdir, base)
     elif workdir and os.path.isdir(final) and not find(path):
@@ -214,9 +218,16 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
     dtype = "float32" if ms.get_context("device_target") == "CPU" else weights.config.param_dtype
     cfg, read, text = weights.config.replace(param_dtype=dtype, compute_dtype=dtype), weights.read, str(weights)
     if adapter_dir:
+        if beside:
+            raise ValueError(f"--{key}={adapter_dir} is adapters itself; give their base as --hf_dir, and each with --adapter=NAME=FOLDER")
         cfg, read = adapter.merged(cfg, read, adapter.open_adapter(os.path.expanduser(adapter_dir), cfg, read, path))
         text += f", with the adapter of {adapter_dir}"
-    tokenizer = Path(beside) if beside else weights.tokenizer
+    masks = None
+    if beside:
+        opened = {name: adapter.open_adapter(os.path.expanduser(folder), cfg, read, path) for name, folder in beside.items()}
+        cfg, read, masks = side_by_side(cfg, read, opened)
+        text += f", and beside them the adapters {', '.join(beside)}"
+    tokenizer = Path(own_tokenizer) if own_tokenizer else weights.tokenizer
 
     def read_cast(path, slices):
         value = hf.cast(read(path, slices), dtype, path)
@@ -227,7 +238,7 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False):
         return value
 
     reader = None if adapter_dir else weights.hugging_face
-    return Inference(cfg, read_cast, reader, tokenizer, weights.folder, text)
+    return Inference(cfg, read_cast, reader, tokenizer, weights.folder, text, masks)
 
 
 def check_int8():

@@ -19,8 +19,12 @@ from pathlib import Path
 import pytest
 
 from experiments.serve import ranks
+from experiments.serve.__main__ import named_adapters
+from experiments.train import adapter
 from parallel.mesh import Mesh
-from qwen3 import hf
+from parallel.trees import tree_paths
+from qwen3 import hf, peft
+from qwen3.config import Lora
 from qwen3.engine import Event, Request
 from qwen3.generate import generate
 from qwen3.guide import Plan
@@ -167,6 +171,7 @@ def test_ranks_that_do_not_connect_are_named():
         ranks.accept(listener, 3, SECRET, 0.1)
 
 
+POET = Lora(4, 8.0, ("q", "v", "down"))
 MODELS = {"dense": DENSE, "moe": MOE.replace(max_position=DENSE.max_position)}
 LAYOUTS = [
     ("dense", {"tp": 2}),
@@ -187,12 +192,14 @@ class Job:
         self.params, self.logs = random_params(self.cfg), folder / "logs"
         self.tokenizer.save(folder / "tokenizer")
         hf.save(folder / "tiny", self.cfg, self.params, tokenizer_dir=folder / "tokenizer")
+        self.merged = self._with_adapter(folder) if self.cfg.num_experts == 0 else None
+        more = [f"--adapter=poet={folder}/adapter"] if self.merged else []
         nproc = sizes.get("dp", 1) * sizes.get("tp", 1) * sizes.get("pp", 1)
         launch = [sys.executable, "-m", "experiments.launch", f"--nproc={nproc}", f"--log_dir={self.logs}", "--", "experiments.serve"]
         axes = [f"--{axis}={size}" for axis, size in sizes.items()]
         with open(folder / "log", "w") as log:
             self.process = subprocess.Popen(
-                [*launch, f"--hf_dir={folder}/tiny", "--port=0", "--slots=4", "--length=512", *axes],
+                [*launch, f"--hf_dir={folder}/tiny", "--port=0", "--slots=4", "--length=512", *axes, *more],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -205,6 +212,15 @@ class Job:
             time.sleep(0.1)
         self.log, self.url = folder / "log", text.partition("serving ")[2].partition(" on ")[2].partition("/v1")[0]
 
+    def _with_adapter(self, folder):
+        """Saves an adapter with random values. Returns (cfg, params) of the model with it merged."""
+        cfg = self.cfg.replace(lora=POET)
+        leaves = {path: leaf.asnumpy() for path, leaf in tree_paths(random_params(cfg, 5))}
+        base = dict(tree_paths(self.params))
+        mark = adapter.fingerprint(cfg, lambda path, slices: base[path].asnumpy()[slices])
+        peft.save(folder / "adapter", cfg, {path: leaves[path] for path in peft.adapters(cfg)}, str(folder / "tiny"), mark)
+        return adapter.with_adapter(*hf.load(folder / "tiny"), folder / "adapter")
+
     def client(self):
         return self.openai.AsyncOpenAI(base_url=self.url + "/v1", api_key="none", max_retries=0)
 
@@ -212,10 +228,10 @@ class Job:
         with urllib.request.urlopen(self.url + path) as found:
             return found.read().decode()
 
-    def greedy(self, prompts, count):
+    def greedy(self, prompts, count, model=None):
         ids = [self.tokenizer.encode(prompt, allow_special=True) for prompt in prompts]
-        stop = [self.tokenizer.eos_id, self.tokenizer.eod_id]
-        made = generate(self.params, ids, self.cfg, count, stop_ids=stop)
+        stop, (cfg, params) = [self.tokenizer.eos_id, self.tokenizer.eod_id], model or (self.cfg, self.params)
+        made = generate(params, ids, cfg, count, stop_ids=stop)
         return [self.tokenizer.decode(new, skip_special=True) for new in made]
 
     def end(self):
@@ -264,6 +280,31 @@ def test_many_requests_at_once_are_answered_as_by_one_process(job):
     assert json.loads(job.get("/health"))["slots"] == 4 * job.sizes.get("dp", 1)
     read = float(re.search(r"^qwen3_prompt_tokens_read_total (\S+)", job.get("/metrics"), re.MULTILINE)[1])
     assert read >= sum(len(job.tokenizer.encode(prompt)) for prompt in prompts) / 2
+
+
+@pytest.mark.extended
+def test_requests_choose_an_adapter_by_the_name_of_the_model(job):
+    """In one batch with requests of the base."""
+    if job.merged is None:
+        pytest.skip("the adapter is of the dense model")
+    prompts = [scoring_worker.TEXT[5 * i : 5 * i + 8] for i in range(8)]
+
+    async def go():
+        client = job.client()
+        asked = [
+            client.completions.create(model=name, prompt=prompt, max_tokens=10, temperature=0)
+            for prompt in prompts
+            for name in ("tiny", "poet")
+        ]
+        with pytest.raises(job.openai.NotFoundError) as wrong:
+            await client.completions.create(model="coder", prompt="x")
+        return await asyncio.gather(*asked), [model.id for model in (await client.models.list()).data], str(wrong.value)
+
+    found, models, wrong = asyncio.run(go())
+    assert models == ["tiny", "poet"] and "use 'tiny' or 'poet'" in wrong
+    assert [each.model for each in found[:2]] == ["tiny", "poet"]
+    assert [each.choices[0].text for each in found[::2]] == job.greedy(prompts, 10)
+    assert [each.choices[0].text for each in found[1::2]] == job.greedy(prompts, 10, job.merged) != job.greedy(prompts, 10)
 
 
 @pytest.mark.extended
@@ -323,6 +364,15 @@ def test_a_lost_rank_ends_the_job_with_its_cause(tmp_path):
         assert "rank 1" in job.log.read_text() and "SIGKILL" in job.log.read_text(), job.log.read_text()
     finally:
         job.end()
+
+
+def test_adapters_are_named_once():
+    assert named_adapters(["poet=a", "coder=b=c"], "tiny") == {"poet": "a", "coder": "b=c"}
+    for wrong, words in (("poet", "give NAME=FOLDER"), ("=a", "give NAME=FOLDER"), ("tiny=a", "the name tiny is taken")):
+        with pytest.raises(ValueError, match=words):
+            named_adapters([wrong], "tiny")
+    with pytest.raises(ValueError, match="the name poet is taken"):
+        named_adapters(["poet=a", "poet=b"], "tiny")
 
 
 def test_events_are_the_same_after_their_way_to_rank_0():

@@ -11,12 +11,15 @@ from parallel.mesh import Mesh
 from parallel.placement import load, place, reader
 from parallel.sharding import Sharding
 from qwen3 import hf
+from qwen3.adapters import side_by_side
 from qwen3.engine import Engine, Request
 from qwen3.int8 import Quantised, int8_specs
 from qwen3.model import build, param_specs
 from qwen3.stages import own_specs
 from qwen3.tokenizer import train_bpe
+from tests.qwen3 import test_adapters
 from tests.qwen3.test_engine import CONTINUATIONS, GOLDEN
+from tests.tiny import DENSE
 
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "seed": 5}
 GROUP = 4  # inputs that share a scale in the layouts of weights in 8 bits: it divides each rank's inputs
@@ -97,3 +100,21 @@ def main_int8():
     """In each of two processes: int8_logits of tp2."""
     rank, _ = collectives.start()
     return int8_logits(dict(tp=2), rank)
+
+
+def with_adapters(sizes, rank=0):
+    """The tokens of rows of which some have an adapter, with the models of test_adapters.py."""
+    mesh, (base, found) = Mesh(**sizes, rank=rank), test_adapters.made(DENSE)
+    sharding = Sharding(mesh) if mesh.world > 1 else None
+    cfg, read, masks = side_by_side(DENSE, reader(base), found)
+    params = load(mesh, place(sharding or Sharding(), own_specs(cfg, mesh)), read, "used")
+    engine = Engine(params, cfg, slots=4, length=64, prefill_chunk=8, sharding=sharding, adapters=masks)
+    engine.warm_up()
+    asked = [Request(prompt, 8, adapter=i % 3) for i, prompt in enumerate(test_adapters.prompts(6))]
+    return np.array([tokens for tokens, _ in test_adapters.answers(engine, asked)])
+
+
+def main_adapters(names):
+    """In each of two processes: {axis: with_adapters of two ranks along it}."""
+    rank, _ = collectives.start()
+    return {axis: with_adapters({axis: 2}, rank) for axis in json.loads(names)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.processes import run
-from tests.qwen3.engine_layouts import LAYOUTS, int8_logits, tokens
+from tests.qwen3.engine_layouts import LAYOUTS, int8_logits, tokens, with_adapters
 from tests.qwen3.test_engine import CONTINUATIONS
 from tests.tiny import assert_close
 
@@ -49,3 +49,11 @@ def test_weights_in_8_bits_give_the_logits_of_one_process():
     for rank in run("tests.qwen3.engine_layouts:main_int8", 2):
         for name, logits in one.items():
             assert_close(logits, rank[name], 2e-6, name)
+
+
+@pytest.mark.slow
+def test_rows_choose_their_adapters_on_several_ranks():
+    one = with_adapters({})
+    for rank in run("tests.qwen3.engine_layouts:main_adapters", 2, json.dumps(["tp", "pp"])):
+        for axis in ("tp", "pp"):
+            np.testing.assert_array_equal(rank[axis], one, err_msg=axis)
