@@ -62,7 +62,7 @@ def main_file(module):
 def flags_of(path):
     """The flags that a main defines, itself or by the modules of WITH_FLAGS that it imports."""
     tree, found = ast.parse(path.read_text()), set()
-    defines = any(isinstance(node, ast.Attribute) and node.attr in ("define", "define_flags") for node in ast.walk(tree))
+    defines = any(isinstance(node, ast.Attribute) and node.attr.startswith("define") for node in ast.walk(tree))
     for node in ast.walk(tree):
         called = node.func if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else None
         if called and (called.attr.startswith("DEFINE_") or getattr(called.value, "id", "") == "number_flags"):
