@@ -16,9 +16,9 @@ LIBC = ctypes.CDLL(None)
 STREAMED = 4  # most tokens of a row in one engine step while a client streams
 STEP_S = 0.02  # how long a step may last, in which no prompt that comes is looked at
 IDLE_S = 0.5  # without a request, after which garbage is collected
-HALF_S, LATELY_S, CLIENTS = 10.0, 60.0, 1000  # of what clients have had: seconds in which it halves, and is known; the most clients
+LATELY_S, CLIENTS = 60.0, 1000  # for how long a client counts after its last token; the most clients that are remembered
 GUESTS = 4  # places a slot beyond the limit, for clients that have none
-SPARED = 4  # of so many slots, or more, one request leaves one free; of fewer, that would cost too much of its speed
+SPARED = 4  # of so many slots, or more, some are left free for others; of fewer, that would cost too much speed
 UNREAD, SHORT = 1024, 256  # prompt tokens in the engine that are not read yet, from which on it gets no prompt of more tokens than SHORT
 FAILURES = 3  # in a row, after which the worker stops
 
@@ -43,36 +43,22 @@ class Job:
     number: int | None = field(default=None, repr=False)
 
 
-class Shares:
-    """What each client has lately had of the engine: its tokens, read and made, which count half as much HALF_S seconds later."""
+class Lately:
+    """Which clients have lately had texts at work."""
 
     def __init__(self, clock=time.monotonic):
-        self.clock, self.spent = clock, {}  # client: (tokens, when)
+        self.clock, self.seen = clock, {}  # client: when, the oldest first
 
-    def add(self, client, tokens):
+    def see(self, client):
+        self.seen.pop(client, None)
+        self.seen[client] = self.clock()
+        if len(self.seen) > CLIENTS:
+            del self.seen[next(iter(self.seen))]
+
+    def clients(self):
+        """Returns those of the last LATELY_S seconds."""
         now = self.clock()
-        self.spent[client] = (self._left(client, now) + tokens, now)
-        if len(self.spent) > CLIENTS:  # forgets the one that has had the least of late
-            del self.spent[min(self.spent, key=lambda each: self._left(each, now))]
-
-    def heavy(self, clients):
-        """Returns those of the clients that have had more than twice as much as another one of the last LATELY_S seconds, and more than
-        half of the mean. For example, of clients that have had 1, 10 and 1,000 tokens, only the last is heavy."""
-        now = self.clock()
-        lately = {client: self._left(client, now) for client, (_, when) in self.spent.items() if now - when < LATELY_S}
-        if not lately:
-            return set()
-        least = max(2 * min(lately.values()), sum(lately.values()) / (2 * len(lately)))
-        return {client for client in clients if lately.get(client, 0) > least}
-
-    def one_alone(self):
-        """Whether no more than one client was there in the last LATELY_S seconds."""
-        now = self.clock()
-        return sum(now - when < LATELY_S for _, when in self.spent.values()) <= 1
-
-    def _left(self, client, now):
-        tokens, when = self.spent.get(client, (0.0, now))
-        return tokens * 0.5 ** ((now - when) / HALF_S)
+        return {client for client, when in self.seen.items() if now - when < LATELY_S}
 
 
 class Pace:
@@ -99,14 +85,15 @@ class Worker:
     call submit and release; any thread may call stop.
 
     Jobs wait here, and the engine has those that its slots take. A free slot goes to the client with the fewest running jobs, then to the
-    request with the fewest, then to the oldest job; and of SPARED or more slots, one request may not take the last one, nor may a client
-    that has lately had more than its share (see Shares). So a short request waits for the next free slot, not for all texts of a large one,
-    and beside clients that always ask for more there is a slot free for one that asks for little.
+    request with the fewest, then to the oldest job. Of SPARED or more slots, a request may not take the last one; a client leaves one
+    free for each other client of late, but has no less than half; and of three clients or more, the last one is for a client that has no
+    running job. So a short request waits for the next free slot, not for all texts of a large one, and beside clients that always ask
+    for more there is a slot for one that asks for little.
     """
 
     def __init__(self, make, most, call, slots=1, failures=FAILURES):
         self.make, self.most, self.call, self.slots, self.failures = make, most, call, slots, failures
-        self.guests, self.shares, self.running = GUESTS * slots, Shares(), 0  # running: the jobs that have a slot
+        self.guests, self.lately, self.running = GUESTS * slots, Lately(), 0  # running: the jobs that have a slot
         self.pace = Pace()
         self.engine, self.held, self.inbox = make(), set(), queue.SimpleQueue()
 
@@ -157,7 +144,7 @@ class Worker:
             for event in events:
                 unread.pop(event.id, None)
                 if event.id in jobs:
-                    self.shares.add(jobs[event.id].client, 1)
+                    self.lately.see(jobs[event.id].client)
                 if event.finish_reason:
                     jobs.pop(event.id, None)
 
@@ -204,17 +191,18 @@ class Worker:
                 self._deliver([(job, error)])
                 continue
             jobs[job.number], unread[job.number] = job, len(job.request.prompt)
-            self.shares.add(job.client, len(job.request.prompt))
+            self.lately.see(job.client)
 
     def _next(self, waiting, jobs):
         """Returns the waiting job whose turn it is, or None."""
         clients, groups = Counter(job.client for job in jobs.values()), Counter(job.group for job in jobs.values())
         if self.slots >= SPARED:
-            heavy = self.shares.heavy({job.client for job in waiting}) if len(jobs) >= self.slots - 1 else ()
-            most = self.slots - 1
-            if len(jobs) >= self.slots and not self.shares.one_alone():  # the one more would be before others that come
+            others = len(self.lately.clients() | clients.keys() | {job.client for job in waiting}) - 1
+            most = max(self.slots // 2, self.slots - others) if others else self.slots + 1  # the one more, see _start
+            last_for_new = self.slots - (others > 1)  # from so many on, the next is for a client without any
+            if others and len(jobs) >= last_for_new:
                 waiting = [job for job in waiting if not clients[job.client]]
-            waiting = [job for job in waiting if job.client not in heavy and (job.group is None or groups[job.group] < most)]
+            waiting = [job for job in waiting if clients[job.client] < most and (job.group is None or groups[job.group] < self.slots - 1)]
         return min(waiting, key=lambda job: (clients[job.client], groups[job.group]), default=None)
 
     def _deliver(self, found):

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.serve import requests as serve_requests
-from experiments.serve.engine import CLIENTS, FAILURES, GUESTS, LATELY_S, STEP_S, STREAMED, Full, Job, Pace, Shares, Worker, _most_tokens
+from experiments.serve.engine import CLIENTS, FAILURES, GUESTS, LATELY_S, STEP_S, STREAMED, Full, Job, Lately, Pace, Worker, _most_tokens
 from experiments.serve.replies import Choice, Reply
 from qwen3 import template
 from qwen3.engine import Event, Request
@@ -210,41 +210,41 @@ def test_a_short_request_does_not_wait_for_all_texts_of_large_ones(worker):
     assert order_of_ends(large) == [name for name, *_ in large]  # one client alone is served to its end
 
 
-def test_a_slot_stays_free_beside_a_client_that_has_had_much_of_late():
+def clients_of(worker, waiting, running=None):
+    """Gives the waiting jobs their turns. Returns the clients of the running ones."""
+    running = {} if running is None else running
+    worker._start(waiting, running, {})
+    return [job.client for job in running.values()]
+
+
+def jobs_of(client, count):
+    return [Job(Request([1] * 10), None, client=client, group=f"{client} {i}") for i in range(count)]
+
+
+def test_slots_stay_free_for_other_clients_of_late():
     """Of several requests too. A client that is alone has all slots, and is not remembered for ever."""
     now, worker = [0.0], Worker(Slots, 100, lambda function, argument: function(argument), slots=4)
-    worker.shares = Shares(lambda: now[0])
-    greedy = [Job(Request([1] * 10), None, client="a", group=i) for i in range(9)]
-    waiting, running, unread = list(greedy), {}, {}
-    worker._start(waiting, running, unread)
-    assert len(running) == 5  # one more than there are slots
-    for number in list(running):
-        worker.engine.cancel(number)
-    running.clear(), unread.clear()
-    worker.shares.add("b", 1)  # another one, that asks for little
-    worker._start(waiting, running, unread)
-    assert len(running) == 3 and len(waiting) == 1
-    waiting.append(Job(Request([1]), None, client="b", group="b"))
-    worker._start(waiting, running, unread)
-    assert [job.client for job in running.values()] == ["a", "a", "a", "b"] and len(waiting) == 1
+    worker.lately = Lately(lambda: now[0])
+    assert clients_of(worker, jobs_of("a", 9)) == ["a"] * 5  # one more than there are slots
+    worker.lately.see("b")
+    running, waiting = {}, jobs_of("a", 9)
+    assert clients_of(worker, waiting, running) == ["a"] * 3
+    assert clients_of(worker, waiting + jobs_of("b", 2), running) == ["a", "a", "a", "b"]
     now[0] = LATELY_S + 1
-    assert worker.shares.one_alone() and not worker.shares.heavy({"a", "b"})
-    worker._start(waiting, running, unread)
-    assert len(running) == 5
+    assert not worker.lately.clients() and clients_of(worker, jobs_of("a", 9)) == ["a"] * 5
     for number in range(CLIENTS + 5):
-        worker.shares.add(number, number)
-    assert len(worker.shares.spent) == CLIENTS and "b" not in worker.shares.spent
+        worker.lately.see(number)
+    assert len(worker.lately.seen) == CLIENTS and "b" not in worker.lately.seen and 4 not in worker.lately.seen
 
 
-def test_a_client_that_asks_for_little_is_not_heavy_beside_one_that_asks_for_less():
-    shares = Shares(lambda: 0.0)
-    for client, tokens in (("bomb", 1), ("good", 50), ("large", 4000), ("larger", 5000)):
-        shares.add(client, tokens)
-    assert shares.heavy({"bomb", "good", "large", "larger"}) == {"large", "larger"}
-    alike = Shares(lambda: 0.0)
-    for client in range(5):
-        alike.add(client, 100 + client)
-    assert not alike.heavy(set(range(5))) and not Shares(lambda: 0.0).heavy({"new"})
+def test_of_three_clients_or_more_the_last_slot_is_for_one_that_has_none():
+    worker = Worker(Slots, 100, lambda function, argument: function(argument), slots=8)
+    running, waiting = {}, [*jobs_of("a", 9), *jobs_of("b", 9), *jobs_of("c", 2)]
+    assert sorted(clients_of(worker, waiting, running)) == ["a"] * 3 + ["b"] * 2 + ["c"] * 2
+    assert clients_of(worker, jobs_of("d", 3), running)[7:] == ["d"]
+    assert clients_of(worker, [*jobs_of("d", 1), *jobs_of("e", 3)], running)[8:] == ["e"]  # the one that waits in the engine
+    alone = {}
+    assert clients_of(worker, jobs_of("a", 9), alone) == ["a"] * 4  # three others, of late
 
 
 def test_a_step_takes_as_many_tokens_as_its_time_allows():
