@@ -15,7 +15,8 @@ from qwen3.generate import CHUNK
 LIBC = ctypes.CDLL(None)
 STREAMED = 4  # most tokens of a row in one engine step while a client streams
 STEP_S = 0.02  # how long a step may last, in which no prompt that comes is looked at
-IDLE_S = 0.5  # without a request, after which garbage is collected
+COLLECT_S = 5.0  # between two collections of garbage while requests come, each of which takes 2 ms
+IDLE_S = 0.5  # without a request, after which garbage is collected, and free memory given back
 LATELY_S, CLIENTS = 60.0, 1000  # for how long a client counts after its last token; the most clients that are remembered
 GUESTS = 4  # places a slot beyond the limit, for clients that have none
 SPARED = 4  # of so many slots, or more, some are left free for others; of fewer, that would cost too much speed
@@ -120,7 +121,7 @@ class Worker:
 
     def run(self):
         """Steps the engine until stop() is called. Raises the engine's error after so many failures in a row."""
-        waiting, jobs, unread, failures = [], {}, {}, 0
+        waiting, jobs, unread, failures, collected_s = [], {}, {}, 0, time.monotonic()
         while self._take(waiting, jobs):
             try:
                 self._start(waiting, jobs, unread)
@@ -147,6 +148,9 @@ class Worker:
                     self.lately.see(jobs[event.id].client)
                 if event.finish_reason:
                     jobs.pop(event.id, None)
+            if time.monotonic() > collected_s + COLLECT_S:
+                gc.collect()
+                collected_s = time.monotonic()
 
     def _take(self, waiting, jobs):
         """Handles the messages in the inbox; waits for one where there is no job. Returns False after a "stop" message, else True."""
@@ -168,7 +172,7 @@ class Worker:
         self.running = 0
         try:
             return self.inbox.get(timeout=IDLE_S)
-        except queue.Empty:  # see run.py: while requests come this is put off
+        except queue.Empty:
             gc.collect()
             give_back_memory()
         return self.inbox.get()

@@ -35,7 +35,8 @@ class Choice:
         pieces, self.reason = self._split(text, reason)
         self.ids += [f"call_{secrets.token_hex(12)}" for kind, _ in pieces if kind == "call"]
         self.pieces += pieces
-        self.entries += entries
+        if not self.asked.stream:  # a stream has sent them
+            self.entries += entries
         return pieces, entries
 
     def _split(self, text, reason):

@@ -11,7 +11,7 @@ from experiments.serve.http import Server, serve
 
 def _collect_less():
     """Keeps the garbage collector from looking at all objects while requests wait: that takes 0.2 s, in which nothing else runs. It never
-    looks again at what exists by now, the modules among it, and at the oldest of other objects only after some 7 million new ones."""
+    looks again at what exists by now, the modules among it. At the oldest of other objects it looks when the engine's thread says so."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(700, 10, 1000)
