@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from experiments import hub, interrupts, number_flags, run_tokenizer
 from experiments.configs import common
-from experiments.data import preferences, prompts
+from experiments.data import batch_ramp, preferences, prompts
 from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
 from experiments.posttrain.settings import LOSSES, RL_LOSSES
@@ -27,6 +27,7 @@ from ops.registry import IMPLEMENTATIONS, LENGTHS, OPS
 from parallel.checkpoint.files import COMPRESSIONS
 from parallel.checkpoint.read import Reader, find
 from parallel.hints import nearest
+from parallel.launch import joined
 from parallel.mesh import AXES, MOST_RANKS, world_size
 from parallel.pipeline.schedule import SCHEDULES
 from qwen3.chat import FORMATS
@@ -67,8 +68,9 @@ def define(default_config=None, flag_values=flags.FLAGS):
     flags.DEFINE_boolean("partial", None, "overrides config.partial: load what matches by name and shape", flag_values=flag_values)
 
 
-def run(main, define_flags=None):
-    """Calls define_flags(), parses sys.argv and calls main([program]). An import of the main's module thus defines no flags.
+def run(main, define_flags=None, is_rank=True):
+    """Calls define_flags(), parses sys.argv and calls main([program]). An import of the main's module thus defines no flags. is_rank: of
+    several processes that srun or mpirun starts, each is a rank of one job; False for a main that starts ranks itself.
 
     A user's mistake prints one line, `error: ...`, and exits with status 2. With --traceback it prints the traceback instead.
     """
@@ -78,6 +80,8 @@ def run(main, define_flags=None):
         flags.DEFINE_boolean("traceback", False, "show the whole traceback of an error")
     interrupts.main_runs()
     try:
+        if is_rank:
+            joined.join()
         app.run(main, flags_parser=parse)
     except KeyboardInterrupt:
         if "--traceback" in sys.argv:
@@ -410,7 +414,7 @@ CHECKS = {
         "must be numbers of layers, such as (7,9)",
     ),
     "lora.alpha": POSITIVE,
-    "lora.dropout": BELOW_ONE,
+    **dict.fromkeys(("lora.dropout", "train.ema_decay"), BELOW_ONE),
     "lora.init": _one_of("kaiming", "gaussian"),
     "train.layer_loop": _one_of("auto", "unroll", "scan"),
     "data.format": _one_of("", *FORMATS, *preferences.FORMATS, *prompts.FORMATS),
@@ -501,6 +505,7 @@ def check(config):
         if not ok(value):
             raise ValueError(f"{key}={value!r} {rule}")
     lr_groups.parse(config.optim.lr_groups)
+    batch_ramp.parse(config.train.batch_ramp)
     for key in _keys(config):
         value = _value(config, key)
         if isinstance(value, float) and not math.isfinite(value):

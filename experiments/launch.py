@@ -21,7 +21,11 @@ SAVE = "seconds after SIGTERM for the ranks to save a checkpoint and end; a seco
 number_flags.real("save_s", 60, SAVE, 0, number_flags.MOST_S)
 SIMULATE = "simulate the NPUs on this machine: the main runs from its flags to its files, compiled for Ascend, and nothing is computed"
 flags.DEFINE_boolean("simulate", False, SIMULATE)
-OPTIONS = (*job_flags.NAMES, "log_dir", "save_s", "simulate")
+RESTARTS = "how often a job that fails is started again, from its newest checkpoint; not after a mistake in flags or files"
+number_flags.integer("restarts", 0, RESTARTS, 0, 1000)
+RESTART = "processes on each node after a failure, if fewer; with --dp=-1 for the main, the data ranks are those that are left"
+number_flags.integer("restart_nproc", None, RESTART, 1, number_flags.MOST_PROCESSES)
+OPTIONS = (*job_flags.NAMES, "log_dir", "save_s", "simulate", "restarts", "restart_nproc")
 STARTS_JOBS = "experiments.accept"  # starts a job for each of its stages, so that one that crashes does not end the others
 TARGET = []  # the command after `--`
 
@@ -39,10 +43,10 @@ def main(_):
 
 def become(command):
     """Replaces this process by a main that starts its jobs itself; it gets the flags that describe them."""
-    for name in ("log_dir", "simulate"):
+    for name in ("log_dir", "simulate", "restarts", "restart_nproc"):
         if FLAGS[name].present:
             raise ValueError(
-                f"--{name} has no use with {STARTS_JOBS}, which has a log for each stage and simulates by itself; leave it out"
+                f"--{name} has no use with {STARTS_JOBS}, which has a log for each stage, simulates and goes on by itself; leave it out"
             )
     given = [f"--{name}={FLAGS[name].value}" for name in job_flags.NAMES if FLAGS[name].value is not None]
     os.execv(command[0], [*command, *given])
@@ -50,4 +54,4 @@ def become(command):
 
 if __name__ == "__main__":
     TARGET.extend(command_line.taken_after_dashes())
-    command_line.run(main)
+    command_line.run(main, is_rank=False)

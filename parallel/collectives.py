@@ -21,16 +21,20 @@ from mindspore.ops.auto_generate.gen_ops_prim import dist_comm_irecv_op, dist_co
 from ops.identity import identity
 from parallel.graph import runtime
 from parallel.graph.source import function
+from parallel.launch import joined
 from parallel.mesh import world_size
 
 _groups = {}  # ranks -> name of the process group
 
 
 def start():
-    """Joins the job of the launcher, if there is one, and sets up the runtime. Returns (rank, number of ranks)."""
+    """Joins the job of the launcher, if there is one, and sets up the runtime. Returns (rank, number of ranks). The launcher may be srun or
+    mpirun, see parallel/launch/joined.py."""
+    joined.join()
     if world_size() == 1:
         runtime.set_up()
         return 0, 1
+    joined.start_scheduler()
     init()
     runtime.set_up()
     return get_rank(), world_size()

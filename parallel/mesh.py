@@ -170,25 +170,12 @@ def axis_sizes(parallel, world=None):
     return sizes
 
 
-# (a launcher, the variable that holds the number of processes that it started together)
-STARTED_BY = (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE"), ("mpirun", "PMI_SIZE"))
-
-
 def world_size():
-    """Returns the number of ranks of the job of this process: 1 unless experiments.launch started it, or MindSpore simulates a cluster.
-    Raises ValueError in one of several processes that another launcher started, each of which would be a job of its own."""
+    """Returns the number of ranks of the job of this process: 1 unless experiments.launch or another launcher started it (see
+    parallel/launch/joined.py, whose join() is called first), or MindSpore simulates a cluster."""
     if os.environ.get("MS_SIMULATION_LEVEL", "0") != "0":
         return int(os.environ.get("RANK_SIZE", 1))
-    if "MS_WORKER_NUM" in os.environ:
-        return int(os.environ["MS_WORKER_NUM"])
-    for launcher, name in STARTED_BY:
-        count = os.environ.get(name, "")
-        if count.isdigit() and int(count) > 1:
-            raise ValueError(
-                f"{launcher} started {count} of these processes ({name}={count}), and each would be a job of its own; let it start one a"
-                " node, `python -m experiments.launch --nproc=N --nnodes=M --node_rank=I --master_addr=HOST -- ...`"
-            )
-    return 1
+    return int(os.environ.get("MS_WORKER_NUM", 1))
 
 
 def job_rank():

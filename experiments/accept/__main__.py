@@ -50,4 +50,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    command_line.run(main, define_flags)
+    command_line.run(main, define_flags, is_rank=False)

@@ -39,6 +39,7 @@ def get_config():
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps
     c.train.batch_size = 16  # rows per optimizer step, over all ranks
+    c.train.batch_ramp = ""  # smaller steps at first, such as "4:100,8:300": of 4 rows until step 100, of 8 until step 300; empty = none
     c.train.seq_len = 1024  # tokens per row
     c.train.log_every = 10  # steps between lines of metrics
     c.train.eval_every = 0  # steps between evaluations on held-out rows; 0 = only before the first step and after the last
@@ -62,6 +63,9 @@ def get_config():
     c.train.save_hf = True  # write the final weights as a Hugging Face folder
     # fine-tuning: number of held-out questions answered greedily at the end, to report the fraction of exact matches; 0 = none
     c.train.exact_match_rows = 200
+
+    # decay of an exponential moving average of the weights, such as 0.999, which is evaluated beside them and saved as hf_ema; 0 = none
+    c.train.ema_decay = 0.0
 
     # Patterns of parameter paths, separated by commas. Parameters that match freeze_include and not freeze_exclude are not trained.
     c.train.freeze_include = ""  # such as "embed,layers.0.*,*norm"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.configs import common
-from experiments.data import conversations, gpt_index, loader, packing, pairs, parts, preferences, prompts, readers, sources
+from experiments.data import batch_ramp, conversations, gpt_index, loader, packing, pairs, parts, preferences, prompts, readers, sources
 from experiments.data.megatron import IndexedDataset
 from experiments.data.rows import Blend, ExampleRows, PackedRows, PairRows
 from experiments.data.stream import TextStream
@@ -336,7 +336,7 @@ def describe(corpus, seq_len):
 
 def rows_seen(source, config):
     """The first rows of the run, each at most once an epoch, up to BASELINE_TOKENS of them: tokens, targets, loss_weights, ... [R, S]."""
-    count = min(config.train.steps * config.train.batch_size, max(1, BASELINE_TOKENS // config.train.seq_len))
+    count = min(batch_ramp.total(config.train, config.train.steps), max(1, BASELINE_TOKENS // config.train.seq_len))
     count = min(count, len(source)) if hasattr(source, "__len__") else count
     return loader.first_rows(source, count, config.train.seed)
 

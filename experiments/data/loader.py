@@ -17,12 +17,14 @@ class Loader:
     """An endless iterator of batches: dicts of arrays [batch_size / ranks, S], this rank's rows of each global batch.
 
     Sample k of the run is row k % batch_size of global batch k // batch_size; rank r has the rows of rank_rows(), and builds no others.
-    state: what state() gave, of a run with any number of ranks and any batch size; ValueError if it is of other data or another seed.
+    batch_size may be a function of the step instead, and begun is then the number of steps done. state: what state() gave, of a run with
+    any number of ranks and any batch size; ValueError if it is of other data or another seed.
     `prefetch` batches wait ready. An error while building a batch is raised by the next() that needs it. Close it, or use it in a `with`.
     """
 
-    def __init__(self, source, batch_size, seed, rank=0, ranks=1, micro_batches=1, state=None, prefetch=2):
-        if batch_size < 1 or batch_size % (ranks * micro_batches):
+    def __init__(self, source, batch_size, seed, rank=0, ranks=1, micro_batches=1, state=None, prefetch=2, begun=0):
+        size_of = batch_size if callable(batch_size) else lambda step: batch_size
+        if not callable(batch_size) and (batch_size < 1 or batch_size % (ranks * micro_batches)):
             raise ValueError(
                 f"train.batch_size={batch_size} must be 1 or more, and a multiple of the {ranks} data parallel ranks times {micro_batches}"
                 " micro-batches"
@@ -31,10 +33,10 @@ class Loader:
         if not hasattr(source, "rows") and not len(source):
             raise ValueError(f"data.path has too little text for one row of train.seq_len tokens ({source.fingerprint}); give more text")
         self._state = {"sample": 0, "data": source.fingerprint, "seed": seed} if state is None else _checked(state, source, seed)
-        mine = rank_rows(batch_size, rank, ranks, micro_batches)
-        self._source, self._batch_size, self._mine = source, batch_size, mine
+        plan = ((size, rank_rows(size, rank, ranks, micro_batches)) for size in map(size_of, itertools.count(begun)))
+        self._source, self._batch_size, self._mine = source, 0, []  # the last two: of the batch that next() gave
         read = _in_turn if hasattr(source, "rows") else _at_will
-        batches = read(source, batch_size, seed, mine, dict(self._state))
+        batches = read(source, plan, seed, dict(self._state))
         self._ready, self._stop, self._error = queue.Queue(prefetch), threading.Event(), None
         self._thread = threading.Thread(target=self._fill, args=(batches,), daemon=True, name="loader")
         self._thread.start()
@@ -46,9 +48,9 @@ class Loader:
         if self._stop.is_set():
             raise ValueError("the loader is closed; make another from its state()")
         if self._error is None:
-            batch, state = self._ready.get()
+            batch, state, of = self._ready.get()
             if isinstance(state, dict):
-                self._state = state
+                self._state, (self._batch_size, self._mine) = state, of
                 return batch
             self._error = state
         raise self._error
@@ -77,13 +79,13 @@ class Loader:
 
     def _fill(self, batches):
         try:
-            for batch, state in batches:
-                self._ready.put((batch, state))
+            for found in batches:
+                self._ready.put(found)
                 if self._stop.is_set():
                     return
             raise AssertionError("a source ended; it must go on with the next epoch")
         except BaseException as error:
-            self._ready.put((None, error))
+            self._ready.put((None, error, None))
         finally:
             batches.close()
 
@@ -112,21 +114,22 @@ def _checked(state, source, seed):
     return dict(state)
 
 
-def _at_will(source, batch_size, seed, mine, state):
-    """(batch, state after it) of a source whose rows are built one by one, in any order."""
+def _at_will(source, plan, seed, state):
+    """(batch, state after it, its entry in the plan) of a source whose rows are built one by one, in any order. plan: (rows of a global
+    batch, which of them are this rank's), for each batch."""
     start = state["sample"]
-    while True:
-        numbers = range(start, start + batch_size)
-        start += batch_size
-        yield _stack([take(source, number, seed) for number in (numbers[i] for i in mine)]), {**state, "sample": start}
+    for size, mine in plan:
+        numbers = range(start, start + size)
+        start += size
+        yield _stack([take(source, number, seed) for number in (numbers[i] for i in mine)]), {**state, "sample": start}, (size, mine)
 
 
-def _in_turn(source, batch_size, seed, mine, state):
-    """(batch, state after it) of a source that is read from front to back, by every rank."""
+def _in_turn(source, plan, seed, state):
+    """As _at_will, of a source that is read from front to back, by every rank."""
     rows = source.rows(seed, state)
-    while True:
-        batch = [next(rows) for _ in range(batch_size)]
-        yield _stack([batch[i][0] for i in mine]), {**batch[-1][1], "data": source.fingerprint, "seed": seed}
+    for size, mine in plan:
+        batch = [next(rows) for _ in range(size)]
+        yield _stack([batch[i][0] for i in mine]), {**batch[-1][1], "data": source.fingerprint, "seed": seed}, (size, mine)
 
 
 def rank_rows(batch_size, rank, ranks, micro_batches=1):

@@ -103,4 +103,4 @@ def _numbers(name):
 
 
 if __name__ == "__main__":
-    command_line.run(main, define_flags)
+    command_line.run(main, define_flags, is_rank=False)

@@ -6,6 +6,7 @@ split.
 
 from types import SimpleNamespace
 
+from experiments.data import batch_ramp
 from experiments.posttrain.settings import caches_reference
 from ops.registry import LENGTHS
 from parallel.context import split as context
@@ -52,6 +53,8 @@ def check_partitioned(config):
         "rl.loss": ("", "rewards are not supported there"),
         "optim.lr_groups": ("", "groups of learning rates are not supported there"),
         "optim.skip_spikes": (0.0, "skipping of updates is not supported there"),
+        "train.ema_decay": (0.0, "an average of the weights is not supported there"),
+        "train.batch_ramp": ("", "its step is compiled for one size"),
     }
     for name, (only, why) in refused.items():
         section, key = name.split(".")
@@ -237,6 +240,9 @@ def _check_rewards(config, sizes):
         raise ValueError(f"{loss} with prefer.loss={config.prefer.loss}: a run has one objective; leave one out")
     if train.monitor_every:
         raise ValueError("train.monitor_every with rl.loss: the monitors know the loss of next tokens alone; use train.monitor_every=0")
+    for key, off in (("ema_decay", 0.0), ("batch_ramp", "")):
+        if train[key] != off:
+            raise ValueError(f"train.{key}={train[key]} with {loss} is not supported; use --config.train.{key}={off}")
 
 
 def _check_batch(config, sizes, mesh):
@@ -246,14 +252,27 @@ def _check_batch(config, sizes, mesh):
             f"train.batch_size={config.train.batch_size} rows of train.seq_len={config.train.seq_len} are {tokens} tokens, and an int32"
             f" counts up to {LARGEST}; lower one of them"
         )
-    train, micro, dp, tp = config.train, config.parallel.micro_batches, sizes["dp"], sizes["tp"]
-    if train.batch_size % (dp * micro):
-        raise ValueError(
-            f"train.batch_size={train.batch_size} must be a multiple of parallel.dp={dp} times parallel.micro_batches={micro};"
-            f" use --config.train.batch_size={dp * micro * (train.batch_size // (dp * micro) + 1)}"
-        )
-    _check_documents(config, train.batch_size // (dp * micro))
-    rows = train.batch_size // (dp * micro) * context.padded(mesh, train.seq_len) // sizes["cp"]
+    train, micro, dp = config.train, config.parallel.micro_batches, sizes["dp"]
+    for size in batch_ramp.sizes(train):
+        key = "batch_size" if size == train.batch_size else "batch_ramp"
+        if size > train.batch_size:
+            raise ValueError(
+                f"train.batch_ramp={train.batch_ramp!r} has steps of {size} rows, more than train.batch_size={train.batch_size}"
+            )
+        if size % (dp * micro):
+            fix = dp * micro * (size // (dp * micro) + 1)
+            raise ValueError(
+                f"train.{key}={size} must be a multiple of parallel.dp={dp} times parallel.micro_batches={micro};"
+                f" use {f'--config.train.batch_size={fix}' if key == 'batch_size' else fix}"
+            )
+        _check_rows(config, sizes, mesh, size // (dp * micro))
+
+
+def _check_rows(config, sizes, mesh, count):
+    """count: the rows of a data rank's micro-batch."""
+    train, tp = config.train, sizes["tp"]
+    _check_documents(config, count)
+    rows = count * context.padded(mesh, train.seq_len) // sizes["cp"]
     if config.parallel.seq_parallel and rows % tp:
         raise ValueError(
             f"parallel.seq_parallel splits the {rows} tokens of a data rank's micro-batch over tp={tp} ranks, which must divide them;"

@@ -24,6 +24,7 @@ def least(config, cfg, sharding):
     trained = [p for p in placed if p.spec.trains]
     copies = 1 + len(MOMENTS[config.optim.name])  # the gradients, and the optimizer's arrays
     state = sum(nbytes(mesh, p, "stored") for p in placed) + copies * sum(nbytes(mesh, p, "state") for p in trained)
+    state += sum(nbytes(mesh, p, "stored") for p in trained) * (config.train.ema_decay > 0)
     tokens = train.batch_size // mesh.dp * train.seq_len
     slice_ = tokens // parallel.micro_batches // (mesh.cp * mesh.tp)
     text = f"train.batch_size={train.batch_size} rows of train.seq_len={train.seq_len} tokens"

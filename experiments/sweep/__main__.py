@@ -52,4 +52,4 @@ def main(_):
 
 if __name__ == "__main__":
     EXTRA.extend(command_line.taken_after_dashes())
-    command_line.run(main, define_flags)
+    command_line.run(main, define_flags, is_rank=False)

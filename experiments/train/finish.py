@@ -10,6 +10,7 @@ import numpy as np
 from experiments.data import bigram, corpus, loader
 from experiments.train import adapter, run_folder
 from experiments.train import weights as weights_of
+from experiments.train.ema import averaged
 from experiments.watch import metrics
 from layers.lora import without_dropout
 from parallel.checkpoint.files import CheckpointError, write_text
@@ -28,7 +29,9 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh, saved=True)
 
     Weights are gathered one by one while rank 0 writes them. If a sample is to be made, all are gathered first, as it needs the full model.
     """
-    batches = loader.eval_batches(data.held_out, config.train.batch_size, mesh.index(("dp",)), mesh.dp)
+    batches = list(loader.eval_batches(data.held_out, config.train.batch_size, mesh.index(("dp",)), mesh.dp))
+    if "ema" in state:
+        finish_average(program, averaged(state), batches, cfg, config, data, writer, workdir, mesh)
     nats, weights = program.evaluate(state, batches), program.spread(state)
     if mesh.rank != 0:
         if config.train.sample_tokens or config.train.save_hf:
@@ -37,7 +40,7 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh, saved=True)
     if config.train.sample_tokens:
         weights = tree_map(lambda leaf: leaf.asnumpy(), weights)
     if config.train.save_hf:
-        save(os.path.join(workdir, "adapter" if cfg.lora else "hf"), cfg, weights, config, data.tokenizer)
+        save(os.path.join(workdir, result_folder(cfg)), cfg, weights, config, data.tokenizer)
     cfg = without_dropout(cfg)
     params = tree_map(ms.Tensor.from_numpy, weights) if config.train.sample_tokens else None
     if config.prefer.loss:
@@ -58,12 +61,31 @@ def finish(program, state, cfg, config, data, writer, workdir, mesh, saved=True)
     run_folder.finish(workdir, config.train.steps)
 
 
+def finish_average(program, state, batches, cfg, config, data, writer, workdir, mesh):
+    """Evaluates the average of the weights on all held-out rows, and writes it as a folder of its own. state: of ema.averaged. All ranks
+    call it."""
+    of_bytes = None if config.prefer.loss or data.held_questions else corpus.bytes_per_target(data.tokenizer, data.held_out)
+    found, weights = metrics.held_out(program.evaluate(state, batches), of_bytes), program.spread(state)
+    if mesh.rank == 0:
+        writer.write(config.train.steps, {f"ema_{name}": value for name, value in _final(found).items()})
+        print("average   ", ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in found.items()))
+        if config.train.save_hf:
+            save(os.path.join(workdir, f"{result_folder(cfg)}_ema"), cfg, weights, config, data.tokenizer)
+    elif config.train.save_hf:
+        take_part(cfg, weights)
+
+
+def result_folder(cfg):
+    """Returns the name of the folder, inside the run's, that gets the weights at the end."""
+    return "adapter" if cfg.lora else "hf"
+
+
 def check_results(workdir, cfg, config):
     """Raises ValueError where the weights could not be written at the end: a folder with other things in it is not replaced."""
-    if config.train.save_hf and cfg.lora:
-        peft.check_replaceable(Path(workdir, "adapter"))
-    elif config.train.save_hf:
-        hf_files.check_replaceable(Path(workdir, "hf"))
+    check = peft.check_replaceable if cfg.lora else hf_files.check_replaceable
+    for name in (result_folder(cfg), *([f"{result_folder(cfg)}_ema"] if config.train.ema_decay else [])):
+        if config.train.save_hf:
+            check(Path(workdir, name))
 
 
 def report(nats, cfg, config, data, writer, workdir):

@@ -6,7 +6,9 @@ import time
 
 from tqdm import tqdm
 
+from experiments.data import batch_ramp
 from experiments.train import optim as optimizer
+from experiments.train.ema import averaged
 from experiments.watch.metrics import held_out
 
 
@@ -21,11 +23,11 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(
     Raises FloatingPointError if the loss or the gradient norm is not finite, before the state is replaced or anything is written.
     """
     steps = config.train.steps
-    rate, (first, targets) = optimizer.learning_rate(config.optim, steps), begun
+    rate, rows_of, (first, targets) = optimizer.learning_rate(config.optim, steps), batch_ramp.rows_of(config.train), begun
     # Also compiles evaluate now: MindSpore reads source files when it compiles, so an edit during the run would change the result.
-    eval_loss = program.evaluate(state, eval_batches)
+    found = evaluated(program, state, eval_batches, bytes_per_target)
     if first == 0:
-        writer.write(0, held_out(eval_loss, bytes_per_target))
+        writer.write(0, found)
     timer = Timer()
     with tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=writer.silent) as bar:
         for done in range(first + 1, steps + 1):
@@ -33,35 +35,45 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(
             new_state, metrics = program.step(state, batch, rate(done - 1), done - 1)
             _stop_if_wrong(metrics, done)
             state, targets = new_state, targets + metrics["tokens"]
-            timer.tick()
+            timer.tick(rows_of(done - 1))
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
             bar.update()
             if done in (1, steps) or done % config.train.log_every == 0:
-                step_time_s = timer.lap()
-                speed = config.train.batch_size * config.train.seq_len / step_time_s
+                step_time_s, rows = timer.lap()
+                speed = rows * config.train.seq_len / step_time_s
                 times = {"step_time_s": step_time_s, "tokens_per_s": speed, "mfu": mfu_of(speed)}
                 writer.write(done, {**metrics, "tokens_seen": targets, **times})
             if done == steps or (config.train.eval_every and done % config.train.eval_every == 0):
                 with timer.paused():
-                    writer.write(done, held_out(program.evaluate(state, eval_batches), bytes_per_target))
+                    writer.write(done, evaluated(program, state, eval_batches, bytes_per_target))
             if after_step and after_step(state, done, targets):
                 break
     return state
 
 
+def evaluated(program, state, batches, bytes_per_target=None):
+    """Returns the metrics of an evaluation; those of the average of the weights, if there is one, begin with ema_."""
+    found = held_out(program.evaluate(state, batches), bytes_per_target)
+    if "ema" in state:
+        average = held_out(program.evaluate(averaged(state), batches), bytes_per_target)
+        found.update({f"ema_{name}": value for name, value in average.items()})
+    return found
+
+
 class Timer:
-    """Measures seconds per step from one lap() to the next."""
+    """Measures seconds and rows per step from one lap() to the next."""
 
     def __init__(self):
-        self.start, self.steps = time.perf_counter(), 0
+        self.start, self.steps, self.rows = time.perf_counter(), 0, 0
 
-    def tick(self):
-        self.steps += 1
+    def tick(self, rows):
+        self.steps, self.rows = self.steps + 1, self.rows + rows
 
     def lap(self):
         now = time.perf_counter()
-        took, self.start, self.steps = (now - self.start) / self.steps, now, 0
-        return took
+        found = (now - self.start) / self.steps, self.rows / self.steps
+        self.start, self.steps, self.rows = now, 0, 0
+        return found
 
     @contextlib.contextmanager
     def paused(self):

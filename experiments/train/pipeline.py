@@ -141,7 +141,7 @@ class Gradients:
         shapes = [tuple(tree_leaves(local_shapes(mesh, trainable, axes))) for trainable in stages.trainable_of]
         self.sums = {s: RunningSum(each, in_place) for s, each in zip(stages.numbers, shapes)}
         self.backward = {s: build_backward(stages, s, self.sums[s].add) for s in stages.numbers}
-        self.compiled = not has_peers
+        self.has_peers, self.compiled = has_peers, set()  # sizes of micro-batches that all stages are compiled for
 
     def accumulated(self, state, batch):
         """Returns (flat gradients of this rank's trainable parameters, [objective, *metrics], which all ranks get)."""
@@ -149,10 +149,10 @@ class Gradients:
         stages.rows = slices[0]["tokens"].size
         metric_sums = np.zeros(count_metrics(stages.cfg))
         work = Work(state, [tensors(micro_batch) for micro_batch in slices], shares(stages.mesh, slices), metric_sums)
-        if not self.compiled:
+        if self.has_peers and stages.rows not in self.compiled:
             self._start()
             stages.compile_all(partial(self._both_ways, replace(work, metric_sums=np.zeros_like(metric_sums))))
-            self.compiled = True
+            self.compiled.add(stages.rows)
         self._start()
         stages.executor.run(self.actions, partial(self._forward, work), partial(self._backward, work))
         metric_sums = collectives.host_sum(stages.mesh, ("pp",), metric_sums)

@@ -3,8 +3,8 @@
 import mindspore as ms
 import numpy as np
 
+from experiments.train import ema, partitioned
 from experiments.train import optim as optimizer
-from experiments.train import partitioned
 from experiments.train import pipeline as train_pipeline
 from experiments.train import step as train_step
 from experiments.train.state import (
@@ -69,17 +69,20 @@ def build_program(cfg, config, sharding=None, has_peers=True):
         def tree(state):
             return full_tree(placed, state["params"], state.get("frozen"))
 
-    to_device = optimizer.resident(kernels)
+    to_device, averages = optimizer.resident(kernels), config.train.ema_decay > 0
+    if averages:
+        step = ema.with_average(step, config.train.ema_decay, optimizer.changes_in_place(kernels))
 
     def init(params):
-        return to_device(new_state(mesh, placed, num_stacked, config.optim, params if callable(params) else reader(params)))
+        read = params if callable(params) else reader(params)
+        return to_device(new_state(mesh, placed, num_stacked, config.optim, read, averages))
 
     def restore(read, norm):
-        return to_device(restored(mesh, placed, num_stacked, config.optim, read, norm))
+        return to_device(restored(mesh, placed, num_stacked, config.optim, read, norm, averages))
 
     def held(state=None):
         of = placed if state else saved_placed
-        return held_arrays(of, num_stacked, config.optim, state, with_frozen=cfg.lora is None)
+        return held_arrays(of, num_stacked, config.optim, state, cfg.lora is None, averages)
 
     def spread(state):
         return spread_arrays(mesh, model_placed, placed, state, num_stacked)

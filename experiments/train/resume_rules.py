@@ -39,7 +39,7 @@ RULES = {
     "init_from": (IN_PLACE, UNUSED),
     "partial": (IN_PLACE, UNUSED),
     "train.steps": (IN_PLACE, "the run becomes longer or shorter, and the learning rate follows the new length from here on"),
-    "train.batch_size": (ELSEWHERE, "rows a step from here on; the place in the data counts rows, and stays"),
+    **_of("train", "batch_size batch_ramp", ELSEWHERE, "rows a step from here on; the place in the data counts rows, and stays"),
     **_of("train", "seq_len seed", NEVER, DATA),
     **_of("train", "log_every eval_every eval_rows monitor_every profile_steps", IN_PLACE, LOGGING),
     "train.layer_loop": (IN_PLACE, "how layers are compiled; results differ by rounding"),
@@ -47,6 +47,7 @@ RULES = {
     "train.loss_chunks": (IN_PLACE, "how the loss is computed; results differ by rounding"),
     **_of("train", "save_hf save_hf_every sample_tokens sample_prompt exact_match_rows", IN_PLACE, RESULT),
     **_of("train", "freeze_include freeze_exclude", NEVER, TRAINED),
+    "train.ema_decay": (NEVER, "the average of the steps before had another weight, or there is none"),
     "train.frozen_dtype": (IN_PLACE, "in which dtype frozen matrices are kept from here on; a narrower one rounds them"),
     **_of("lora", "rank alpha rslora dropout init targets adapter", NEVER, MODEL),
     **_of(

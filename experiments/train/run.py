@@ -8,7 +8,7 @@ from functools import partial
 import mindspore as ms
 
 from experiments import flags as command_line
-from experiments.data import corpus, loader
+from experiments.data import batch_ramp, corpus, loader
 from experiments.layout import check as layout
 from experiments.layout import memory as layout_memory
 from experiments.layout import table as layout_table
@@ -67,7 +67,9 @@ def run(config, cfg, data, workdir, mesh):
         run_folder.begin(workdir, config, data.tokenizer)
     with contextlib.ExitStack() as opened:
         writer = opened.enter_context(metrics.Writer(workdir if mesh.rank == 0 else None, start.step))
-        batches = opened.enter_context(loader.Loader(data.train, train_.batch_size, train_.seed, place, dp, micro, start.loader))
+        rows_of = batch_ramp.rows_of(train_)
+        batches = loader.Loader(data.train, rows_of, train_.seed, place, dp, micro, start.loader, begun=start.step)
+        batches = opened.enter_context(batches)
         begun = start.step, start.tokens
         saving = opened.enter_context(checkpoints.Saving(workdir, cfg, config, mesh, program, batches, writer, begun))
         if config.rl.loss:

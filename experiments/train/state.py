@@ -1,7 +1,8 @@
 """The training state: its arrays on a rank, and how they are made, saved, restored and joined to a tree of parameters.
 
 A state is a dict of nested tuples of tensors, the local shards of this rank: "params", the trainable parameters; "frozen", the frozen ones,
-if there are any; "m" and, for AdamW and Muon, "v", the optimizer's moments; and "norm", a number, the running mean of gradient norms.
+if there are any; "m" and, for AdamW and Muon, "v", the optimizer's moments; "ema", the average of the parameters, if the run keeps one;
+and "norm", a number, the running mean of gradient norms.
 
 A tree of Placed (parallel/placement.py) gives the sharding of each array. It has a leaf for each parameter of the model. With a layer loop,
 a leaf stands for one parameter of all layers, stacked. Under pipeline parallelism it is a tuple of trees, one for each stage of the rank.
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import mindspore as ms
 import numpy as np
 
+from experiments.train import ema
 from experiments.train import optim as optimizer
 from parallel.graph.nested import from_tuple, to_tuple
 from parallel.pipeline import schedule as pipeline
@@ -149,36 +151,43 @@ def load_shards(mesh, placed, read, num_stacked, axes="stored"):
     return {key: load(mesh, {key: value}, read_stack if key == "layers" else read_cast, axes)[key] for key, value in placed.items()}
 
 
-def new_state(mesh, placed, num_stacked, optim, read):
-    """Makes the state before the first step, with parameters from read(path, slices)."""
+def state_kinds(optim, averages=False):
+    """Returns optimizer.state_kinds, and with averages "ema" too."""
+    return {**optimizer.state_kinds(optim), **({"ema": "stored"} if averages else {})}
+
+
+def new_state(mesh, placed, num_stacked, optim, read, averages=False):
+    """Makes the state before the first step, with parameters from read(path, slices). averages: whether it has an average of them."""
     trainable, frozen = split_trainable(placed)
     state = {"params": to_tuple(load_shards(mesh, trainable, read, num_stacked))}
     state.update(optimizer.init_state(to_tuple(local_shapes(mesh, trainable, "state")), optim))
+    if averages:
+        state["ema"] = ema.first(state["params"])
     if frozen:
         state["frozen"] = to_tuple(load_shards(mesh, frozen, read, num_stacked))
     return state
 
 
-def restored(mesh, placed, num_stacked, optim, read, norm):
+def restored(mesh, placed, num_stacked, optim, read, norm, averages=False):
     """Makes the state from a checkpoint. read(name, slices): its arrays, by the names of held_arrays; norm: running mean of norms."""
     trainable, frozen = split_trainable(placed)
 
     def shards(kind, tree, axes):
         return to_tuple(load_shards(mesh, tree, lambda path, slices: read(f"{kind}/{path}", slices), num_stacked, axes))
 
-    state = {kind: shards(kind, trainable, axes) for kind, axes in optimizer.state_kinds(optim).items()}
+    state = {kind: shards(kind, trainable, axes) for kind, axes in state_kinds(optim, averages).items()}
     if frozen:
         state["frozen"] = shards("params", frozen, "stored")
     return {**state, "norm": ms.Tensor(norm, ms.float32)}
 
 
-def held_arrays(placed, num_stacked, optim, state=None, with_frozen=True):
+def held_arrays(placed, num_stacked, optim, state=None, with_frozen=True, averages=False):
     """Lists the local shards of a state as [Held], for parallel.checkpoint.arrays; without a state, their sizes alone.
 
     with_frozen: also list the frozen parameters, under the names "params/...".
     """
     trainable, frozen = split_trainable(placed)
-    kinds = [(name, name, axes, trainable) for name, axes in optimizer.state_kinds(optim).items()]
+    kinds = [(name, name, axes, trainable) for name, axes in state_kinds(optim, averages).items()]
     if frozen and with_frozen:
         kinds.append(("params", "frozen", "stored", frozen))
     return [

@@ -59,7 +59,7 @@ def from_checkpoint(folder, program, partial, fresh):
         if name in found:
             return saved.read(name, slices)
         kind, path = name.split("/")
-        return fresh(path, slices) if kind == "params" else fresh(path, slices) * 0
+        return fresh(path, slices) if kind in ("params", "ema") else fresh(path, slices) * 0
 
     meta = saved.meta
     start = Start(lambda program: program.restore(read, meta["norm"]), meta["step"], meta["tokens_seen"], meta["loader"], "", other)

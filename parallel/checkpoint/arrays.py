@@ -1,6 +1,6 @@
 """The arrays of a checkpoint: chooses the blocks that each rank writes, and compares a checkpoint with a model.
 
-Arrays are named params/<path>, m/<path> and v/<path> by the paths of the model's specs. Layers are not stacked and nothing is padded, so a
+Arrays are named params/<path>, m/<path>, v/<path> and ema/<path> by the paths of the model's specs. Layers are not stacked and nothing is padded, so a
 checkpoint does not depend on the layout that saved it. store.py writes the files, read.py reads them, and save.py saves during training.
 """
 
@@ -65,7 +65,7 @@ def wanted(held):
     return {name: tuple(h.spec.shape[1:] if h.is_stacked else h.spec.shape) for h in held for name in h.names}
 
 
-def match(reader, shapes, partial=False, kinds=("params", "m", "v")):
+def match(reader, shapes, partial=False, kinds=("params", "m", "v", "ema")):
     """Returns (the set of names in `shapes` that the checkpoint has in that shape, one line of text that lists everything else).
 
     shapes: {name: shape} of the model. kinds: the first part of the names of arrays in the checkpoint to compare. Raises CheckpointError if

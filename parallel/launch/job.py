@@ -13,13 +13,14 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parallel.launch.nodes import Nodes, bind
 from parallel.launch.process import POLL_S, Cause, Process, end
 from parallel.simulation import standin
 
 SCHEDULER = "from mindspore.communication import init; init()"  # with MS_ROLE=MS_SCHED, init() returns when all workers have ended
+LAUNCHER, MISTAKE = "the launcher", 2  # a cause's name; the exit status of a main whose flags or files are wrong
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -38,6 +39,8 @@ class Job:
     save_s: the time for the ranks to save and end after a launcher got SIGTERM.
     grace_s: the time from SIGTERM to SIGKILL in other cases.
     simulate: the ranks are simulated NPUs. MindSpore compiles for them and computes nothing; they exchange files and no values.
+    restarts: how often a job that fails is started again; see run.
+    restart_nproc: the number of ranks on each node after a failure; default: nproc.
     Raises ValueError with the key, its value and the fix.
     """
 
@@ -53,6 +56,8 @@ class Job:
     save_s: float = 60
     grace_s: float = 3
     simulate: bool = False
+    restarts: int = 0
+    restart_nproc: int | None = None
 
     def __post_init__(self):
         for key in ("nproc", "nnodes", "timeout_s"):
@@ -67,6 +72,10 @@ class Job:
                     raise ValueError(f"--{key} is missing; --nnodes={self.nnodes} needs {what}")
         if self.simulate and self.nnodes > 1:
             raise ValueError(f"--simulate with --nnodes={self.nnodes}: a simulated job has one node; use --nproc for all of its ranks")
+        if self.restarts < 0:
+            raise ValueError(f"--restarts={self.restarts} must be 0 or more")
+        if self.restart_nproc is not None and not (self.restarts and 1 <= self.restart_nproc <= self.nproc):
+            raise ValueError(f"--restart_nproc={self.restart_nproc} needs --restarts, and must be from 1 to --nproc={self.nproc}")
         if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
             raise ValueError(f"--node_rank={self.node_rank} must be from 0 to {self.nnodes - 1}, as --nnodes={self.nnodes}")
         last = 65535 if self.nnodes == 1 else 65534  # the launcher takes the next port
@@ -95,7 +104,22 @@ def run(job):
     SIGINT, SIGTERM and SIGHUP to the launcher end the job with 128 + N. After SIGTERM the ranks have save_s seconds to save. Raises
     ValueError before any rank starts if the target does not exist, there are more ranks than devices, the address or port cannot be used,
     the log folder cannot be made, or other nodes do not connect in time.
+
+    A job that fails, but for a user's mistake (exit status MISTAKE) or a signal to a launcher, is started again up to `restarts` times: its
+    mains then go on from their newest checkpoints. The logs of these starts are in folders restart_<n> of the log folder.
     """
+    code, stopped, log_dir = run_once(job)
+    for number in range(1, job.restarts + 1):
+        if code in (0, MISTAKE) or stopped:
+            break
+        print(f"restart    {number} of {job.restarts}, as the job ended with status {code}", flush=True)
+        again = replace(job, log_dir=os.path.join(log_dir, f"restart_{number}"), nproc=job.restart_nproc or job.nproc, restart_nproc=None)
+        code, stopped, _ = run_once(again)
+    return code
+
+
+def run_once(job):
+    """Runs a job to its end, without restarts. Returns (exit status, whether a signal to a launcher ended it, the folder of its logs)."""
     command = command_of(job.target)
     if not job.simulate:
         check_devices(job.nproc)
@@ -110,7 +134,7 @@ def run(job):
         same = {"--nnodes": job.nnodes, "--nproc": job.nproc, "the command": shlex.join(job.target)}
         nodes.join(same, job.timeout_s, lambda: bool(received))
         if received:
-            return 128 + received[0]
+            return 128 + received[0], True, log_dir
         _announce(job, address, log_dir)
         processes, started_s = [], time.monotonic()
         try:
@@ -122,7 +146,8 @@ def run(job):
                 _let_save(processes, received, job.save_s)
         finally:
             staying = end(processes, job.grace_s)
-        return _conclude(causes, staying, job.timeout_s if late else None)
+        stopped = any(LAUNCHER in cause.who for cause in causes[:1])
+        return _conclude(causes, staying, job.timeout_s if late else None), stopped, log_dir
 
 
 def command_of(target):
@@ -263,7 +288,7 @@ def _watch(processes, nodes, received):
         if received and "launcher" not in reported:
             reported.add("launcher")
             name = signal.Signals(received[0]).name
-            nodes.fail(Cause("the launcher", f"was stopped by {name}", 128 + received[0], time.monotonic(), -1))
+            nodes.fail(Cause(LAUNCHER, f"was stopped by {name}", 128 + received[0], time.monotonic(), -1))
         if not reported and not any(process.is_worker for process in running):
             nodes.succeed()
         time.sleep(POLL_S)

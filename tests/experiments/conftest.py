@@ -19,7 +19,7 @@ def programs():
         if sharding.mesh.world > 1:
             return build(cfg, config, sharding)
         sections = (config[name].to_json(sort_keys=True) for name in ("ops", "optim", "parallel"))
-        key = (cfg, *sections, *(config.train[name] for name in ("layer_loop", "recompute", "seed")))
+        key = (cfg, *sections, *(config.train[name] for name in ("layer_loop", "recompute", "seed", "ema_decay")))
         if key not in made:
             made[key] = build(cfg, config, sharding)
         return made[key]

@@ -48,7 +48,7 @@ BAD = [
     ("--noconfig.train.save_h", "did you mean 'train.save_hf'?"),
     ("--config.train.steps.x=5", "there is no key 'train.steps.x'; did you mean 'train.steps'?"),
     ("--config.zzzzzz=5", "there is no key 'zzzzzz'"),
-    ("--config.train=5", "--config.train is a section; set its keys, such as --config.train.batch_size"),
+    ("--config.train=5", "--config.train is a section; set its keys, such as --config.train.batch_ramp"),
     ("--stepz=5", "Unknown command line flag 'stepz'"),
     ("train.steps=5", "unexpected argument 'train.steps=5'; write options as --name=value"),
     ("--config=experiments/configs/tiny_moe.py", "--config is given 2 times"),

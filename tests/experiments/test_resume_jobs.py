@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, ROWS, KILLS = 120, 8, 12
 
 
-def start(data, run, *layout, nproc=2):
+def start(data, run, *layout, nproc=2, launcher=(), main=("experiments.pretrain",)):
     keys = {
         **{f"model_args.{key}": value for key, value in SMALL.items()},
         "data.path": BLEND.format(data),
@@ -29,8 +29,8 @@ def start(data, run, *layout, nproc=2):
     keys |= {"train.steps": STEPS, "train.batch_size": ROWS, "train.seq_len": 32, "train.log_every": 1, "train.eval_every": 100}
     keys |= {"train.eval_rows": 8, "train.sample_tokens": 0, "train.save_hf": False, "checkpoint.every": 3, "optim.warmup_steps": 20}
     keys |= {"optim.eps": 1e-5}  # at 1e-8 rounding alone moves parameters
-    launch = ["experiments.launch", f"--nproc={nproc}", f"--log_dir={run}.logs", "--"] if nproc > 1 else []
-    command = [sys.executable, "-m", *launch, "experiments.pretrain", f"--workdir={run}", *layout]
+    launch = ["experiments.launch", f"--nproc={nproc}", f"--log_dir={run}.logs", *launcher, "--"] if nproc > 1 else []
+    command = [sys.executable, "-m", *launch, *main, f"--workdir={run}", *layout]
     command += [f"--config.{key}={value}" for key, value in keys.items()]
     command.insert(command.index(f"--workdir={run}"), "--config=experiments/configs/tiny.py")
     with open(f"{run}.out", "ab") as out:
@@ -108,3 +108,19 @@ def test_a_job_stopped_by_sigterm_goes_on_in_another_layout(layout, nproc, throu
         assert a["lr"] == b["lr"] and a["tokens"] == b["tokens"] and a["tokens_seen"] == b["tokens_seen"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5)
     assert json.loads((run / "finished.json").read_text()) == {"step": STEPS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fewer", [False, True])
+def test_a_job_that_loses_a_rank_starts_again_by_itself(through, folder, tmp_path, fewer):  # noqa: F811
+    """With as many ranks, and on one data rank less; it ends as a job that lost none."""
+    run, mark = tmp_path / "run", tmp_path / "lost"
+    launcher = ["--restarts=2", *(["--restart_nproc=1"] if fewer else [])]
+    job = start(folder, run, "--dp=-1", launcher=launcher, main=["tests.experiments.lost_rank", "50", str(mark)])
+    finish(job, run)
+    said = Path(f"{run}.out").read_text()
+    assert mark.exists() and said.count("restart    1 of 2") == 1 and "SIGKILL" in said
+    (got, want) = ({line["step"]: line for line in records(each)} for each in (run, through))
+    assert list(got) == list(want)
+    losses = [[line["loss"] for line in lines.values() if "loss" in line] for lines in (got, want)]
+    assert losses[0] == (losses[1] if not fewer else pytest.approx(losses[1], rel=1e-4))

@@ -12,6 +12,7 @@ from experiments.configs import common
 from experiments.data.loader import rank_rows
 from experiments.train import optim_rules
 from experiments.train import program as train_program
+from experiments.train.ema import averaged
 from layers.lora import DROPOUT_LAYER
 from parallel import collectives
 from parallel.mesh import Mesh
@@ -76,6 +77,9 @@ LAYOUTS = {
     "dp2, scan, 2 micro-batches, ZeRO 2": ("dense", dict(dp=2, loop="scan", micro=2, zero=2)),
     "tp2": ("untied", dict(tp=2)),
     "tp2, sequence parallel": ("dense", dict(tp=2, seq=True)),
+    "dp2, ZeRO 3, scan, average": ("dense", dict(dp=2, zero=3, loop="scan", ema=0.7)),
+    "pp2, 1F1B, tied, average": ("dense", dict(pp=2, micro=4, ema=0.7)),
+    "moe, dp2 ep2, Muon, average": ("moe", dict(dp=2, ep=2, optim="muon", ema=0.7)),
     "tp2, sequence parallel, gathered again": ("dense", dict(tp=2, seq=True, again=True)),
     "dp2, preferences, 2 micro-batches": ("dense", dict(dp=2, micro=2, prefer="dpo")),
     "tp2, sequence parallel, preferences": ("untied", dict(tp=2, seq=True, prefer="simpo")),
@@ -121,6 +125,7 @@ LAYOUTS = {
     "dp2 tp2, sequence parallel, ZeRO 1": ("dense", dict(dp=2, tp=2, seq=True, zero=1)),
     "dp2 tp2, ZeRO 2, 2 micro-batches": ("dense", dict(dp=2, tp=2, zero=2, micro=2)),
     "dp2 tp2, ZeRO 3": ("dense", dict(dp=2, tp=2, zero=3)),
+    "dp2 tp2, ZeRO 1, 2 micro-batches, average, in place": ("dense", dict(dp=2, tp=2, zero=1, micro=2, ema=0.7, in_place=True)),
     "cp4, ring": ("dense", dict(cp=4)),
     "cp4, ring, packed": ("dense", dict(cp=4, packed=True)),
     "cp4, Ulysses of 2 kv heads, packed, ZeRO 2": ("dense", dict(cp=4, ulysses=4, packed=True, zero=2)),
@@ -209,6 +214,10 @@ DEFAULT = ("pp2, 1F1B, tied", "tp2, sequence parallel, loss in chunks", "moe, cp
 # Left out of both: more of the same, at 10 seconds of a core for each process. The others have 2 processes and, between them,
 # each kind of parallelism, ZeRO, adapters and experts; test_manual.py has the ops on 4.
 SLOW = (
+    "dp2, ZeRO 3, scan, average",
+    "pp2, 1F1B, tied, average",
+    "moe, dp2 ep2, Muon, average",
+    "dp2 tp2, ZeRO 1, 2 micro-batches, average, in place",
     "tp2, sequence parallel, preferences",
     "adapters, cp2, ring, packed, preferences",
     "adapters, dp2, ZeRO 3, scan, preferences",
@@ -334,6 +343,8 @@ def run(model, options, rank=0):
         if at == 0:
             out.update({f"gradient.{path}": m for path, m in moments(cfg, config, program, state, sharding)})
     out.update({f"parameter.{path}": w.asnumpy() for path, w in tree_paths(program.params(state))})
+    if options.get("ema"):
+        out.update({f"average.{path}": w.asnumpy() for path, w in tree_paths(program.params(averaged(state)))})
     kinds = [name for name in ("params", "frozen", "m", "v") if name in state]
     out["state bytes"] = sum(w.nbytes for name in kinds for w in tree_leaves(state[name]))
     if options.get("evaluate", mesh.pp > 1):
@@ -421,6 +432,7 @@ def run_config(options):
     config.parallel.stage_layers = options.get("layers", ())
     config.optim.name, config.optim.lr_groups = options.get("optim", "adamw"), options.get("groups", "")
     config.prefer.loss, config.prefer.row_pairs = options.get("prefer", ""), 2
+    config.train.ema_decay = options.get("ema", 0.0)
     config.optim.eps = 1e-5  # at 1e-8 rounding alone moves parameters
     config.optim.clip_norm = 0.5  # acts in every step, so that the norm enters the gradients
     return config

@@ -51,6 +51,14 @@ if rank == 0 and what == "slow":
         time.sleep(0.01)
     time.sleep(0.3)
     raise RuntimeError("my peer has gone")
+if what.startswith("fails"):  # "fails N STATUS": each of the first N starts of rank 0 ends so
+    _, times, status = what.split()
+    if rank == 0:
+        with open("starts", "a") as file:
+            print(os.environ["RANK_SIZE"], file=file)
+        if len(open("starts").read().split()) <= int(times):
+            sys.exit(int(status)) if int(status) else os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(0)
 if rank == 1 and what in ("raise", "slow"):
     raise RuntimeError("planned")
 if rank == 1 and what == "exit":
@@ -186,6 +194,25 @@ def test_a_scheduler_that_fails_ends_the_job(start):
     assert job.processes() == []
 
 
+def test_a_job_that_fails_is_started_again_as_often_as_asked(start, tmp_path):
+    job = start("fails 2 7", restarts=3).finish()
+    assert job.code == 0 and job.out.count("restart ") == 2 and "restart    2 of 3, as the job ended with status 7" in job.out, job.err
+    assert text(tmp_path / "starts").split() == ["2"] * 3 and job.processes() == []
+    assert [text(tmp_path / "logs" / place / "rank_0.log") for place in ("", "restart_1", "restart_2")] == ["hello from 0\n"] * 3
+    (tmp_path / "starts").unlink()
+    job = start("fails 9 0", restarts=1, restart_nproc=1).finish()  # killed
+    assert job.code == 128 + signal.SIGKILL and text(tmp_path / "starts").split() == ["2", "1"]
+
+
+def test_a_mistake_or_a_signal_is_no_reason_to_start_again(start, tmp_path):
+    job = start("fails 9 2", restarts=3).finish()
+    assert job.code == 2 and text(tmp_path / "starts").split() == ["2"]
+    job = start("sleep", restarts=3)
+    wait_for(lambda: "ready" in text(tmp_path / "logs/rank_1.log"))
+    job.popen.send_signal(signal.SIGTERM)
+    assert job.finish().code == 128 + signal.SIGTERM and "restart" not in job.out
+
+
 @pytest.mark.parametrize("number, what", [(signal.SIGINT, "sleep"), (signal.SIGTERM, "sleep"), (signal.SIGTERM, "stubborn")])
 def test_a_signal_to_the_launcher_ends_everything(start, tmp_path, number, what):
     job = start(what)
@@ -234,6 +261,9 @@ BAD = [
     ({"target": ("no/such.py",)}, "no/such.py is not a file"),
     ({"target": ("experiments.pretrian",)}, "there is no module 'experiments.pretrian'"),
     ({"target": ("no_such_package.main",)}, "there is no module 'no_such_package.main'"),
+    ({"restarts": -1}, "--restarts=-1 must be 0 or more"),
+    ({"restart_nproc": 1}, "--restart_nproc=1 needs --restarts"),
+    ({"restarts": 1, "restart_nproc": 3}, "--restart_nproc=3 needs --restarts, and must be from 1 to --nproc=2"),
     ({"master_addr": "no-such-host.invalid"}, "--master_addr=no-such-host.invalid has no address"),
     ({"master_addr": "192.0.2.1"}, "--master_addr=192.0.2.1 is not an address of this node, which is node 0"),
     ({"log_dir": "setup.cfg/logs"}, "--log_dir=setup.cfg/logs cannot be made: Not a directory"),

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from parallel.mesh import AXES, ONE_DEVICE, Mesh, axis_sizes, world_size
+from parallel.mesh import AXES, ONE_DEVICE, Mesh, axis_sizes
 from parallel.sharding import EVERY_AXIS, RULES, SEQ_PARALLEL_RULES
 
 
@@ -105,18 +105,3 @@ def test_rules_are_outermost_first(rules):
     for dim, axes in rules.items():
         places = [order.index(atom) for atom in EVERY_AXIS.atoms(axes)]
         assert places == sorted(set(places)), dim
-
-
-@pytest.mark.parametrize("name, launcher", [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun")])
-def test_processes_of_another_launcher_are_refused_and_not_run_each_alone(name, launcher, monkeypatch):
-    for other in ("MS_WORKER_NUM", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        monkeypatch.delenv(other, raising=False)
-    assert world_size() == 1
-    for count in ("1", "", "x"):
-        monkeypatch.setenv(name, count)
-        assert world_size() == 1
-    monkeypatch.setenv(name, "4")
-    with pytest.raises(ValueError, match=f"^{launcher} started 4 of these processes .{name}=4., and each would be a job of its own"):
-        world_size()
-    monkeypatch.setenv("MS_WORKER_NUM", "8")  # it started the launcher on each of 4 nodes
-    assert world_size() == 8
