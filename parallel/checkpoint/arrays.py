@@ -1,7 +1,8 @@
 """The arrays of a checkpoint: chooses the blocks that each rank writes, and compares a checkpoint with a model.
 
-Arrays are named params/<path>, m/<path>, v/<path> and ema/<path> by the paths of the model's specs. Layers are not stacked and nothing is padded, so a
-checkpoint does not depend on the layout that saved it. store.py writes the files, read.py reads them, and save.py saves during training.
+Arrays are named params/<path>, m/<path>, v/<path> and ema/<path> by the paths of the model's specs. Layers are not stacked and nothing is
+padded, so a checkpoint does not depend on the layout that saved it. store.py writes the files, read.py reads them, and save.py saves during
+training.
 """
 
 import math
