@@ -6,6 +6,8 @@ native-to-hf --input=RUN --output=NEW             writes a folder that transform
 inspect      --input=A [--state] [--nonorms]      lists arrays with their shapes, dtypes, sizes and norms
 merge-lora   --input=ADAPTER --output=NEW         merges a LoRA adapter, in PEFT's format or of a run, into its base, and writes a Hugging
                                                   Face folder; --base=DIR where the base is not at the path that the adapter names
+average      A B ... --output=NEW [--factors=1,1,2]  writes the average of models of one shape, such as checkpoints of one run
+merge        A B --output=NEW [--method=slerp] [--t=0.5]  writes a model between two: linear, or on the arc between their weights
 diff         A B [--dtype] [--max_diff=1e-6]      shows the largest difference of each array; fails above --max_diff
 verify       --input=A [--sha256=FILE]            checks a checkpoint against its checksums, or a Hugging Face folder's headers, sizes and
                                                   index, and its files against a list of sha256sum
@@ -24,6 +26,10 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("input", None, "folder of a Hugging Face model, of a run (its newest checkpoint), or of a checkpoint")
 flags.DEFINE_string("output", None, "the folder to write, which must not exist yet; with diff: the second folder to compare")
 flags.DEFINE_string("base", None, "with merge-lora: folder of the base: a Hugging Face model, a run or a checkpoint")
+flags.DEFINE_multi_string("inputs", [], "with average and merge: the folders of the models; also as words without a flag")
+flags.DEFINE_list("factors", [], "with average: how much each model counts; default: all the same")
+flags.DEFINE_enum("method", "linear", ["linear", "slerp"], "with merge: how the weights between two are computed")
+number_flags.real("t", 0.5, "with merge: 0 is the first model, 1 the second one", 0, 1)
 flags.DEFINE_enum("dtype", None, list(DTYPES), "dtype of the output; default: the input's. With diff: both are rounded to it first")
 flags.DEFINE_boolean("state", False, "include a checkpoint's optimizer state, m and v")
 flags.DEFINE_boolean("norms", True, "read the arrays, to show their norms and largest values")
@@ -35,6 +41,8 @@ COMMANDS = {  # command: its flags
     "hf-to-native": ("input", "output", "dtype"),
     "native-to-hf": ("input", "output", "dtype"),
     "merge-lora": ("input", "output", "base", "dtype"),
+    "average": ("inputs", "output", "factors", "dtype"),
+    "merge": ("inputs", "output", "method", "t", "dtype"),
     "inspect": ("input", "state", "norms"),
     "diff": ("input", "output", "dtype", "state", "top", "max_diff"),
     "verify": ("input", "sha256"),
@@ -65,6 +73,9 @@ def main(_):
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         COMMAND.append(sys.argv.pop(1))
+    if COMMAND and COMMAND[0] in ("average", "merge"):
+        words = [word for word in sys.argv[1:] if not word.startswith("-")]
+        sys.argv[1:] = [word for word in sys.argv[1:] if word.startswith("-")] + [f"--inputs={word}" for word in words]
     for option in ("input", "output"):  # `diff A B` is `diff --input=A --output=B`
         if COMMAND and len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
             sys.argv.append(f"--{option}={sys.argv.pop(1)}")

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from experiments.convert import look
+from experiments.convert import look, mix
 from experiments.convert import weights as convert
 from experiments.convert.lora import merge
 
@@ -12,9 +12,20 @@ FLAGS = flags.FLAGS
 def write(name):
     if name == "merge-lora":
         lines = merge(FLAGS.input, FLAGS.output, FLAGS.base, FLAGS.dtype)
+    elif name == "average":
+        lines = mix.average(FLAGS.inputs, FLAGS.output, numbers(FLAGS.factors), FLAGS.dtype)
+    elif name == "merge":
+        lines = mix.merge(FLAGS.inputs, FLAGS.output, FLAGS.method, FLAGS.t, FLAGS.dtype)
     else:
         lines = convert.write(name, FLAGS.input, FLAGS.output, FLAGS.dtype)
     print(*lines, sep="\n")
+
+
+def numbers(texts):
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        raise ValueError(f"--factors={','.join(texts)}: give numbers, such as --factors=1,1,2") from None
 
 
 def inspect(_):
