@@ -44,6 +44,8 @@ def get_config():
     c.train.log_every = 10  # steps between lines of metrics
     c.train.eval_every = 0  # steps between evaluations on held-out rows; 0 = only before the first step and after the last
     c.train.eval_rows = 64  # the most held-out rows of an evaluation; 0 = all. At the end final_loss is that of all rows
+    # files of tasks, separated by commas, that each evaluation scores by log-likelihood, see experiments/evaluate/tasks.py; empty = none
+    c.train.eval_tasks = ""
     c.train.seed = 0  # seed of the initial weights and of the order of the data
     # unroll = all layers are compiled; scan = one layer is compiled, run in a loop, and recomputed in the backward pass; auto = scan for
     # more than 8 layers of one kind

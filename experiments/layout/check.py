@@ -34,6 +34,8 @@ def check(config, cfg, world=None):
         _check_preferences(config, sizes)
     if config.rl.loss:
         _check_rewards(config, sizes)
+    if config.train.eval_tasks:
+        _check_tasks(config, sizes)
     made = mesh(cfg, {**parallel, **sizes})
     _check_batch(config, sizes, made)
     _check_pipeline(config, cfg, sizes)
@@ -243,6 +245,19 @@ def _check_rewards(config, sizes):
     for key, off in (("ema_decay", 0.0), ("batch_ramp", "")):
         if train[key] != off:
             raise ValueError(f"train.{key}={train[key]} with {loss} is not supported; use --config.train.{key}={off}")
+
+
+def _check_tasks(config, sizes):
+    """Raises ValueError where tasks cannot be scored on a run's own state."""
+    for axis in ("pp", "cp"):
+        if sizes[axis] > 1:
+            raise ValueError(
+                f"train.eval_tasks with parallel.{axis}={sizes[axis]} is not supported; use --{axis}=1, or experiments.evaluate"
+            )
+    for key, value in (("parallel.lowering", "manual"), ("prefer.loss", ""), ("rl.loss", "")):
+        section, name = key.split(".")
+        if config[section][name] != value:
+            raise ValueError(f"train.eval_tasks with {key}={config[section][name]} is not supported; use experiments.evaluate afterwards")
 
 
 def _check_batch(config, sizes, mesh):

@@ -12,20 +12,22 @@ from experiments.train.ema import averaged
 from experiments.watch.metrics import held_out
 
 
-def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(0, 0.0), after_step=None, bytes_per_target=None):
+def train(
+    program, state, batches, eval_batches, config, writer, mfu_of, begun=(0, 0.0), after_step=None, bytes_per_target=None, tasks=None
+):
     """Trains up to train.steps steps, logs to `writer`, and returns the last state.
 
     batches: an iterator over dicts of [rows, S], this data rank's rows of each global batch; eval_batches: a list of such dicts, on which
     it evaluates before the first step, every train.eval_every steps and after the last step, so that the losses can be compared.
     mfu_of(tokens per second) -> MFU. begun: (steps done, targets seen) at the start. after_step(state, steps done, targets seen) -> whether
-    to stop. bytes_per_target: mean bytes of a held-out target, for bits_per_byte.
+    to stop. bytes_per_target: mean bytes of a held-out target, for bits_per_byte. tasks(state) -> further metrics of an evaluation.
 
     Raises FloatingPointError if the loss or the gradient norm is not finite, before the state is replaced or anything is written.
     """
     steps = config.train.steps
     rate, rows_of, (first, targets) = optimizer.learning_rate(config.optim, steps), batch_ramp.rows_of(config.train), begun
     # Also compiles evaluate now: MindSpore reads source files when it compiles, so an edit during the run would change the result.
-    found = evaluated(program, state, eval_batches, bytes_per_target)
+    found = evaluated(program, state, eval_batches, config, bytes_per_target, tasks)
     if first == 0:
         writer.write(0, found)
     timer = Timer()
@@ -45,16 +47,18 @@ def train(program, state, batches, eval_batches, config, writer, mfu_of, begun=(
                 writer.write(done, {**metrics, "tokens_seen": targets, **times})
             if done == steps or (config.train.eval_every and done % config.train.eval_every == 0):
                 with timer.paused():
-                    writer.write(done, evaluated(program, state, eval_batches, bytes_per_target))
+                    writer.write(done, evaluated(program, state, eval_batches, config, bytes_per_target, tasks))
             if after_step and after_step(state, done, targets):
                 break
     return state
 
 
-def evaluated(program, state, batches, bytes_per_target=None):
+def evaluated(program, state, batches, config, bytes_per_target=None, tasks=None):
     """Returns the metrics of an evaluation; those of the average of the weights, if there is one, begin with ema_."""
     found = held_out(program.evaluate(state, batches), bytes_per_target)
-    if "ema" in state:
+    if tasks:
+        found.update(tasks(state))
+    if config.train.ema_decay:
         average = held_out(program.evaluate(averaged(state), batches), bytes_per_target)
         found.update({f"ema_{name}": value for name, value in average.items()})
     return found

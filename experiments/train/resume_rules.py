@@ -41,7 +41,7 @@ RULES = {
     "train.steps": (IN_PLACE, "the run becomes longer or shorter, and the learning rate follows the new length from here on"),
     **_of("train", "batch_size batch_ramp", ELSEWHERE, "rows a step from here on; the place in the data counts rows, and stays"),
     **_of("train", "seq_len seed", NEVER, DATA),
-    **_of("train", "log_every eval_every eval_rows monitor_every profile_steps", IN_PLACE, LOGGING),
+    **_of("train", "log_every eval_every eval_rows eval_tasks monitor_every profile_steps", IN_PLACE, LOGGING),
     "train.layer_loop": (IN_PLACE, "how layers are compiled; results differ by rounding"),
     "train.recompute": (IN_PLACE, "what is computed again in the backward pass; memory and speed change"),
     "train.loss_chunks": (IN_PLACE, "how the loss is computed; results differ by rounding"),

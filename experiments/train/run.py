@@ -9,6 +9,7 @@ import mindspore as ms
 
 from experiments import flags as command_line
 from experiments.data import batch_ramp, corpus, loader
+from experiments.evaluate import during
 from experiments.layout import check as layout
 from experiments.layout import memory as layout_memory
 from experiments.layout import table as layout_table
@@ -52,6 +53,7 @@ def run(config, cfg, data, workdir, mesh):
     start = checkpoints.start(workdir, cfg, config, mesh, program)
     if caches_reference(config):
         data = reference.with_reference(workdir, cfg, config, mesh, program, data)
+    tasks = during.build(cfg, config, sharding, choose_kernels(config.ops, cfg, sharding), program, data.tokenizer)
     peak = metrics.mesh_peak_flops(mesh, cfg.compute_dtype)
     if mesh.rank == 0:
         check_results(workdir, cfg, config)
@@ -90,7 +92,7 @@ def run(config, cfg, data, workdir, mesh):
                 save_at(done, program, state, cfg, config, data.tokenizer, workdir, mesh)
             return saving.after_step(state, done, tokens)
 
-        state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, after_step, of_bytes)
+        state = train(program, state, batches, eval_batches, config, writer, mfu_of, begun, after_step, of_bytes, tasks)
         saved = saving.end(state)
         if not saving.stopped:
             saving.finish(partial(finish, program, state, cfg, config, data, writer, workdir, mesh, saved))

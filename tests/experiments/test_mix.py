@@ -42,7 +42,7 @@ def test_checkpoints_and_folders_mix_and_the_first_gives_tokenizer_and_dtype(tmp
     train_bpe(["plain words " * 9], 61 + 259).save(tmp_path / "a")
     run(convert.write("hf-to-native", str(tmp_path / "b"), str(tmp_path / "native"), None))
     run(mix.average([tmp_path / "a", tmp_path / "native"], tmp_path / "out", None, None))
-    assert (tmp_path / "out" / "tokenizer.json").exists() and hf.read_config(tmp_path / "out").param_dtype == "bfloat16"
+    assert (tmp_path / "out" / "tokenizer.json").exists() and hf.Reader(tmp_path / "out").config.param_dtype == "bfloat16"
     for path, got in loaded(tmp_path / "out").items():
         assert_close((first[path] + second[path]) / 2, got, 5e-3, path)  # rounded to bfloat16
     run(mix.average([tmp_path / "a", tmp_path / "native"], tmp_path / "exact", None, "float32"))

@@ -43,7 +43,10 @@ ACCEPTED = {
     "model_args.eos_id": ("0",),
     # text, which a file of its own or a later use makes right or wrong
     **dict.fromkeys(("data.path", "data.cache_dir", "data.json_key", "lora.adapter", "resume_from", "init_from"), ("text",)),
-    **dict.fromkeys(("train.sample_prompt", "train.freeze_include", "train.freeze_exclude", "lora.targets", "data.tokenizer"), ("text",)),
+    **dict.fromkeys(
+        ("train.eval_tasks", "train.sample_prompt", "train.freeze_include", "train.freeze_exclude", "lora.targets", "data.tokenizer"),
+        ("text",),
+    ),
 }
 LISTS = ("parallel.stage_layers", "model_args.mlp_only_layers")
 ODD_LISTS = {f"[{name}]": (value,) for name, value in ODD.items()}
@@ -179,7 +182,7 @@ def test_a_cache_that_memory_cannot_hold_is_refused_before_it_is_made(monkeypatc
 # Of each main: the flags that take an odd value, beside those of config.parallel
 AXES = ("dp", "tp", "pp", "cp", "ep", "micro_batches", "zero")  # any whole number up to an int32's; the checks of the layout have the range
 FLAG_ZERO = {
-    "convert": ("top", "max_diff"),
+    "convert": ("top", "max_diff", "t"),
     "dryrun": ("compile",),
     "evaluate": ("rows",),
     "generate": ("temperature", "top_k", "min_p", "seed", "logprobs", "speculate"),
