@@ -19,11 +19,12 @@ The tokens of a request do not depend on its slot nor on the other requests: a r
 the token and the number of the sample; and with the C++ kernels, in a dense model, what is computed of a token has the same bits whatever
 is read or decoded beside it. Only a row that was read again has other roundings, as its new tokens were then read and not decoded.
 
-With speculation (speculate=N), up to N tokens that may come next are guessed by prompt lookup (qwen3/lookup.py) and read together with the
-last token, in one flat batch of all rows. Then the next token is chosen after each of them, as if none were guessed, for as long as the
-choice is the guess. For a guess that is fixed before, this is rejection sampling: it is accepted with its probability, and else the token
-is drawn from the others. So the tokens, also drawn ones, are those that the seed gives without guesses. All new tokens are then read by
-the graphs that read prompts, so their bits depend on no neighbour and no guess; their roundings are not those of the graphs that decode.
+With speculation (speculate=N), up to N tokens that may come next are guessed, by prompt lookup (qwen3/lookup.py) or by a smaller model
+(qwen3/draft.py), and read together with the last token, in one flat batch of all rows. Then the next token is chosen after each of them, as
+if none were guessed, for as long as the choice is the guess. For a guess that is fixed before, this is rejection sampling: it is accepted
+with its probability, and else the token is drawn from the others. So the tokens, also drawn ones, are those that the seed gives without
+guesses. All new tokens are then read by the graphs that read prompts, so their bits depend on no neighbour and no guess; their roundings
+are not those of the graphs that decode.
 """
 
 import time
@@ -189,7 +190,8 @@ class Engine:
     layout, without sequence parallel and ZeRO. kernels: see qwen3.model.build. cache_tokens: how many tokens the cache has room for; by
     default all slots at full length. page: tokens of a page. reuse: whether prompts share the blocks that they begin with. reads: the most
     batches of prompts that one step reads. speculate: the most tokens that are guessed of a row at a time; 0: none. adapters: the masks
-    [1 + number of adapters, rank] of adapters in params that requests choose between, see qwen3/adapters.py. totals: see Totals.
+    [1 + number of adapters, rank] of adapters in params that requests choose between, see qwen3/adapters.py. draft: a qwen3.draft.Draft
+    that guesses, for as many slots; default: prompt lookup. totals: see Totals.
 
     The ranks of one tensor parallel group, and of one pipeline, must make the same calls; they compute the same tokens. Under a pipeline,
     each stage has the cache of its own layers, and the last stage broadcasts its logits, from which every rank chooses on the host. Data
@@ -213,6 +215,7 @@ class Engine:
         reads=READS,
         speculate=0,
         adapters=None,
+        draft=None,
     ):
         cache_tokens = slots * round_up(length, page) if cache_tokens is None else cache_tokens
         numbers = {
@@ -228,6 +231,8 @@ class Engine:
                 raise ValueError(f"engine: {key}={value} must be 1 or more")
         if speculate < 0:
             raise ValueError(f"engine: speculate={speculate} must be 0 or more")
+        if draft is not None and (not speculate or draft.slots != slots):
+            raise ValueError(f"engine: a draft model needs speculate=1 or more, and slots={slots} as the engine has")
         pages, self.sharding, self.slots, self.totals = -(-cache_tokens // page), sharding, slots, Totals()
         self.length, self.reads, self._reuse, self._speculate = min(round_up(length, page), pages * page), reads, reuse, speculate
         sharding = sharding or Sharding()
@@ -249,7 +254,7 @@ class Engine:
         self._largest = collectives.pmax(sharding.mesh, DATA) if experts_sharded else None
         self._widths = sorted({min(NARROW, prefill_chunk), min(max(NARROW, prefill_chunk // 4), prefill_chunk), prefill_chunk})
         self._rows, self._waiting, self._next = [None] * slots, deque(), 0
-        self._masks = None if adapters is None else np.asarray(adapters, np.float32)
+        self._draft, self._masks = draft, None if adapters is None else np.asarray(adapters, np.float32)
 
     def use(self, params):
         """Takes other parameters, or the same arrays with other values, and forgets all keys and values in the cache, which belong to the
@@ -273,6 +278,8 @@ class Engine:
         if self._on_device:
             self._decode_on_device(1, [])
         if self._speculate:
+            if self._draft is not None:
+                self._draft.warm_up()
             for width in sorted({self._wide_enough(n) for n in range(1, self.slots * (1 + self._speculate) + 1)}):
                 self._checked_guesses({}, {}, width)
         elif by_host or not self._on_device:
@@ -387,7 +394,7 @@ class Engine:
             coming |= {block.digest for block in row.known[there:]}
             if steered(row.request) and row.steering is None:
                 row.steering = Steering(row.request, self.cfg.vocab_size)
-            if self._speculate and row.lookup is None:
+            if self._speculate and self._draft is None and row.lookup is None:
                 row.lookup = Lookup(row.request.prompt, self._speculate)
 
     def _allocate(self, row):
@@ -609,13 +616,23 @@ class Engine:
         for _ in range(steps):
             if len(self._decoding()) < least:
                 break
-            guesses = {b: row.lookup.draft(row.limit - row.count - 1) for b, row in self._decoding()}
+            guesses = self._guessed({b: row for b, row in self._decoding()})
             allotted = self._grow(1 + max(map(len, guesses.values()), default=0))
             guesses = {b: guesses[b][: room - 1] for b, room in allotted.items()}
             (width,) = self._agreed(self._wide_enough(sum(1 + len(guess) for guess in guesses.values())))
             logits, first = self._checked_guesses(allotted, guesses, width)
             self._accept(guesses, first, logits, events)
         return len(events) - before
+
+    def _guessed(self, rows):
+        """Returns {slot: guesses of what comes next} of the rows {slot: row} that decode."""
+        room = {b: row.limit - row.count - 1 for b, row in rows.items()}
+        if self._draft is None:
+            return {b: row.lookup.draft(room[b]) for b, row in rows.items()}
+        most = {b: min(self._speculate, n) for b, n in room.items()}
+        found = self._draft.guesses({b: (row.id, [*row.request.prompt, *row.made], most[b]) for b, row in rows.items()})
+        V = self.cfg.vocab_size
+        return {b: guess[: next((i for i, token in enumerate(guess) if token >= V), len(guess))] for b, guess in found.items()}
 
     def _wide_enough(self, count):
         """Returns the width of the batch in which so many last tokens and guesses are read."""
@@ -650,7 +667,10 @@ class Engine:
                     right[b] += 1
                 else:
                     del going[b]
-                    row.lookup.learn(len(guess), at)
+                    if self._draft is None:
+                        row.lookup.learn(len(guess), at)
+                    else:
+                        self._draft.learn(b, len(guess), at)
         self.totals.guessed_tokens += sum(map(len, guesses.values()))
         self.totals.right_tokens += sum(right.values())
 

@@ -196,6 +196,10 @@ class Tokenizer:
         """Returns the text of token ids. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary give no text."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def vocabulary(self):
+        """Returns {token: id} of all tokens."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def bytes_of(self, i, skip_special=False):
         """Returns the bytes that id i adds to decode(); b"" for an id outside the vocabulary."""
         token = None if skip_special and i in self._special else self._backend.id_to_token(int(i))

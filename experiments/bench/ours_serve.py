@@ -68,7 +68,8 @@ def _reuse(engine, job, vocab_size):
         read, reused = engine.totals.prefill_tokens, engine.totals.reused_tokens
         times, _ = measured("reuse", answers, engine, [ids[: job["shared"]] + suffix for suffix in suffixes[:half]], counts)
         found = {"reuse_read": engine.totals.prefill_tokens - read, "reuse_reused": engine.totals.reused_tokens - reused}
-        return {**times, **measured("reuse_suffixes", answers, engine, suffixes[half:], counts)[0], **found}
+        warm, _ = measured("reuse_warm", answers, engine, [ids[: job["shared"]] + suffix for suffix in suffixes[half:]], counts)
+        return {**times, **warm, **measured("reuse_suffixes", answers, engine, suffixes[half:], counts)[0], **found}
 
     return {}, step
 

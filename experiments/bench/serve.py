@@ -27,7 +27,7 @@ PARTS = {  # the times of each part
     "one": ("prefill_one",),
     "many": ("prefill_many", "prefill_grouped"),
     "batch": ("batch",),
-    "reuse": ("reuse", "reuse_suffixes"),
+    "reuse": ("reuse", "reuse_warm", "reuse_suffixes"),
     "load": (),
     "guess": (),
 }
@@ -51,8 +51,9 @@ def bench_serve(options, model=None, work=None):
     prefill_one: from one prompt to its first new token. prefill_many: from many prompts to their first new tokens; transformers pads them
     to the longest, and prefill_grouped is in four batches of like lengths. batch: as many requests, whose answers have different lengths;
     transformers goes on until the longest is complete. same_ids: the fraction of PEER's tokens that equal ours. reuse: requests that begin
-    alike, when their beginning is not in the cache; reuse_suffixes: requests of what comes after it alone; reuse_over_suffixes: the
-    quotient. load: requests arrive at random times; first_s: seconds from there to the first token, at the median and the 90th percentile;
+    alike, when their beginning is not in the cache; reuse_warm: such requests when it is; reuse_suffixes: requests of what comes after it
+    alone, whose tokens attend to nothing before; reuse_over_warm, reuse_over_suffixes: the quotients. load: requests arrive at random
+    times; first_s: seconds from there to the first token, at the median and the 90th percentile;
     token_s: for each token after it; in_time: the fraction of the answers with both below FIRST_S and TOKEN_S; goodput: those a second.
     With one thread, the clock of the load is CPU time, so that other work on the machine does not change it.
 
@@ -152,7 +153,8 @@ def comparisons(part, found, clock, job):
                 name = f"guess_{text}_{rows}"
                 figures[f"plain_over_{name}"] = ratio_of(ours, f"{name}_{clock}", ours, f"plain_{rows}_{clock}")
     if part == "reuse":
-        figures["reuse_over_suffixes"] = ratio_of(ours, f"reuse_suffixes_{clock}", ours, f"reuse_{clock}")
+        for base in ("warm", "suffixes"):
+            figures[f"reuse_over_{base}"] = ratio_of(ours, f"reuse_{base}_{clock}", ours, f"reuse_{clock}")
     return figures
 
 

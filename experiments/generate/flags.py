@@ -67,9 +67,11 @@ def define_layout():
 
 
 def define_speculation():
-    """Defines the flag that experiments.generate and experiments.serve share."""
-    text = "the most next tokens that are guessed from earlier text and checked in one step; 0: none. Good where texts repeat their prompt"
+    """Defines the flags that experiments.generate and experiments.serve share."""
+    text = "the most next tokens that are guessed and checked in one step; 0: none. Guessed from earlier text, or by --draft_dir"
     number_flags.integer("speculate", 0, text, 0, MOST_GUESSES)
+    draft = "folder of a smaller Hugging Face model with the same tokenizer, which guesses the next tokens for --speculate"
+    flags.DEFINE_string("draft_dir", None, draft)
 
 
 def define_generation_config():

@@ -4,7 +4,7 @@ from absl import flags
 
 from experiments.generate import batch as generate_batch
 from experiments.generate import chat as generate_chat
-from experiments.generate import exchange, prompts
+from experiments.generate import draft, exchange, prompts
 from experiments.generate.model import Model
 from qwen3 import answers
 from qwen3.engine import Engine, check
@@ -52,6 +52,7 @@ def build(model, slots, length, sizes):
     if length > model.cfg.max_position:
         raise ValueError(f"--max_length={length} is more than the model's {model.cfg.max_position} positions; use at most that")
     options = {"prefill_chunk": FLAGS.prefill_chunk, "sharding": model.sharding, "speculate": FLAGS.speculate}
+    options["draft"] = draft.maker(model.tokenizer, model.mesh.world)(slots, length)
     engine = Engine(model.params(), model.cfg, slots=slots, length=length, **options)
     if model.mesh.rank == 0:
         layout = " x ".join(f"{axis} {getattr(model.mesh, axis)}" for axis in ("dp", "pp", "tp", "ep") if getattr(model.mesh, axis) > 1)

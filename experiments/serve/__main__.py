@@ -77,7 +77,7 @@ def named_adapters(given, base):
 
 def serve_with(name, adapters, keys, connections, sockets):
     """Loads the model and serves it on bound sockets. On several ranks, rank 0 has the sockets and the others follow it."""
-    from experiments.generate import defaults
+    from experiments.generate import defaults, draft
     from experiments.layout import check as layout
     from experiments.serve import http, ranks
     from experiments.serve import run as serve_run
@@ -100,11 +100,11 @@ def serve_with(name, adapters, keys, connections, sockets):
     forms = answers.forms_of(tokenizer.chat_template, FLAGS.tool_calls, FLAGS.reasoning)
     limit_s = ranks.GRAMMAR_S if several and rank == 0 else None
     compiler = grammars.Grammars(tokenizer, model.cfg.vocab_size, limit_s) if grammars.installed() else None
-    length = min(length, FLAGS.cache_tokens or length)
+    length, make_draft = min(length, FLAGS.cache_tokens or length), draft.maker(tokenizer, mesh.world)
 
     def make_own():
         options = {"cache_tokens": FLAGS.cache_tokens, "reads": 1, "speculate": FLAGS.speculate, "adapters": model.masks}
-        options["sharding"] = sharding if several else None
+        options |= {"sharding": sharding if several else None, "draft": make_draft(FLAGS.slots, length)}
         engine = Engine(params, model.cfg, slots=FLAGS.slots, length=length, **options)
         engine.warm_up(by_host=True)
         return engine
