@@ -261,6 +261,7 @@ def test_a_folder_that_the_results_cannot_replace_is_told_at_the_start(text, tmp
 VALUES = {
     "train.steps": 8,
     "train.batch_size": 8,
+    "train.batch_ramp": "2:5",
     "train.log_every": 3,
     "train.eval_every": 2,
     "train.eval_rows": 3,
@@ -305,7 +306,7 @@ VALUES = {
     **{f"ops.{op}": "reference" for op in common.OPS},
 }
 NEEDS_MORE = {  # ranks, a pipeline, another kind of data, frozen weights, or a main's own work
-    "train.frozen_dtype",
+    *("train.frozen_dtype", "train.eval_tasks"),
     *(f"parallel.{name}" for name in ("dp", "tp", "pp", "pp_schedule", "virtual_stages", "stage_layers", "cp", "cp_attention")),
     *("parallel.cp_ulysses", "parallel.ep", "parallel.lowering", "data.skip_bad", "data.cache_dir", "resume_from", "init_from", "partial"),
 }
@@ -344,9 +345,10 @@ def test_a_key_that_may_not_change_is_refused_on_two_ranks(text, tmp_path):
 
 
 def has_another(key, config):
-    """Returns another value of a key that is right by itself: one more than a number. None for a key of another type."""
+    """Returns another value of a key that is right by itself: one more than a whole number, and half-way from any other to 1. None for a
+    key of another type."""
     value = flags._value(config, key)
-    return value + 1 if type(value) in (int, float) else None
+    return value + 1 if type(value) is int else (value + 1) / 2 if type(value) is float else None
 
 
 def run_that_was_stopped(text, begun):
