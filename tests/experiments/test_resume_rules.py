@@ -345,10 +345,12 @@ def test_a_key_that_may_not_change_is_refused_on_two_ranks(text, tmp_path):
 
 
 def has_another(key, config):
-    """Returns another value of a key that is right by itself: one more than a whole number, and half-way from any other to 1. None for a
-    key of another type."""
+    """Returns another value of a key that is right by itself: one more than a whole number or one from 1 on, and half-way to 1 from a
+    fraction. None for a key of another type."""
     value = flags._value(config, key)
-    return value + 1 if type(value) is int else (value + 1) / 2 if type(value) is float else None
+    if type(value) not in (int, float):
+        return None
+    return value + 1 if type(value) is int or value >= 1 else (value + 1) / 2
 
 
 def run_that_was_stopped(text, begun):
