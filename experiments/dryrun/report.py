@@ -192,7 +192,15 @@ def extrapolated(low, high, layers):
 
 
 def verdict(found, hbm_gb):
-    """Returns (whether the layout fits, a sentence with the sizes)."""
+    """Returns (whether the layout fits, a sentence with the sizes).
+
+    When the norm of the gradients is taken, parameters, optimizer state and all gradients are held. Where two depths lead to a lower peak,
+    another moment of the step has the peak at both, and the line through them says nothing.
+    """
+    if found.get("rest_bytes", 0) < 0:
+        least = (found["peak_bytes"] - found["rest_bytes"]) / GIB
+        words = f"these depths are too shallow: what is held takes {least:.1f} GiB by itself; compile deeper ones, such as --layers=6,12"
+        return False, f"NOT KNOWN: {words}"
     used, spare = found["with_fragments_bytes"] / GIB, found["margin_bytes"] / GIB
     fits = used + spare <= hbm_gb
     what = f"peak {used:.1f} GiB with fragments + {spare:.1f} GiB that simulation does not count"

@@ -65,7 +65,9 @@ class _Recomputed(nn.Cell):
         for w in leaves:
             waiting += (ops.depend(w, dout[0]),)
         back = self.vjp(self.body)(waiting, ops.depend(x, dout[0]), consts, dout)
-        return back[1], back[0], none
+        # The backward of the layer before waits for the gradients of these weights. With ZeRO 3 they are reduce-scattered here, and
+        # MindSpore would otherwise do that for all layers at the end, and keep their full gradients until then.
+        return ops.depend(back[1], back[0]), back[0], none
 
 
 def gathered_again(fn, count):

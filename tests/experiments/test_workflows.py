@@ -131,7 +131,8 @@ def test_the_memory_beside_a_command_is_that_of_the_dry_run(large, tmp_path, mon
     """Two depths of each, extrapolated; one to four minutes a command."""
     monkeypatch.chdir(tmp_path)
     rank, gib = large.noted
-    depths = next((word.partition("=")[2] for word in large.own if word.startswith("--layers=")), "1,3")
+    shallow = "6,12" if "--zero=3" in large.own and "--tp=8" in large.own else "1,3"
+    depths = next((word.partition("=")[2] for word in large.own if word.startswith("--layers=")), shallow)
     (report,) = dryrun_jobs.run(resolved(large), "train", [rank], [int(n) for n in depths.split(",")], LIMIT_GIB)
     needed = (report["figures"]["with_fragments_bytes"] + report["figures"]["margin_bytes"]) / GIB
     assert report["fits"] and not report["problems"] and needed < LIMIT_GIB
