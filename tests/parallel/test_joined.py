@@ -142,10 +142,9 @@ def test_two_processes_of_another_launcher_are_one_job(launcher, tmp_path):
 
 @pytest.mark.slow
 def test_msrun_starts_a_job(tmp_path):
-    (tmp_path / "rank.py").write_text(MAIN)
     msrun = os.path.join(os.path.dirname(sys.executable), "msrun")
     options = ["--worker_num=2", "--local_worker_num=2", f"--master_port={a_free_port()}", "--join=True", f"--log_dir={tmp_path}/logs"]
-    command = [msrun, *options, str(tmp_path / "rank.py"), WORKER, str(tmp_path), "120"]
+    command = [msrun, *options, "python", "-m", "tests.processes", WORKER, str(tmp_path), "120"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     check_sums(tmp_path)
