@@ -27,13 +27,13 @@ def bind(cfg, op, functions, specs, looped=False, recompute="none", more_rows=()
     `looped`, one tree of arrays stacked on a first dim.
 
     functions: the model's functions (layer, attention_input, finish_layer), see qwen3/model.py. specs: the ParamSpecs of each layer.
-    recompute: the activations that the backward pass computes again, one of RECOMPUTE. For op.watch: more_rows, names of further entries of
-    `rows`, and stats_size, the size of a layer's statistics.
+    recompute: the activations that the backward pass computes again, one of RECOMPUTE; a loop computes all again. For op.watch: more_rows,
+    names of further entries of `rows`, and stats_size, the size of a layer's statistics.
     """
     kinds = [(cfg.at_layer(i), parameters_of(specs[i])) for i in range(cfg.num_layers)]
     names, made, own_ops = row_names(cfg, op) + more_rows, {}, {}
-    if looped and recompute == "full":
-        recompute = "none"  # the loop recomputes each layer in any case
+    if looped:
+        recompute = "none"  # the loop recomputes each layer in any case, and MindSpore compiles no recompute of attention inside it
     for i, kind in enumerate(kinds):  # one function serves all layers of a kind, so that MindSpore compiles it once
         if kind not in made:
             gathered = zero.gathered(op.sharding, specs[i])

@@ -76,11 +76,11 @@ def muon_calls(config, sharding, placed):
 
 def recomputed_calls(config, cfg, sharding, layers, count):
     """Returns a Counter of the calls that train.recompute repeats in one global micro-batch. layers: the calls of `count` layers."""
-    recompute = config.train.recompute
-    if recompute == "full" and not uses_scan(cfg, config.train.layer_loop):
-        return traffic.again(layers, 1)
-    if recompute != "attention":
+    looped = config.parallel.pp == 1 and uses_scan(cfg, config.train.layer_loop)
+    if config.train.recompute == "none" or looped:  # a loop repeats all calls, whatever is set
         return Counter()
+    if config.train.recompute == "full":
+        return traffic.again(layers, 1)
     of_one = attention_calls(cfg, sharding, config.train.batch_size // config.parallel.micro_batches, config.train.seq_len)
     return traffic.times(traffic.again(of_one, 1), count)
 

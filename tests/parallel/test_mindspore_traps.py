@@ -19,6 +19,8 @@ from mindspore.graph import api
 from experiments.bench.turns import mem_mib
 from ops import stack_write
 from ops.custom import kernel
+from parallel.graph.recompute import recomputed
+from parallel.graph.scan import scan
 from parallel.simulation import standin
 
 
@@ -286,6 +288,44 @@ def test_a_default_and_a_branch_fail_where_construct_and_bprop_call_the_same_fun
         with pytest.raises(RuntimeError, match="func graph is empty"):
             gradient(full(1), full(3))
             pytest.fail("this MindSpore takes defaults and branches in a backward; then simplify: layers/ may have default arguments")
+
+
+def branching(p, x, consts):
+    return (square_or(x) * p["w"],)
+
+
+def square_or(x):
+    if x.ndim == 3:
+        return x
+    return x * x
+
+
+def branchless(p, x, consts):
+    return (x * x * p["w"],)
+
+
+@pytest.mark.parametrize("body, works", [(branchless, True), (branching, False)])
+def test_a_branch_fails_in_a_hand_written_backward_inside_another(body, works):
+    layer = recomputed(body, {"w": full(1)})
+
+    def one(p, x, consts):
+        return layer(p, x, consts)[0], x[:1]
+
+    loop = scan(one, {"w": full(1)}, 2, (1,))
+
+    def loss(w, x):
+        return loop(x, {"w": w}, ())[0].sum()
+
+    @ms.jit
+    def gradient(w, x):
+        return ms.value_and_grad(loss, 1)(w, x)[1]
+
+    if works:
+        assert first(gradient(full(1, 2, 2), full(2))) == 4 * 2**3  # of x^4
+    else:
+        with pytest.raises(RuntimeError, match="func graph is empty"):
+            gradient(full(1, 2, 2), full(2))
+            pytest.fail("this MindSpore compiles recompute inside the loop of layers; then simplify: qwen3/run_layers.py may take it")
 
 
 def carried(leaves, x):

@@ -20,13 +20,12 @@ from tests.experiments.test_train import make_batch
 from tests.tiny import DENSE, MOE, random_params
 
 ONE_LAYER = MOE.replace(num_layers=1)
-RUNS = [(ONE_LAYER, "unroll", "full")]
+RUNS = [(ONE_LAYER, "unroll", "full"), (DENSE, "scan", "attention")]
 SLOW_RUNS = [
     (MOE, "unroll", "full"),
     (MOE, "unroll", "attention"),
     (DENSE, "unroll", "full"),
     (DENSE, "unroll", "attention"),
-    (DENSE, "scan", "attention"),
     (MOE, "scan", "full"),
 ]
 
