@@ -150,7 +150,7 @@ def build_score(cfg, sharding, kernels):
         return stage(given["params"], carried, given["batch"])
 
     def arrive(given):
-        return carried_shapes(cfg, sharding, layers, given["batch"]["tokens"].size)
+        return carried_shapes(cfg, sharding, own_layers(cfg, sharding.mesh), given["batch"]["tokens"].size)
 
     def results(given):
         return [((given["batch"]["tokens"].size, 1), ms.float32)] * 2

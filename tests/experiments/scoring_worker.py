@@ -1,7 +1,5 @@
 """Scoring in layouts, in each process of a group; see test_scoring.py."""
 
-import json
-
 import numpy as np
 
 from experiments.evaluate import scoring
@@ -16,8 +14,8 @@ from tests.tiny import DENSE, MIXED, MOE, random_params
 
 TEXT = "".join(f"def function_{j}(x):\n    return x + {7 * j}\n" for j in range(60))
 PAIRS = [(TEXT[i : i + 30 * i + 1], TEXT[4 * i + 1 : 4 * i + 30 + i % 5]) for i in range(20)]
-LAYOUTS = {"dp2 ep2": (MOE, dict(dp=2, ep=2))}
-SLOW_LAYOUTS = {
+LAYOUTS = {
+    "dp2 ep2": (MOE, dict(dp=2, ep=2)),
     "tp2": (DENSE.replace(tie_embeddings=False), dict(tp=2)),
     "pp2": (DENSE, dict(pp=2)),
     "mixed, pp2": (MIXED, dict(pp=2)),
@@ -54,8 +52,7 @@ def results(cfg, sizes, rank=0):
     return out
 
 
-def main(names):
-    """In each process: of the layouts of these names, a JSON list."""
+def main():
+    """In each process: the results of all layouts."""
     rank, _ = collectives.start()
-    layouts = {name: {**LAYOUTS, **SLOW_LAYOUTS}[name] for name in json.loads(names)}
-    return {f"{name}|{key}": value for name, layout in layouts.items() for key, value in results(*layout, rank).items()}
+    return {f"{name}|{key}": value for name, layout in LAYOUTS.items() for key, value in results(*layout, rank).items()}

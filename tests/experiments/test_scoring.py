@@ -235,11 +235,10 @@ def test_a_missing_harness_is_named(model, monkeypatch):
         harness.run(model, ["hellaswag"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layouts", [scoring_worker.LAYOUTS, scoring_worker.SLOW_LAYOUTS], ids=" and ".join)
-def test_any_layout_scores_as_one_process(layouts):
-    ranks = processes.run("tests.experiments.scoring_worker:main", 2, json.dumps(list(layouts)))
-    for name, (cfg, sizes) in layouts.items():
+@pytest.mark.extended
+def test_any_layout_scores_as_one_process():
+    ranks = processes.run("tests.experiments.scoring_worker:main", 2)
+    for name, (cfg, sizes) in scoring_worker.LAYOUTS.items():
         want = scoring_worker.results(cfg, dict.fromkeys(sizes, 1))
         for rank in ranks:
             np.testing.assert_allclose(rank[f"{name}|logprobs"], want["logprobs"], rtol=1e-5)
