@@ -173,7 +173,7 @@ def axis_sizes(parallel, world=None):
 def world_size():
     """Returns the number of ranks of the job of this process: 1 unless experiments.launch or another launcher started it (see
     parallel/launch/joined.py, whose join() is called first), or MindSpore simulates a cluster."""
-    if os.environ.get("MS_SIMULATION_LEVEL", "0") != "0":
+    if is_simulated():
         return int(os.environ.get("RANK_SIZE", 1))
     return int(os.environ.get("MS_WORKER_NUM", 1))
 
@@ -181,3 +181,8 @@ def world_size():
 def job_rank():
     """Returns the rank of this process in its job. It asks only the environment, so that it can be called before MindSpore is imported."""
     return int(os.environ.get("RANK_ID", 0)) if world_size() > 1 else 0
+
+
+def is_simulated():
+    """Whether this process is a simulated rank: MindSpore compiles for it, and all numbers that ranks exchange are 0."""
+    return os.environ.get("MS_SIMULATION_LEVEL", "0") != "0"

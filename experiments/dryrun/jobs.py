@@ -43,7 +43,7 @@ def compiled(config, lowerings, step, ranks, depths, hbm_gb, jobs):
     """Compiles a layout. Prints its reports, and returns them as JSON. With two lowerings, the two reports of a rank are neighbours."""
     check(config, math.prod(config.parallel[axis] for axis in WORLD), ranks, depths)
     if "shard" in lowerings:
-        dryrun_shard.check(config, step)
+        dryrun_shard.check(config, command_line.model_config(config, "any"), step)
     print(
         f"{config.model}, {step} step, {layout_table.summary(config)}\ncompiled for Ascend in simulation; not run on a device", flush=True
     )

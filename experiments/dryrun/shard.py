@@ -11,9 +11,14 @@ from qwen3.model import choose_kernels, param_specs
 TRAIN_STEPS = 2
 
 
-def check(config, step):
+def check(config, cfg, step):
     """Raises ValueError, naming the key, for a config that --lowering=shard cannot compile."""
-    check_partitioned(config)
+    if config.parallel.pp > 1:
+        raise ValueError(
+            f"parallel.pp={config.parallel.pp} with parallel.lowering=shard: a dry run does not know the messages of MindSpore's pipeline;"
+            " use --lowering=manual, or simulate a run with experiments.launch --simulate"
+        )
+    check_partitioned(config, cfg)
     if step != "train":
         raise ValueError(f"--step={step} with parallel.lowering=shard: it compiles training steps; use --lowering=manual")
 
@@ -22,7 +27,8 @@ def train_step(config, cfg, sharding):
     """Compiles and runs two steps. Returns {params, optimizer: {path: [local shape, dtype]}}, without gradients, which stay in the
     graph."""
     kernels = choose_kernels(config.ops, cfg, sharding)
-    arrays = partitioned.Arrays(sharding, place(sharding, param_specs(cfg)), config)
+    placed = place(sharding, param_specs(cfg))
+    arrays = partitioned.Arrays(sharding, placed, placed, config)
     step, state = partitioned.build_step(cfg, config, sharding, kernels, arrays), arrays.state(0.0)
     for at in range(TRAIN_STEPS):
         state, _ = step(state, blank(config.train.batch_size, config.train.seq_len), 1e-3, at)

@@ -25,7 +25,7 @@ def check(config, cfg, world=None):
     parallel = config.parallel
     sizes = axis_sizes(parallel, world)
     if parallel.lowering == "shard":
-        check_partitioned(config)
+        check_partitioned(config, cfg)
     if parallel.zero not in (0, 1, 2, 3):
         raise ValueError(f"parallel.zero={parallel.zero} must be 0, 1, 2 or 3")
     _check_model(cfg, config, sizes)
@@ -43,13 +43,11 @@ def check(config, cfg, world=None):
     return sizes
 
 
-def check_partitioned(config):
+def check_partitioned(config, cfg):
     """Raises ValueError, naming the key, for a config that --lowering=shard cannot train."""
+    if config.parallel.pp > 1:
+        _check_partitioned_stages(config, cfg)
     refused = {
-        "parallel.pp": (
-            1,
-            "MindSpore's pipeline needs Cells that share no primitive, and separate ranks for each stage, see docs/dryrun.md",
-        ),
         "parallel.cp": (1, "MindSpore has no rule for a ring"),
         "prefer.loss": ("", "preferences are not supported there"),
         "rl.loss": ("", "rewards are not supported there"),
@@ -78,6 +76,22 @@ def check_partitioned(config):
             "train.monitor_every with parallel.lowering=shard: monitors read gradients that stay inside MindSpore's graph;"
             " use train.monitor_every=0, or --lowering=manual"
         )
+
+
+def _check_partitioned_stages(config, cfg):
+    """Raises ValueError for what MindSpore's pipeline cannot train, see experiments/train/partitioned_stages.py."""
+    pp = f"parallel.pp={config.parallel.pp} with parallel.lowering=shard"
+    if cfg.moe_layers:
+        raise ValueError(f"{pp}: a stage of MindSpore's sends one tensor, a mixture of experts has two; use --pp=1, or --lowering=manual")
+    if cfg.tie_embeddings:
+        raise ValueError(
+            f"{pp}: MindSpore does not sum the gradient of tied embeddings over the first and the last stage; use"
+            " --config.model_args.tie_embeddings=false, --pp=1, or --lowering=manual"
+        )
+    if (zero := config.parallel.zero) in (1, 2):
+        raise ValueError(f"{pp} and parallel.zero={zero}: MindSpore's compiler fails; use --zero=0 or 3, --pp=1, or --lowering=manual")
+    if (schedule := config.parallel.pp_schedule) != "1f1b":
+        raise ValueError(f"parallel.pp_schedule={schedule} with parallel.lowering=shard: MindSpore's is 1f1b; use it, or --lowering=manual")
 
 
 def for_inference(asked, cfg, model, world):

@@ -18,9 +18,19 @@ from mindspore.common.initializer import initializer
 
 from experiments.layout.check import check_partitioned
 from experiments.train import optim as optimizer
+from experiments.train import partitioned_stages
 from experiments.train.accumulate import cleared
 from experiments.train.batch import blank, mean_over_targets, metrics_of, number, over_micro_batches, tensors, with_dropout_seeds
-from experiments.train.state import Program, check_trains, held_arrays, new_state, restored, split_trainable, spread_arrays
+from experiments.train.state import (
+    Program,
+    check_trains,
+    held_arrays,
+    new_state,
+    restored,
+    split_trainable,
+    spread_arrays,
+    stage_placements,
+)
 from layers import lora
 from parallel import zero
 from parallel.context.split import check_documents
@@ -38,10 +48,10 @@ ONE_RANK = Mesh()  # every rank has the global batch, as one rank would
 def build_program(cfg, config, sharding, kernels):
     """Returns the Program of experiments.train.program.build_program, for --lowering=shard. Its state's arrays are Parameters, which every
     step updates in place."""
-    check_partitioned(config)
-    mesh, placed = sharding.mesh, place(sharding, param_specs(cfg))
+    check_partitioned(config, cfg)
+    mesh, placed, model_placed = sharding.mesh, *placed_of_rank(cfg, config, sharding)
     check_trains(placed)
-    arrays = Arrays(sharding, placed, config)
+    arrays = Arrays(sharding, placed, model_placed, config)
     step = build_step(cfg, config, sharding, kernels, arrays)
     evaluate = build_evaluate(cfg, config, sharding, kernels, arrays)
 
@@ -62,7 +72,7 @@ def build_program(cfg, config, sharding, kernels):
         return held_arrays(placed, 0, config.optim, state, with_frozen=cfg.lora is None)
 
     def spread(state):
-        return spread_arrays(mesh, placed, placed, state, 0)
+        return spread_arrays(mesh, model_placed, placed, state, 0)
 
     def params(state):
         return tree_map(lambda leaf: ms.Tensor(np.array(leaf.asnumpy(everywhere=True))), spread(state))  # a copy
@@ -70,21 +80,32 @@ def build_program(cfg, config, sharding, kernels):
     return Program(init, params, step, evaluate, held, restore, spread)
 
 
+def placed_of_rank(cfg, config, sharding):
+    """Returns the trees of Placed of the rank's parameters, which are those of its pipeline stage, and of the model's."""
+    if sharding.mesh.pp == 1:
+        placed = place(sharding, param_specs(cfg))
+        return placed, placed
+    _, stages, model_placed = stage_placements(cfg, config, sharding)
+    return stages[sharding.mesh.index(("pp",))], model_placed
+
+
 class Arrays:
     """The Parameters of a run: of the model, of the optimizer's moments and, with several micro-batches, of the sum of gradients.
 
-    tree: the model's parameters as a tree. trainable, frozen: those that train and those that do not, flat. moments: {name: flat list}.
-    sums: flat, or empty for one micro-batch.
+    tree: the model's parameters as a tree; those of other pipeline stages never take memory. trainable, frozen: the rank's that train and
+    its that do not, flat. moments: {name: flat list}. sums: flat; empty for one micro-batch without a pipeline.
     """
 
-    def __init__(self, sharding, placed, config):
-        self.tree = unflatten(placed, [_parameter(sharding, p, path) for path, p in tree_paths(placed)])
+    def __init__(self, sharding, placed, model_placed, config):
+        self.tree = unflatten(model_placed, [_parameter(sharding, p, path) for path, p in tree_paths(model_placed)])
         by_path = dict(tree_paths(self.tree))
         self.trainable_placed, self.frozen_placed = split_trainable(placed)
         self.trainable = [by_path[p.path] for p in tree_leaves(self.trainable_placed)]
         self.frozen = [by_path[p.path] for p in tree_leaves(self.frozen_placed or ())]
         self.moments = {kind: [_like(w, kind) for w in self.trainable] for kind in optimizer.MOMENTS[config.optim.name]}
-        self.sums = [_like(w, "sum") for w in self.trainable] if config.parallel.micro_batches > 1 else []
+        self.sums = []
+        if config.parallel.micro_batches > 1 or sharding.mesh.pp > 1:
+            self.sums = [_like(w, partitioned_stages.SUM) for w in self.trainable]
 
     def are_shards(self):
         """Whether MindSpore has cut the Parameters to this rank's shards."""
@@ -138,6 +159,8 @@ def partitioned(sharding):
         return
     world, stage = sharding.mesh.world, sharding.zero
     ms.set_auto_parallel_context(device_num=world, full_batch=True, parallel_mode="semi_auto_parallel", enable_alltoall=True)
+    if sharding.mesh.pp > 1:
+        ms.set_auto_parallel_context(pipeline_stages=sharding.mesh.pp)
     if stage:
         level = {"parallel_optimizer_threshold": 0, "optimizer_level": f"level{stage}"}
         ms.set_auto_parallel_context(enable_parallel_optimizer=True, parallel_optimizer_config=level)
@@ -150,14 +173,26 @@ def partitioned(sharding):
 def build_step(cfg, config, sharding, kernels, arrays):
     """Returns step(state, batch, lr, step from 0) -> (state, metrics). batch: the global batch, on every rank.
 
-    With one micro-batch it is one graph. With more it is one for each micro-batch, which MindSpore partitions and which adds to the sum of
-    gradients, and one that updates this rank's shards, which needs no partitioning.
+    With one micro-batch it is one graph, and under a pipeline too, whose micro-batches MindSpore runs in it. Else it is one for each
+    micro-batch, which MindSpore partitions and which adds to the sum of gradients, and one that updates this rank's shards, which needs no
+    partitioning.
     """
-    micro_batches, names = config.parallel.micro_batches, metric_names(cfg)
+    micro_batches, names, mesh = config.parallel.micro_batches, metric_names(cfg), sharding.mesh
     keys = (*BATCH, *["noise"] * drops(cfg))
-    options = {"recompute": config.train.recompute, "loss_chunks": config.train.loss_chunks}
-    gradient = _gradient(build(cfg, sharding, kernels=kernels, **options).loss_fn, arrays, names, keys)
+    if mesh.pp > 1:
+        keys = (*keys, "shares")
+        network = partitioned_stages.network(cfg, config, sharding, kernels, arrays.tree, keys)
+        gradient = partitioned_stages.build_gradient(network, arrays.trainable, arrays.sums, sharding.zero)
+    else:
+        options = {"recompute": config.train.recompute, "loss_chunks": config.train.loss_chunks}
+        gradient = _gradient(build(cfg, sharding, kernels=kernels, **options).loss_fn, arrays, names, keys)
     update = _update(config, sharding, arrays, kernels)
+    scalars = ms.Parameter(optimizer.scalars(config.optim, 0.0, 0), name="scalars", requires_grad=False)
+
+    @ms.jit
+    def step_of_stage(*batch):  # MindSpore takes each argument for micro-batches, so the scalars are a Parameter
+        (loss, aux), grads = gradient(*batch)
+        return loss, aux, clear_after(ops.depend(update(grads, scalars), (loss, aux)))
 
     @ms.jit
     def step_in_one_graph(values, *batch):  # flat arguments: the partitioner does not look into tuples
@@ -165,7 +200,7 @@ def build_step(cfg, config, sharding, kernels, arrays):
         return loss, aux, ops.depend(update(grads, values), (loss, aux))
 
     total, places = tuple(arrays.sums), range(len(arrays.sums))
-    assign, depend, clear = ops.Assign(), ops.depend, cleared()
+    assign, depend, clear_after = ops.Assign(), ops.depend, _build_clear(arrays.sums)
 
     @ms.jit
     def accumulate(share, *batch):
@@ -177,11 +212,7 @@ def build_step(cfg, config, sharding, kernels, arrays):
 
     @ms.jit
     def finish(values):
-        norm = update(total, values)
-        done = norm
-        for i in places:
-            done = assign(total[i], clear(depend(total[i], done)))
-        return depend(norm, done)
+        return clear_after(update(total, values))
 
     def flat(batch):
         made = tensors(batch)
@@ -191,7 +222,12 @@ def build_step(cfg, config, sharding, kernels, arrays):
         check_documents(ONE_RANK, sharding.documents, batch)
         batch = with_dropout_seeds(cfg, config, ONE_RANK, batch, at)
         values = optimizer.scalars(config.optim, lr, at)
-        if micro_batches == 1:
+        if mesh.pp > 1:
+            scalars.set_data(values)
+            with partitioned(sharding):
+                loss, aux, norm = step_of_stage(*flat(partitioned_stages.with_shares(batch, micro_batches)))
+            loss, aux = partitioned_stages.on_all_ranks(mesh, names, loss, aux)
+        elif micro_batches == 1:
             with partitioned(sharding):
                 loss, aux, norm = step_in_one_graph(values, *flat(batch))
         else:
@@ -205,6 +241,19 @@ def build_step(cfg, config, sharding, kernels, arrays):
         return state, metrics_of(cfg, config, names, lr, loss, aux, norm, 0.0)
 
     return step
+
+
+def _build_clear(sums):
+    """Returns clear_after(norm) -> norm, which sets the sums to 0 once the norm is known, for use in a graph."""
+    sums, places, assign, depend, clear = tuple(sums), range(len(sums)), ops.Assign(), ops.depend, cleared()
+
+    def clear_after(norm):
+        done = norm
+        for i in places:
+            done = assign(sums[i], clear(depend(sums[i], done)))
+        return depend(norm, done)
+
+    return clear_after
 
 
 def _gradient(loss_fn, arrays, names, keys):
@@ -257,6 +306,8 @@ def _update(config, sharding, arrays, kernels):
 
 def build_evaluate(cfg, config, sharding, kernels, arrays):
     """Returns evaluate(state, batches) -> cross-entropy in nats per target. batches: global batches, on every rank."""
+    if sharding.mesh.pp > 1:
+        return _build_pipeline_evaluate(lora.without_dropout(cfg), config, sharding, kernels, arrays)
     loss_fn = build(lora.without_dropout(cfg), sharding, kernels=kernels, loss_chunks=config.train.loss_chunks).loss_fn
     batch = ", ".join(f'"{key}": {key}' for key in BATCH)
     lines = [f"aux = loss_fn(tree, {{{batch}}})[1]", 'return aux["loss"], aux["tokens"]']
@@ -266,6 +317,25 @@ def build_evaluate(cfg, config, sharding, kernels, arrays):
         check_documents(ONE_RANK, sharding.documents, batch)
         with partitioned(sharding):
             return loss_of(*(tensors(batch)[key] for key in BATCH))
+
+    def evaluate(state, batches):
+        return mean_over_targets(map(loss_and_targets, batches))
+
+    return evaluate
+
+
+def _build_pipeline_evaluate(cfg, config, sharding, kernels, arrays):
+    keys, names = (*BATCH, "shares"), metric_names(cfg)
+    forward = ms.jit(partitioned_stages.network(cfg, config, sharding, kernels, arrays.tree, keys))
+
+    def loss_and_targets(batch):
+        check_documents(ONE_RANK, sharding.documents, batch)
+        made = tensors(partitioned_stages.with_shares(batch, config.parallel.micro_batches))
+        with partitioned(sharding):
+            out = forward(*(made[key] for key in keys))
+        loss, aux = out if isinstance(out, tuple) else (out, ())
+        metrics = dict(zip(names, partitioned_stages.on_all_ranks(sharding.mesh, names, loss, aux)[1]))
+        return metrics["loss"], metrics["tokens"]
 
     def evaluate(state, batches):
         return mean_over_targets(map(loss_and_targets, batches))

@@ -53,7 +53,7 @@ def region(sharding, local, operands, results, sizes=None, dtype=None):
     leaving = tuple(layout(sharding, [used for _, used in part]) for part in results)
     names = ", ".join(f"x{i}" for i in range(len(operands)))
     fn = function(f"region({names})", [f"return local({names})"], local=local)  # Morph refuses a function of *args
-    return _Region(fn, shapes, dtypes).shard(entering, leaving)
+    return _Region(sharding.mesh.pp > 1, fn, shapes, dtypes, entering, leaving)
 
 
 def stored(mesh, shape, used):
@@ -63,15 +63,20 @@ def stored(mesh, shape, used):
     the parameter is stored as it is used. shape: of the shard that ops use. used: for each dim the atoms of that shard.
     """
     split = {atom for atoms in used for atom in atoms}
-    replicas = tuple(atom for atom in mesh.sizes if atom not in split)
+    replicas = tuple(atom for atom in of_stage(mesh) if atom not in split)
     return used if shape[0] % mesh.size(replicas) else (used[0] + replicas, *used[1:])
+
+
+def of_stage(mesh):
+    """Returns {atom: size} of the ranks of a pipeline stage, outermost first: MindSpore's layouts know nothing of the other stages."""
+    return {atom: size for atom, size in mesh.sizes.items() if atom not in mesh.atoms(("pp",))}
 
 
 def layout(sharding, dims):
     """Returns MindSpore's Layout of a tensor with these dims. MindSpore crashes on the Layout of a scalar, so there must be a dim."""
     assert dims, "a region has no scalars: give them a dim `one`"
-    each = [sharding.atoms(dim) for dim in dims]
-    device_mesh = Layout(tuple(sharding.mesh.sizes.values()), tuple(sharding.mesh.sizes))
+    each, sizes = [sharding.atoms(dim) for dim in dims], of_stage(sharding.mesh)
+    device_mesh = Layout(tuple(sizes.values()), tuple(sizes))
     return device_mesh(*("None" if not atoms else atoms[0] if len(atoms) == 1 else atoms for atoms in each))
 
 
@@ -80,13 +85,19 @@ class _Region(ops.Morph):
 
     substitute_name = "Morph"  # the compiler recognises it by this name
 
-    def __init__(self, local, shapes, dtypes):
+    def __init__(self, in_stage, local, shapes, dtypes, entering, leaving):
         super().__init__(local, _not_called, _not_called)
         self.__dict__.update(infer_shape=shapes, infer_dtype=dtypes)  # as arguments of Morph these would be compiled
         self.add_prim_attr("self_define_shard", True)  # MindSpore takes the given layouts
+        self.shard(entering, leaving)
+        if in_stage:  # an op with effects gets an input that has no type in the graph of a stage: "The pointer[abs] is null"
+            for effect in ("side_effect_mem", "side_effect_io", "side_effect_backprop"):
+                self.del_prim_attr(effect)
+        self.given = in_stage, local, shapes, dtypes, entering, leaving
 
     def _clone(self):
-        return self
+        """MindSpore calls this for what it copies, such as the stages of a pipeline for each micro-batch."""
+        return _Region(*self.given)
 
 
 def _not_called(*args):
@@ -99,8 +110,9 @@ def _is_known(sharding, fn, results):
         return False
     moves = [(a, b) for part in results for a, b in part]
     copied = any(a in COPIES and sharding.shards(a) != sharding.shards(COPIES[a]) for a, _ in moves)
-    scattered = [set(sharding.atoms(b)) - set(sharding.atoms(a)) for a, b in moves]
-    return not copied and all(len(atoms) <= (fn.name == "MatMul") for atoms in scattered)
+    scattered = [(sharding.atoms(a), set(sharding.atoms(b)) - set(sharding.atoms(a))) for a, b in moves]
+    # MindSpore's MatMul scatters a dim over one more atom, if it is split already
+    return not copied and all(len(more) <= (fn.name == "MatMul" and len(has) > 0) for has, more in scattered)
 
 
 def _primitive(sharding, fn, operands, results, kind):

@@ -58,7 +58,7 @@ def main(name):
         return out
 
     with mock.patch.object(partitioned, "_parameter", with_values), mock.patch.object(_utils, "_load_tensor_by_layout", seen):
-        arrays = partitioned.Arrays(sharding, placed, config)
+        arrays = partitioned.Arrays(sharding, placed, placed, config)
         step = partitioned.build_step(cfg, config, sharding, choose_kernels(config.ops, cfg, sharding), arrays)
         step(arrays.state(0.0), blank(config.train.batch_size, config.train.seq_len), 1e-3, 0)
     wrong = []

@@ -11,6 +11,7 @@ import pytest
 
 from experiments.configs import common
 from experiments.layout.check import check_partitioned
+from experiments.train import partitioned_stages
 from experiments.train.program import build_program
 from parallel.checkpoint.read import Reader
 from parallel.sharding import Sharding
@@ -86,7 +87,6 @@ def test_a_state_is_restored_into_the_other_lowering():
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("parallel.pp", 2, "parallel.pp=2 with parallel.lowering=shard: MindSpore's pipeline"),
         ("parallel.cp", 2, "no rule for a ring"),
         ("optim.skip_spikes", 3.0, "optim.skip_spikes=3.0"),
         ("optim.name", "muon", "needs whole matrices"),
@@ -100,7 +100,32 @@ def test_what_the_partitioner_cannot_train_is_refused_by_name(key, value, said):
     section, name = key.split(".")
     config[section][name] = value
     with pytest.raises(ValueError, match=said.replace(".", r"\.")):
-        check_partitioned(config)
+        check_partitioned(config, layouts.MODELS["dense"])
+
+
+@pytest.mark.parametrize(
+    "model, change, parallel, said",
+    [
+        ("moe", {}, {}, "a stage of MindSpore's sends one tensor"),
+        ("dense", {"tie_embeddings": True}, {}, "model_args.tie_embeddings=false"),
+        ("dense", {"tie_embeddings": False}, {"zero": 1}, "parallel.zero=1: MindSpore's compiler fails; use --zero=0 or 3"),
+        ("dense", {"tie_embeddings": False}, {"pp_schedule": "gpipe"}, "MindSpore's is 1f1b"),
+    ],
+)
+def test_what_mindspores_pipeline_cannot_train_is_refused_by_name(model, change, parallel, said):
+    config = common.get_config()
+    config.parallel.lowering, config.parallel.pp = "shard", 2
+    config.parallel.update(parallel)
+    with pytest.raises(ValueError, match=said.replace(".", r"\.")):
+        check_partitioned(config, layouts.MODELS[model].replace(**change))
+
+
+@pytest.mark.parametrize("at", range(2))
+def test_a_micro_batch_of_a_pipeline_has_its_share_of_the_loss_weight(at):
+    weights = np.array([[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 0]], np.float32)
+    batch = partitioned_stages.with_shares({"tokens": np.ones((4, 3), np.int32), "loss_weights": weights}, 2)
+    assert batch["shares"].shape == (4, 3)
+    assert batch["shares"][2 * at : 2 * at + 2].sum() == pytest.approx([5 / 6, 1 / 6][at])
 
 
 def run_main(*words, env=None):
@@ -123,6 +148,7 @@ def text(tmp_path_factory):
     return path
 
 
+DEEP = "--config.model_args.num_layers=2", "--config.model_args.tie_embeddings=false"
 RUNS = {  # name -> (config, flags); vocabulary 515, so that its shards are padded
     "manual, dp2 tp2": ("tiny", ("--dp=2", "--tp=2")),
     "manual, pp2 tp2": ("tiny", ("--pp=2", "--tp=2", "--micro_batches=2", "--config.model_args.num_layers=2")),
@@ -130,6 +156,7 @@ RUNS = {  # name -> (config, flags); vocabulary 515, so that its shards are padd
     "shard, dp2 tp2, bfloat16": ("tiny", ("--lowering=shard", "--dp=2", "--tp=2", "--config.model_args.compute_dtype=bfloat16")),
     "shard, dp2 tp2, ZeRO 1, micro-batches": ("tiny", ("--lowering=shard", "--dp=2", "--tp=2", "--zero=1", "--micro_batches=2")),
     "shard, dp2 tp2, ZeRO 3, sequence parallel": ("tiny", ("--lowering=shard", "--dp=2", "--tp=2", "--zero=3", "--seq_parallel")),
+    "shard, pp2 tp2, sequence parallel": ("tiny", ("--lowering=shard", "--pp=2", "--tp=2", "--seq_parallel", "--micro_batches=2", *DEEP)),
     "shard, dp2 tp2 ep2": ("tiny_moe", ("--lowering=shard", "--dp=2", "--tp=2", "--ep=2")),
 }
 
