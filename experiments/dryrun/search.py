@@ -17,6 +17,7 @@ from experiments.layout.sharding import sharding_of
 from experiments.train.optim_rules import MOMENTS
 from experiments.train.state import stage_placements
 from experiments.watch import metrics
+from layers import lora
 from ops import head_loss
 from ops.routing import shard_capacity
 from parallel.placement import nbytes, place
@@ -35,6 +36,7 @@ memory of a rank, in GiB
   saved     layers x tokens of a rank's micro-batch x (SAVED_ROWS x hidden / ranks of the rows + SAVED_INPUTS x hidden + SAVED_FFN x ffn
             / tp + SAVED_HEADS x (heads + 2 kv heads) x head_dim / tp) x 2 bytes + tokens x SAVED_LOGITS x vocabulary / tp x 4 bytes /
             chunks of the loss; inputs that the backward gathers again take hidden / ranks of the rows;
+            an adapter with dropout saves its input a second time;
             if a layer has experts, the ffn term is: rows of their buffers x (hidden + SAVED_EXPERT_FFN x their ffn) + chosen rows x
             hidden + weights of a rank. A recomputed layer saves only hidden, and one layer at a time is saved in full. Under a pipeline:
             the layers of a stage, and hidden for each live input
@@ -170,11 +172,21 @@ def saved_bytes(config, cfg, sharding):
     heads = tokens * SAVED_HEADS * (cfg.num_heads + 2 * max(cfg.num_kv_heads, tp)) * cfg.head_dim / tp
     sparse = sum(map(cfg.is_moe_layer, range(cfg.num_layers))) / cfg.num_layers  # the share of layers with experts
     ffn = (1 - sparse) * tokens * SAVED_FFN * cfg.ffn_size / tp + (sparse * _of_experts(config, cfg, sharding) if sparse else 0)
-    layer, count = rows + heads + ffn, -(-cfg.num_layers // pp)
+    layer, count = rows + heads + ffn + _dropped(cfg, sharding, tokens), -(-cfg.num_layers // pp)
     kept = {"none": count * layer, "attention": count * (layer - heads) + heads, "full": count * given + layer}[config.train.recompute]
     kept += min(parallel.micro_batches, pp - 1) * given
     chunks = len(head_loss.chunk_bounds(config.train.loss_chunks, tokens, -(-cfg.vocab_size // tp)))
     return int(2 * kept + tokens * SAVED_LOGITS * cfg.vocab_size / tp * 4 / chunks)
+
+
+def _dropped(cfg, sharding, tokens):
+    """Returns the number of elements of a layer's inputs of adapters after their dropout, which are saved for the backward pass."""
+    if not (cfg.lora and cfg.lora.dropout):
+        return 0
+    sizes = {"embed": cfg.hidden_size, "heads": cfg.num_heads * cfg.head_dim, "ffn": cfg.ffn_size}
+    of_targets = [(rows, columns) for target, rows, columns in lora.DROPPED.values() if target in cfg.lora.targets]
+    split = {"rows": sharding.shards("rows") // sharding.shards("tokens"), "tokens": 1}
+    return sum(tokens * sizes[columns] / split[rows] / sharding.shards(columns) for rows, columns in of_targets)
 
 
 def _of_experts(config, cfg, sharding):
