@@ -285,7 +285,7 @@ def test_mindspores_recompute_lowers_the_peak():
 
 def test_what_the_partitioner_is_not_given_is_refused_by_its_key():
     for option, step, message in (
-        ("--pp=2", "train", "parallel.pp=2 with parallel.lowering=shard: MindSpore's pipeline needs Cells"),
+        ("--pp=2", "train", "parallel.pp=2 with parallel.lowering=shard: a dry run does not know the messages"),
         ("--cp=2", "train", "parallel.cp=2 with parallel.lowering=shard: MindSpore has no rule for a ring"),
         ("--config.optim.skip_spikes=2.0", "train", "optim.skip_spikes=2.0 with parallel.lowering=shard"),
         ("--config.optim.name=muon", "train", "optim.name=muon with parallel.lowering=shard: it needs whole matrices"),
@@ -293,7 +293,7 @@ def test_what_the_partitioner_is_not_given_is_refused_by_its_key():
     ):
         config = read(*MODEL, "--dp=2", "--tp=2", option)
         with pytest.raises(ValueError, match=re.escape(message)):
-            dryrun_shard.check(config, step)
+            dryrun_shard.check(config, command_line.model_config(config, "any"), step)
 
 
 REFUSED = [  # options, ranks, depths, what the error says
