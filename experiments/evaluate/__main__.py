@@ -41,7 +41,7 @@ def check_weights(kinds):
 
 
 def main(_):
-    for name in ("init_from", "resume_from", "partial", "zero", "micro_batches"):
+    for name in ("init_from", "resume_from", "partial", "zero", "micro_batches", "lowering"):
         if FLAGS[name].present:
             raise ValueError(f"--{name} has no use here; leave it out")
     command_line.check_source(FLAGS.hf_dir, FLAGS.workdir)

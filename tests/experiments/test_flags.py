@@ -346,7 +346,7 @@ def test_a_main_checks_its_flags_before_it_imports_mindspore(main):
 WRONG = {
     "generate": ([], ["--hf_dir=a", "--workdir=b", "--prompt=x"], ["--hf_dir=a"], ["--hf_dir=a", "--prompt=x", "--stop_ids=a"]),
     "serve": ([], ["--hf_dir=a", "--port=-1"], ["--hf_dir=a", "--api_key_file=/nothing"]),
-    "evaluate": (["--data=a"], ["--hf_dir=a", "--zero=1"]),
+    "evaluate": (["--data=a"], ["--hf_dir=a", "--zero=1"], ["--hf_dir=a", "--lowering=shard"]),
     "convert": ([], ["inspekt"], ["verify", "--top=3"]),
     "sweep": ([], ["--workdir=a", "--config=/nothing"]),
     "dryrun": (["--search"], ["--config.train.stepz=3"], ["--config=experiments/configs/tiny.py", "--world_size=2", "--tp=7"]),
