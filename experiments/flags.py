@@ -23,6 +23,7 @@ from experiments.data.gpt_index import split_ranges
 from experiments.layout import check as layout
 from experiments.posttrain.settings import LOSSES, RL_LOSSES
 from experiments.train import lr_groups
+from experiments.watch import trackers
 from ops.registry import IMPLEMENTATIONS, LENGTHS, OPS
 from parallel.checkpoint.files import COMPRESSIONS
 from parallel.checkpoint.read import Reader, find
@@ -447,6 +448,7 @@ CHECKS = {
         (lambda value: value in (-1, 0) or 2 <= value <= LENGTHS),
         f"must be 2 to {LENGTHS}, or 0 for any number by segment ids, or -1 for a choice by train.seq_len",
     ),
+    "watch.project": ((lambda value: value != ""), "must name a project; use 'qwen3'"),
     "data.json_key": ((lambda value: value != ""), "must name a key of the records; use 'text'"),
     "data.split": (_is_split, "must be up to three weights of train, valid and test, 0 or more; use '969,30,1'"),
     "yarn.factor": ((lambda value: value == 0 or value >= 1), "must be 1 or more, or 0 to keep the model's own scaling"),
@@ -506,6 +508,7 @@ def check(config):
             raise ValueError(f"{key}={value!r} {rule}")
     lr_groups.parse(config.optim.lr_groups)
     batch_ramp.parse(config.train.batch_ramp)
+    trackers.parse(config.watch.trackers)
     for key in _keys(config):
         value = _value(config, key)
         if isinstance(value, float) and not math.isfinite(value):

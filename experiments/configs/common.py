@@ -83,6 +83,11 @@ def get_config():
     c.checkpoint = _checkpoint()
     c.data = _data()
 
+    c.watch = ConfigDict()
+    # where metrics go beside metrics.jsonl and TensorBoard: wandb, mlflow, or both, separated by commas; docs/ablations.md; empty = nowhere
+    c.watch.trackers = ""
+    c.watch.project = "qwen3"  # the project of W&B, the experiment of MLflow
+
     c.ops = ConfigDict({op: "auto" for op in OPS})  # for each op: reference, cpu, vendor, ascendc, or auto = the fastest that works here
 
     c.parallel = _parallel()  # also --dp, --tp, ... on the command line

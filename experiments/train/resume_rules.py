@@ -82,6 +82,7 @@ RULES = {
         NEVER,
         DATA,
     ),
+    **_of("watch", "trackers project", IN_PLACE, LOGGING),
     "data.max_documents": (IN_PLACE, "how attention is told of documents; results differ by rounding"),
     "data.skip_bad": (IN_PLACE, "whether unusable records are left out from here on"),
     "data.cache_dir": (IN_PLACE, "where index files are kept"),

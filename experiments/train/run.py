@@ -22,7 +22,7 @@ from experiments.train.finish import check_results, finish, save_at
 from experiments.train.loop import train
 from experiments.train.program import build_program
 from experiments.train.state import uses_scan
-from experiments.watch import metrics, monitors, profiling
+from experiments.watch import metrics, monitors, profiling, trackers
 from experiments.watch.probe import Probe
 from ops import registry
 from parallel import collectives
@@ -36,6 +36,7 @@ def train_in(workdir, config):
     rank, _ = collectives.start()
     cfg, parallel = command_line.model_config(config, ms.get_context("device_target")), config.parallel
     check_frozen(cfg)
+    trackers.check(config.watch.trackers)
     lr_groups.check(config.optim.lr_groups, param_specs(cfg))
     mesh = layout.mesh(cfg, parallel, rank)
     layout_memory.check(config, cfg, sharding_of(config, cfg, mesh))
@@ -68,7 +69,8 @@ def run(config, cfg, data, workdir, mesh):
         metrics.check(workdir, start.step)
         run_folder.begin(workdir, config, data.tokenizer)
     with contextlib.ExitStack() as opened:
-        writer = opened.enter_context(metrics.Writer(workdir if mesh.rank == 0 else None, start.step))
+        sent = trackers.Trackers(workdir, config.watch, run_folder.to_dict(config), start.step) if mesh.rank == 0 else None
+        writer = opened.enter_context(metrics.Writer(workdir if mesh.rank == 0 else None, start.step, sent))
         rows_of = batch_ramp.rows_of(train_)
         batches = loader.Loader(data.train, rows_of, train_.seed, place, dp, micro, start.loader, begun=start.step)
         batches = opened.enter_context(batches)

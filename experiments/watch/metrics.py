@@ -69,11 +69,12 @@ class Writer:
     """Writes the metrics of a run: one JSON object per line to `metrics.jsonl`, numbers also to `tensorboard/`. `records` has all of them.
 
     workdir: the run's folder; None, for ranks that do not write, keeps only `records`. begun: the step from which a resumed run continues.
-    Lines of later steps, which an earlier process wrote, are removed, because these steps run again.
+    Lines of later steps, which an earlier process wrote, are removed, because these steps run again. trackers: Trackers, which get the
+    numbers too, and which the Writer closes; None = none.
     """
 
-    def __init__(self, workdir, begun=0):
-        self.records, self.silent = [], workdir is None
+    def __init__(self, workdir, begun=0, trackers=None):
+        self.records, self.silent, self.trackers = [], workdir is None, trackers
         if not self.silent:
             path = os.path.join(workdir, METRICS)
             if begun:
@@ -91,9 +92,11 @@ class Writer:
             return
         self.file.write(json.dumps(self.records[-1]) + "\n")
         self.file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for name, value in numbers.items():
+            self.board.add_scalar(name, value, step)
+        if self.trackers:
+            self.trackers.log(step, numbers)
 
     def sync(self):
         """Makes sure that everything written so far is on disk."""
@@ -107,6 +110,8 @@ class Writer:
         if not self.silent:
             self.file.close()
             self.board.close()
+            if self.trackers:
+                self.trackers.close()
 
 
 def check(workdir, begun):

@@ -47,6 +47,7 @@ ACCEPTED = {
         ("train.eval_tasks", "train.sample_prompt", "train.freeze_include", "train.freeze_exclude", "lora.targets", "data.tokenizer"),
         ("text",),
     ),
+    "watch.project": ("text",),
 }
 LISTS = ("parallel.stage_layers", "model_args.mlp_only_layers")
 ODD_LISTS = {f"[{name}]": (value,) for name, value in ODD.items()}

@@ -309,6 +309,7 @@ NEEDS_MORE = {  # ranks, a pipeline, another kind of data, frozen weights, or a 
     *("train.frozen_dtype", "train.eval_tasks", "rl.slots", "rl.reward_processes", "rl.reward_timeout_s", "rl.log_samples"),
     *(f"parallel.{name}" for name in ("dp", "tp", "pp", "pp_schedule", "virtual_stages", "stage_layers", "cp", "cp_attention")),
     *("parallel.cp_ulysses", "parallel.ep", "parallel.lowering", "data.skip_bad", "data.cache_dir", "resume_from", "init_from", "partial"),
+    *("watch.trackers", "watch.project"),
 }
 OTHER_UPDATES = ("train.steps",)  # in place, and yet the updates change
 
