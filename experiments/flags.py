@@ -225,6 +225,7 @@ def model_config(config, device="CPU"):
     if args.get("vocab_size", base.vocab_size) != base.vocab_size:  # another tokenizer, so the ids of the special tokens are unknown
         args = {"bos_id": None, "eos_id": None, "pad_id": None, **args}
     args["num_labels"] = int(config.prefer.loss == "reward")
+    args["mup_base_width"] = config.train.mup_base_width
     cfg = _with_trainable(_with_yarn(base.replace(**args), config.yarn), config)
     check_compute_dtype(cfg, device)
     return cfg
@@ -399,6 +400,7 @@ CHECKS = {
             "train.monitor_every",
             "train.save_hf_every",
             "train.loss_chunks",
+            "train.mup_base_width",
             "data.max_bytes",
             "data.max_samples",
             "data.shuffle_buffer",
@@ -488,6 +490,7 @@ MOST = {
     "lora.rank": (LORA_LIMITS["rank"], "no matrix of a model is so large"),
     "lora.alpha": (LORA_LIMITS["alpha"], "a saved adapter could not be read again"),
     "train.loss_chunks": (LIMITS["vocab_size"], "no model has more words"),
+    "train.mup_base_width": (LIMITS["hidden_size"], "no model is wider"),
     "data.vocab_size": (LIMITS["vocab_size"], "no model has more"),
     "data.max_bytes": (2**63 - 1, "an int64 counts them"),
     "yarn.factor": (YARN_LIMIT, "a saved model could not be read again"),
@@ -508,6 +511,7 @@ def check(config):
             raise ValueError(f"{key}={value!r} {rule}")
     lr_groups.parse(config.optim.lr_groups)
     batch_ramp.parse(config.train.batch_ramp)
+    _check_mup(config)
     trackers.parse(config.watch.trackers)
     for key in _keys(config):
         value = _value(config, key)
@@ -517,6 +521,21 @@ def check(config):
         value = _value(config, key)
         if value > most:
             raise ValueError(f"{key}={value!r} must be at most {most}: {why}")
+
+
+def _check_mup(config):
+    """Raises ValueError for muP with what has no rule for it."""
+    width = config.train.mup_base_width
+    if width and config.optim.name == "sgd":
+        raise ValueError(
+            f"train.mup_base_width={width} with optim.name=sgd: muP has rules for adamw, lion and muon; use one of them, or"
+            " train.mup_base_width=0"
+        )
+    if width and config.lora.rank:
+        raise ValueError(
+            f"train.mup_base_width={width} with lora.rank={config.lora.rank}: adapters have no rule in muP; use train.mup_base_width=0, or"
+            " lora.rank=0"
+        )
 
 
 def _value(config, key):

@@ -234,6 +234,7 @@ IN_FUSED_OPS = (
     *("model_type", "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "rms_norm_eps"),
     *("max_position", "rope_theta", "rope_scaling", "param_dtype", "compute_dtype", "tie_embeddings", "initializer_range", "frozen"),
     "frozen_dtype",
+    "mup_base_width",
     "num_labels",
     *("num_experts", "experts_per_token", "moe_ffn_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"),
     *("router_aux_coef", "router_z_coef", "router_bias", "moe_block_size", "moe_capacity_factor", "bos_id", "eos_id", "pad_id"),

@@ -21,6 +21,7 @@ class ParamSpec:
         the router); "none" for a frozen parameter, which has no gradient and no optimizer state.
     parts: for each dim the number of equal parts that must not be split further, such as the number of heads in a dim of heads x head_dim;
         None where each element is a part. Default: all None.
+    lr: the factor of the learning rate, of AdamW and Lion; experiments/train/optim.py has that of Muon. See qwen3/mup.py.
     dtype: that in which a training run keeps the parameter, float32 for all that trains.
     """
 
@@ -30,6 +31,7 @@ class ParamSpec:
     optimizer: str = "adamw"
     parts: tuple = ()
     dtype: str = "float32"
+    lr: float = 1.0
 
     def __post_init__(self):
         assert len(self.shape) == len(self.dims), (self.shape, self.dims)

@@ -150,6 +150,7 @@ class Qwen3Config:
     lora: Lora | None = None
     frozen: tuple = ((), ())
     frozen_dtype: str = "float32"  # in which a training run keeps frozen matrices, but for the router's, which computes in float32
+    mup_base_width: int = 0  # the hidden_size at which muP changes nothing, see qwen3/mup.py; 0 = no muP
 
     def __post_init__(self):
         _check(self)
@@ -175,7 +176,7 @@ class Qwen3Config:
     @property
     def base(self):
         """The config without adapters and with nothing frozen: the model as Hugging Face files store it."""
-        return dataclasses.replace(self, lora=None, frozen=((), ()), frozen_dtype="float32")
+        return dataclasses.replace(self, lora=None, frozen=((), ()), frozen_dtype="float32", mup_base_width=0)
 
     @property
     def eos_ids(self):
@@ -241,6 +242,8 @@ def _check(c):
             most = REAL_LIMITS.get(field.name, math.inf)
             need(_is_number(value), f"{field.name}={value!r} must be a finite number")
             need(value <= most, f"{field.name}={value!r} must be at most {most:g}")
+    width, most = c.mup_base_width, LIMITS["hidden_size"]
+    need(type(width) is int and 0 <= width <= most, f"mup_base_width={short(width)} must be a whole number from 0 to {most}")
     need(c.rope_theta > 1, f"rope_theta={c.rope_theta} must be above 1")
     outside = [i for i in c.mlp_only_layers if type(i) is not int or not 0 <= i < c.num_layers]
     need(not outside, f"mlp_only_layers={short(list(c.mlp_only_layers))} names layers outside 0..{c.num_layers - 1}")

@@ -27,6 +27,7 @@ from parallel.sharding import Sharding
 from parallel.trees import tree_paths, unflatten
 from qwen3 import run_layers
 from qwen3.config import check_compute_dtype
+from qwen3.mup import with_mup
 
 NO_STATS = ms.Tensor([0.0], ms.float32)  # router statistics of a dense layer
 
@@ -42,7 +43,7 @@ def param_specs(cfg):
         outside["score"] = tables.score_specs(cfg)
     elif not cfg.tie_embeddings:
         outside["lm_head"] = tables.specs(cfg)
-    outside = with_frozen(cfg, lora.specs(cfg, outside, lora.EMBED))
+    outside = with_frozen(cfg, lora.specs(cfg, with_mup(cfg, outside), lora.EMBED))
     return {"embed": outside.pop("embed"), "layers": [layer_specs(cfg, i) for i in range(cfg.num_layers)], **outside}
 
 
@@ -50,7 +51,7 @@ def layer_specs(cfg, i):
     """Returns the specs of layer i: attention_norm, attention, mlp_norm, and mlp or moe. layers/norm.py describes other places of norms."""
     ffn = {"moe": moe.specs(cfg)} if cfg.is_moe_layer(i) else {"mlp": mlp.specs(cfg)}
     tree = {**norm.around(cfg, "attention", {"attention": attention_layer.specs(cfg)}), **norm.around(cfg, "mlp", ffn)}
-    return with_frozen(cfg, lora.layer_specs(cfg, i, tree), f"layers.{i}.")
+    return with_frozen(cfg, lora.layer_specs(cfg, i, with_mup(cfg, tree)), f"layers.{i}.")
 
 
 def with_frozen(cfg, tree, prefix=""):

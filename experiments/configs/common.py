@@ -68,6 +68,9 @@ def get_config():
 
     # decay of an exponential moving average of the weights, such as 0.999, which is evaluated beside them and saved as hf_ema; 0 = none
     c.train.ema_decay = 0.0
+    # muP: the hidden_size at which optim.lr and initializer_range hold as they are; at other widths both follow from it, docs/ladder.md;
+    # 0 = no muP
+    c.train.mup_base_width = 0
 
     # Patterns of parameter paths, separated by commas. Parameters that match freeze_include and not freeze_exclude are not trained.
     c.train.freeze_include = ""  # such as "embed,layers.0.*,*norm"
@@ -240,6 +243,6 @@ def _data():
 
 def _model_args():
     """Returns a typed placeholder for each field of Qwen3Config, except those that other keys set."""
-    by_others = ("rope_scaling", "lora", "frozen", "frozen_dtype", "num_labels")
+    by_others = ("rope_scaling", "lora", "frozen", "frozen_dtype", "mup_base_width", "num_labels")
     hints = {f.name: f.type for f in dataclasses.fields(Qwen3Config) if f.name not in by_others}
     return ConfigDict({name: placeholder(next(iter(typing.get_args(hint)), hint)) for name, hint in hints.items()})

@@ -8,9 +8,9 @@ import dataclasses
 
 import numpy as np
 
-from experiments.convert.weights import bar, check_output, open_weights
+from experiments.convert.weights import Leaf, bar, check_output, open_weights
 from parallel.trees import tree_paths, unflatten
-from qwen3 import hf, hf_files
+from qwen3 import hf
 from qwen3.model import param_specs
 
 METHODS = ("linear", "slerp")
@@ -73,7 +73,7 @@ def _mix(sources, output, dtype, mixed, how):
     for other in models[1:]:
         _check_alike(first, other)
     with bar("mix", sum(model.total_bytes for model in models)) as progress:
-        leaves = [_Leaf(models, path, mixed, progress) for path, _ in tree_paths(specs)]
+        leaves = [Leaf(models, path, progress, mixed, "float32") for path, _ in tree_paths(specs)]
         hf.save(folder, first.config, unflatten(specs, leaves), tokenizer_dir=first.tokenizer, dtype=dtype or first.config.param_dtype)
     yield from (f"read       {model}" for model in models)
     yield f"wrote      {folder}, {how}, {hf.who_opens(first.config)}; {first.describe_tokenizer()}"
@@ -90,19 +90,3 @@ def _check_alike(first, other):
         values = [getattr(model.config, field.name) for model in (first, other)]
         if field.name not in MAY_DIFFER and values[0] != values[1]:
             raise ValueError(f"{field.name}={values[0]} in {first.folder}, and {values[1]} in {other.folder}; give models of one kind")
-
-
-class _Leaf:
-    """A parameter that is read and mixed only when hf.save calls asnumpy()."""
-
-    def __init__(self, models, path, mixed, progress):
-        self.shape, self.dtype = models[0].arrays[path][0], np.dtype(hf_files.DTYPES["F32"])
-        self._models, self._path, self._mixed, self._progress = models, path, mixed, progress
-
-    def asnumpy(self):
-        return self._mixed(self._read(model) for model in self._models)
-
-    def _read(self, model):
-        found = model.read(self._path)
-        self._progress.update(found.nbytes)
-        return found

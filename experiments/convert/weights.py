@@ -196,16 +196,20 @@ def _pieces(weights, progress):
             progress.update(data.nbytes)
 
 
-class _Leaf:
-    """A parameter that is read only when hf.save calls asnumpy()."""
+class Leaf:
+    """A parameter that is read only when hf.save calls asnumpy(). models: opened weights, whose arrays `mixed`, a function of an iterator,
+    makes one of; default: the first model's. dtype: of the result; default: that of the first model."""
 
-    def __init__(self, weights, name, progress):
-        self.shape, dtype = weights.arrays[name]
-        self.dtype = np.dtype(hf_files.DTYPES[hf_files.CODES[dtype]])
-        self._weights, self._name, self._progress = weights, name, progress
+    def __init__(self, models, path, progress, mixed=next, dtype=None):
+        self.shape, stored = models[0].arrays[path]
+        self.dtype = np.dtype(hf_files.DTYPES[hf_files.CODES[dtype or stored]])
+        self._models, self._path, self._progress, self._mixed = models, path, progress, mixed
 
     def asnumpy(self):
-        out = self._weights.read(self._name)
+        return self._mixed(map(self._read, self._models))
+
+    def _read(self, model):
+        out = model.read(self._path)
         self._progress.update(out.nbytes)
         return out
 
@@ -214,5 +218,5 @@ def to_hugging_face(weights, output, dtype):
     """Writes a folder that transformers opens. It appears under its name only when all is on disk."""
     specs = param_specs(weights.config)
     with bar("native-to-hf", weights.total_bytes) as progress:
-        leaves = unflatten(specs, [_Leaf(weights, path, progress) for path, _ in tree_paths(specs)])
+        leaves = unflatten(specs, [Leaf([weights], path, progress) for path, _ in tree_paths(specs)])
         hf.save(output, weights.config, leaves, tokenizer_dir=weights.tokenizer, dtype=dtype)

@@ -52,6 +52,7 @@ def check_partitioned(config, cfg):
         "prefer.loss": ("", "preferences are not supported there"),
         "rl.loss": ("", "rewards are not supported there"),
         "optim.lr_groups": ("", "groups of learning rates are not supported there"),
+        "train.mup_base_width": (0, "learning rates by parameter are not supported there"),
         "optim.skip_spikes": (0.0, "skipping of updates is not supported there"),
         "train.ema_decay": (0.0, "an average of the weights is not supported there"),
         "train.batch_ramp": ("", "its step is compiled for one size"),

@@ -88,12 +88,28 @@ def scalars(optim, lr, step):
 
 
 def own_rates(optim, placed):
-    """Returns nested tuples of tensors by which the leaves of a tree of Placed multiply the scalars of a step, for optim.lr_groups: float32
-    [4], or [L, 4] for a leaf whose L stacked layers differ. None if all factors are 1."""
+    """Returns nested tuples of tensors by which the leaves of a tree of Placed multiply the scalars of a step, for optim.lr_groups and muP:
+    float32 [4], or [L, 4] for a leaf whose L stacked layers differ. None if all factors are 1."""
     groups = lr_groups.parse(optim.lr_groups)
-    if all(lr_groups.factors(groups, p) == (1.0,) for p in tree_leaves(placed)):
+    if all(own_factors(optim, groups, p) == (1.0,) for p in tree_leaves(placed)):
         return None
-    return to_tuple(tree_map(lambda p: _own_rate(lr_groups.factors(groups, p)), placed))
+    return to_tuple(tree_map(lambda p: _own_rate(own_factors(optim, groups, p)), placed))
+
+
+def own_factors(optim, groups, placed):
+    """Returns the tuple of lr_groups.factors times the factor of the parameter's spec. groups: of lr_groups.parse()."""
+    return tuple(factor * rate_of_spec(optim, placed.spec) for factor in lr_groups.factors(groups, placed))
+
+
+def rate_of_spec(optim, spec):
+    """Returns the factor of the learning rate that spec.lr gives under this optimizer.
+
+    A step of AdamW or Lion changes each element of a matrix by about lr. Its spectral norm, which bounds the change of the output, then
+    grows with the width n, so muP has the factor base / n. A step of Muon has the spectral norm lr * 0.2 * sqrt(n), so its factor for a
+    matrix that grows in both dims is sqrt(base / n). The router has one fixed dim, and its factor is base / n here too."""
+    if optim.name == "muon" and muon.is_matrix(spec) and "router" not in spec.dims:
+        return spec.lr**0.5
+    return spec.lr
 
 
 def _own_rate(factors):

@@ -103,9 +103,10 @@ class Arrays:
         self.trainable = [by_path[p.path] for p in tree_leaves(self.trainable_placed)]
         self.frozen = [by_path[p.path] for p in tree_leaves(self.frozen_placed or ())]
         self.moments = {kind: [_like(w, kind) for w in self.trainable] for kind in optimizer.MOMENTS[config.optim.name]}
-        self.sums = []
-        if config.parallel.micro_batches > 1 or sharding.mesh.pp > 1:
+        if sharding.mesh.pp > 1:
             self.sums = [_like(w, partitioned_stages.SUM) for w in self.trainable]
+        else:
+            self.sums = [_like(w, "sum") for w in self.trainable] if config.parallel.micro_batches > 1 else []
 
     def are_shards(self):
         """Whether MindSpore has cut the Parameters to this rank's shards."""
@@ -167,32 +168,22 @@ def partitioned(sharding):
     try:
         yield
     finally:
-        ms.set_auto_parallel_context(parallel_mode="stand_alone")
+        ms.set_auto_parallel_context(parallel_mode="stand_alone", pipeline_stages=1)
 
 
 def build_step(cfg, config, sharding, kernels, arrays):
     """Returns step(state, batch, lr, step from 0) -> (state, metrics). batch: the global batch, on every rank.
 
-    With one micro-batch it is one graph, and under a pipeline too, whose micro-batches MindSpore runs in it. Else it is one for each
-    micro-batch, which MindSpore partitions and which adds to the sum of gradients, and one that updates this rank's shards, which needs no
-    partitioning.
+    With one micro-batch it is one graph. With more it is one for each micro-batch, which MindSpore partitions and which adds to the sum of
+    gradients, and one that updates this rank's shards, which needs no partitioning. Under a pipeline see _build_pipeline_step.
     """
-    micro_batches, names, mesh = config.parallel.micro_batches, metric_names(cfg), sharding.mesh
+    if sharding.mesh.pp > 1:
+        return _build_pipeline_step(cfg, config, sharding, kernels, arrays)
+    micro_batches, names = config.parallel.micro_batches, metric_names(cfg)
     keys = (*BATCH, *["noise"] * drops(cfg))
-    if mesh.pp > 1:
-        keys = (*keys, "shares")
-        network = partitioned_stages.network(cfg, config, sharding, kernels, arrays.tree, keys)
-        gradient = partitioned_stages.build_gradient(network, arrays.trainable, arrays.sums, sharding.zero)
-    else:
-        options = {"recompute": config.train.recompute, "loss_chunks": config.train.loss_chunks}
-        gradient = _gradient(build(cfg, sharding, kernels=kernels, **options).loss_fn, arrays, names, keys)
+    options = {"recompute": config.train.recompute, "loss_chunks": config.train.loss_chunks}
+    gradient = _gradient(build(cfg, sharding, kernels=kernels, **options).loss_fn, arrays, names, keys)
     update = _update(config, sharding, arrays, kernels)
-    scalars = ms.Parameter(optimizer.scalars(config.optim, 0.0, 0), name="scalars", requires_grad=False)
-
-    @ms.jit
-    def step_of_stage(*batch):  # MindSpore takes each argument for micro-batches, so the scalars are a Parameter
-        (loss, aux), grads = gradient(*batch)
-        return loss, aux, clear_after(ops.depend(update(grads, scalars), (loss, aux)))
 
     @ms.jit
     def step_in_one_graph(values, *batch):  # flat arguments: the partitioner does not look into tuples
@@ -222,12 +213,7 @@ def build_step(cfg, config, sharding, kernels, arrays):
         check_documents(ONE_RANK, sharding.documents, batch)
         batch = with_dropout_seeds(cfg, config, ONE_RANK, batch, at)
         values = optimizer.scalars(config.optim, lr, at)
-        if mesh.pp > 1:
-            scalars.set_data(values)
-            with partitioned(sharding):
-                loss, aux, norm = step_of_stage(*flat(partitioned_stages.with_shares(batch, micro_batches)))
-            loss, aux = partitioned_stages.on_all_ranks(mesh, names, loss, aux)
-        elif micro_batches == 1:
+        if micro_batches == 1:
             with partitioned(sharding):
                 loss, aux, norm = step_in_one_graph(values, *flat(batch))
         else:
@@ -238,6 +224,33 @@ def build_step(cfg, config, sharding, kernels, arrays):
 
             loss, aux = over_micro_batches(ONE_RANK, batch, micro_batches, names, compute)
             norm = finish(values)
+        return state, metrics_of(cfg, config, names, lr, loss, aux, norm, 0.0)
+
+    return step
+
+
+def _build_pipeline_step(cfg, config, sharding, kernels, arrays):
+    """Returns the step under a pipeline, one graph, in which MindSpore runs the micro-batches."""
+    keys, names = (*BATCH, *["noise"] * drops(cfg), "shares"), metric_names(cfg)
+    network = partitioned_stages.network(cfg, config, sharding, kernels, arrays.tree, keys)
+    gradient = partitioned_stages.build_gradient(network, arrays.trainable, arrays.sums, sharding.zero)
+    update, clear_after = _update(config, sharding, arrays, kernels), _build_clear(arrays.sums)
+    # a Parameter, because MindSpore takes each argument of the graph for micro-batches
+    scalars = ms.Parameter(optimizer.scalars(config.optim, 0.0, 0), name="scalars", requires_grad=False)
+
+    @ms.jit
+    def graph(*batch):
+        (loss, aux), grads = gradient(*batch)
+        return loss, aux, clear_after(ops.depend(update(grads, scalars), (loss, aux)))
+
+    def step(state, batch, lr, at):
+        check_documents(ONE_RANK, sharding.documents, batch)
+        batch = with_dropout_seeds(cfg, config, ONE_RANK, batch, at)
+        made = tensors(partitioned_stages.with_shares(batch, config.parallel.micro_batches))
+        scalars.set_data(optimizer.scalars(config.optim, lr, at))
+        with partitioned(sharding):
+            loss, aux, norm = graph(*(made[key] for key in keys))
+        loss, aux = partitioned_stages.on_all_ranks(sharding.mesh, names, loss, aux)
         return state, metrics_of(cfg, config, names, lr, loss, aux, norm, 0.0)
 
     return step

@@ -47,6 +47,7 @@ RULES = {
     "train.loss_chunks": (IN_PLACE, "how the loss is computed; results differ by rounding"),
     **_of("train", "save_hf save_hf_every sample_tokens sample_prompt exact_match_rows", IN_PLACE, RESULT),
     **_of("train", "freeze_include freeze_exclude", NEVER, TRAINED),
+    "train.mup_base_width": (NEVER, "other initial values, and other learning rates of the matrices"),
     "train.ema_decay": (NEVER, "the average of the steps before had another weight, or there is none"),
     "train.frozen_dtype": (IN_PLACE, "in which dtype frozen matrices are kept from here on; a narrower one rounds them"),
     **_of("lora", "rank alpha rslora dropout init targets adapter", NEVER, MODEL),

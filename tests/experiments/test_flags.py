@@ -209,7 +209,14 @@ def test_every_config_file_resolves_on_one_device(monkeypatch, path):
 
 def test_model_args_cover_the_model_fields():
     fields = {f.name for f in dataclasses.fields(Qwen3Config)}
-    assert set(common.get_config().model_args) == fields - {"rope_scaling", "lora", "frozen", "frozen_dtype", "num_labels"}
+    assert set(common.get_config().model_args) == fields - {
+        "rope_scaling",
+        "lora",
+        "frozen",
+        "frozen_dtype",
+        "mup_base_width",
+        "num_labels",
+    }
 
 
 def test_yarn_is_put_on_a_model(monkeypatch):

@@ -26,7 +26,9 @@ ZERO_IS_OFF = ("0",)
 ACCEPTED = {
     **dict.fromkeys(("yarn.factor", "yarn.original_max_position"), ZERO_IS_OFF),
     **dict.fromkeys((f"train.{key}" for key in ("eval_every", "eval_rows", "seed", "sample_tokens", "exact_match_rows")), ZERO_IS_OFF),
-    **dict.fromkeys((f"train.{key}" for key in ("save_hf_every", "monitor_every", "loss_chunks", "ema_decay")), ZERO_IS_OFF),
+    **dict.fromkeys(
+        (f"train.{key}" for key in ("save_hf_every", "monitor_every", "loss_chunks", "ema_decay", "mup_base_width")), ZERO_IS_OFF
+    ),
     **dict.fromkeys((f"checkpoint.{key}" for key in ("every", "keep_last", "keep_every")), ZERO_IS_OFF),
     **dict.fromkeys((f"data.{key}" for key in ("held_out", "max_bytes", "max_samples", "shuffle_buffer")), ZERO_IS_OFF),
     **dict.fromkeys((f"lora.{key}" for key in ("rank", "dropout")), ZERO_IS_OFF),

@@ -134,6 +134,7 @@ OF_A_RUN = (
     "frozen_dtype",
     "moe_block_size",
     "moe_capacity_factor",
+    "mup_base_width",
     "param_dtype",
 )  # not of the model in the file
 
