@@ -23,7 +23,7 @@ PACKAGES = ("experiments", "parallel", "layers", "qwen3", "ops", "tests")
 LAYOUT = ("dp", "tp", "pp", "cp", "ep", "micro_batches", "zero")  # flags whose names are made in a loop
 # Modules of experiments that define flags for a main that imports them
 WITH_FLAGS = {("experiments", "flags"), ("experiments.train", "command"), ("experiments.generate", "flags"), ("experiments", "job_flags")}
-TAKE_WORDS = ("experiments.compare", "experiments.convert", "experiments.preprocess")  # beside flags
+TAKE_WORDS = ("experiments.compare", "experiments.convert", "experiments.preprocess", "experiments.speedrun")  # beside flags
 # Words of the commands that the slow test does not run, and why, or what runs them instead
 NOT_RUN = {
     "experiments.accept": "tries everything, for minutes to an hour; tests/experiments/test_accept.py",
@@ -36,6 +36,8 @@ NOT_RUN = {
     "--profile_steps=10:15": "more steps than there are; tests/experiments/test_profiling.py",
     "--config=SWEEP_FILE": "tests/experiments/test_sweep.py",
     "experiments.compare": "wants several runs; tests/experiments/test_compare.py",
+    "experiments.speedrun": "trains for minutes; tests/experiments/test_speedrun.py",
+    "--config.watch.trackers=wandb,mlflow": "wants their libraries; tests/experiments/test_trackers.py",
     "--hf_dir=DIR --chat": "a conversation; tests/experiments/test_generate.py",
 }
 
@@ -86,11 +88,7 @@ def check_command(words):
         if word == "--":
             continue  # what follows goes to each run of a sweep
         if not word.startswith("--"):
-            assert f'"{word}"' in path.read_text() or words[0] in (
-                "experiments.compare",
-                "experiments.preprocess",
-                "experiments.convert",
-            ), words
+            assert f'"{word}"' in path.read_text() or words[0] in TAKE_WORDS, words
             continue
         name, _, value = word[2:].partition("=")
         if name.startswith("config."):
