@@ -36,6 +36,7 @@ NOT_RUN = {
     "--profile_steps=10:15": "more steps than there are; tests/experiments/test_profiling.py",
     "--config=SWEEP_FILE": "tests/experiments/test_sweep.py",
     "experiments.compare": "wants several runs; tests/experiments/test_compare.py",
+    "--hf_dir=QWEN3_RERANKER": "a tokenizer with yes and no; tests/experiments/test_embed.py",
     "--hf_dir=DIR --chat": "a conversation; tests/experiments/test_generate.py",
 }
 
