@@ -137,10 +137,10 @@ class Reader:
 
     like: a Qwen3Config, for a reader of that model's parameters, which may be another one than the folder's config.json describes. A
     ValueError then names the parameters that differ; with partial=True they are left out of `paths`, and `left_out` is the text that lists
-    them.
+    them. head: False for a use that needs no logits: a model whose files have no head is then read as one that ties it to the embedding.
     """
 
-    def __init__(self, path, dtype=None, like=None, partial=False):
+    def __init__(self, path, dtype=None, like=None, partial=False, head=True):
         _check_dtype(dtype)
         self.folder, self._dtype = Path(path), dtype
         if not self.folder.is_dir():
@@ -152,6 +152,8 @@ class Reader:
         self._files = hf_files.open_weights(self.folder)
         if scheme := scheme_of(found.get("quantization_config"), path):
             self._files = hf_quantized.with_floats(self.folder, self._files, scheme)
+        if not head and HEAD not in self._files:
+            config = config.replace(tie_embeddings=True)
         self._check_sizes(config)
         self.specs, self.left_out = param_specs(like or config), ""
         self._specs = dict(tree_paths(self.specs))

@@ -25,6 +25,7 @@ from qwen3.json_files import exists, open_regular, parse_json, read_json
 from qwen3.schema import IndexJson, checked, short
 
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+PREFIX = "model."  # of the names of all tensors of a language model but its head
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(bfloat16)}
 INTEGERS = {"I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}  # of quantised weights
@@ -155,7 +156,7 @@ def open_weights(folder):
     """{tensor name: TensorFile} of a folder with one model.safetensors, or shards named by model.safetensors.index.json."""
     if exists(folder / WEIGHTS):
         file = TensorFile(inside(folder, WEIGHTS))
-        return dict.fromkeys(file.entries, file)
+        return _with_prefix(dict.fromkeys(file.entries, file))
     index = folder / INDEX
     if not exists(index):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -166,7 +167,33 @@ def open_weights(folder):
     for tensor, name in where.items():
         if tensor not in files[name].entries:
             raise ValueError(f"{index}: tensor {tensor} should be in {name}, which lacks it; fetch both files again")
-    return {tensor: files[name] for tensor, name in where.items()}
+    return _with_prefix({tensor: files[name] for tensor, name in where.items()})
+
+
+def _with_prefix(files):
+    """Returns {tensor name: TensorFile} with the names of a language model. transformers saves a model without its head, such as
+    Qwen3-Embedding, without the "model." that the names of a language model begin with; it is added here."""
+    if "embed_tokens.weight" not in files or "model.embed_tokens.weight" in files:
+        return files
+    flat = {file: _FlatFile(file) for file in files.values()}
+    return {name if name == "lm_head.weight" else PREFIX + name: flat[file] for name, file in files.items()}
+
+
+class _FlatFile:
+    """A TensorFile whose names get the prefix that they lack."""
+
+    def __init__(self, file):
+        self._file, self.path, self.metadata = file, file.path, file.metadata
+        self.entries = {name if name == "lm_head.weight" else PREFIX + name: entry for name, entry in file.entries.items()}
+
+    def array(self, name, index=()):
+        return self._file.array(name.removeprefix(PREFIX), index)
+
+    def arrays(self, names, index=()):
+        return self._file.arrays([name.removeprefix(PREFIX) for name in names], index)
+
+    def dtype(self, name):
+        return self._file.dtype(name.removeprefix(PREFIX))
 
 
 def _open_shard(folder, name):

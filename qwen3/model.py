@@ -154,6 +154,19 @@ def score_targets(cfg, op, params, tokens, targets, positions, segment_ids):
     return rearrange(nats, "(batch seq) 1 -> batch seq", {"batch": B}), rearrange(gap, "(batch seq) 1 -> batch seq", {"batch": B})
 
 
+def states_of_last(cfg, op, params, tokens, positions, segment_ids, last):
+    """Arguments [B, S] and last_B -> x_BD float32: what the final norm gives for the token in column last_B of each row, on every rank.
+    The layout must not have sequence parallel."""
+    x, _ = op.layers(params["layers"], embed(cfg, op, params, tokens), rows_of(cfg, op, positions, segment_ids, None))
+    return ops.cast(final_norm(op, params, last_rows(op, x, last)), ms.float32)
+
+
+def logits_of_last(cfg, op, params, tokens, positions, segment_ids, last):
+    """As states_of_last, but -> logits_BV float32 of the full vocabulary."""
+    x, _ = op.layers(params["layers"], embed(cfg, op, params, tokens), rows_of(cfg, op, positions, segment_ids, None))
+    return full_logits(cfg, op, params, last_rows(op, x, last))
+
+
 def extend_cache(cfg, op, params, cache, tokens, positions, last):
     """tokens_BS at positions_BS -> (logits_BV after column last_B of each row, cache).
 
@@ -384,6 +397,12 @@ class Model:
 
     def score(self, params, tokens, targets, positions, segment_ids):
         return score_targets(self.cfg, self.op, params, tokens, targets, positions, segment_ids)
+
+    def last_states(self, params, tokens, positions, segment_ids, last):
+        return states_of_last(self.cfg, self.op, params, tokens, positions, segment_ids, last)
+
+    def last_logits(self, params, tokens, positions, segment_ids, last):
+        return logits_of_last(self.cfg, self.op, params, tokens, positions, segment_ids, last)
 
     def extend(self, params, cache, tokens, positions, last):
         return extend_cache(self.cfg, self.op, params, cache, tokens, positions, last)

@@ -51,7 +51,8 @@ class Tokenizer:
     """Converts text to token ids and back. It is immutable.
 
     vocab_size: highest id + 1, added tokens included. eod_id: the id of `<|endoftext|>`, the end of a document. eos_id: the id of the
-    config's eos_token, at which generation stops. pad_id: the id of the config's pad_token, or eod_id if it has none.
+    config's eos_token, at which generation stops. pad_id: the id of the config's pad_token, or eod_id if it has none. end_ids: the list of
+    ids that tokenizer.json appends to a text, which encode() leaves out: [eod_id] for Qwen3-Embedding, else mostly none.
     """
 
     def __init__(self, backend, config):
@@ -83,6 +84,7 @@ class Tokenizer:
         self.eos_id = self._id("eos_token", _content(found.eos_token))
         pad = _content(found.pad_token)
         self.pad_id = self.eod_id if pad is None else self._id("pad_token", pad)
+        self.end_ids = _appended(backend)
         self.chat_template = found.chat_template
         if not isinstance(self.chat_template, str | None):
             raise ValueError("tokenizer_config.json: chat_template must be one Jinja string; keep the one named 'default'")
@@ -269,6 +271,12 @@ def train_bpe(texts, vocab_size):
         "chat_template": CHAT_TEMPLATE,
     }
     return Tokenizer(backend, config)
+
+
+def _appended(backend):
+    """Returns the list of ids that the post-processor of a tokenizers.Tokenizer puts after a text."""
+    plain, processed = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
+    return processed[len(plain) :] if processed[: len(plain)] == plain else []
 
 
 def _without_added(backend):

@@ -16,7 +16,7 @@ TEXTS = [f"def function_{j}(x):\n    return x + {7 * j}\n去上海的旅游攻�
 
 def make_stand_ins(folder):
     """Fills `folder`. DIR, Qwen3-32B and so on are Hugging Face folders; FILE_OR_FOLDER is a text; CHATS.jsonl has conversations, and
-    PAIRS.jsonl preferences, PROMPTS.jsonl prompts with their answers."""
+    PAIRS.jsonl preferences, PROMPTS.jsonl prompts with their answers, TEXTS.txt one text a line."""
     tokenizer = train_bpe(TEXTS, 320)
     tokenizer.save(folder / "tokenizer")
     (folder / "model_from_hf").mkdir()
@@ -42,6 +42,7 @@ def make_stand_ins(folder):
     (folder / "CHATS.jsonl").write_text("".join(json.dumps({"messages": messages(chat)}) + "\n" for chat in chats))
     (folder / "input_predict_data.txt").write_text("去上海\n" * 5)
     (folder / "prompts.txt").write_text("def a\ndef b\n")
+    (folder / "TEXTS.txt").write_text("".join(TEXTS[:3]))
     (folder / "prompts.jsonl").write_text(json.dumps("def a") + "\n" + json.dumps([{"role": "user", "content": "def b"}]) + "\n")
     (folder / "quiz.jsonl").write_text(json.dumps({"context": "def", "choices": ["f", "g"], "answer": 0}) + "\n")
     (folder / "cloze.jsonl").write_text(json.dumps({"context": "def", "target": "f"}) + "\n")

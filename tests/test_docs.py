@@ -38,6 +38,7 @@ NOT_RUN = {
     "experiments.compare": "wants several runs; tests/experiments/test_compare.py",
     "experiments.speedrun": "trains for minutes; tests/experiments/test_speedrun.py",
     "--config.watch.trackers=wandb,mlflow": "wants their libraries; tests/experiments/test_trackers.py",
+    "--hf_dir=QWEN3_RERANKER": "a tokenizer with yes and no; tests/experiments/test_embed.py",
     "--hf_dir=DIR --chat": "a conversation; tests/experiments/test_generate.py",
 }
 

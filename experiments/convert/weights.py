@@ -65,11 +65,11 @@ def _itemsize(dtype):
     return hf_files.DTYPES[hf_files.CODES[dtype]].itemsize
 
 
-def open_weights(key, path, dtype=None, state=False):
+def open_weights(key, path, dtype=None, state=False, head=True):
     """Opens the Weights in a folder: a Hugging Face model, a run (its newest checkpoint) or a checkpoint.
 
     dtype: of the arrays that read() returns from a Hugging Face folder; None is the folder's own. state: include a checkpoint's optimizer
-    state. Raises ValueError or FileNotFoundError, with the flag's name `key`, for a folder that cannot be used.
+    state. head: see hf.Reader. Raises ValueError or FileNotFoundError, with the flag's name `key`, for a folder that cannot be used.
     """
     if not path:
         raise ValueError(f"--{key} is missing; give the folder of a Hugging Face model, of a run, or of a checkpoint")
@@ -84,7 +84,7 @@ def open_weights(key, path, dtype=None, state=False):
             raise ValueError(f"it has no checkpoint in {FOLDER}/; give a run that has saved one")
         if state:
             raise ValueError("a Hugging Face folder has no optimizer state; leave --state out")
-        return _hugging_face(path, dtype)
+        return _hugging_face(path, dtype, head)
 
 
 @contextlib.contextmanager
@@ -96,8 +96,8 @@ def _named(key, path):
         raise kind(f"--{key}={path}: {error}") from error
 
 
-def _hugging_face(folder, dtype):
-    found = hf.Reader(folder, dtype)
+def _hugging_face(folder, dtype, head):
+    found = hf.Reader(folder, dtype, head=head)
     arrays = {path: (found.shape(path), found.dtype(path)) for path in found.paths}
     tokenizer = folder if hf_files.tokenizer_files(folder) else None
     return Weights("Hugging Face folder", folder, arrays, found.read, found.config, tokenizer, hugging_face=found)

@@ -196,12 +196,12 @@ class Inference(NamedTuple):
         return tokenizer
 
 
-def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False, beside=None):
+def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False, beside=None, head=True):
     """Returns the Inference of a Hugging Face folder, or of a run: its newest checkpoint, saved in any layout, else the model in its hf/.
 
     The dtype is float32 on CPU, elsewhere that of the embedding in the files. adapter_dir: an adapter in PEFT's format or a LoRA run, which
     is merged into the weights as they are read. If workdir itself is a LoRA run, its base is the one that its checkpoint names. beside:
-    {name: folder} of adapters that are not merged, and between which requests choose (qwen3/adapters.py).
+    {name: folder} of adapters that are not merged, and between which requests choose (qwen3/adapters.py). head: see hf.Reader.
     hf_dir may be a model's id on a hub, see experiments.hub. Raises ValueError or FileNotFoundError that name the flag.
     """
     command_line.check_source(hf_dir, workdir)
@@ -212,7 +212,7 @@ def inference(hf_dir=None, workdir=None, adapter_dir=None, download=False, besid
         adapter_dir, path = path, _noted_base(workdir, base)
     elif workdir and os.path.isdir(final) and not find(path):
         path = final
-    weights = open_weights(key, path)
+    weights = open_weights(key, path, head=head)
     if weights.config.num_labels:
         raise ValueError(f"--{key}={path} is a reward model, which writes no text; use a language model")
     dtype = "float32" if ms.get_context("device_target") == "CPU" else weights.config.param_dtype

@@ -5,8 +5,8 @@ transformers 5 and PEFT. Run from the repository's root:
 
 chats.json: each conversation of tests/qwen3/test_chat.py as text, and the lengths of the runs of its loss mask, 0s first.
 renderings.json: texts of the templates of tests/qwen3/test_tokenizer.py. yarn.json: rotary frequencies. peft/NAME: an adapter that PEFT
-saved for a model of tests/golden/hf, and its logits. released.json: of the released tokenizer, ids of texts and hashes of conversations;
-made only where QWEN3_TOKENIZER is set.
+saved for a model of tests/golden/hf, and its logits. states.npz: the last states of texts of several lengths. released.json: of the
+released tokenizer, ids of texts and hashes of conversations; made only where QWEN3_TOKENIZER is set.
 """
 
 import hashlib
@@ -129,6 +129,21 @@ def adapters():
             np.savez(folder / "logits.npz", tokens=tokens.astype(np.int32), logits=made(torch.from_numpy(tokens)).logits.numpy())
 
 
+def states():
+    """{"NAME ids N": a text of N tokens, "NAME N": the state of its last token after the final norm}, of models of tests/golden/hf."""
+    import torch
+    import transformers
+
+    out = {}
+    for name in ("dense_tied", "moe_norm"):
+        model = transformers.AutoModel.from_pretrained(HERE.parent / "hf" / name, attn_implementation="eager", dtype=torch.float32).eval()
+        for n in (3, 9, 14):
+            out[f"{name} ids {n}"] = ids = np.random.default_rng(n).integers(0, 101, n)
+            with torch.no_grad():
+                out[f"{name} {n}"] = model(torch.from_numpy(ids)[None]).last_hidden_state[0, -1].numpy()
+    return out
+
+
 def released(folder):
     import transformers
 
@@ -156,6 +171,7 @@ def main():
     write("renderings.json", renderings())
     write("yarn.json", yarn())
     adapters()
+    np.savez(HERE / "states.npz", **states())
     if folder := os.environ.get("QWEN3_TOKENIZER"):
         write("released.json", released(folder))
 
