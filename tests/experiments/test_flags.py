@@ -18,6 +18,7 @@ from qwen3.config import SIZES, Qwen3Config, RopeScaling
 from qwen3.tokenizer import train_bpe
 
 TINY = "--config=experiments/configs/tiny.py"
+OTHERS = ("finetune", "prefer", "rl", "ladder")  # whose configs begin with their names; the others are of pretrain
 FILES = sorted(set(glob.glob("experiments/configs/*.py")) - {f"experiments/configs/{n}.py" for n in ("__init__", "common")})
 MAIN = """
 from absl.flags import FLAGS
@@ -187,7 +188,7 @@ def test_every_config_file_loads_and_gives_its_command(path):
     config = module["get_config"]()
     assert config.is_locked
     doc = " ".join(module["__doc__"].split())
-    main = next((name for name in ("finetune", "prefer", "rl") if f"{name}_" in path), "pretrain")
+    main = next((name for name in OTHERS if f"{name}_" in path), "pretrain")
     assert f"python -m experiments.{main} --config={path} --workdir=" in doc
     assert "Hardware:" in doc and "Expected time and loss:" in doc
     dtype = config.model_args.compute_dtype or "float32"
@@ -196,7 +197,7 @@ def test_every_config_file_loads_and_gives_its_command(path):
 
 
 def test_every_size_has_a_config_file():
-    pretraining = [path for path in FILES if not any(f"{main}_" in path for main in ("finetune", "prefer", "rl"))]
+    pretraining = [path for path in FILES if not any(f"{main}_" in path for main in OTHERS)]
     assert sorted(runpy.run_path(path)["get_config"]().model for path in pretraining) == sorted(SIZES)
 
 
