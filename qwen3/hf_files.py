@@ -176,7 +176,11 @@ def _with_prefix(files):
     if "embed_tokens.weight" not in files or "model.embed_tokens.weight" in files:
         return files
     flat = {file: _FlatFile(file) for file in files.values()}
-    return {name if name == "lm_head.weight" else PREFIX + name: flat[file] for name, file in files.items()}
+    return {_full(name): flat[file] for name, file in files.items()}
+
+
+def _full(name):
+    return name if name == "lm_head.weight" else PREFIX + name
 
 
 class _FlatFile:
@@ -184,7 +188,7 @@ class _FlatFile:
 
     def __init__(self, file):
         self._file, self.path, self.metadata = file, file.path, file.metadata
-        self.entries = {name if name == "lm_head.weight" else PREFIX + name: entry for name, entry in file.entries.items()}
+        self.entries = {_full(name): entry for name, entry in file.entries.items()}
 
     def array(self, name, index=()):
         return self._file.array(name.removeprefix(PREFIX), index)

@@ -128,6 +128,15 @@ def fill_row(out, plan, row, examples):
         out["segment_ids"][place], out["positions"][place] = number, np.arange(size)
 
 
+def row_width(longest, narrowest, most):
+    """Returns the tokens of a row: the smallest power of two times `narrowest` that holds the longest text, at most `most`, unless that
+    text is longer. So texts of all lengths run in few compiled shapes."""
+    width = narrowest
+    while width < longest:
+        width *= 2
+    return max(longest, min(width, most))
+
+
 def _fitting(examples, seq_len, too_long, report):
     """(number, places it takes) of the examples that are packed."""
     for i, (ids, mask) in enumerate(examples):

@@ -1,11 +1,12 @@
 """The files of experiments.embed: texts or pairs to read, vectors or scores to write."""
 
+import io
 import json
 import os
 
 import numpy as np
 
-from parallel.checkpoint.files import write_text
+from parallel.checkpoint.files import write_bytes, write_text
 from parallel.json_text import loads
 
 
@@ -70,7 +71,6 @@ def write(path, found):
         key = "embedding" if found.ndim == 2 else "score"
         write_text(path, "".join(json.dumps({key: value}) + "\n" for value in found.tolist()))
         return
-    aside = f"{path}.new"
-    with open(aside, "wb") as file:
-        np.save(file, found, allow_pickle=False)
-    os.rename(aside, path)
+    made = io.BytesIO()
+    np.save(made, found, allow_pickle=False)
+    write_bytes(path, made.getbuffer())

@@ -10,6 +10,7 @@ import dataclasses
 import mindspore as ms
 import numpy as np
 
+from experiments.data import packing
 from parallel import collectives
 from parallel.graph.jit import jit
 from parallel.sharding import Sharding
@@ -93,7 +94,7 @@ def of_last_tokens(embedder, function, ids, size, columns=slice(None)):
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: what does not fit into memory fails at once
     for start in range(0, len(ids), rows * mesh.dp):  # the same number of batches, of the same shapes, on every rank
         group = order[start : start + rows * mesh.dp]
-        width = _width(len(ids[group[0]]), embedder.length)
+        width = packing.row_width(len(ids[group[0]]), NARROWEST, embedder.length)
         mine = group[place * rows : (place + 1) * rows]
         arrays = _batch([ids[i] for i in mine], rows, width, embedder.tokenizer.pad_id)
         found = function(embedder.params, *map(ms.Tensor, arrays)).asnumpy()
@@ -109,11 +110,3 @@ def _batch(texts, rows, width, pad):
     for row, ids in enumerate(texts):
         tokens[row, : len(ids)], segments[row, : len(ids)], last[row] = ids, 1, len(ids) - 1
     return tokens, np.tile(np.arange(width, dtype=np.int32), (rows, 1)), segments, last
-
-
-def _width(longest, most):
-    """Returns the tokens of a row: the smallest power of two times NARROWEST that holds the longest text, at most `most`."""
-    width = NARROWEST
-    while width < longest:
-        width *= 2
-    return max(longest, min(width, most))

@@ -95,7 +95,7 @@ def loglikelihood_ids(scorer, pairs):
     if not pairs:
         return []
     examples = [_example(scorer, i, *pair) for i, pair in enumerate(pairs)]
-    width = _width(max(len(ids) - 1 for ids, _ in examples), scorer)
+    width = packing.row_width(max(len(ids) - 1 for ids, _ in examples), NARROWEST, scorer.length)
     plan, report = packing.plan_examples(examples, width)
     rows = packing.empty_rows(report["rows"], width, scorer.tokenizer.pad_id)
     for row in range(report["rows"]):
@@ -117,15 +117,6 @@ def _example(scorer, number, context, continuation):
         )
     ids = [*(context or [scorer.prefix_id]), *continuation][-(scorer.length + 1) :]
     return ids, [0] * (len(ids) - len(continuation)) + [1] * len(continuation)
-
-
-def _width(longest, scorer):
-    """Returns the tokens of a row: the smallest power of two times NARROWEST that holds the longest request, at most the model's longest
-    text."""
-    width = NARROWEST
-    while width < longest:
-        width *= 2
-    return max(longest, min(width, scorer.length))
 
 
 def loglikelihood_rolling(scorer, texts):

@@ -13,6 +13,9 @@ from absl import flags
 
 from experiments import flags as command_line
 from experiments import number_flags
+from experiments.sweep import sweeps
+from experiments.watch.records import METRICS, read_records
+from parallel.checkpoint.files import write_json
 
 FLAGS = flags.FLAGS
 PREDICTIONS, RESULT = "predictions.json", "ladder.json"
@@ -26,11 +29,7 @@ def define_flags():
 
 
 def main(_):
-    for name in ("config", "workdir"):
-        if not FLAGS[name].value:
-            raise ValueError(f"--{name} is missing; give {'a file with LADDER' if name == 'config' else 'a folder for the ladder'}")
-    if not os.path.isfile(FLAGS.config):
-        raise ValueError(f"--config={FLAGS.config} is not a file")
+    sweeps.check_given(FLAGS.config, FLAGS.workdir, "a file with LADDER", "a folder for the ladder")
     from experiments.ladder import rungs
     from experiments.sweep.jobs import Sweep
     from experiments.sweep.sweeps import Run
@@ -44,7 +43,7 @@ def main(_):
         cfg = command_line.model_config(config, "any")
         run.overrides["train.steps"] = rungs.steps(ladder, cfg, config.train.seq_len)
         climbed.append(climb(sweep, run, rungs.parameters(cfg), climbed, FLAGS.noise))
-        _write(os.path.join(FLAGS.workdir, RESULT), climbed)
+        write_json(os.path.join(FLAGS.workdir, RESULT), climbed)
     worst = climbed[-1]
     print(f"ladder     the loss of the last rung was predicted within {abs(worst['error']):.1%}")
 
@@ -63,7 +62,7 @@ def climb(sweep, run, size, below, noise):
                 raise ValueError(f"{sweep.folder(run)} is finished, and {PREDICTIONS} lacks it; remove that folder, or put the file back")
             made[run.name] = fit.predict([r["parameters"] for r in below], [r["loss"] for r in below], size, noise)
             os.makedirs(sweep.workdir, exist_ok=True)
-            _write(os.path.join(sweep.workdir, PREDICTIONS), made)
+            write_json(os.path.join(sweep.workdir, PREDICTIONS), made)
         row["prediction"] = made[run.name]
         print("predict    {rung}: {loss:.3f} ({low:.3f} to {high:.3f})".format(rung=run.name, **made[run.name]), flush=True)
     if jobs.run_all(sweep, [run], 1):
@@ -78,10 +77,7 @@ def climb(sweep, run, size, below, noise):
 
 def final_loss(folder):
     """Returns the last held-out loss of a finished run, in nats a token."""
-    from experiments.watch.records import METRICS
-
-    with open(os.path.join(folder, METRICS), encoding="utf-8") as file:
-        found = [record["final_loss"] for record in map(json.loads, file) if "final_loss" in record]
+    found = [record["final_loss"] for record in read_records(os.path.join(folder, METRICS)) if "final_loss" in record]
     if not found:
         raise ValueError(f"{folder}/{METRICS} has no final_loss; the ladder needs data.held_out above 0")
     return found[-1]
@@ -93,13 +89,6 @@ def _predictions(workdir):
         return {}
     with open(path, encoding="utf-8") as file:
         return json.load(file)
-
-
-def _write(path, value):
-    """Writes JSON to a file as a whole: a reader sees the old file or the new one."""
-    from parallel.checkpoint.files import write_json
-
-    write_json(path, value)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ check RECORD [--seeds=5]        trains the record, the one before it and the bas
                                 holds; the exit status is 1 if it does not
 board [--html=FILE]             prints the table of all records as markdown, and writes it as a page
 
-    python -m experiments.speedrun check experiments/speedrun/records/01_muon
+    python -m experiments.speedrun check experiments/speedrun/records/01_small_steps
 
 A record is a folder of experiments/speedrun/records; docs/speedrun.md has the rules. Nothing here changes a record's results but `run`.
 """
@@ -36,7 +36,8 @@ def main(_):
     if name not in COMMANDS:
         raise ValueError(f"the command {name!r} is not one of {', '.join(COMMANDS)}{nearest(name, COMMANDS)}; see --help")
     if name == "check" and len(folders) != 1 or name == "run" and not folders:
-        raise ValueError(f"{name} needs {'one record' if name == 'check' else 'records'}, such as experiments/speedrun/records/01_muon")
+        number = "one record" if name == "check" else "records"
+        raise ValueError(f"{name} needs {number}, such as experiments/speedrun/records/01_small_steps")
     from experiments.speedrun import board, record, run  # imported here, because they import MindSpore, which takes seconds
 
     of_all = FLAGS.records or record.RECORDS

@@ -5,8 +5,6 @@ the same command continues the sweep: it skips finished runs and resumes the oth
 runs.csv and summary.csv, which gives mean and spread over seeds; --table writes them for the runs so far, and starts none.
 """
 
-import os
-
 from absl import flags
 
 from experiments import flags as command_line
@@ -30,11 +28,7 @@ def define_flags():
 
 
 def main(_):
-    for name in ("config", "workdir"):
-        if not FLAGS[name].value:
-            raise ValueError(f"--{name} is missing; give {'a file with sweep(add)' if name == 'config' else 'a folder for the sweep'}")
-    if not os.path.isfile(FLAGS.config):
-        raise ValueError(f"--config={FLAGS.config} is not a file")
+    sweeps.check_given(FLAGS.config, FLAGS.workdir, "a file with sweep(add)", "a folder for the sweep")
     runs = sweeps.load(FLAGS.config)
     # Imported here, so that wrong flags are answered before MindSpore is imported, which takes seconds.
     from experiments.sweep import jobs as sweep_jobs

@@ -8,6 +8,7 @@ A config file defines its sweep beside get_config():
 
 import hashlib
 import itertools
+import os
 import re
 import runpy
 from typing import NamedTuple
@@ -53,6 +54,15 @@ def _joined(combination):
             raise ValueError(f"{twice[0]} is set twice in one run of the sweep; leave one out")
         out.update(overrides)
     return out
+
+
+def check_given(config, workdir, file, folder):
+    """Raises ValueError for flags --config and --workdir that are missing, or a config that is no file. file, folder: what they are."""
+    for name, value, what in (("config", config, file), ("workdir", workdir, folder)):
+        if not value:
+            raise ValueError(f"--{name} is missing; give {what}")
+    if not os.path.isfile(config):
+        raise ValueError(f"--config={config} is not a file")
 
 
 def load(path):

@@ -160,8 +160,7 @@ def partitioned(sharding):
         return
     world, stage = sharding.mesh.world, sharding.zero
     ms.set_auto_parallel_context(device_num=world, full_batch=True, parallel_mode="semi_auto_parallel", enable_alltoall=True)
-    if sharding.mesh.pp > 1:
-        ms.set_auto_parallel_context(pipeline_stages=sharding.mesh.pp)
+    ms.set_auto_parallel_context(pipeline_stages=sharding.mesh.pp)
     if stage:
         level = {"parallel_optimizer_threshold": 0, "optimizer_level": f"level{stage}"}
         ms.set_auto_parallel_context(enable_parallel_optimizer=True, parallel_optimizer_config=level)

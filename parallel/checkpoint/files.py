@@ -88,11 +88,16 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    """Writes a file atomically: at any time `path` has the old text or the new. The new text is on disk when this returns."""
+    """Writes a file of text as write_bytes() does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, data):
+    """Writes a file atomically: at any time `path` has the old contents or the new. The new ones are on disk when this returns."""
     aside = f"{path}.{secrets.token_hex(4)}.new"
     try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(aside, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.rename(aside, path)
